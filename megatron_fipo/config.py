@@ -1,0 +1,230 @@
+"""Every setting of a run, with its meaning beside it.
+
+The dataclasses below are the documentation: one section per room, each field followed by what it means. YAML files and
+`key=value` overrides are checked against them (`load_config`), and impossible combinations are refused before anything
+starts (`validate`). Field names of parallel settings are Megatron-Core's own.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+def _choice(default: str, *others: str) -> Any:
+    """A string field that admits only the named values; `load_config` checks it."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"
+    """Folder in Hugging Face format: config.json, safetensors, tokenizer. Training starts from these weights."""
+    dtype: str = _choice("bfloat16", "float32")
+    """Dtype of parameters and activations. Gradients, optimizer state and everything per token are float32."""
+    layer_spec: str = _choice("auto", "portable", "transformer_engine")
+    """Which modules build a layer. `auto` takes Transformer Engine where it is installed, else the portable modules, and says which."""
+    recompute: str = _choice("none", "selective", "full")
+    """Activation recomputation: `selective` recomputes core attention, `full` whole layers."""
+    trust_remote_code: bool = False
+    """Let Hugging Face run code from the model folder."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the trainer's ranks are used. World size = tensor × pipeline × context × data."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each matrix. Must divide attention heads and key-value groups."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks too (less memory; needs tensor_model_parallel_size > 1)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the stack of layers."""
+    virtual_pipeline_model_parallel_size: Optional[int] = None
+    """Model chunks per pipeline rank (interleaved schedule); null for one."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence."""
+    data_parallel_size: int = 1
+    """Replicas of all of the above."""
+    overlap_communication: bool = False
+    """Overlap gradient reduction and parameter gathering with computation."""
+
+    @property
+    def world_size(self) -> int:
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+
+@dataclass
+class HeadConfig:
+    chunk_size: int = 1024
+    """Response rows whose logits exist at one time."""
+    logits_memory_mb: int = 0
+    """Keep logits (in the model's dtype) for backward while they fit this budget per micro-batch; 0 recomputes them."""
+
+
+@dataclass
+class ObjectiveSettings:
+    """The policy loss. `docs/algorithm.md` derives each term."""
+
+    name: str = _choice("fipo", "dapo", "grpo")
+    """`fipo` weighs each token by its future KL. `dapo` is the same without weights and without the drop rule.
+    `grpo` averages per response and clips symmetrically at clip_low."""
+    half_life: float = 32.0
+    """Tokens after which a future log-ratio counts half (the paper's tau); .inf for no decay."""
+    influence_clip: Optional[list[float]] = field(default_factory=lambda: [1.0, 1.2])
+    """Lowest and highest influence weight; null means the authors' `no clip`, which is [0, 10]."""
+    safety_threshold: float = 10.0
+    """Where the advantage is negative and the ratio is above this, the influence weight is kept within [0.8, 1]."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.28
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 10.0
+    """Bound of the loss on negative advantages, and the ratio above which a token leaves FutureKL (the paper's c)."""
+    drop_dual_clipped: bool = True
+    """Leave out a response with more than one dual-clipped token of negative advantage (fipo only)."""
+    normalization: str = _choice("token_mean", "reference_micro_batch")
+    """`token_mean` divides by the kept tokens of the whole mini-batch, so no split changes the gradient.
+    `reference_micro_batch` averages each micro-batch alone, as the authors' release does."""
+    kl_coefficient: float = 0.0
+    """Weight of the k3 estimate of KL to the initial model (grpo only)."""
+    entropy_coefficient: float = 0.0
+    """Weight of an entropy bonus. 0 holds no memory for its gradient."""
+
+
+@dataclass
+class BatchConfig:
+    prompts_per_iteration: int = 512
+    """Groups trained on per iteration, after dynamic sampling."""
+    responses_per_prompt: int = 16
+    """Group size."""
+    mini_batch_prompts: int = 64
+    """Groups per optimizer step; prompts_per_iteration / mini_batch_prompts steps per iteration."""
+    max_tokens_per_micro_batch: int = 22528
+    """Padded tokens that one rank holds at one time. A micro-batch holds context_parallel_size times as many."""
+
+
+@dataclass
+class OptimizerSettings:
+    lr: float = 1e-6
+    """Constant learning rate after the warm-up (AdamW)."""
+    warmup_iterations: int = 10
+    """Iterations over which the rate rises linearly from 0; it changes once per iteration."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, not applied to norms and biases."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 for none."""
+    distributed: bool = True
+    """Megatron's distributed optimizer: state split over data and context parallel ranks."""
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = _choice("local", "vllm")
+    """`local` generates with transformers, `vllm` with vLLM."""
+    num_engines: int = 1
+    """Engine replicas; requests are spread over them."""
+    temperature: float = 1.0
+    """Sampling temperature. The head divides logits by the same number."""
+    top_p: float = 1.0
+    """Nucleus truncation while sampling."""
+    max_prompt_length: int = 2048
+    """Longer prompts are refused when the dataset is read."""
+    max_response_length: int = 20480
+    """Generation stops here with finish reason `length`."""
+    prompts_per_round: int = 2048
+    """Prompts sent to the engines per generation round."""
+    max_generation_rounds: int = 10
+    """Rounds of dynamic sampling before an iteration goes on with what it has."""
+    max_staleness: int = 1
+    """Surplus groups are used for at most this many later weight versions; 0 discards them."""
+    max_retries: int = 2
+    """Times a failed request is sent again before its group is dropped and counted."""
+    timeout_s: float = 3600.0
+    """Seconds an engine may take for one round or one weight update."""
+    weight_bucket_mb: int = 256
+    """Size of the pieces in which weights travel to the engines."""
+
+
+@dataclass
+class DataConfig:
+    source: str = _choice("parquet", "jsonl", "countdown")
+    """`parquet` and `jsonl` read rows of prompt, reward_model.ground_truth, data_source; `countdown` generates problems."""
+    train_path: Optional[str] = None
+    """File of training rows (parquet, jsonl)."""
+    evaluation_path: Optional[str] = None
+    """File of held-out rows (parquet, jsonl)."""
+    deduplicate: bool = True
+    """Keep the first of rows with the same prompt, and say how many went."""
+    train_size: int = 4096
+    """Problems to generate for training (countdown)."""
+    evaluation_size: int = 150
+    """Held-out problems to generate (countdown)."""
+
+
+@dataclass
+class RewardConfig:
+    name: str = _choice("dapo_math", "countdown")
+    """The scorer."""
+    overlong_buffer: int = 4096
+    """Last tokens of the response limit over which the penalty grows linearly; 0 for no penalty."""
+    overlong_factor: float = 1.0
+    """Penalty at the limit."""
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 5
+    """Iterations between evaluations; 0 for none. The last iteration is always evaluated."""
+    samples_per_problem: int = 32
+    """k of avg@k, cons@k, pass@k."""
+    temperature: float = 1.0
+    """Sampling temperature of evaluation."""
+    top_p: float = 0.7
+    """Nucleus truncation of evaluation."""
+    before_training: bool = True
+    """Evaluate the starting weights first."""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: str = _choice("offline", "online", "off")
+    """Weights & Biases mode."""
+    wandb_project: str = "megatron-fipo"
+    """Project name there."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    run_dir: str = "???"
+    """Where the run keeps its state, metrics, report and model. An existing run of the same config continues."""
+    iterations: int = 500
+    """Iterations of rollout and update."""
+    save_every: int = 5
+    """Iterations between checkpoints; 0 saves only at the end and on interruption."""
+    seed: int = 1
+    """Of data order, sampling and initialisation."""
+    ray_address: Optional[str] = None
+    """Address of a running Ray cluster; null starts one on this machine."""
