@@ -7,6 +7,7 @@ parent is single-threaded: no Ray and no thread pools in the same pytest process
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -31,10 +32,11 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
         )
         result = function(rank, world_size, *args)
         dist.barrier()
-        pipe.send(("ok", result))
+        # Plain pickle: a pipe's own pickler would share a tensor's memory, which is gone when this rank exits.
+        pipe.send_bytes(pickle.dumps(("ok", result)))
         status = 0
     except BaseException:
-        pipe.send(("error", traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
     finally:
         pipe.close()
         sys.stdout.flush()
@@ -80,7 +82,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                kind, value = pipe.recv()
+                kind, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a word") from None
             if kind == "error":

@@ -5,6 +5,9 @@ from typing import Any, Protocol
 
 from megatron_fipo.data.problem import Problem
 
+NO_ANSWER = "[INVALID]"
+"""`Score.answer` of a response from which no answer could be extracted; it has no vote in cons@k."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -17,6 +20,6 @@ class Score:
 
 
 class Scorer(Protocol):
-    """A pure function of the response; it must not raise on any text."""
+    """A pure function of the response (decoded without special tokens); it must not raise on any text."""
 
     def __call__(self, response_text: str, problem: Problem, finish_reason: str) -> Score: ...

@@ -44,7 +44,7 @@ class Generation:
 
 
 class RolloutEngine(Protocol):
-    """The methods of an engine. Weights arrive between `begin_weight_update` and `finish_weight_update`, in Hugging Face names."""
+    """An engine. Weights arrive in Hugging Face names, between `begin_weight_update` and `finish_weight_update`."""
 
     def ready(self) -> None:
         """Return once the model is loaded; raises `UserError` when it can't be."""

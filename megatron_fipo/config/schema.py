@@ -1,10 +1,12 @@
 """Every setting of a run, with its meaning beside it.
 
-The dataclasses below are the documentation: one section per room, each field followed by what it means. YAML files and
-`key=value` overrides are checked against them (`load_config`), and impossible combinations are refused before anything
-starts (`validate`). Field names of parallel settings are Megatron-Core's own.
+The dataclasses below are the documentation: one section per room, each field followed by what it means. Field names of
+parallel settings are Megatron-Core's own. `megatron-fipo config` prints all of it.
+
+`"???"` marks a value that the user must give. Paths are relative to the current directory, not to the YAML file.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -16,6 +18,8 @@ def _choice(default: str, *others: str) -> Any:
 
 @dataclass
 class ModelConfig:
+    """The model that is trained."""
+
     path: str = "???"
     """Folder in Hugging Face format: config.json, safetensors, tokenizer. Training starts from these weights."""
     dtype: str = _choice("bfloat16", "float32")
@@ -56,9 +60,18 @@ class ParallelConfig:
             * self.data_parallel_size
         )
 
+    @property
+    def length_multiple(self) -> int:
+        """Each sequence is padded to a multiple of this, so that it splits into 2 × cp chunks and over sequence-parallel ranks."""
+        chunks = 2 if self.context_parallel_size > 1 else 1
+        shards = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return self.context_parallel_size * math.lcm(chunks, shards)
+
 
 @dataclass
 class HeadConfig:
+    """The output layer, which turns hidden states of response tokens into log-probs and entropy."""
+
     chunk_size: int = 1024
     """Response rows whose logits exist at one time."""
     logits_memory_mb: int = 0
@@ -97,6 +110,8 @@ class ObjectiveSettings:
 
 @dataclass
 class BatchConfig:
+    """How much is trained on per iteration, per optimizer step and at one time."""
+
     prompts_per_iteration: int = 512
     """Groups trained on per iteration, after dynamic sampling."""
     responses_per_prompt: int = 16
@@ -109,6 +124,8 @@ class BatchConfig:
 
 @dataclass
 class OptimizerSettings:
+    """AdamW, with Megatron-Core's distributed optimizer."""
+
     lr: float = 1e-6
     """Constant learning rate after the warm-up (AdamW)."""
     warmup_iterations: int = 10
@@ -129,6 +146,8 @@ class OptimizerSettings:
 
 @dataclass
 class RolloutConfig:
+    """Sampling of responses, and dynamic sampling of groups."""
+
     engine: str = _choice("local", "vllm")
     """`local` generates with transformers, `vllm` with vLLM."""
     num_engines: int = 1
@@ -157,6 +176,8 @@ class RolloutConfig:
 
 @dataclass
 class DataConfig:
+    """Problems to train on and held-out problems."""
+
     source: str = _choice("parquet", "jsonl", "countdown")
     """`parquet` and `jsonl` read rows of prompt, reward_model.ground_truth, data_source; `countdown` generates problems."""
     train_path: Optional[str] = None
@@ -173,6 +194,8 @@ class DataConfig:
 
 @dataclass
 class RewardConfig:
+    """How a response is scored."""
+
     name: str = _choice("dapo_math", "countdown")
     """The scorer."""
     overlong_buffer: int = 4096
@@ -183,6 +206,8 @@ class RewardConfig:
 
 @dataclass
 class EvaluationConfig:
+    """Measurements on the held-out problems. The response limit is `rollout.max_response_length`."""
+
     every: int = 5
     """Iterations between evaluations; 0 for none. The last iteration is always evaluated."""
     samples_per_problem: int = 32
@@ -197,6 +222,8 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
+    """Where metrics go besides the console and the run directory."""
+
     wandb: str = _choice("offline", "online", "off")
     """Weights & Biases mode."""
     wandb_project: str = "megatron-fipo"
@@ -207,6 +234,8 @@ class TrackingConfig:
 
 @dataclass
 class Config:
+    """Reinforcement learning: `megatron-fipo train`."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -228,3 +257,50 @@ class Config:
     """Of data order, sampling and initialisation."""
     ray_address: Optional[str] = None
     """Address of a running Ray cluster; null starts one on this machine."""
+
+
+@dataclass
+class SftDataConfig:
+    """Traces to imitate."""
+
+    source: str = _choice("countdown")
+    """`countdown` generates problems with search traces."""
+    train_size: int = 8000
+    """Problems to write traces for. The held-out problems of the same source are never among them."""
+
+
+@dataclass
+class SftOptimizerSettings:
+    """AdamW for supervised training."""
+
+    lr: float = 3e-3
+    """Learning rate after the warm-up (AdamW); it falls along a half cosine to lr / 10 at the last step."""
+    warmup_steps: int = 50
+    """Steps over which the rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, not applied to norms and biases."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 for none."""
+
+
+@dataclass
+class SftConfig:
+    """Supervised training from random weights: how the base model of a small task is made."""
+
+    model_config_path: str = "???"
+    """Folder with config.json and tokenizer in Hugging Face format. It needs no weights: they start random, from `seed`."""
+    output_dir: str = "???"
+    """Where the trained model goes, in Hugging Face format."""
+    dtype: str = _choice("float32", "bfloat16")
+    """Dtype of parameters and activations."""
+    layer_spec: str = _choice("auto", "portable", "transformer_engine")
+    """Which modules build a layer, as in `train`."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    optimizer: SftOptimizerSettings = field(default_factory=SftOptimizerSettings)
+    steps: int = 1000
+    """Optimizer steps."""
+    tokens_per_step: int = 3000
+    """Tokens of whole traces per optimizer step, over all ranks."""
+    seed: int = 1
+    """Of initialisation, data and order."""

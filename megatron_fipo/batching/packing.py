@@ -1,0 +1,112 @@
+"""Which sequences share a micro-batch, and which data-parallel rank runs it. Host arithmetic only."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Packing = list[list[list[int]]]
+"""[data-parallel rank][micro-batch][indices into the sequences]."""
+
+ATTENTION_CROSSOVER = 49152.0
+"""Tokens at which causal attention costs as much as all matrices of a layer: about 12 x hidden size (here 4,096)."""
+
+
+def padded_lengths(lengths: Sequence[int] | np.ndarray, length_multiple: int) -> np.ndarray:
+    """`lengths` rounded up to `length_multiple`, int64."""
+    return -(-np.asarray(lengths, dtype=np.int64) // length_multiple) * length_multiple
+
+
+def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CROSSOVER) -> np.ndarray:
+    """Work of each sequence in units of one token through the matrices: L + L^2 / crossover.
+
+    The matrices of a layer take about 24 H^2 floating point operations per token and causal attention 2 L H, so both are
+    equal at L = 12 H.
+    """
+    lengths = np.asarray(lengths, dtype=np.float64)
+    return lengths + lengths**2 / attention_crossover
+
+
+def minimum_micro_batches(pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None) -> int:
+    """Fewest micro-batches per rank that Megatron's schedule accepts: interleaving passes them round in groups of all stages."""
+    return pipeline_model_parallel_size if virtual_pipeline_model_parallel_size else 1
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    *,
+    data_parallel_size: int,
+    token_budget: int,
+    length_multiple: int,
+    minimum_per_rank: int = 1,
+    attention_crossover: float = ATTENTION_CROSSOVER,
+) -> Packing:
+    """Packs sequences into micro-batches of at most `token_budget` padded tokens, the same number on every rank.
+
+    The number is the smallest, from `minimum_per_rank` on, for which best-fit decreasing (or the balanced greedy below) fits.
+    Within it, sequences go costliest first to the cheapest micro-batch with room, and micro-batches costliest first to the cheapest rank, so work is
+    even over micro-batches and over ranks. A micro-batch is empty only if there are fewer sequences than micro-batches.
+    The same lengths always give the same packing; on each rank the costliest micro-batch comes first.
+
+    `minimum_per_rank` is for interleaved pipelines, which need as many micro-batches as stages (see `minimum_micro_batches`).
+    `token_budget` counts a whole micro-batch, over all of its context-parallel ranks.
+    Raises ValueError for a sequence that does not fit the budget.
+    """
+    if data_parallel_size < 1 or token_budget < 1 or length_multiple < 1:
+        raise ValueError(
+            f"data_parallel_size ({data_parallel_size}), token_budget ({token_budget}) and length_multiple "
+            f"({length_multiple}) must be positive"
+        )
+    tokens = padded_lengths(lengths, length_multiple)
+    if (tokens > token_budget).any():
+        index = int(tokens.argmax())
+        raise ValueError(
+            f"sequence {index} has {lengths[index]} tokens, {tokens[index]} after padding to a multiple of {length_multiple}, "
+            f"but a micro-batch holds {token_budget}; raise batch.max_tokens_per_micro_batch or shorten the responses"
+        )
+    costs = sequence_cost(tokens, attention_crossover)
+    order = np.argsort(-tokens, kind="stable")
+    per_rank = max(minimum_per_rank, -(-int(tokens.sum()) // (token_budget * data_parallel_size)))
+    while (bins := _fill(order, tokens, costs, per_rank * data_parallel_size, token_budget)) is None:
+        per_rank += 1
+    return _spread(bins, costs, data_parallel_size)
+
+
+def _fill(order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, count: int, budget: int) -> list[list[int]] | None:
+    """Fills `count` micro-batches: balanced if that fits, else tightly, else None."""
+    for balanced in (True, False):
+        bins: list[list[int]] = [[] for _ in range(count)]
+        used, load = np.zeros(count, dtype=np.int64), np.zeros(count)
+        for index in order:
+            room = used + tokens[index] <= budget
+            if not room.any():
+                break
+            best = int(np.where(room, load if balanced else budget - used, np.inf).argmin())
+            bins[best].append(int(index))
+            used[best] += tokens[index]
+            load[best] += costs[index]
+        else:
+            return _occupy_empty(bins)
+    return None
+
+
+def _occupy_empty(bins: list[list[int]]) -> list[list[int]]:
+    """Gives every empty micro-batch the shortest sequence of the fullest one that can spare it."""
+    for target in bins:
+        if not target:
+            donor = max(bins, key=len)
+            if len(donor) > 1:
+                target.append(donor.pop())
+    return bins
+
+
+def _spread(bins: list[list[int]], costs: np.ndarray, ranks: int) -> Packing:
+    """Deals micro-batches to ranks, costliest first, each to the cheapest rank that still lacks one."""
+    per_rank = len(bins) // ranks
+    totals = [float(costs[members].sum()) if members else 0.0 for members in bins]
+    packing: Packing = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for index in sorted(range(len(bins)), key=lambda i: (-totals[i], i)):
+        rank = min((r for r in range(ranks) if len(packing[r]) < per_rank), key=lambda r: (load[r], r))
+        packing[rank].append(sorted(bins[index]))
+        load[rank] += totals[index]
+    return packing

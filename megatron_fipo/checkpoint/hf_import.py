@@ -1,0 +1,49 @@
+"""Hugging Face weights into Megatron-Core model chunks, under any tensor and pipeline split."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_fipo.checkpoint.mapping import ModelMap, map_model, shard
+from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
+from megatron_fipo.errors import UserError
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Tensors that some exporters store though they follow from the config."""
+
+
+@torch.no_grad()
+def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> None:
+    """Fill every parameter of this rank's chunks from a folder of safetensors, cast to the parameter's dtype.
+
+    Each rank reads only its own slices, one parameter at a time; no communication. Values of the same dtype arrive bit for bit.
+    UserError that lists missing and unexpected tensors, or names a tensor of the wrong shape; parameters are untouched then.
+    """
+    model = map_model(model_chunks)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    with SafetensorsFolder(folder) as source:
+        _check(model, source)
+        for weight, parameter in model.local():
+            values = shard(weight, [source.slice(name) for name in weight.names], model.architecture, rank, size)
+            if values.shape != parameter.shape:
+                raise ValueError(f"{weight.megatron} has shape {tuple(parameter.shape)}, its shard {tuple(values.shape)}")
+            parameter.copy_(values)
+
+
+def _check(model: ModelMap, source: SafetensorsFolder) -> None:
+    """UserError unless the folder holds exactly the model's tensors, in the model's shapes."""
+    expected = {name: shape for weight in model.weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    found = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
+    if model.architecture.share_embeddings_and_output_weights:
+        found.discard("lm_head.weight")
+    missing, unexpected = expected.keys() - found, found - expected.keys()
+    if missing or unexpected:
+        parts = [f"lacks {listing(missing)}"] if missing else []
+        parts += [f"holds {listing(unexpected)} that its config.json does not ask for"] if unexpected else []
+        raise UserError(f"model folder {source.folder} {' and '.join(parts)}")
+    for name, shape in expected.items():
+        stored = tuple(source.slice(name).get_shape())
+        if stored != shape:
+            raise UserError(f"{name} in {source.folder} has shape {list(stored)}; config.json asks for {list(shape)}")

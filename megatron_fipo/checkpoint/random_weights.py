@@ -1,0 +1,40 @@
+"""A model that was never trained, as an ordinary Hugging Face folder: how training from nothing starts."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.checkpoint.hf_writer import HFWriter
+from megatron_fipo.model.families import find_family, read_hf_config
+
+
+def random_hf_weight(name: str, shape: tuple[int, ...], initializer_range: float, seed: int) -> torch.Tensor:
+    """One float32 tensor: ones for norms, zeros for biases, else normal with the given standard deviation.
+
+    It depends on its name, shape and the seed alone, so no parallel layout and no order of creation changes it.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.empty(shape).normal_(0.0, initializer_range, generator=generator)
+
+
+def write_random_model(source: str | Path, target: str | Path, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model that `source/config.json` describes to `target`, with random weights; tokenizer and the like are copied.
+
+    One process, no Megatron groups needed. UserError as for `save_hf`, and for an unknown architecture.
+    """
+    hf_config: dict[str, Any] = read_hf_config(source)
+    family = find_family(hf_config)
+    architecture = family.translate(hf_config)
+    shapes = {
+        name: shape for weight in family.weights(architecture) for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
+    writer = HFWriter(Path(source), Path(target), shapes, dtype)
+    for name, shape in shapes.items():
+        writer.add(name, random_hf_weight(name, shape, architecture.initializer_range, seed))
+    writer.finish()

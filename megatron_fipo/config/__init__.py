@@ -1,0 +1,49 @@
+"""Settings: the schema, reading YAML and overrides into it, and refusing what cannot work.
+
+Imports of heavy packages happen inside functions, so that the command line starts fast.
+"""
+
+from megatron_fipo.config.load import differences, load_config, save_config
+from megatron_fipo.config.schema import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    HeadConfig,
+    ModelConfig,
+    ObjectiveSettings,
+    OptimizerSettings,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    SftConfig,
+    SftDataConfig,
+    SftOptimizerSettings,
+    TrackingConfig,
+)
+from megatron_fipo.config.validate import Machine, validate, validate_evaluation, validate_sft
+
+__all__ = [
+    "BatchConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "HeadConfig",
+    "Machine",
+    "ModelConfig",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SftConfig",
+    "SftDataConfig",
+    "SftOptimizerSettings",
+    "TrackingConfig",
+    "differences",
+    "load_config",
+    "save_config",
+    "validate",
+    "validate_evaluation",
+    "validate_sft",
+]

@@ -1,0 +1,50 @@
+"""The schema as a commented YAML file: every setting with its meaning and default, taken from the schema's own source."""
+
+import ast
+import inspect
+import textwrap
+from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+
+def describe(schema: type, indent: int = 0) -> str:
+    """YAML of the defaults with the docstrings as comments; `load_config` reads it back once the `???` are filled in."""
+    blocks = []
+    docs = field_docs(schema)
+    for item in fields(schema):
+        if is_dataclass(item.type):
+            comment = inspect.cleandoc(item.type.__doc__ or "")
+            blocks.append(f"{_comment(comment)}\n{item.name}:\n{describe(item.type, 2)}")  # type: ignore[arg-type]
+            continue
+        comment = docs[item.name]
+        if "choices" in item.metadata:
+            comment += f"\nOne of: {', '.join(item.metadata['choices'])}."
+        blocks.append(f"{_comment(comment)}\n{item.name}: {_yaml(_default(item))}")
+    return textwrap.indent("\n".join(blocks), " " * indent)
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The string below each field of a dataclass; fields without one are absent."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            docs[statement.target.id] = inspect.cleandoc(str(following.value.value))  # type: ignore[union-attr]
+    return docs
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, float):
+        return str(value) if "e" not in str(value) else f"{value:.1e}"
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def _comment(text: str) -> str:
+    return "\n".join(f"# {line}" for line in text.splitlines())

@@ -1,0 +1,173 @@
+"""YAML and `key=value` overrides into the dataclasses of `schema`, with errors that name the key and where it came from."""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from megatron_fipo.config.schema import Config
+from megatron_fipo.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+@overload
+def load_config(path: str | Path | None, overrides: list[str]) -> Config: ...
+@overload
+def load_config(path: str | Path | None, overrides: list[str], schema: type[Schema]) -> Schema: ...
+def load_config(path: str | Path | None, overrides: list[str], schema: type = Config) -> Any:
+    """Read a YAML file (None for none), then apply overrides such as `optimizer.lr=1e-5`, the last one winning.
+
+    Values are YAML: `objective.influence_clip=[0.8,1.2]`, `objective.influence_clip=null`, `objective.half_life=.inf`.
+    Returns a plain `schema` instance. Raises UserError on a file that is no YAML mapping, an unknown key (with the nearest
+    valid one), a value of the wrong type or outside its choices, and required values that nobody gave.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged: Any = OmegaConf.structured(schema)
+    sources = [] if path is None else [(str(path), _read_yaml(Path(path)))]
+    sources += [(f"override '{override}'", _read_override(override)) for override in overrides]
+    for source, values in sources:
+        _refuse_unknown_keys(values, schema, source)
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error, source)) from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise UserError(f"{path or 'the configuration'}: no value for {', '.join(missing)}; give it there or as key=value")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, str(path or "overrides"))) from None
+    for key, value, choices in _choice_fields(config):
+        if value not in choices:
+            raise UserError(f"{key} is '{value}', but has to be one of: {', '.join(choices)}{_suggestion(value, choices)}")
+    return config
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write every value, defaults included, as YAML that `load_config` reads back equal. The file is complete or absent.
+
+    Raises UserError where the file cannot be written (disk full, no permission).
+    """
+    from omegaconf import OmegaConf
+
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """Dotted keys whose values differ between two configurations of the same schema, in schema order."""
+    if type(a) is not type(b):
+        raise ValueError(f"cannot compare {type(a).__name__} with {type(b).__name__}")
+    left, right = dict(leaves(a)), dict(leaves(b))
+    return [key for key, value in left.items() if value != right[key]]
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting of an instance, or (dotted key, type) of every setting of a schema class."""
+    for item in fields(config):
+        key = f"{prefix}{item.name}"
+        value = item.type if isinstance(config, type) else getattr(config, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _read_yaml(path: Path) -> dict:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no configuration file {path}; ready-made ones are in examples/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, DictConfig):
+        raise UserError(f"{path} has to be a mapping of sections such as 'model:' and 'objective:', not a list or a single value")
+    return OmegaConf.to_container(values, resolve=False)  # type: ignore[return-value]
+
+
+def _read_override(override: str) -> dict:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, equals, _ = override.partition("=")
+    if not equals or not key or not all(part.isidentifier() for part in key.split(".")):
+        raise UserError(f"override '{override}' has to look like section.key=value, for example optimizer.lr=1e-5")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)  # type: ignore[return-value]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
+
+
+def _refuse_unknown_keys(values: dict, schema: Any, source: str, root: Any = None, prefix: str = "") -> None:
+    root = root or schema
+    types: dict[str, Any] = {item.name: item.type for item in fields(schema)}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            raise UserError(f"{source}: unknown key '{key}'{_nearest_key(key, root, types, prefix)}")
+        if not is_dataclass(types[name]):
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: '{key}' is a section and has to hold keys such as {key}.{fields(types[name])[0].name}")
+        _refuse_unknown_keys(value, types[name], source, root, f"{key}.")
+
+
+def _nearest_key(key: str, root: Any, siblings: Any, prefix: str) -> str:
+    keys = [name for name, _ in leaves(root)] + [item.name for item in fields(root)]
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf]
+    nearest = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    if not nearest:
+        by_leaf = {name.rpartition(".")[2]: name for name in keys}
+        nearest = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    if nearest:
+        return f"; did you mean '{nearest[0]}'?"
+    return f"; keys here are: {', '.join(prefix + name for name in siblings)}"
+
+
+def _suggestion(value: str, choices: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(value, choices, n=1)
+    return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+
+
+def _choice_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from _choice_fields(value, f"{prefix}{item.name}.")
+        elif "choices" in item.metadata:
+            yield f"{prefix}{item.name}", value, item.metadata["choices"]
+
+
+def _explain(error: Any, source: str) -> str:
+    """OmegaConf's message is its first line; the lines after it repeat the key and internals."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    return f"{source}: {error.full_key}: {reason}" if getattr(error, "full_key", None) else f"{source}: {reason}"

@@ -1,0 +1,234 @@
+"""Refuse combinations that cannot work, before anything starts. Pure: facts about model and machine are arguments."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_fipo.config.load import leaves
+from megatron_fipo.config.schema import Config, ObjectiveSettings, ParallelConfig, RolloutConfig, SftConfig
+from megatron_fipo.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_fipo.plan.shape import ModelShape
+
+AT_LEAST_ONE = {
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.data_parallel_size",
+    "head.chunk_size",
+    "batch.prompts_per_iteration",
+    "batch.mini_batch_prompts",
+    "batch.max_tokens_per_micro_batch",
+    "rollout.num_engines",
+    "rollout.max_prompt_length",
+    "rollout.max_response_length",
+    "rollout.prompts_per_round",
+    "rollout.max_generation_rounds",
+    "rollout.weight_bucket_mb",
+    "data.train_size",
+    "data.evaluation_size",
+    "evaluation.samples_per_problem",
+    "iterations",
+    "steps",
+    "tokens_per_step",
+}
+AT_LEAST_ZERO = {
+    "head.logits_memory_mb",
+    "objective.kl_coefficient",
+    "objective.entropy_coefficient",
+    "optimizer.warmup_iterations",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "rollout.max_staleness",
+    "rollout.max_retries",
+    "reward.overlong_buffer",
+    "reward.overlong_factor",
+    "evaluation.every",
+    "evaluation.temperature",
+    "save_every",
+    "seed",
+}
+ABOVE_ZERO = {
+    "objective.half_life",
+    "objective.safety_threshold",
+    "objective.clip_high",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "rollout.temperature",
+    "rollout.timeout_s",
+}
+SHARES = {"rollout.top_p", "evaluation.top_p"}
+"""Above 0 and at most 1."""
+BELOW_ONE = {"objective.clip_low", "optimizer.adam_beta1", "optimizer.adam_beta2"}
+"""At least 0 and below 1."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ranks can run on: the GPUs or, where there is none, the CPU cores."""
+
+    cpus: int
+    gpus: int
+
+
+def validate(config: Config, shape: "ModelShape | None" = None, machine: Machine | None = None) -> None:
+    """Check a training configuration; raises UserError naming the first key at fault and the mend.
+
+    Without `shape` the checks against the model are left out, without `machine` those against cores and GPUs.
+    """
+    _check_ranges(config)
+    _check_parallel(config.parallel, shape)
+    if machine is not None:
+        _check_machine(config.parallel, config.model.layer_spec, machine)
+    if config.parallel.overlap_communication and not config.optimizer.distributed:
+        raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
+    _check_batch(config)
+    _check_objective(config.objective)
+    if config.reward.overlong_buffer >= config.rollout.max_response_length:
+        raise UserError(
+            f"reward.overlong_buffer={config.reward.overlong_buffer} has to be below "
+            f"rollout.max_response_length={config.rollout.max_response_length}; 0 turns the penalty off"
+        )
+    _check_data(config, training=True)
+    _check_positions(config.rollout, shape)
+
+
+def validate_evaluation(config: Config, shape: "ModelShape | None" = None) -> None:
+    """Check what measuring a model needs; the settings of training are not looked at. Raises UserError."""
+    _check_ranges(config)
+    _check_data(config, training=False)
+    _check_positions(config.rollout, shape)
+
+
+def validate_sft(config: SftConfig, shape: "ModelShape | None" = None, machine: Machine | None = None) -> None:
+    """Check a supervised configuration; arguments as in `validate`. Raises UserError."""
+    _check_ranges(config)
+    _check_parallel(config.parallel, shape)
+    if machine is not None:
+        _check_machine(config.parallel, config.layer_spec, machine)
+    if config.optimizer.warmup_steps > config.steps:
+        raise UserError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} has to be at most steps={config.steps}")
+
+
+def _check_ranges(config: Any) -> None:
+    rules = (
+        (AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+        (AT_LEAST_ZERO, "at least 0", lambda value: value >= 0),
+        (ABOVE_ZERO, "above 0", lambda value: value > 0),
+        (SHARES, "above 0 and at most 1", lambda value: 0 < value <= 1),
+        (BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
+    )
+    for key, value in leaves(config):
+        for keys, meaning, holds in rules:
+            if key in keys and not holds(value):
+                raise UserError(f"{key} has to be {meaning}, not {value}")
+        if isinstance(value, float) and math.isinf(value) and key != "objective.half_life":
+            raise UserError(f"{key} has to be finite, not {value}")
+
+
+def _check_parallel(parallel: ParallelConfig, shape: "ModelShape | None") -> None:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if parallel.sequence_parallel and tp == 1:
+        raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1")
+    if chunks is not None and (chunks < 2 or pp < 2):
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} has to be null, or at least 2 with "
+            "parallel.pipeline_model_parallel_size at least 2"
+        )
+    if shape is None:
+        return
+    for what, size in (("attention heads", shape.heads), ("key-value groups", shape.kv_heads), ("feed-forward width", shape.ffn)):
+        if size % tp:
+            largest = math.gcd(shape.heads, shape.kv_heads, shape.ffn)
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
+                f"choose a divisor of {largest}"
+            )
+    if shape.layers % (pp * (chunks or 1)):
+        virtual = f" times parallel.virtual_pipeline_model_parallel_size={chunks}" if chunks else ""
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={pp}{virtual} does not divide the model's {shape.layers} layers; "
+            "choose sizes whose product divides them"
+        )
+
+
+def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine) -> None:
+    kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
+    if parallel.world_size > available:
+        raise UserError(
+            f"the parallel sizes need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
+            f"{parallel.data_parallel_size}), but there are {available} {kind}; lower one or join a larger Ray cluster "
+            "(ray_address)"
+        )
+    if layer_spec == "transformer_engine" and not machine.gpus:
+        raise UserError("layer_spec=transformer_engine needs a GPU; use auto or portable here")
+
+
+def _check_batch(config: Config) -> None:
+    batch, rollout, parallel = config.batch, config.rollout, config.parallel
+    if batch.prompts_per_iteration % batch.mini_batch_prompts:
+        raise UserError(
+            f"batch.mini_batch_prompts={batch.mini_batch_prompts} has to divide "
+            f"batch.prompts_per_iteration={batch.prompts_per_iteration}"
+        )
+    if batch.responses_per_prompt < 2:
+        raise UserError("batch.responses_per_prompt has to be at least 2: advantages compare the responses to one prompt")
+    if parallel.data_parallel_size > batch.mini_batch_prompts * batch.responses_per_prompt:
+        raise UserError(
+            f"parallel.data_parallel_size={parallel.data_parallel_size} exceeds the "
+            f"{batch.mini_batch_prompts * batch.responses_per_prompt} responses of a mini-batch; lower it or raise "
+            "batch.mini_batch_prompts"
+        )
+    if rollout.prompts_per_round * rollout.max_generation_rounds < batch.prompts_per_iteration:
+        raise UserError(
+            f"rollout.prompts_per_round={rollout.prompts_per_round} times rollout.max_generation_rounds="
+            f"{rollout.max_generation_rounds} can never give batch.prompts_per_iteration={batch.prompts_per_iteration}; raise one"
+        )
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    padded = -(-longest // parallel.length_multiple) * parallel.length_multiple
+    room = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
+    if padded > room:
+        raise UserError(
+            f"a prompt and response may take {padded} padded tokens, but batch.max_tokens_per_micro_batch="
+            f"{batch.max_tokens_per_micro_batch} x context_parallel_size={parallel.context_parallel_size} holds {room}; raise it "
+            f"to at least {-(-padded // parallel.context_parallel_size)}, or lower rollout.max_response_length"
+        )
+
+
+def _check_objective(objective: ObjectiveSettings) -> None:
+    clip = objective.influence_clip
+    if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1] and math.isfinite(clip[1])):
+        raise UserError(f"objective.influence_clip={clip} has to be two rising numbers, such as [1.0,1.2], or null")
+    if not objective.dual_clip > 1 + objective.clip_high:
+        raise UserError(
+            f"objective.dual_clip={objective.dual_clip} has to be above 1 + objective.clip_high = {1 + objective.clip_high}"
+        )
+    if objective.kl_coefficient and objective.name != "grpo":
+        raise UserError(f"objective.kl_coefficient is for grpo only; set it to 0 with objective.name={objective.name}")
+
+
+def _check_data(config: Config, training: bool) -> None:
+    data, evaluation = config.data, config.evaluation
+    if data.source == "countdown":
+        if config.reward.name != "countdown":
+            raise UserError(f"data.source=countdown needs reward.name=countdown, not {config.reward.name}")
+        return
+    if training and not data.train_path:
+        raise UserError(f"data.source={data.source} needs data.train_path, a file of training rows")
+    if not data.evaluation_path and (not training or evaluation.every or evaluation.before_training):
+        hint = ", or evaluation.every=0 with evaluation.before_training=false" if training else ""
+        raise UserError(f"data.source={data.source} needs data.evaluation_path, a file of held-out rows{hint}")
+
+
+def _check_positions(rollout: RolloutConfig, shape: "ModelShape | None") -> None:
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    if shape is not None and longest > shape.max_positions:
+        raise UserError(
+            f"rollout.max_prompt_length={rollout.max_prompt_length} + max_response_length={rollout.max_response_length} = {longest} "
+            f"tokens exceed the model's max_position_embeddings={shape.max_positions}; shorten them, or raise that number in the "
+            "model's config.json if the model is meant to grow beyond the length it was trained on"
+        )

@@ -1,0 +1,152 @@
+"""Which accelerations are present, and what is lost without each. Facts are gathered once; the rows are a pure function."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Component:
+    """A package that training uses if it is there. `module` is what Python imports, `name` what pip installs."""
+
+    name: str
+    module: str
+    required: bool
+    use: str
+    """What it does here, shown where it is present."""
+    loss: str
+    """What happens without it, shown where it is absent."""
+
+
+COMPONENTS = (
+    Component("torch", "torch", True, "tensors and gradients", "nothing runs"),
+    Component("megatron-core", "megatron.core", True, "model, parallelism, optimizer", "nothing trains"),
+    Component("transformers", "transformers", True, "configs, tokenizers, the local rollout engine", "no model can be read"),
+    Component("ray", "ray", True, "runs trainer ranks and rollout engines", "nothing trains"),
+    Component("omegaconf", "omegaconf", True, "reads configurations", "no configuration can be read"),
+    Component(
+        "transformer-engine",
+        "transformer_engine",
+        False,
+        "fused layers on GPUs",
+        "the portable layers build the model: the same mathematics, slower and with more memory",
+    ),
+    Component(
+        "apex",
+        "apex",
+        False,
+        "fused Adam and gradient accumulation",
+        "nothing where transformer-engine is present; else Adam and gradient accumulation are not fused",
+    ),
+    Component(
+        "vllm", "vllm", False, "fast rollouts", "rollout.engine=vllm cannot be used; `local` is much slower on large models"
+    ),
+    Component("flash-attn", "flash_attn", False, "attention kernels", "transformer-engine attends through cuDNN alone"),
+    Component("triton", "triton", False, "compiled GPU kernels", "torch.compile makes no GPU kernels; plain torch runs instead"),
+    Component("wandb", "wandb", False, "tracking", "tracking.wandb has to be off"),
+    Component("nemo-run", "nemo_run", False, "launching on clusters", "jobs cannot be launched through NeMo-Run"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    python: str
+    versions: dict[str, str | None]
+    """By component name: the version, "unknown version" where it is importable without metadata, or None."""
+    cuda: str | None
+    """The CUDA version that torch was built for."""
+    devices: tuple[str, ...]
+    """Names of the visible CUDA devices."""
+    apex_is_nvidia: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    state: str
+    note: str
+    severity: str
+    """`ok`, `optional` (absent, something is lost) or `missing` (absent, nothing runs)."""
+
+
+def rows(facts: Facts) -> list[Row]:
+    """One row per component, Python and CUDA first."""
+    return [Row("Python", facts.python, "", "ok"), _cuda_row(facts), *(_row(component, facts) for component in COMPONENTS)]
+
+
+def _cuda_row(facts: Facts) -> Row:
+    if facts.devices:
+        names = ", ".join(f"{facts.devices.count(name)} x {name}" for name in dict.fromkeys(facts.devices))
+        return Row("CUDA", facts.cuda or "unknown version", names, "ok")
+    if facts.cuda:
+        note = f"torch was built for CUDA {facts.cuda} but sees no device; training runs on CPU cores, for small models only"
+        return Row("CUDA", "no device", note, "optional")
+    return Row("CUDA", "absent", "training runs on CPU cores, through the same code: for small models only", "optional")
+
+
+def _row(component: Component, facts: Facts) -> Row:
+    version = facts.versions.get(component.name)
+    if component.name == "apex" and version is not None and not facts.apex_is_nvidia:
+        note = f"this is PyPI's apex, a web toolkit, not NVIDIA's: pip uninstall apex. Without NVIDIA's: {component.loss}"
+        return Row("apex", f"{version}, not NVIDIA's", note, "optional")
+    if version is not None:
+        return Row(component.name, version, component.use, "ok")
+    return Row(component.name, "absent", component.loss, "missing" if component.required else "optional")
+
+
+def gather_facts() -> Facts:
+    """Look at this environment. Only torch is imported, to ask for CUDA devices."""
+    cuda, devices = _cuda()
+    return Facts(
+        python=platform.python_version(),
+        versions={component.name: _version(component) for component in COMPONENTS},
+        cuda=cuda,
+        devices=devices,
+        apex_is_nvidia=_is_nvidia_apex(),
+    )
+
+
+def _cuda() -> tuple[str | None, tuple[str, ...]]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None, ()
+    return torch.version.cuda, tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _version(component: Component) -> str | None:
+    try:
+        found = importlib.util.find_spec(component.module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        return None
+    try:
+        return importlib.metadata.version(component.name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _is_nvidia_apex() -> bool:
+    """NVIDIA's apex has `multi_tensor_apply`; the web toolkit of the same name on PyPI has not."""
+    spec = importlib.util.find_spec("apex")
+    return spec is not None and any((Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations or ())
+
+
+def main(console: Console | None = None) -> int:
+    """Print the table; returns 1 if a required package is absent."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "version", "note"):
+        table.add_column(column)
+    style = {"ok": "green", "optional": "yellow", "missing": "bold red"}
+    found = rows(gather_facts())
+    for row in found:
+        table.add_row(row.name, row.state, row.note, style=style[row.severity])
+    (console or Console()).print(table)
+    return int(any(row.severity == "missing" for row in found))

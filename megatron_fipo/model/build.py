@@ -1,0 +1,145 @@
+"""From a Hugging Face folder to Megatron-Core model chunks on this rank. Weights come later, by `load_hf_weights`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.families import find_family, read_hf_config
+from megatron_fipo.model.family import Architecture
+from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
+from megatron_fipo.model.vocab import padded_vocab_size
+
+
+def build_model(
+    folder: Path,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    model_class: type[GPTModel] = GPTModel,
+    **model_kwargs: Any,
+) -> list[GPTModel]:
+    """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them, in pipeline order.
+
+    `folder` needs its config.json only. Parameters have `model.dtype` and random values. Each chunk also carries `family`,
+    `architecture` and `unpadded_vocab_size`. Needs `parallel.initialize` first. With tied embeddings and several pipeline stages
+    it is collective over the embedding group (one all-reduce of the embedding, by Megatron-Core).
+    UserError for an unknown architecture, or one that the parallel sizes do not divide.
+    """
+    hf_config = read_hf_config(folder)
+    family = find_family(hf_config)
+    architecture = family.translate(hf_config)
+    check_split(architecture, parallel)
+    layer_spec = choose_layer_spec(model.layer_spec)
+    config = transformer_config(architecture, model, parallel, layer_spec)
+    virtual_stages = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(virtual_stages) if virtual_stages else [None]:
+        chunk = model_class(
+            config=config,
+            transformer_layer_spec=block_spec(config, layer_spec, vp_stage),
+            vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            vp_stage=vp_stage,
+            **model_kwargs,
+        )
+        chunk.family, chunk.architecture, chunk.unpadded_vocab_size = family, architecture, architecture.vocab_size
+        chunks.append(chunk)
+    return chunks
+
+
+def check_split(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """UserError naming the setting where tensor or pipeline parallelism does not divide the model."""
+    tp = parallel.tensor_model_parallel_size
+    for count, what in (
+        (architecture.num_attention_heads, "attention heads"),
+        (architecture.num_query_groups, "key-value heads"),
+        (architecture.ffn_hidden_size, "feed-forward columns"),
+    ):
+        if count % tp:
+            raise UserError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
+    virtual_stages = parallel.virtual_pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * (virtual_stages or 1)
+    if architecture.num_layers % stages:
+        raise UserError(
+            f"the model's {architecture.num_layers} layers do not divide over {stages} pipeline stages; change "
+            "parallel.pipeline_model_parallel_size or parallel.virtual_pipeline_model_parallel_size"
+        )
+    if virtual_stages and parallel.pipeline_model_parallel_size == 1:
+        raise UserError("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1")
+
+
+def transformer_config(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, layer_spec: str
+) -> TransformerConfig:
+    """Megatron-Core's config: the architecture, the split, and what packed per-token training needs."""
+    dtype = getattr(torch, model.dtype)
+    on_cpu = not torch.cuda.is_available()
+    fused = layer_spec == TRANSFORMER_ENGINE
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        qk_layernorm=architecture.qk_layernorm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.add_qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # The values are overwritten by `load_hf_weights`, but initialising is also what marks the parameters that
+        # tensor-parallel ranks split; without the marks the gradient norm counts only rank 0's shards.
+        perform_initialization=True,
+        use_cpu_initialization=on_cpu,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type="p2p",
+        calculate_per_token_loss=True,
+        **_pipeline_settings(parallel, on_cpu),
+        **_recompute_settings(model.recompute),
+    )
+
+
+def _pipeline_settings(parallel: ParallelConfig, on_cpu: bool) -> dict[str, Any]:
+    """Megatron's interleaved schedule with packs of varying length is sound only with overlapped, unbatched point-to-point sends.
+
+    Freeing outputs once they are sent would corrupt them under gloo, which still reads the tensor while the send is in flight.
+    """
+    virtual_stages = parallel.virtual_pipeline_model_parallel_size
+    return {
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_stages,
+        "overlap_p2p_comm": virtual_stages is not None,
+        "batch_p2p_comm": virtual_stages is None,
+        "deallocate_pipeline_outputs": not on_cpu,
+        "variable_seq_lengths": True,
+        # Refused otherwise together with variable_seq_lengths, even in a model without experts.
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _recompute_settings(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective" if recompute == "selective" else None}

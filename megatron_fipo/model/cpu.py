@@ -1,0 +1,284 @@
+"""The CPU platform: what lets Megatron-Core, which names CUDA throughout, run on CPU tensors over gloo.
+
+Megatron-Core's algorithms (tensor, pipeline and context parallelism, its optimizers, its checkpoints) need no CUDA; only
+device names, a few type-name comparisons and imports stand in the way. `install` removes exactly these:
+
+1. Every `megatron.core` module sees, as its global `torch`, a stand-in that answers for CUDA with the CPU: factory functions
+   turn a CUDA device into the CPU one, and `torch.cuda` has inert streams and the CPU's random state. The real `torch` is left
+   as it is for everybody else. An import hook does this, so modules imported late are covered.
+2. `Tensor.cuda()` is the identity. It would raise on a build without CUDA.
+3. `Tensor.type()`, called by `megatron.core.optimizer`, says `torch.cuda.FloatTensor`, which that code compares with.
+4. The tensor-parallel random tracker keeps the CPU generator's state.
+5. The optimizer is given a `FusedAdam` look-alike, since the distributed optimizer cannot load its state into torch's AdamW.
+6. `torch.compile` is the identity while a Megatron module is being imported (import time and memory; no compiler needed).
+7. The one module that imports Triton unconditionally (Megatron-Core 0.18 and later, experts only) is replaced by a stub.
+
+On a machine with CUDA `install` does nothing at all.
+"""
+
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.optim.adam import adam
+
+ROOT = "megatron.core"
+CPU = torch.device("cpu")
+TRITON_MODULE = f"{ROOT}.transformer.moe.ops.paged_stash"
+
+FACTORIES = (
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "empty_strided", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "randperm"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+)
+
+
+def install() -> None:
+    """Make the first import of `megatron.core` a CPU one. Call before that import; calling again is harmless.
+
+    Does nothing where CUDA is available. RuntimeError if `megatron.core` is already imported without the platform, or if this
+    Megatron-Core no longer has something that the platform replaces.
+    """
+    if torch.cuda.is_available() or is_installed():
+        return
+    if ROOT in sys.modules:
+        raise RuntimeError("megatron.core is already imported without the CPU platform; import megatron_fipo.model before it")
+    _require_modules(PATCHES)
+    torch.Tensor.cuda = _identity_cuda  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _tensor_type  # type: ignore[method-assign, assignment]
+    sys.meta_path.insert(0, _MegatronFinder())
+
+
+def is_installed() -> bool:
+    """Whether this process's Megatron-Core runs on the CPU platform."""
+    return any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path)
+
+
+# --- the import hook ---------------------------------------------------------------------------------------------------------
+
+
+class _MegatronFinder(MetaPathFinder):
+    """Finds `megatron.core` modules as usual, and patches each right after its body has run."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != ROOT and not fullname.startswith(f"{ROOT}."):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        if fullname == TRITON_MODULE and importlib.util.find_spec("triton") is None:
+            return ModuleSpec(fullname, _StubLoader())
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            with mock.patch.object(torch, "compile", _identity_compile), warnings.catch_warnings():
+                # A dozen times: that Transformer Engine and Apex are not installed. Without CUDA they could not be.
+                warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
+                execute(module)
+            if module.__dict__.get("torch") is torch:
+                module.__dict__["torch"] = _TORCH
+            PATCHES.get(fullname, _no_patch)(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class _StubLoader(Loader):
+    """A module that has every name, each a function that raises when called."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        def __getattr__(name: str) -> Callable[..., Any]:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+            def unavailable(*args: Any, **kwargs: Any) -> Any:
+                raise RuntimeError(f"{module.__name__}.{name} needs Triton, which is not installed")
+
+            return unavailable
+
+        module.__dict__["__getattr__"] = __getattr__
+
+
+def _identity_compile(function: Any = None, **_: Any) -> Any:
+    """`torch.compile` that compiles nothing, with and without arguments."""
+    return function if function is not None else lambda wrapped: wrapped
+
+
+# --- torch as Megatron-Core sees it ------------------------------------------------------------------------------------------
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def create(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _Stream:
+    """A CUDA stream or event without a device: everything is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Delegate(ModuleType):
+    """A module that answers with `overrides` first and with the module `behind` it for the rest."""
+
+    def __init__(self, behind: ModuleType, overrides: dict[str, Any]) -> None:
+        super().__init__(behind.__name__)
+        self.__dict__["_behind"] = behind
+        self.__dict__.update(overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_behind"], name)
+
+
+_CUDA = _Delegate(
+    torch.cuda,
+    {
+        "current_device": lambda: CPU,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda device=None: _Stream(),
+        "default_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: nullcontext(),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+    },
+)
+_TORCH = _Delegate(torch, {"cuda": _CUDA, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}})
+
+
+def _identity_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self
+
+
+_original_type = torch.Tensor.type
+
+
+def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    answer = _original_type(self, *args, **kwargs)
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    if isinstance(answer, str) and caller.startswith(f"{ROOT}.optimizer"):
+        return answer.replace("torch.", "torch.cuda.", 1)
+    return answer
+
+
+# --- patches of single modules -----------------------------------------------------------------------------------------------
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of NVIDIA's FusedAdam: `step` is an int in the parameter group, not a tensor per parameter.
+
+    The arithmetic is torch's own `adam`, so updates equal `torch.optim.AdamW` (or `Adam` with `adam_w_mode=False`) bit for bit.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            adam(
+                params,
+                [param.grad for param in params],
+                [self.state[param]["exp_avg"] for param in params],
+                [self.state[param]["exp_avg_sq"] for param in params],
+                max_exp_avg_sqs=[],
+                state_steps=[torch.tensor(float(group["step"] - 1)) for _ in params],
+                decoupled_weight_decay=self.adam_w_mode,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _require_modules(names: Iterable[str]) -> None:
+    """RuntimeError if a module to patch is not in the installed Megatron-Core (looked up on disk, nothing is imported)."""
+    namespace = importlib.util.find_spec("megatron")
+    roots = [Path(place) for place in (namespace.submodule_search_locations or [])] if namespace else []
+    for name in names:
+        inside = Path(*name.split(".")[1:])
+        if not any((root / inside).with_suffix(".py").is_file() or (root / inside / "__init__.py").is_file() for root in roots):
+            raise RuntimeError(f"the CPU platform patches {name}, which the installed megatron-core does not have")
+
+
+def _replace(module: ModuleType, **names: Any) -> None:
+    for name, value in names.items():
+        if not hasattr(module, name):
+            raise RuntimeError(f"the CPU platform replaces {module.__name__}.{name}, which this megatron-core does not have")
+        setattr(module, name, value)
+
+
+def _patch_random(module: ModuleType) -> None:
+    _replace(
+        module,
+        _get_cuda_rng_state=lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+    )
+    # The tracker warns whenever the CPU generator moved while the "CUDA" one was in use; here they are the same one.
+    logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    f"{ROOT}.tensor_parallel.random": _patch_random,
+    f"{ROOT}.optimizer": lambda module: _replace(module, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
+    f"{ROOT}.optimizer.distrib_optimizer": lambda module: _replace(
+        module, Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True
+    ),
+}
+
+
+def _no_patch(module: ModuleType) -> None: ...

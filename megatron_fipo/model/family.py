@@ -1,0 +1,123 @@
+"""What a model family is: a translation of its Hugging Face config, and a table of its weights.
+
+A family is data. Its file (see `qwen2.py`) holds one function from `config.json` to `Architecture` and one tuple of `Rule`s;
+`families.py` registers it under the names that Hugging Face puts into `architectures`. Building the model and converting
+weights in both directions need nothing else.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from typing import Any
+
+
+class Layout(StrEnum):
+    """How the Hugging Face parts of a weight lie in Megatron's parameter, and how tensor parallelism cuts it."""
+
+    REPLICATED = "replicated"
+    """One part, the same on every rank."""
+    COLUMN = "column"
+    """One part, cut along dimension 0 (output features)."""
+    ROW = "row"
+    """One part, cut along dimension 1 (input features)."""
+    VOCABULARY = "vocabulary"
+    """One part, padded with zero rows to a multiple, then cut along dimension 0."""
+    GATE_UP = "gate_up"
+    """Two parts of equal shape; a rank holds its piece of the first above its piece of the second."""
+    QKV = "qkv"
+    """Three parts; rows are ordered by key-value group, each [its query heads | its key head | its value head]."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers that shape a dense decoder, under Megatron-Core's names. `vocab_size` is Hugging Face's, not padded."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    share_embeddings_and_output_weights: bool
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    initializer_range: float = 0.02
+
+    def size(self, dimension: str) -> int:
+        """Length of a named dimension of a Hugging Face weight; the names are those that `Part.dimensions` uses."""
+        return {
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "query": self.num_attention_heads * self.kv_channels,
+            "key": self.num_query_groups * self.kv_channels,
+            "head": self.kv_channels,
+            "vocab": self.vocab_size,
+        }[dimension]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face tensor: its name, with `{layer}` for the layer's index from 0, and its named dimensions."""
+
+    name: str
+    dimensions: tuple[str, ...]
+
+    def shape(self, architecture: Architecture) -> tuple[int, ...]:
+        return tuple(architecture.size(dimension) for dimension in self.dimensions)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter and the Hugging Face tensors it is made of.
+
+    `megatron` is the name in the whole model (`{layer}` counts over all pipeline stages), in the form that both layer specs
+    share: norms under the linear layer that follows them, as Transformer Engine has them.
+    """
+
+    megatron: str
+    layout: Layout
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A rule applied to one layer (or to the model's ends): concrete names and shapes."""
+
+    megatron: str
+    layout: Layout
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    architectures: tuple[str, ...]
+    """Names in the `architectures` field of config.json that this family reads."""
+    translate: Callable[[dict[str, Any]], Architecture]
+    """From the parsed config.json; UserError for a variant that the family does not cover."""
+    rules: tuple[Rule, ...]
+
+    def weights(self, architecture: Architecture) -> Iterator[Weight]:
+        """All weights of the model as Hugging Face stores it, layer after layer; no `lm_head` where embeddings are tied."""
+        for layered, group in groupby(self.rules, key=lambda rule: "{layer}" in rule.megatron):
+            rules = list(group)
+            for layer in range(architecture.num_layers if layered else 1):
+                for rule in rules:
+                    if rule.megatron == OUTPUT_WEIGHT and architecture.share_embeddings_and_output_weights:
+                        continue
+                    yield Weight(
+                        rule.megatron.format(layer=layer),
+                        rule.layout,
+                        tuple(part.name.format(layer=layer) for part in rule.parts),
+                        tuple(part.shape(architecture) for part in rule.parts),
+                    )
+
+
+EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
+OUTPUT_WEIGHT = "output_layer.weight"

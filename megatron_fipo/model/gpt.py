@@ -1,0 +1,53 @@
+"""Megatron-Core's GPTModel whose last stage answers with log-probs of the response instead of logits."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_fipo.model import mcore
+from megatron_fipo.model.head import HeadRequest, response_log_probs
+
+
+class LogProbGPTModel(GPTModel):
+    """GPTModel for Megatron-Core 0.16 and 0.17, which have no hook behind the final norm.
+
+    `forward` hands `labels` to `_postprocess` untouched, so a `HeadRequest` travels there in its place. From 0.18 the public
+    `output_processor` argument does the same and this class adds nothing.
+    """
+
+    def _postprocess(self, hidden_states, labels=None, **kwargs):
+        if not isinstance(labels, HeadRequest):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return _apply_head(hidden_states, weight, labels, self.config.sequence_parallel, self.pg_collection.tp)
+
+
+def _apply_head(hidden_states, weight, request: HeadRequest, sequence_parallel: bool, group):
+    return response_log_probs(hidden_states, weight, request, group, sequence_parallel)
+
+
+def _output_processor(
+    hidden_states, output_layer, output_weight, output_processor_context, config, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = output_layer.weight if output_weight is None else output_weight
+    return _apply_head(hidden_states, weight, output_processor_context, config.sequence_parallel, output_layer.tp_group)
+
+
+def forward_log_probs(
+    model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, packed: PackedSeqParams, request: HeadRequest
+) -> Any:
+    """Run one pipeline stage: (log_probs [R], entropy [R]) on the last stage, hidden states on the others."""
+    arguments: dict[str, Any] = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": None,
+        "packed_seq_params": packed,
+    }
+    if mcore.HAS_OUTPUT_PROCESSOR:
+        return model(**arguments, output_processor=_output_processor, output_processor_context=request)
+    return model(**arguments, labels=request)

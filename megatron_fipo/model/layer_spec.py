@@ -1,0 +1,97 @@
+"""Which modules a transformer layer is made of: portable ones (plain torch) or Transformer Engine's.
+
+Both give their parameters the same names in distributed checkpoints, so either reads what the other wrote.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.model import mcore
+from megatron_fipo.model.attention import PackedAttention
+
+PORTABLE = "portable"
+TRANSFORMER_ENGINE = "transformer_engine"
+
+SHARED_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Portable norms are modules of their own; Transformer Engine's are fused into the linear layer behind them. The latter's
+names are the ones in checkpoints and in family tables."""
+
+
+def choose_layer_spec(wanted: str) -> str:
+    """`portable` or `transformer_engine` for a setting that may also be `auto`. The caller logs the answer.
+
+    `auto` takes Transformer Engine where it is installed and CUDA is available. UserError if it is asked for and is not there.
+    """
+    usable = mcore.has_transformer_engine() and torch.cuda.is_available()
+    if wanted == "auto":
+        return TRANSFORMER_ENGINE if usable else PORTABLE
+    if wanted == TRANSFORMER_ENGINE and not usable:
+        raise UserError("model.layer_spec asks for transformer_engine, which needs CUDA and the transformer-engine package")
+    return wanted
+
+
+def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers that this pipeline stage (and virtual stage) builds, and the norm behind the last layer."""
+    if layer_spec == TRANSFORMER_ENGINE:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    layers = [portable_layer_spec(config)] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One pre-norm layer of Megatron-Core's own parallel linear layers, with this package's norm and attention."""
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=PackedAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=SHARED_NAMES,
+        ),
+    )
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, [..., hidden_size] -> the same, computed in float32.
+
+    With sequence parallelism each tensor-parallel rank norms its own tokens, so the weight's gradient is a sum over ranks; the
+    `sequence_parallel` attribute asks Megatron for it.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)

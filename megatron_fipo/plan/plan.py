@@ -1,0 +1,149 @@
+"""The resolved plan of a training run: who holds what, and how much one iteration is. Pure arithmetic."""
+
+from dataclasses import dataclass
+
+from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.model.vocab import padded_vocab_size
+from megatron_fipo.plan.shape import ModelShape
+
+BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
+GRADIENT_BYTES = 4
+"""Gradients accumulate in float32 whatever the parameters are."""
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The tensor-parallel ranks of one (pipeline, data, context) coordinate; their ranks follow each other."""
+
+    first_rank: int
+    last_rank: int
+    pipeline: int
+    data: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage as one of its tensor-parallel ranks holds it. Bytes are of persistent state, without activations."""
+
+    index: int
+    layers: tuple[range, ...]
+    """Layers of each model chunk; more than one with virtual pipeline stages."""
+    has_embedding: bool
+    has_output: bool
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Upper bounds of one iteration: every group trained on, every sequence at its length limit."""
+
+    responses: int
+    """Trained on per iteration."""
+    responses_per_round: int
+    """Generated per round of dynamic sampling."""
+    longest_sequence: int
+    """Tokens of prompt and response, padded for the context split."""
+    mini_steps: int
+    """Optimizer steps per iteration."""
+    responses_per_mini_step: int
+    tokens_per_mini_step: int
+    tokens_per_iteration: int
+    micro_batch_tokens: int
+    """Budget of one micro-batch, over all of its context-parallel ranks."""
+    micro_batches: int
+    """Per optimizer step, on each data-parallel rank."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    parameters: int
+    """Of the whole model, vocabulary not padded."""
+    padded_vocab: int
+    groups: tuple[RankGroup, ...]
+    stages: tuple[Stage, ...]
+    work: Work
+
+
+def make_plan(config: Config, shape: ModelShape) -> Plan:
+    """The plan of a configuration that `validate` accepts."""
+    parallel = config.parallel
+    return Plan(
+        parameters=shape.parameters,
+        padded_vocab=padded_vocab_size(shape.vocab, parallel.tensor_model_parallel_size),
+        groups=rank_groups(parallel),
+        stages=tuple(_stage(config, shape, index) for index in range(parallel.pipeline_model_parallel_size)),
+        work=_work(config),
+    )
+
+
+def rank_groups(parallel: ParallelConfig) -> tuple[RankGroup, ...]:
+    """Megatron-Core's order of ranks: tensor fastest, then context, data, pipeline."""
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    dp, pp = parallel.data_parallel_size, parallel.pipeline_model_parallel_size
+    coordinates = ((p, d, c) for p in range(pp) for d in range(dp) for c in range(cp))
+    return tuple(RankGroup(n * tp, n * tp + tp - 1, p, d, c) for n, (p, d, c) in enumerate(coordinates))
+
+
+def stage_layers(layers: int, parallel: ParallelConfig, index: int) -> tuple[range, ...]:
+    """Layers of each model chunk of pipeline stage `index`: chunk v of stage p is the (v·pp + p)-th of equal pieces."""
+    pp = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    size = layers // (pp * chunks)
+    return tuple(range((v * pp + index) * size, (v * pp + index + 1) * size) for v in range(chunks))
+
+
+def _stage(config: Config, shape: ModelShape, index: int) -> Stage:
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
+    layers = stage_layers(shape.layers, parallel, index)
+    first, last = index == 0, index == parallel.pipeline_model_parallel_size - 1
+    parameters = sum(map(len, layers)) * shape.layer_parameters(tp)
+    # A tied embedding exists once on a stage that both reads and predicts tokens, and on both stages where they differ.
+    vocabulary_matrices = 1 if shape.tied and first and last else first + last
+    parameters += vocabulary_matrices * padded_vocab_size(shape.vocab, tp) // tp * shape.hidden_size
+    parameters += shape.hidden_size if last else 0
+    shards = parallel.data_parallel_size * parallel.context_parallel_size if config.optimizer.distributed else 1
+    return Stage(
+        index=index,
+        layers=layers,
+        has_embedding=first,
+        has_output=last,
+        parameters=parameters,
+        weight_bytes=parameters * BYTES_PER_ELEMENT[config.model.dtype],
+        gradient_bytes=parameters * GRADIENT_BYTES,
+        optimizer_bytes=parameters * _optimizer_bytes(config.model.dtype) // shards,
+    )
+
+
+def _optimizer_bytes(dtype: str) -> int:
+    """Per parameter: two float32 moments, and a float32 copy of the parameter where it is not float32 itself."""
+    return 8 if dtype == "float32" else 12
+
+
+def _work(config: Config) -> Work:
+    batch, parallel, rollout = config.batch, config.parallel, config.rollout
+    longest = rollout.max_prompt_length + rollout.max_response_length
+    padded = -(-longest // parallel.length_multiple) * parallel.length_multiple
+    responses = batch.prompts_per_iteration * batch.responses_per_prompt
+    per_mini_step = batch.mini_batch_prompts * batch.responses_per_prompt
+    micro_batch_tokens = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
+    per_rank = -(-per_mini_step // parallel.data_parallel_size)
+    return Work(
+        responses=responses,
+        responses_per_round=rollout.prompts_per_round * batch.responses_per_prompt,
+        longest_sequence=padded,
+        mini_steps=batch.prompts_per_iteration // batch.mini_batch_prompts,
+        responses_per_mini_step=per_mini_step,
+        tokens_per_mini_step=per_mini_step * longest,
+        tokens_per_iteration=responses * longest,
+        micro_batch_tokens=micro_batch_tokens,
+        micro_batches=-(-per_rank // (micro_batch_tokens // padded)),
+    )

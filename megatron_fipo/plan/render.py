@@ -1,0 +1,111 @@
+"""The plan as tables for a terminal."""
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megatron_fipo.config import Config
+from megatron_fipo.plan.plan import Plan, Stage
+from megatron_fipo.plan.shape import ModelShape
+
+
+def print_plan(config: Config, shape: ModelShape, plan: Plan, console: Console) -> None:
+    """Print what `train` would do with this configuration."""
+    for table in (_overview(config, shape, plan), _ranks(config, plan), _stages(plan), _iteration(config, plan)):
+        console.print(table)
+    console.print("Memory is weights, gradients and optimizer state of one rank; activations and rollout engines come on top.")
+    console.print("Dry run: nothing was started and nothing was written.")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        text = column in ("ranks", "layers", "holds")
+        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
+    return table
+
+
+def _overview(config: Config, shape: ModelShape, plan: Plan) -> RenderableType:
+    padding = plan.padded_vocab - shape.vocab
+    table = Table(title=Text("Run", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_row("model", config.model.path)
+    table.add_row("parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {config.model.dtype}")
+    table.add_row(
+        "shape",
+        f"{shape.layers} layers, hidden {shape.hidden_size}, {shape.heads} heads in {shape.kv_heads} key-value groups, "
+        f"feed-forward {shape.ffn}",
+    )
+    table.add_row("vocabulary", f"{shape.vocab:,}" + (f", padded to {plan.padded_vocab:,}" if padding else ""))
+    table.add_row("objective", config.objective.name)
+    table.add_row("sequence parallel", "yes" if config.parallel.sequence_parallel else "no")
+    table.add_row("iterations", f"{config.iterations:,}")
+    table.add_row("run directory", config.run_dir)
+    return table
+
+
+def _ranks(config: Config, plan: Plan) -> RenderableType:
+    parallel = config.parallel
+    title = f"Ranks: {parallel.world_size} = tensor {parallel.tensor_model_parallel_size} x context "
+    title += f"{parallel.context_parallel_size} x data {parallel.data_parallel_size} x pipeline "
+    title += f"{parallel.pipeline_model_parallel_size}"
+    table = _table(title, "ranks", "tensor", "context", "data", "pipeline", "virtual chunks")
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    for group in plan.groups:
+        ranks, tensor = _span(group.first_rank, group.last_rank), _span(0, group.last_rank - group.first_rank)
+        table.add_row(ranks, tensor, str(group.context), str(group.data), str(group.pipeline), str(chunks))
+    return table
+
+
+def _stages(plan: Plan) -> RenderableType:
+    largest = max(stage.total_bytes for stage in plan.stages)
+    unit, scale = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    columns = ("stage", "layers", "holds", "parameters", "weights", "grads", "optim", "sum")
+    table = _table(f"Each rank of a pipeline stage (memory in {unit})", *columns)
+    for stage in plan.stages:
+        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, stage.total_bytes)
+        table.add_row(
+            str(stage.index),
+            ", ".join(_span(chunk.start, chunk.stop - 1) for chunk in stage.layers),
+            ", ".join(_ends(stage)),
+            f"{stage.parameters:,}",
+            *(f"{size / scale:.2f}" for size in sizes),
+        )
+    return table
+
+
+def _iteration(config: Config, plan: Plan) -> RenderableType:
+    work, rollout = plan.work, config.rollout
+    table = Table(
+        title=Text("One iteration, at most", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+    )
+    table.add_row(
+        "rollout",
+        f"{work.responses_per_round:,} responses per round, {rollout.max_generation_rounds} rounds, "
+        f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}",
+    )
+    table.add_row("trained on", f"{work.responses:,} responses, {work.tokens_per_iteration:,} tokens")
+    table.add_row(
+        "longest sequence", f"{work.longest_sequence:,} tokens, padded to a multiple of {config.parallel.length_multiple}"
+    )
+    table.add_row("mini-steps", f"{work.mini_steps} optimizer steps")
+    table.add_row("tokens per step", f"{work.tokens_per_mini_step:,} in {work.responses_per_mini_step:,} responses")
+    table.add_row(
+        "micro-batches",
+        f"{work.micro_batches} per step on each data-parallel rank, of {work.micro_batch_tokens:,} tokens "
+        f"({config.batch.max_tokens_per_micro_batch:,} per rank)",
+    )
+    return table
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _ends(stage: Stage) -> Iterator[str]:
+    if stage.has_embedding:
+        yield "embedding"
+    if stage.has_output:
+        yield "output"

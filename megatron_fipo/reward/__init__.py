@@ -1,0 +1,1 @@
+"""Rewards: pure functions from a response to a `Score`, by name in `registry`."""

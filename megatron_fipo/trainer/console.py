@@ -1,0 +1,174 @@
+"""What a person sees while a run goes on.
+
+On a terminal: one row per iteration that stays, and below it a live line with the phase at work, a progress bar and the time left.
+Elsewhere (a pipe, a log file): the same rows as plain lines without control characters.
+"""
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Optional, TextIO
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleRenderable, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+# column title, metric name, format
+_COLUMNS = (
+    ("reward", "reward/mean", "{:+.3f}"),
+    ("accuracy", "accuracy/mean", "{:.3f}"),
+    ("length", "length/mean", "{:.0f}"),
+    ("influence", "influence/mean", "{:.4f}"),
+)
+_SUMMARY_ROWS = (
+    ("avg@k", "evaluation/avg_at_k", "{:.3f}"),
+    ("cons@k", "evaluation/cons_at_k", "{:.3f}"),
+    ("pass@k", "evaluation/pass_at_k", "{:.3f}"),
+    ("response length, mean", "evaluation/length_mean", "{:.1f}"),
+    ("response length, median", "evaluation/length_median", "{:.1f}"),
+    ("truncated", "evaluation/truncated", "{:.1%}"),
+)
+_ABSENT = "-"
+_RECENT_ITERATIONS = 10
+"""Iterations whose mean duration predicts the time left: responses grow, so older ones say less."""
+
+
+class Console:
+    """The run's screen, used as a context manager. All methods may also be called outside of it; then nothing is live."""
+
+    def __init__(self, total_iterations: int, file: Optional[TextIO] = None) -> None:
+        file = file or sys.stdout
+        self._terminal = file.isatty()
+        self._rich = RichConsole(file=file, force_terminal=self._terminal, highlight=False)
+        self._live: Optional[Live] = None
+        self._spinner = Spinner("dots")
+        self._total = total_iterations
+        self._iteration = 0
+        self._phase = "starting"
+        self._detail = ""
+        self._phase_start = time.monotonic()
+        self._last_iteration_end: Optional[float] = None
+        self._durations: deque[float] = deque(maxlen=_RECENT_ITERATIONS)
+
+    def __enter__(self) -> "Console":
+        if self._terminal:
+            self._live = Live(get_renderable=self._render, console=self._rich, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._stop_live()
+
+    def phase(self, name: str, detail: str = "") -> None:
+        """`name` is at work now; shown on a terminal only. The first rollout starts the clock of the time left."""
+        if name != self._phase:
+            self._phase_start = time.monotonic()
+        self._phase, self._detail = name, detail
+        if self._last_iteration_end is None and name == "rollout":  # what comes before it is no iteration
+            self._last_iteration_end = time.monotonic()
+
+    def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Iteration `iteration` (counted from 1) has ended with `values`, by metric name; missing ones are shown as a dash."""
+        now = time.monotonic()
+        if self._last_iteration_end is not None:
+            self._durations.append(now - self._last_iteration_end)
+        self._last_iteration_end = now
+        self._iteration = iteration
+        cells = "  ".join(f"{title} {_cell(values, name, form):>6}" for title, name, form in _COLUMNS if name in values)
+        width = len(str(self._total))
+        self._print(f"iteration {iteration:>{width}}/{self._total}  {cells}  left {_duration(self.seconds_left)}")
+
+    def evaluation(self, iteration: int, values: Mapping[str, float]) -> None:
+        """The weights after `iteration` (0: before training) were evaluated with `values`."""
+        k = _cell(values, "evaluation/k", "{:.0f}")
+        problems = _cell(values, "evaluation/problems", "{:.0f}")
+        scores = "  ".join(
+            f"{title}@{k} {_cell(values, 'evaluation/' + name, '{:.3f}')}"
+            for title, name in (("avg", "avg_at_k"), ("cons", "cons_at_k"), ("pass", "pass_at_k"))
+        )
+        length = _cell(values, "evaluation/length_mean", "{:.1f}")
+        self._print(f"held-out after {iteration}: {scores}  length {length}  ({problems} problems)", style="bold cyan")
+
+    def note(self, text: str) -> None:
+        """A sentence that stays on the screen."""
+        self._print(text, style="yellow")
+
+    def summary(
+        self,
+        before: Optional[Mapping[str, float]],
+        after: Optional[Mapping[str, float]],
+        report_path: Optional[Path],
+        model_path: Optional[Path],
+    ) -> None:
+        """The end of the run: evaluation values before and after, and where its products are. None stands for what there is not."""
+        self._stop_live()
+        if before is not None or after is not None:
+            table = Table(title="Held-out problems", title_justify="left", title_style="bold")
+            for heading in ("", "before", "after", "change"):
+                table.add_column(heading, justify="left" if not heading else "right")
+            for title, name, form in _SUMMARY_ROWS:
+                if name in (before or {}) or name in (after or {}):
+                    table.add_row(title, *_before_after(before or {}, after or {}, name, form))
+            self._rich.print(table)
+        for title, path in (("report", report_path), ("model", model_path)):
+            if path is not None:
+                self._print(f"{title:6} {path}", style="bold")
+
+    @property
+    def seconds_left(self) -> Optional[float]:
+        """From the mean of the last iterations, evaluations included; None before the first has ended."""
+        if not self._durations:
+            return None
+        return sum(self._durations) / len(self._durations) * (self._total - self._iteration)
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._rich.print(Text(text, style=style), soft_wrap=True)
+        if not self._terminal:
+            self._rich.file.flush()
+
+    def _render(self) -> ConsoleRenderable:
+        detail = f"  {self._detail}" if self._detail else ""
+        elapsed = _duration(time.monotonic() - self._phase_start)
+        self._spinner.update(text=Text.assemble((self._phase, "bold"), detail, (f"  {elapsed}", "dim")))
+        progress = Table.grid(padding=(0, 1))
+        progress.add_row(
+            f"iteration {self._iteration}/{self._total}",
+            ProgressBar(total=max(self._total, 1), completed=self._iteration, width=40),
+            f"left {_duration(self.seconds_left)}",
+        )
+        return Group(self._spinner, progress)
+
+
+def _cell(values: Mapping[str, float], name: str, form: str) -> str:
+    value = values.get(name, math.nan)
+    return form.format(value) if math.isfinite(value) else _ABSENT
+
+
+def _before_after(before: Mapping[str, float], after: Mapping[str, float], name: str, form: str) -> tuple[str, str, str]:
+    change = {name: after.get(name, math.nan) - before.get(name, math.nan)}
+    return _cell(before, name, form), _cell(after, name, form), _cell(change, name, form.replace("{:", "{:+"))
+
+
+def _duration(seconds: Optional[float]) -> str:
+    """`45 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds is None:
+        return _ABSENT
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,64 @@
+"""The trainer's ranks as Ray actors: placed together, called together, ended together."""
+
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from megatron_fipo.errors import UserError
+
+
+class TrainerGroup:
+    """`world_size` actors of one worker class. A method is called on all ranks at once; results come back by rank.
+
+    A rank that dies leaves the others waiting inside a collective, so the first failure kills the whole group and is raised.
+    """
+
+    def __init__(self, worker_class: type, world_size: int, gpus_per_rank: int, **worker_arguments: Any) -> None:
+        bundle = {"CPU": 1, "GPU": gpus_per_rank} if gpus_per_rank else {"CPU": 1}
+        self.placement: PlacementGroup = placement_group([bundle] * world_size, strategy="PACK")
+        try:
+            ray.get(self.placement.ready(), timeout=60)
+        except ray.exceptions.GetTimeoutError:
+            remove_placement_group(self.placement)
+            raise UserError(
+                f"Ray found no room for {world_size} trainer ranks ({bundle} each) within 60 s; lower the parallel sizes or add nodes."
+            ) from None
+        remote = ray.remote(worker_class)
+        self.actors: list[ActorHandle] = [
+            remote.options(
+                num_cpus=1,
+                num_gpus=gpus_per_rank,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank),
+            ).remote(rank=rank, world_size=world_size, **worker_arguments)
+            for rank in range(world_size)
+        ]
+        rendezvous = ray.get(self.actors[0].rendezvous.remote())
+        self.call("setup", rendezvous)
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Run `method` on every rank and wait for all. Large arguments should be object references."""
+        pending = {getattr(actor, method).remote(*arguments): rank for rank, actor in enumerate(self.actors)}
+        results: dict[int, Any] = {}
+        waiting = list(pending)
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            rank = pending[done]
+            try:
+                results[rank] = ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                self.shutdown()
+                if isinstance(error.cause, UserError):
+                    raise error.cause from None
+                raise RuntimeError(f"trainer rank {rank} failed in {method}") from error
+            except ray.exceptions.RayActorError as error:
+                self.shutdown()
+                raise RuntimeError(f"trainer rank {rank} died in {method}; resume the run to continue") from error
+        return [results[rank] for rank in range(len(self.actors))]
+
+    def shutdown(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self.placement)

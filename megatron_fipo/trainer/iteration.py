@@ -1,0 +1,50 @@
+"""What one iteration trains on, and how it is cut: made once by the driver, used twice by every rank.
+
+The same packing serves the pass that records old log-probs and the updates. So the first mini-step repeats the old pass
+operation by operation, its log-ratios are exactly zero, and any other value is a fault worth a look.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_fipo.batching.packing import minimum_micro_batches, plan_micro_batches
+from megatron_fipo.batching.shard import length_multiple
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.config import Config
+
+
+@dataclass(frozen=True)
+class IterationBatch:
+    """Trajectories and their place: `mini_batches[step][data-parallel rank][micro-batch]` lists indices into them."""
+
+    trajectories: list[Trajectory]
+    mini_batches: list[list[list[list[int]]]]
+    pad_token_id: int
+
+    def micro_batches(self, step: int, data_parallel_rank: int) -> list[list[Trajectory]]:
+        return [[self.trajectories[i] for i in indices] for indices in self.mini_batches[step][data_parallel_rank]]
+
+
+def plan_iteration(groups: Sequence[Sequence[Trajectory]], config: Config, pad_token_id: int) -> IterationBatch:
+    """Cut an iteration into mini-batches of whole groups, and each of those into balanced micro-batches."""
+    parallel = config.parallel
+    size = config.batch.mini_batch_prompts
+    trajectories: list[Trajectory] = []
+    mini_batches = []
+    for start in range(0, len(groups), size):
+        members = [trajectory for group in groups[start : start + size] for trajectory in group]
+        offset = len(trajectories)
+        plan = plan_micro_batches(
+            [trajectory.length for trajectory in members],
+            data_parallel_size=parallel.data_parallel_size,
+            token_budget=config.batch.max_tokens_per_micro_batch * parallel.context_parallel_size,
+            length_multiple=length_multiple(
+                parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
+            ),
+            minimum_per_rank=minimum_micro_batches(
+                parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+            ),
+        )
+        mini_batches.append([[[offset + i for i in micro] for micro in rank] for rank in plan])
+        trajectories.extend(members)
+    return IterationBatch(trajectories, mini_batches, pad_token_id)

@@ -1,0 +1,105 @@
+"""What every trainer rank does before its own work: find the others, lay out the parallel groups, build its share of the model."""
+
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.batching.shard import PackedShard, build_shard, length_multiple
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.model import parallel as model_parallel
+from megatron_fipo.trainer.policy import Policy
+
+from megatron.core import parallel_state  # isort: skip
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """The part of a configuration that building a policy needs."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    head: HeadConfig
+    optimizer: OptimizerSettings
+    temperature: float
+    seed: int
+
+
+class MegatronRank:
+    """Life of a rank: `rendezvous` (rank 0), `setup`, then any number of a subclass's methods, each called on all ranks together."""
+
+    def __init__(self, rank: int, world_size: int, settings: RankSettings) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.settings = settings
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    def rendezvous(self) -> str:
+        """A free address on this rank's node for the process group."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return f"tcp://{ray.util.get_node_ip_address()}:{port}"
+
+    def setup(self, rendezvous: str) -> None:
+        """Join the process group, build the model and take the starting weights."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(1)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=rendezvous,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        self.build()
+
+    def build(self) -> None:
+        """The part of `setup` after the process group."""
+        settings = self.settings
+        model_parallel.initialize(settings.parallel, settings.seed)
+        self.policy = Policy(
+            settings.model, settings.parallel, settings.head, settings.optimizer, settings.temperature, self.device
+        )
+        self.policy.load_hf(Path(settings.model.path))
+
+    def shards(self, micro_batches: list[list[Trajectory]], pad_token_id: int) -> list[PackedShard]:
+        """This context-parallel rank's part of each micro-batch, on its device."""
+        parallel = self.settings.parallel
+        return [
+            build_shard(
+                trajectories,
+                context_parallel_size=parallel.context_parallel_size,
+                context_parallel_rank=parallel_state.get_context_parallel_rank(),
+                length_multiple=length_multiple(
+                    parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
+                ),
+                pad_token_id=pad_token_id,
+                max_position=self.policy.modules[0].max_sequence_length,
+            ).to(self.device)
+            for trajectories in micro_batches
+        ]
+
+    def export_hf(self, source: str, target: str) -> None:
+        """Write the weights as a Hugging Face folder, config and tokenizer from `source` (collective; rank 0 writes)."""
+        from megatron_fipo.checkpoint.hf_export import save_hf
+
+        self.policy.sync_parameters()
+        save_hf(self.policy.modules, Path(source), Path(target))
+
+    @property
+    def reports(self) -> bool:
+        """The one rank whose statistics go to the log: all ranks of its stage hold the same."""
+        first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        return self.policy.is_last_stage and first_replica and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,0 +1,147 @@
+"""Supervised training from random weights: how the base model of a small task is made.
+
+The same ranks, packing, head and optimizer as reinforcement learning; only the loss is plain cross-entropy on the response.
+"""
+
+import math
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from rich.progress import Progress
+
+from megatron_fipo.batching.packing import minimum_micro_batches, plan_micro_batches
+from megatron_fipo.batching.shard import length_multiple
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.config import Config, HeadConfig, Machine, ModelConfig, OptimizerSettings, RolloutConfig, SftConfig, validate_sft
+from megatron_fipo.data.countdown import generate_problems, supervised_trace
+from megatron_fipo.errors import UserError
+from megatron_fipo.plan.machine import this_machine
+from megatron_fipo.plan.shape import read_model_shape
+from megatron_fipo.trainer.group import TrainerGroup
+from megatron_fipo.trainer.rank import MegatronRank, RankSettings
+from megatron_fipo.trainer.run import load_tokenizer, pad_id, ray_cluster
+
+STEPS_PER_CALL = 20
+"""Optimizer steps per message to the ranks."""
+
+
+class SupervisedWorker(MegatronRank):
+    """One rank of supervised training."""
+
+    def train_steps(self, batches: list[list[list[list[Trajectory]]]], rates: list[float], pad_token_id: int) -> list[float] | None:
+        """One optimizer step per batch ([data-parallel rank][micro-batch][trajectory]); the losses, from the reporting rank."""
+        from megatron.core import parallel_state
+
+        losses = []
+        for batch, lr in zip(batches, rates, strict=True):
+            mine = batch[parallel_state.get_data_parallel_rank()]
+            losses.append(self.policy.supervised_step(self.shards(mine, pad_token_id), lr).statistics.get("loss", math.nan))
+        return losses if self.reports else None
+
+
+def train(config: SftConfig) -> None:
+    """`megatron-fipo sft`: imitate generated traces and write the model to `output_dir` in Hugging Face format."""
+    machine = this_machine()
+    source = Path(config.model_config_path)
+    shape = read_model_shape(source)
+    validate_sft(config, shape, machine)
+    target = Path(config.output_dir)
+    if target.exists():
+        raise UserError(f"output_dir {target} already exists; remove it or choose another.")
+    tokenizer = load_tokenizer(str(source), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json.")
+    traces = countdown_traces(config, tokenizer)
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    with tempfile.TemporaryDirectory() as folder, ray_cluster(_ray_settings(config), machine), Progress() as progress:
+        initial = Path(folder) / "initial"
+        write_random_model(source, initial, config.dtype, config.seed)
+        settings = _rank_settings(config, initial)
+        trainer = TrainerGroup(SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings)
+        bar = progress.add_task("supervised training", total=config.steps)
+        for start in range(0, config.steps, STEPS_PER_CALL):
+            count = min(STEPS_PER_CALL, config.steps - start)
+            batches = ray.put([_plan(_take(traces, config.tokens_per_step), config) for _ in range(count)])
+            results = trainer.call("train_steps", batches, rates[start : start + count], pad_id(tokenizer))
+            losses = next(result for result in results if result is not None)
+            progress.update(bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        trainer.call("export_hf", str(initial), str(target))
+        trainer.shutdown()
+    print(f"model {target}")
+
+
+def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajectory]:
+    """Endless: the training problems in shuffled epochs, each time with a new trace."""
+    problems = generate_problems(config.data.train_size, held_out=False, seed=config.seed)
+    rng = random.Random(f"supervised {config.seed}")
+    while True:
+        rng.shuffle(problems)
+        for problem in problems:
+            prompt = tokenizer.encode(problem.prompt, add_special_tokens=False)  # type: ignore[attr-defined]
+            response = tokenizer.encode(supervised_trace(problem, rng), add_special_tokens=False)  # type: ignore[attr-defined]
+            response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
+            ones = [1] * len(response)
+            yield Trajectory(str(problem), prompt, response, ones, [0.0] * len(response), 0, "stop")
+
+
+def learning_rate(config: SftConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to a tenth."""
+    settings = config.optimizer
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(config.steps - settings.warmup_steps, 1)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def write_random_model(source: Path, target: Path, dtype: str, seed: int) -> None:
+    """A Hugging Face folder with the config and tokenizer of `source` and weights drawn by transformers' own initialisation."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=getattr(torch, dtype))
+    model.save_pretrained(target)
+
+
+def _take(traces: Iterator[Trajectory], tokens: int) -> list[Trajectory]:
+    """Whole traces until they hold at least `tokens` tokens."""
+    taken: list[Trajectory] = []
+    while sum(trace.length for trace in taken) < tokens:
+        taken.append(next(traces))
+    return taken
+
+
+def _plan(traces: list[Trajectory], config: SftConfig) -> list[list[list[Trajectory]]]:
+    parallel = config.parallel
+    plan = plan_micro_batches(
+        [trace.length for trace in traces],
+        data_parallel_size=parallel.data_parallel_size,
+        token_budget=2 * config.tokens_per_step,
+        length_multiple=length_multiple(
+            parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
+        ),
+        minimum_per_rank=minimum_micro_batches(
+            parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+        ),
+    )
+    return [[[traces[i] for i in micro] for micro in rank] for rank in plan]
+
+
+def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
+    optimizer = OptimizerSettings(
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        clip_grad=config.optimizer.clip_grad,
+    )
+    model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec)
+    return RankSettings(model, config.parallel, HeadConfig(), optimizer, temperature=1.0, seed=config.seed)
+
+
+def _ray_settings(config: SftConfig) -> Config:
+    return Config(parallel=config.parallel, rollout=RolloutConfig(num_engines=0))

@@ -1,0 +1,216 @@
+"""Shards: over all context-parallel ranks exactly the unsplit micro-batch, and a working input of the loss."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_fipo.batching.shard import build_shard, length_multiple, zigzag_table
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.objective.config import PolicyObjective
+from megatron_fipo.objective.policy_loss import policy_loss
+from tests.ranks import run_ranks
+
+PAD = 999
+
+
+def trajectory(prompt, mask, advantage=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return Trajectory(
+        group_id="g",
+        prompt_ids=rng.integers(0, 99, prompt).tolist(),
+        response_ids=rng.integers(0, 99, len(mask)).tolist(),
+        response_mask=list(mask),
+        rollout_log_probs=rng.normal(size=len(mask)).astype(np.float32).tolist(),
+        weight_version=0,
+        finish_reason="stop",
+        advantage=advantage,
+    )
+
+
+def shards(trajectories, cp, multiple=None, **overrides):
+    arguments = {
+        "length_multiple": multiple or length_multiple(cp, 1, False),
+        "pad_token_id": PAD,
+        "max_position": 4096,
+    } | overrides
+    return [build_shard(trajectories, context_parallel_size=cp, context_parallel_rank=rank, **arguments) for rank in range(cp)]
+
+
+MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=40)
+BATCHES = st.lists(st.tuples(st.integers(1, 20), MASKS, st.floats(-3, 3, width=32)), max_size=5).map(
+    lambda rows: [trajectory(prompt, mask, advantage, i) for i, (prompt, mask, advantage) in enumerate(rows)]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batch=BATCHES, cp=st.sampled_from([1, 2, 4]), factor=st.integers(1, 3))
+def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, factor):
+    parts = shards(batch, cp, length_multiple(cp, 1, False) * factor)
+    padded = np.diff(parts[0].cu_seqlens_padded.numpy())
+
+    held, rows = [], []
+    for shard in parts:
+        assert torch.equal(shard.cu_seqlens_padded, parts[0].cu_seqlens_padded)
+        assert shard.input_ids.shape == shard.position_ids.shape == (1, padded.sum() // cp)
+        sequence = np.repeat(np.arange(len(padded)), padded // cp)
+        ids, position = shard.input_ids[0].tolist(), shard.position_ids[0].tolist()
+        held += zip(sequence.tolist(), position, ids, strict=True)
+        assert shard.row_index.tolist() == sorted(shard.row_index.tolist())
+        for row, token in enumerate(shard.row_index.tolist()):
+            assert (sequence[token], position[token]) == (shard.row_sequence[row], shard.row_position[row])
+        rows += zip(
+            shard.row_sequence.tolist(),
+            shard.row_position.tolist(),
+            shard.labels.tolist(),
+            shard.rows.advantages.tolist(),
+            shard.rollout_log_probs.tolist(),
+            shard.rows.last_row.tolist(),
+            strict=True,
+        )
+
+    expected_held, expected_rows = [], []
+    for s, t in enumerate(batch):
+        ids = t.prompt_ids + t.response_ids
+        expected_held += [(s, p, token) for p, token in enumerate(ids + [PAD] * (int(padded[s]) - len(ids)))]
+        chosen = [k for k, m in enumerate(t.response_mask) if m]
+        for k in chosen:
+            position = len(t.prompt_ids) + k - 1
+            expected_rows.append((s, position, t.response_ids[k], t.advantage, t.rollout_log_probs[k], float(k == chosen[-1])))
+    if not batch:
+        expected_held = [(0, p, PAD) for p in range(int(padded[0]))]
+    assert sorted(held) == expected_held
+    assert sorted(rows) == expected_rows
+    for shard in parts:
+        assert shard.rows.response_length.tolist() == [float(sum(t.response_mask)) for t in batch] or not batch
+        assert shard.max_seqlen == padded.max()
+    assert all(padded % (length_multiple(cp, 1, False) * factor) == 0)
+
+
+def test_the_zigzag_against_a_table_by_hand():
+    """8 and 16 tokens over two ranks: chunks of 2 and 4; rank 0 holds chunks 0 and 3, rank 1 chunks 1 and 2."""
+    first, second = shards([trajectory(3, [1] * 5), trajectory(2, [1] * 14, seed=1)], 2, 8)
+    assert first.position_ids[0].tolist() == [0, 1, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15]
+    assert second.position_ids[0].tolist() == [2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert first.cu_seqlens_padded.tolist() == second.cu_seqlens_padded.tolist() == [0, 8, 24]
+    assert first.cu_seqlens_padded.dtype == torch.int32
+    assert first.max_seqlen == 16
+    # sequence 0 predicts its 5 response tokens (3..7) at positions 2..6
+    assert first.row_position[first.row_sequence == 0].tolist() == [6]
+    assert second.row_position[second.row_sequence == 0].tolist() == [2, 3, 4, 5]
+    assert first.row_index.tolist()[:1] == [2]
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_the_zigzag_evens_out_causal_attention(cp):
+    table = zigzag_table(np.array([16 * cp, 2 * cp]), cp)
+    table.validate()
+    position_sum = (table.length * (2 * table.first + table.length - 1) / 2).sum(axis=2)  # [cp, S]
+    assert (position_sum == position_sum[0]).all()
+    assert (table.length.sum(axis=2) == table.length.sum(axis=2)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("cp", "tp", "sequence_parallel", "multiple"),
+    [(1, 1, False, 1), (1, 4, False, 1), (1, 4, True, 4), (2, 1, False, 4), (2, 2, True, 4), (2, 3, True, 12), (4, 8, True, 32)],
+)
+def test_length_multiple(cp, tp, sequence_parallel, multiple):
+    assert length_multiple(cp, tp, sequence_parallel) == multiple
+    assert multiple % (2 * cp if cp > 1 else 1) == 0
+    assert not sequence_parallel or (multiple // cp) % tp == 0
+
+
+def loss_of(shard, objective=PolicyObjective()):  # noqa: B008
+    log_probs = shard.rollout_log_probs.double().requires_grad_()
+    rows = replace(shard.rows, old_log_probs=shard.rows.old_log_probs.double())
+    result = policy_loss(log_probs, None, rows, objective)
+    result.loss_sum.backward()
+    return result, log_probs.grad
+
+
+def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
+    """x of every row is its rollout log-prob, so FutureKL is a serial scan over response positions, tool tokens counting as 0."""
+    batch = [trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1), trajectory(2, [1] * 9, 1.5, 2), trajectory(3, [0, 1], 1.0, 3)]
+    (shard,) = shards(batch, 1)
+    result = loss_of(shard)[0]
+    decay = 2 ** (-1 / 32)
+    for t, found in zip(batch, shard.scatter_rows(result.future_kl), strict=True):
+        behind, expected = 0.0, []
+        for x, m in reversed(list(zip(t.rollout_log_probs, t.response_mask, strict=True))):
+            behind = (x if m and x <= np.log(10) else 0.0) + decay * behind
+            expected.append(behind if m else np.nan)
+        np.testing.assert_allclose(found, expected[::-1], rtol=1e-6)
+
+
+def context_parallel_loss(rank, world_size, batch):
+    shard = shards(batch, world_size)[rank]
+    log_probs = shard.rollout_log_probs.clone().requires_grad_()
+    result = policy_loss(log_probs, None, shard.rows, PolicyObjective(), torch.distributed.group.WORLD)
+    result.loss_sum.backward()
+    return result.loss_sum.item(), result.normalizer.item(), shard.scatter_rows(log_probs.grad)
+
+
+def test_two_context_parallel_ranks_give_the_loss_and_gradient_of_the_unsplit_shard():
+    batch = [trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1), trajectory(2, [1] * 9, 1.5, 2), trajectory(1, [1] * 30, -1.0, 3)]
+    (whole,) = shards(batch, 1)
+    result, gradient = loss_of(whole)
+    first, second = run_ranks(2, context_parallel_loss, batch)
+    assert first[0] + second[0] == pytest.approx(result.loss_sum.item(), rel=1e-5)
+    assert first[1] + second[1] == result.normalizer.item() == whole.num_rows
+    for expected, a, b in zip(whole.scatter_rows(gradient), first[2], second[2], strict=True):
+        np.testing.assert_allclose(np.where(np.isnan(a), b, a), expected, rtol=1e-5)
+
+
+def test_scattered_rows_of_all_ranks_fill_exactly_the_chosen_tokens():
+    batch = [trajectory(4, [1, 1, 0, 0, 1, 0], seed=1), trajectory(2, [1] * 9, seed=2), trajectory(3, [0, 0], seed=3)]
+    found = [np.stack(values) for values in zip(*(s.scatter_rows(s.labels.float()) for s in shards(batch, 4)), strict=True)]
+    for t, values in zip(batch, found, strict=True):
+        np.testing.assert_array_equal((~np.isnan(values)).sum(axis=0), t.response_mask)
+        np.testing.assert_array_equal(np.nansum(values, axis=0), np.array(t.response_ids) * t.response_mask)
+    with pytest.raises(ValueError, match="shape"):
+        shards(batch, 1)[0].scatter_rows(np.zeros(3))
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_an_empty_micro_batch_is_padding_without_rows_and_gives_no_loss(cp):
+    for shard in shards([], cp, 8):
+        assert shard.input_ids.tolist() == [[PAD] * (8 // cp)]
+        assert shard.cu_seqlens_padded.tolist() == [0, 8]
+        assert shard.num_rows == 0
+        assert shard.scatter_rows(torch.zeros(0))[0].shape == (0,)
+        assert shard.rows.response_length.tolist() == [0.0]
+    result, _ = loss_of(shards([], 1, 8)[0])
+    assert result.loss_sum.item() == 0
+    assert result.normalizer.item() == 0
+
+
+def test_old_log_probs_and_device_moves_change_nothing_else():
+    (shard,) = shards([trajectory(4, [1, 0, 1])], 1)
+    assert shard.rows.old_log_probs.tolist() == [0.0, 0.0]
+    scored = shard.with_old_log_probs(torch.tensor([-1.0, -2.0])).to("cpu")
+    assert scored.rows.old_log_probs.tolist() == [-1.0, -2.0]
+    assert torch.equal(scored.rows.advantages, shard.rows.advantages)
+    with pytest.raises(ValueError, match="2 rows"):
+        shard.with_old_log_probs(torch.zeros(3))
+    moved = shard.to("meta")
+    assert {moved.input_ids.device.type, moved.rows.advantages.device.type, moved.rows.plan.lead.device.type} == {"meta"}
+
+
+def test_trajectories_that_cannot_be_packed_are_named():
+    good = trajectory(2, [1, 1])
+    for field, value, message in [
+        ("prompt_ids", [], "empty prompt"),
+        ("response_mask", [1], "2 response tokens but 1 values in response_mask"),
+        ("rollout_log_probs", [0.0] * 3, "3 values in rollout_log_probs"),
+        ("advantage", float("nan"), "advantage nan"),
+        ("advantage", float("inf"), "advantage inf"),
+    ]:
+        with pytest.raises(ValueError, match=f"trajectory 1 of group other .*{message}"):
+            shards([good, replace(good, group_id="other", **{field: value})], 1)
+    with pytest.raises(ValueError, match="trajectory 0 of group g has 4 tokens, but the model has 3 positions"):
+        shards([good], 1, max_position=3)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        shards([good], 2, 2)

@@ -1,0 +1,185 @@
+"""Hugging Face -> Megatron-Core -> Hugging Face loses nothing, under any split; bad folders are refused with a reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2ForCausalLM
+
+from megatron_fipo.checkpoint import hf_writer
+from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors, save_hf
+from megatron_fipo.checkpoint.hf_import import load_hf_weights
+from megatron_fipo.config import ParallelConfig
+from megatron_fipo.errors import UserError
+from tests.model.qwen2_reference import build, make_reference
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "one": {},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tp2_cp2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def source(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    make_reference(folder, tied=request.param)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "optimizer.pt").write_text("not wanted")
+    return folder
+
+
+def copy_model(source: Path, change=None) -> Path:
+    """A folder beside `source` with the same model, its tensors passed through `change`."""
+    target = source.parent / f"{source.name}_changed"
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    if change:
+        change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def load_on_one_rank(source: Path, weights: Path) -> None:
+    """Build from `source`'s config, then load `weights`; a UserError comes back as its message inside AssertionError."""
+    run_ranks(1, lambda rank, world: load_hf_weights(build(source, ParallelConfig()), weights))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tensor_comes_back_bit_for_bit(source, tmp_path, layout):
+    parallel = ParallelConfig(**LAYOUTS[layout])
+
+    def body(rank, world):
+        save_hf(build(source, parallel), source, tmp_path / "saved")
+
+    run_ranks(parallel.world_size, body)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_all_ranks_see_the_same_names_and_only_the_first_the_tensors(source):
+    parallel = ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2)
+
+    def body(rank, world):
+        return [
+            (name, None if tensor is None else tuple(tensor.shape))
+            for name, tensor in iterate_hf_tensors(build(source, parallel))
+        ]
+
+    first, *others = run_ranks(4, body)
+    expected = {name: tuple(tensor.shape) for name, tensor in load_file(source / "model.safetensors").items()}
+    assert dict(first) == expected
+    for other in others:
+        assert other == [(name, None) for name, _ in first]
+
+
+def test_transformers_reads_the_sharded_bfloat16_model(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_writer, "SHARD_BYTES", 100_000)
+    run_ranks(1, lambda rank, world: save_hf(build(source, ParallelConfig()), source, tmp_path / "saved", torch.bfloat16))
+    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 110_000 for shard in shards)
+    model, report = Qwen2ForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True, dtype="auto")
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype is torch.bfloat16
+    for name, tensor in load_file(source / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor.bfloat16()), name
+
+
+def test_sharded_folders_are_read(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_writer, "SHARD_BYTES", 100_000)
+
+    def body(rank, world):
+        chunks = build(source, ParallelConfig(tensor_model_parallel_size=2))
+        save_hf(chunks, source, tmp_path / "saved")
+        before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
+        with torch.no_grad():
+            for parameter in chunks[0].parameters():
+                parameter.zero_()
+        load_hf_weights(chunks, tmp_path / "saved")
+        return all(torch.equal(old, new) for old, new in zip(before, chunks[0].parameters(), strict=True))
+
+    assert run_ranks(2, body) == [True, True]
+
+
+def test_missing_and_unexpected_tensors_are_listed(source):
+    def change(tensors):
+        del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.k_proj.bias"]
+        tensors["model.layers.0.extra"] = torch.zeros(1)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)
+
+    with pytest.raises(
+        AssertionError, match=r"lacks model.layers.1.self_attn.k_proj.bias, model.norm.weight and holds model.layers.0.extra that"
+    ):
+        load_on_one_rank(source, copy_model(source, change))
+
+
+def test_a_wrong_shape_is_named(source):
+    def change(tensors):
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(95, 64)
+
+    with pytest.raises(AssertionError, match=r"mlp.up_proj.weight in .* has shape \[95, 64\]; config.json asks for \[96, 64\]"):
+        load_on_one_rank(source, copy_model(source, change))
+
+
+def test_a_cut_file_is_named(source):
+    folder = copy_model(source)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(AssertionError, match=r"UserError: .*model.safetensors is not a readable safetensors file"):
+        load_on_one_rank(source, folder)
+
+
+def test_a_missing_shard_is_named(source, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(AssertionError, match=r"UserError: .*lacks model-00002-of-00002.safetensors"):
+        load_on_one_rank(source, tmp_path)
+
+
+def test_a_folder_without_safetensors_is_refused(source, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_text("pickle")
+    with pytest.raises(AssertionError, match="only safetensors are read"):
+        load_on_one_rank(source, tmp_path)
+
+
+def test_an_existing_target_is_left_alone_and_every_rank_is_told(source, tmp_path):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "precious").write_text("x")
+
+    def body(rank, world):
+        chunks = build(source, ParallelConfig(pipeline_model_parallel_size=2))
+        with pytest.raises(UserError, match="exists already"):
+            save_hf(chunks, source, tmp_path / "saved")
+
+    run_ranks(2, body)
+    assert [path.name for path in tmp_path.rglob("*")] == ["saved", "precious"]
+
+
+def test_a_full_disk_leaves_nothing_and_every_rank_is_told(source, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_writer, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(hf_writer, "save_file", full)
+
+    def body(rank, world):
+        chunks = build(source, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+        with pytest.raises(UserError, match="No space left on device"):
+            save_hf(chunks, source, tmp_path / "saved")
+
+    run_ranks(4, body)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,21 @@
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from megatron_fipo.checkpoint.random_weights import write_random_model
+from tests.model.qwen2_reference import make_reference
+
+
+def test_a_random_model_is_reproducible_and_loads_in_transformers(tmp_path):
+    make_reference(tmp_path / "source")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_random_model(tmp_path / "source", tmp_path / name, seed)
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(a[name], c[name])
+    assert not torch.equal(a[name], a["model.layers.1.mlp.gate_proj.weight"])
+    assert abs(a[name].std() - 0.02) < 0.001
+    model, report = Qwen2ForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

@@ -1,0 +1,78 @@
+"""A model and a batch small enough to compare many parallel layouts in seconds, and a way to see every gradient by its name."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+
+VOCABULARY = 61
+"""Not a multiple of any parallel size, so that the padded part of the vocabulary is real."""
+
+
+def write_model(folder: Path, tied: bool = False, seed: int = 0, layers: int = 4) -> Path:
+    """A random Qwen2 in Hugging Face format with weights large enough that log-probs differ visibly."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_trajectories(count: int, seed: int = 0, longest: int = 40) -> list[Trajectory]:
+    """Ragged responses: one token, lengths that no chunk divides, holes, and one without any token of the policy."""
+    rng = np.random.default_rng(seed)
+    trajectories = []
+    for index in range(count):
+        prompt, response = int(rng.integers(1, 9)), int(rng.integers(1, longest))
+        if index == 0:
+            response = 1
+        mask = np.ones(response, dtype=int)
+        if index % 3 == 1:
+            mask[response // 3 : response // 2] = 0
+        if index == 4:
+            mask[:] = 0
+        trajectories.append(
+            Trajectory(
+                group_id=str(index // 4),
+                prompt_ids=rng.integers(0, VOCABULARY, prompt).tolist(),
+                response_ids=rng.integers(0, VOCABULARY, response).tolist(),
+                response_mask=mask.tolist(),
+                rollout_log_probs=[0.0] * response,
+                weight_version=0,
+                finish_reason="stop",
+                advantage=float(rng.normal()),
+            )
+        )
+    return trajectories
+
+
+def settings(
+    folder: Path, parallel: ParallelConfig, lr: float = 1e-2, head: HeadConfig | None = None, clip_grad: float = 1.0
+) -> dict:
+    """Arguments of `Policy` without the device."""
+    return {
+        "model": ModelConfig(path=str(folder), dtype="float32"),
+        "parallel": parallel,
+        "head": head or HeadConfig(chunk_size=16),
+        # Adam divides by the gradient's size; with its usual epsilon a gradient of rounding noise alone would count as much as any.
+        "optimizer": OptimizerSettings(lr=lr, weight_decay=0.1, clip_grad=clip_grad, adam_eps=1e-5),
+        "temperature": 0.9,
+    }

@@ -1,0 +1,106 @@
+"""Configs become the right architecture, or a sentence that says what is wrong."""
+
+import json
+
+import pytest
+
+from megatron_fipo.config import ParallelConfig
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.build import check_split
+from megatron_fipo.model.families import find_family, read_hf_config
+from megatron_fipo.model.layer_spec import choose_layer_spec
+from megatron_fipo.model.qwen2 import QWEN2
+
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def test_a_public_config_gives_the_public_number_of_parameters():
+    architecture = find_family(QWEN25_7B).translate(QWEN25_7B)
+    assert architecture.rotary_base == 1e6
+    assert architecture.kv_channels == 128
+    total = 0
+    for weight in QWEN2.weights(architecture):
+        for shape in weight.shapes:
+            total += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    assert total == 7_615_616_512
+
+
+def test_tied_embeddings_leave_out_the_output_layer():
+    names = [
+        name for weight in QWEN2.weights(QWEN2.translate(QWEN25_7B | {"tie_word_embeddings": True})) for name in weight.names
+    ]
+    assert "lm_head.weight" not in names
+    assert len(names) == 2 + 28 * 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "'linear'"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+    ],
+)
+def test_variants_that_are_not_covered_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        QWEN2.translate(QWEN25_7B | change)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match="'num_hidden_layers'"):
+        QWEN2.translate({key: value for key, value in QWEN25_7B.items() if key != "num_hidden_layers"})
+
+
+def test_an_unknown_architecture_lists_the_known():
+    with pytest.raises(UserError, match=r"MambaForCausalLM is not supported; known are: .*Qwen2ForCausalLM"):
+        find_family({"architectures": ["MambaForCausalLM"]})
+
+
+def test_unreadable_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_hf_config(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config.json"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(UserError, match="JSON object"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor_model_parallel_size": 8}, "tensor_model_parallel_size=8 does not divide the model's 28 attention heads"),
+        ({"tensor_model_parallel_size": 7}, "7 does not divide the model's 4 key-value heads"),
+        ({"pipeline_model_parallel_size": 3}, "28 layers do not divide over 3 pipeline stages"),
+        ({"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}, "over 8 pipeline stages"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs parallel.pipeline_model_parallel_size > 1"),
+    ],
+)
+def test_splits_that_do_not_divide_are_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        check_split(QWEN2.translate(QWEN25_7B), ParallelConfig(**sizes))
+
+
+def test_transformer_engine_is_not_promised_where_it_is_not():
+    assert choose_layer_spec("auto") == "portable"
+    with pytest.raises(UserError, match="transformer_engine"):
+        choose_layer_spec("transformer_engine")

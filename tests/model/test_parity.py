@@ -1,0 +1,66 @@
+"""Megatron-Core through this package computes what transformers computes, in every parallel layout."""
+
+import pytest
+import torch
+
+from megatron_fipo.config import ParallelConfig
+from tests.model.qwen2_reference import build, gather_logits, logits_of_rank, make_reference, pack, sequences
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "one": {},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+    "tp2_sp_cp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2},
+    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def reference(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = make_reference(folder, tied=request.param)
+    with torch.no_grad():
+        logits = torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
+    return folder, logits
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_logits_equal_those_of_transformers_on_single_sequences(reference, layout):
+    folder, expected = reference
+    parallel = ParallelConfig(**LAYOUTS[layout])
+    results = run_ranks(parallel.world_size, lambda rank, world: logits_of_rank(folder, parallel))
+    logits = gather_logits(results, parallel.tensor_model_parallel_size)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_close(reference):
+    folder, expected = reference
+    (result,) = run_ranks(1, lambda rank, world: logits_of_rank(folder, ParallelConfig(), "bfloat16"))
+    error = (gather_logits([result], 1) - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.03
+
+
+def gradients(folder, recompute: str) -> dict[str, torch.Tensor]:
+    """By parameter, of the mean squared logit on this rank."""
+    parallel = ParallelConfig(context_parallel_size=2)
+    (chunk,) = build(folder, parallel, recompute=recompute)
+    input_ids, packed, _ = pack(parallel)
+    logits = chunk(input_ids=input_ids, position_ids=None, attention_mask=None, packed_seq_params=packed)
+    logits.square().mean().backward()
+    return {name: parameter.grad for name, parameter in chunk.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(reference, recompute):
+    folder, _ = reference
+    expected = run_ranks(2, lambda rank, world: gradients(folder, "none"))
+    found = run_ranks(2, lambda rank, world: gradients(folder, recompute))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name

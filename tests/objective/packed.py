@@ -1,0 +1,101 @@
+"""Cut responses into packed, context-parallel rows the way a packer would, for tests of the objective alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_fipo.objective import ChunkTable, PolicyRows, build_scan_plan
+from tests.objective.oracle import Response
+
+
+def zigzag(lengths: Sequence[int], cp: int) -> ChunkTable:
+    """Sequences padded to a multiple of 2·cp; rank r holds chunks r and 2·cp−1−r."""
+    size = -(-np.asarray(lengths) // (2 * cp))
+    ranks = np.arange(cp)
+    chunk = np.stack([ranks, 2 * cp - 1 - ranks], axis=1)  # [cp, 2]
+    first = chunk[:, None, :] * size[None, :, None]
+    return ChunkTable(first, np.broadcast_to(size[None, :, None], first.shape).copy())
+
+
+def contiguous(lengths: Sequence[int], cp: int) -> ChunkTable:
+    """Rank r holds the r-th part; the last rank the remainder, and nothing where a sequence is short."""
+    size = -(-np.asarray(lengths) // cp)
+    first = np.minimum(np.arange(cp)[:, None, None] * size[None, :, None], np.asarray(lengths)[None, :, None])
+    return ChunkTable(first, np.minimum(np.asarray(lengths)[None, :, None] - first, size[None, :, None]))
+
+
+def scattered(lengths: Sequence[int], cp: int, chunks: int, seed: int) -> ChunkTable:
+    """Random cuts, dealt to random ranks, empty chunks among them."""
+    random = np.random.default_rng(seed)
+    first, length = np.zeros((2, cp, len(lengths), chunks), dtype=np.int64)
+    for sequence, total in enumerate(lengths):
+        cuts = np.sort(random.integers(0, total + 1, cp * chunks - 1))
+        starts = np.concatenate([[0], cuts])
+        place = random.permutation(cp * chunks)
+        first[:, sequence].flat[place] = starts
+        length[:, sequence].flat[place] = np.diff(np.append(starts, total))
+    return ChunkTable(first, length)
+
+
+def local_rows(table: ChunkTable, rank: int, masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sequence and position of the rows that `rank` holds, in packed order; `masks` say which positions are rows."""
+    sequences, positions = [], []
+    for sequence, mask in enumerate(masks):
+        for first, length in zip(table.first[rank, sequence], table.length[rank, sequence], strict=True):
+            rows = first + np.flatnonzero(mask[first : first + length])
+            sequences += [sequence] * len(rows)
+            positions += rows.tolist()
+    return np.array(sequences, dtype=np.int64), np.array(positions, dtype=np.int64)
+
+
+def packed_rows(
+    responses: Sequence[Response], prompts: Sequence[int], table: ChunkTable, rank: int
+) -> tuple[PolicyRows, list[tuple[int, int]]]:
+    """The rows of `rank`, float64, and where each comes from: (response, token). Response i starts behind prompts[i] positions."""
+    masks = [np.concatenate([np.zeros(p, bool), r.mask.numpy() != 0]) for r, p in zip(responses, prompts, strict=True)]
+    sequence, position = local_rows(table, rank, masks)
+    token = position - np.asarray(prompts)[sequence]
+    last = np.array([max(r.tokens, default=-1) for r in responses])
+
+    def rows(field: str) -> Tensor:
+        values = [getattr(r, field).detach().numpy() for r in responses]
+        starts = np.cumsum([0] + [len(v) for v in values[:-1]])
+        return torch.from_numpy(np.concatenate(values)[starts[sequence] + token].astype(np.float64))
+
+    with_reference = responses[0].reference_log_probs is not None
+    return (
+        PolicyRows(
+            old_log_probs=rows("old_log_probs"),
+            advantages=rows("advantages"),
+            last_row=torch.from_numpy((token == last[sequence]).astype(np.float64)),
+            response_length=torch.tensor([float(len(r.tokens)) for r in responses], dtype=torch.float64),
+            plan=build_scan_plan(table, rank, sequence, position),
+            reference_log_probs=rows("reference_log_probs") if with_reference else None,
+        ),
+        list(zip(sequence.tolist(), token.tolist(), strict=True)),
+    )
+
+
+def random_responses(seed: int, lengths: Sequence[int], *, drift: float = 0.3, outliers: float = 0.02) -> list[Response]:
+    """Responses with holes in the mask, log-ratios of scale `drift`, and a share of outliers beyond the dual clip."""
+    random = torch.Generator().manual_seed(seed)
+    responses = []
+    for length in lengths:
+        old = -torch.rand(length, generator=random, dtype=torch.float64) * 4 - 0.1
+        delta = torch.randn(length, generator=random, dtype=torch.float64) * drift
+        delta += 3.0 * (torch.rand(length, generator=random) < outliers)
+        mask = (torch.rand(length, generator=random) > 0.15).long()
+        advantage = torch.randn((), generator=random, dtype=torch.float64)
+        responses.append(
+            Response(
+                log_probs=(old + delta).requires_grad_(),
+                old_log_probs=old,
+                advantages=advantage.expand(length),
+                mask=mask,
+                reference_log_probs=old + torch.randn(length, generator=random, dtype=torch.float64) * 0.2,
+                entropy=torch.rand(length, generator=random, dtype=torch.float64).requires_grad_(),
+            )
+        )
+    return responses

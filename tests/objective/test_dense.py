@@ -1,0 +1,124 @@
+"""The framework-free API: shapes, dtypes, refusals, and what importing it costs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_fipo import FIPOConfig, fipo_loss, future_kl
+from megatron_fipo.objective import PolicyObjective
+from tests.objective.oracle import future_kl_by_definition, oracle_loss
+from tests.objective.packed import random_responses
+
+
+def batch(length: int = 60):
+    members = random_responses(4, [length] * 5, outliers=0.03)
+    stacked = (torch.stack([getattr(r, name) for r in members]) for name in ("log_probs", "old_log_probs", "advantages", "mask"))
+    log_probs, old, advantages, mask = stacked
+    return members, (log_probs.detach().requires_grad_(), old, advantages, mask)
+
+
+@pytest.mark.parametrize("normalization", ["token_mean", "reference_micro_batch"])
+def test_matches_the_oracle(normalization) -> None:
+    config = FIPOConfig(influence_clip=(0.8, 1.2), normalization=normalization)
+    members, (log_probs, old, advantages, mask) = batch()
+    expected = oracle_loss(members, PolicyObjective("fipo", config))
+    result = fipo_loss(log_probs, old, advantages, mask, config)
+    result.loss.backward()
+    expected.loss.backward()
+    assert result.loss.dtype == torch.float64
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    torch.testing.assert_close(log_probs.grad, torch.stack([r.log_probs.grad for r in members]), rtol=1e-10, atol=1e-14)
+    assert result.loss_mask.any(1).tolist() == expected.kept and not all(expected.kept)
+
+
+def test_whatever_lies_under_the_mask_is_ignored() -> None:
+    _, (log_probs, old, advantages, mask) = batch()
+    clean = fipo_loss(log_probs, old, advantages, mask)
+    dirty = torch.where(mask.bool(), log_probs.detach(), torch.nan).requires_grad_()
+    result = fipo_loss(dirty, old, advantages, mask)
+    result.loss.backward()
+    assert torch.equal(result.loss, clean.loss) and torch.equal(result.future_kl, clean.future_kl)
+    assert dirty.grad.isfinite().all() and result.statistics["policy/nonfinite_sequences"] == 0
+
+
+def test_masks_of_every_kind_mean_the_same() -> None:
+    _, (log_probs, old, advantages, mask) = batch()
+    losses = [fipo_loss(log_probs, old, advantages, mask.to(dtype)).loss for dtype in (torch.bool, torch.uint8, torch.float32)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_half_precision_is_raised() -> None:
+    _, (log_probs, old, advantages, mask) = batch()
+    leaf = log_probs.detach().bfloat16().requires_grad_()
+    result = fipo_loss(leaf, old.bfloat16(), advantages.bfloat16(), mask)
+    result.loss.backward()
+    assert result.loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
+    x = old.bfloat16()
+    expected = torch.stack([future_kl_by_definition(row, 32.0) for row in (x.double() * mask)])
+    torch.testing.assert_close(future_kl(x, mask, 32.0).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (3, 1)])
+def test_small_and_empty_batches(shape) -> None:
+    log_probs = torch.zeros(shape, requires_grad=True)
+    zeros = torch.zeros(shape)
+    result = fipo_loss(log_probs, zeros, zeros, torch.zeros(shape, dtype=torch.bool))
+    result.loss.backward()
+    assert result.loss == 0 and result.future_kl.shape == shape and not log_probs.grad.any()
+
+
+def test_bad_inputs_are_named() -> None:
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"old_log_probs must be floating \[2, 3\] like response_mask, not torch.float32 \[2, 4\]"):
+        fipo_loss(x, torch.zeros(2, 4), x, mask)
+    with pytest.raises(ValueError, match="log_probs must be floating .* not torch.int64"):
+        fipo_loss(x.long(), x, x, mask)
+    with pytest.raises(ValueError, match="advantages must be floating"):
+        fipo_loss(x, x, torch.zeros(2), mask)
+    with pytest.raises(ValueError, match="response_mask must be bool, integer or floating .* not torch.complex64"):
+        fipo_loss(x, x, x, mask.to(torch.complex64))
+    with pytest.raises(ValueError, match=r"\[B, L\], not torch.float32 \[3\]"):
+        future_kl(x[0], mask[0], 32.0)
+    with pytest.raises(ValueError, match="half_life must be positive, not 0"):
+        future_kl(x, mask, 0)
+
+
+BAD_SETTINGS = [
+    (FIPOConfig, {"half_life": 0.0}),
+    (FIPOConfig, {"half_life": float("nan")}),
+    (FIPOConfig, {"influence_clip": (1.2, 1.0)}),
+    (FIPOConfig, {"influence_clip": (-0.5, 1.0)}),
+    (FIPOConfig, {"influence_clip": (1.0,)}),
+    (FIPOConfig, {"safety_threshold": -3.0}),
+    (FIPOConfig, {"clip_low": 1.5}),
+    (FIPOConfig, {"clip_high": -0.1}),
+    (FIPOConfig, {"dual_clip": 0.5}),
+    (FIPOConfig, {"normalization": "mean"}),
+    (PolicyObjective, {"name": "ppo"}),
+    (PolicyObjective, {"name": "grpo", "kl_coefficient": -0.1}),
+    (PolicyObjective, {"name": "fipo", "kl_coefficient": 0.1}),
+    (PolicyObjective, {"entropy_coefficient": -0.1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), BAD_SETTINGS, ids=lambda value: str(value))
+def test_impossible_settings_are_named(kind, values) -> None:
+    field, value = list(values.items())[-1]
+    with pytest.raises(ValueError) as caught:
+        kind(**values)
+    assert str(value) in str(caught.value) and field.split("_coefficient")[0] in f"{caught.value} name"
+
+
+def test_importing_needs_torch_only() -> None:
+    """Neither Megatron nor Ray nor transformers nor anything else comes in with the public API."""
+    program = """
+import sys, torch, numpy
+before = {name.split(".")[0] for name in sys.modules}
+import megatron_fipo, megatron_fipo.objective
+assert megatron_fipo.fipo_loss
+print(sorted({name.split(".")[0] for name in sys.modules} - before - sys.stdlib_module_names - {"megatron_fipo"}))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

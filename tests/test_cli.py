@@ -1,0 +1,116 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo import cli
+from megatron_fipo.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+COUNTDOWN = ["examples/countdown/fipo.yaml", "model.path=examples/countdown/model-config"]
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import sys
+from megatron_fipo.cli import main
+try:
+    main({arguments!r})
+except SystemExit as exit:
+    assert exit.code == 0
+heavy = {{"torch", "numpy", "ray", "transformers", "megatron", "omegaconf", "rich"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage: megatron-fipo" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sft", "report", "doctor", "config"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 6
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path):
+    arguments = ["train", *COUNTDOWN, "--dry-run", f"run_dir={tmp_path}/run", "parallel.tensor_model_parallel_size=2"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "Ranks: 2 = tensor 2" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "no configuration file absent.yaml"),
+        (["train", *COUNTDOWN, "objective.half_lief=3"], "did you mean 'objective.half_life'?"),
+        (["train", *COUNTDOWN, "parallel.tensor_model_parallel_size=3"], "does not divide"),
+        (["train", *COUNTDOWN, "model.path=absent"], "no model folder absent"),
+        (["evaluate", "absent", *COUNTDOWN], "no model folder absent"),
+        (["evaluate", "examples/countdown/model-config", "data.source=jsonl"], "needs data.evaluation_path"),
+        (["sft", "examples/countdown/sft.yaml", "parallel.tensor_model_parallel_size=4"], "does not divide"),
+        (["sft", "examples/countdown/sft.yaml", "rollout.top_p=1"], "unknown key 'rollout'"),
+        (["report", "absent"], "absent"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_code_2(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", *COUNTDOWN, "--dri"], ["train", *COUNTDOWN, "--dry-run", "x"], ["doctor", "x=1"], []]
+)
+def test_unknown_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+
+
+def test_evaluate_takes_a_file_or_none(monkeypatch):
+    calls = []
+    monkeypatch.setattr("megatron_fipo.trainer.run.evaluate", lambda folder, config: calls.append((folder, config)))
+    folder = "examples/countdown/model-config"
+    settings = [
+        "data.source=countdown",
+        "reward.name=countdown",
+        "rollout.max_prompt_length=16",
+        "rollout.max_response_length=99",
+    ]
+    assert cli.main(["evaluate", folder, "examples/countdown/fipo.yaml", "evaluation.samples_per_problem=2"]) == 0
+    assert cli.main(["evaluate", folder, *settings]) == 0
+    (first, with_file), (second, without) = calls
+    assert first == second == with_file.model.path == without.model.path == folder
+    assert (with_file.evaluation.samples_per_problem, with_file.run_dir) == (2, "runs/countdown-fipo")
+    assert (without.rollout.max_response_length, without.run_dir) == (99, "runs/evaluation")
+
+
+@pytest.mark.parametrize(("raised", "code"), [(UserError("mend it"), 2), (KeyboardInterrupt(), 130)])
+def test_exit_codes_of_a_run(raised, code, monkeypatch, capsys):
+    def train(config):
+        raise raised
+
+    monkeypatch.setattr("megatron_fipo.trainer.run.train", train)
+    assert cli.main(["train", *COUNTDOWN]) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_config_prints_every_setting(capsys):
+    assert cli.main(["config"]) == 0
+    assert "half_life: 32.0" in capsys.readouterr().out
+    assert cli.main(["config", "sft"]) == 0
+    assert "tokens_per_step:" in capsys.readouterr().out

@@ -1,0 +1,302 @@
+import json
+import math
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_fipo.batching.shard import length_multiple
+from megatron_fipo.config import (
+    Config,
+    Machine,
+    ModelConfig,
+    ParallelConfig,
+    SftConfig,
+    differences,
+    load_config,
+    save_config,
+    validate,
+    validate_evaluation,
+    validate_sft,
+)
+from megatron_fipo.config import validate as validate_function
+from megatron_fipo.config.describe import describe, field_docs
+from megatron_fipo.config.load import leaves
+from megatron_fipo.errors import UserError
+from megatron_fipo.plan.shape import ModelShape, read_model_shape
+
+REQUIRED = ["model.path=m", "run_dir=r"]
+SHAPE = ModelShape(
+    hidden_size=96, layers=4, heads=4, kv_heads=2, head_dim=24, ffn=256, vocab=32, tied=True, max_positions=512, qkv_bias=True
+)
+VALID = [*REQUIRED, "data.source=countdown", "reward.name=countdown"]
+VALID += ["rollout.max_prompt_length=16", "rollout.max_response_length=128", "reward.overlong_buffer=32"]
+
+
+def schemas(root: type) -> list[type]:
+    sections = [item.type for item in fields(root) if is_dataclass(item.type)]
+    return [root, *(schema for section in sections for schema in schemas(section))]
+
+
+class TestSchema:
+    @pytest.mark.parametrize("schema", {*schemas(Config), *schemas(SftConfig)}, ids=lambda schema: schema.__name__)
+    def test_every_setting_says_what_it_means(self, schema):
+        settings = {item.name for item in fields(schema) if not is_dataclass(item.type)}
+        assert settings <= field_docs(schema).keys()
+        assert schema.__doc__
+        assert not schema.__doc__.startswith(f"{schema.__name__}(")  # the one that @dataclass writes
+
+    @pytest.mark.parametrize("schema", [Config, SftConfig])
+    def test_the_description_is_a_file_with_the_defaults(self, schema, tmp_path):
+        (tmp_path / "all.yaml").write_text(describe(schema), encoding="utf-8")
+        needed = REQUIRED if schema is Config else ["model_config_path=m", "output_dir=o"]
+        assert load_config(tmp_path / "all.yaml", needed, schema) == load_config(None, needed, schema)
+        assert all(f"{key.rpartition('.')[2]}: " in describe(schema) for key, _ in leaves(schema))
+
+    @given(st.integers(1, 16), st.integers(1, 16), st.booleans())
+    def test_the_length_multiple_is_what_batching_pads_to(self, tp, cp, sequence_parallel):
+        parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel)
+        assert parallel.length_multiple == length_multiple(cp, tp, sequence_parallel)
+
+
+class TestLoad:
+    def test_overrides_win_in_order_and_give_plain_instances(self, tmp_path):
+        path = tmp_path / "c.yaml"
+        path.write_text("model: {path: here}\nrun_dir: ${model.path}/run\noptimizer: {lr: 1e-5}\n", encoding="utf-8")
+        overrides = ["optimizer.lr=2e-5", "optimizer.lr=3e-5", "objective.influence_clip=[0.8,1.2]", "objective.half_life=.inf"]
+        config = load_config(path, overrides)
+        assert type(config) is Config
+        assert type(config.model) is ModelConfig
+        assert config.run_dir == "here/run"
+        assert config.optimizer.lr == 3e-5
+        assert config.objective.influence_clip == [0.8, 1.2]
+        assert math.isinf(config.objective.half_life)
+        assert load_config(path, ["objective.influence_clip=null"]).objective.influence_clip is None
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("objective.halflife=3", "unknown key 'objective.halflife'; did you mean 'objective.half_life'?"),
+            ("lr=3", "did you mean 'optimizer.lr'?"),
+            ("tensor_parallel_size=2", "did you mean 'parallel.tensor_model_parallel_size'?"),
+            ("optimiser.weight=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+            ("batch.qqq=3", "keys here are: batch.prompts_per_iteration"),
+            ("optimizer.lr=fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
+            ("iterations=1.5", "could not be converted to Integer"),
+            ("model=path", "'model' is a section and has to hold keys such as model.path"),
+            ("objective.name=fippo", "objective.name is 'fippo', but has to be one of: fipo, dapo, grpo (did you mean 'fipo'?)"),
+            ("iterations", "has to look like section.key=value"),
+            ("=3", "has to look like section.key=value"),
+            ("objective.influence_clip=[1", "not valid YAML"),
+            ("run_dir=${nowhere}", "nowhere"),
+        ],
+    )
+    def test_a_wrong_override_is_named(self, override, message):
+        with pytest.raises(UserError) as error:
+            load_config(None, [*REQUIRED, override])
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("objective: {half_lif: 3}", "c.yaml: unknown key 'objective.half_lif'; did you mean 'objective.half_life'?"),
+            ("objective:\n", "'objective' is a section"),
+            ("a: b: c", "c.yaml, line 1 is not valid YAML"),
+            ("seed: 1\nseed: 2", "c.yaml, line 2"),
+            ("- 1", "has to be a mapping"),
+            ("seed: x", "c.yaml: seed: Value 'x'"),
+            ("seed: 2", "no value for model.path, run_dir"),
+            ("", "no value for model.path, run_dir"),
+        ],
+    )
+    def test_a_wrong_file_is_named(self, text, message, tmp_path):
+        (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError) as error:
+            load_config(tmp_path / "c.yaml", [])
+        assert message in str(error.value)
+
+    def test_unreadable_files(self, tmp_path):
+        with pytest.raises(UserError, match="no configuration file"):
+            load_config(tmp_path / "absent.yaml", [])
+        with pytest.raises(UserError, match="cannot read"):
+            load_config(tmp_path, [])
+        (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+        with pytest.raises(UserError, match=r"binary\.yaml"):
+            load_config(tmp_path / "binary.yaml", [])
+
+    def test_a_saved_configuration_reads_back_equal(self, tmp_path):
+        config = load_config(None, [*REQUIRED, "objective.half_life=.inf", "objective.influence_clip=null", "optimizer.lr=1e-7"])
+        save_config(config, tmp_path / "deep" / "config.yaml")
+        assert load_config(tmp_path / "deep" / "config.yaml", []) == config
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["config.yaml"]
+
+    def test_a_configuration_that_cannot_be_saved_leaves_nothing(self, tmp_path):
+        (tmp_path / "config.yaml").mkdir()
+        with pytest.raises(UserError, match="cannot write"):
+            save_config(load_config(None, REQUIRED), tmp_path / "config.yaml")
+        assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+    def test_differences_name_the_keys(self):
+        a = load_config(None, REQUIRED)
+        b = load_config(None, [*REQUIRED, "seed=2", "objective.influence_clip=null", "optimizer.lr=1e-6"])
+        assert differences(a, b) == ["objective.influence_clip", "seed"]
+        assert differences(a, a) == []
+        with pytest.raises(ValueError, match="cannot compare"):
+            differences(a, SftConfig())
+
+
+class TestValidate:
+    def test_the_base_of_these_tests_is_valid(self):
+        validate(load_config(None, VALID), SHAPE, Machine(cpus=2, gpus=0))
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ("parallel.tensor_model_parallel_size=3", "does not divide the model's 4 attention heads"),
+            ("parallel.tensor_model_parallel_size=4", "does not divide the model's 2 key-value groups; choose a divisor of 2"),
+            ("parallel.pipeline_model_parallel_size=3", "does not divide the model's 4 layers"),
+            (
+                "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=3",
+                "does not divide the model's 4 layers",
+            ),
+            ("parallel.virtual_pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size"),
+            ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size above 1"),
+            ("parallel.context_parallel_size=0", "parallel.context_parallel_size has to be at least 1, not 0"),
+            (
+                "parallel.data_parallel_size=3",
+                "need 3 ranks (tensor 1 x pipeline 1 x context 1 x data 3), but there are 2 CPU cores",
+            ),
+            ("parallel.overlap_communication=true optimizer.distributed=false", "needs optimizer.distributed=true"),
+            ("model.layer_spec=transformer_engine", "needs a GPU"),
+            ("batch.mini_batch_prompts=60", "has to divide"),
+            ("batch.responses_per_prompt=1", "at least 2"),
+            ("batch.max_tokens_per_micro_batch=143", "raise it to at least 144"),
+            ("batch.max_tokens_per_micro_batch=71 parallel.context_parallel_size=2", "raise it to at least 72"),
+            ("rollout.prompts_per_round=10", "can never give"),
+            ("rollout.max_staleness=-1", "rollout.max_staleness has to be at least 0"),
+            ("rollout.temperature=0", "rollout.temperature has to be above 0"),
+            ("rollout.top_p=1.1", "rollout.top_p has to be above 0 and at most 1"),
+            ("rollout.max_response_length=500", "516 tokens exceed the model's max_position_embeddings=512"),
+            ("objective.half_life=0", "objective.half_life has to be above 0"),
+            ("objective.half_life=.nan", "objective.half_life has to be above 0"),
+            ("objective.influence_clip=[1.2,1.0]", "two rising numbers"),
+            ("objective.influence_clip=[1.0]", "two rising numbers"),
+            ("objective.dual_clip=1.2", "has to be above 1 + objective.clip_high = 1.28"),
+            ("objective.clip_low=1.0", "objective.clip_low has to be at least 0 and below 1"),
+            ("objective.kl_coefficient=0.1", "is for grpo only"),
+            ("optimizer.lr=.inf", "optimizer.lr has to be finite"),
+            ("optimizer.lr=0", "optimizer.lr has to be above 0"),
+            ("reward.overlong_buffer=128", "has to be below rollout.max_response_length=128"),
+            ("reward.name=dapo_math", "needs reward.name=countdown"),
+            ("data.source=jsonl reward.name=dapo_math", "needs data.train_path"),
+            ("data.source=jsonl reward.name=dapo_math data.train_path=t", "needs data.evaluation_path"),
+            ("iterations=0", "iterations has to be at least 1"),
+        ],
+    )
+    def test_impossible_combinations_are_refused(self, overrides, message):
+        with pytest.raises(UserError) as error:
+            validate(load_config(None, [*VALID, *overrides.split()]), SHAPE, Machine(cpus=2, gpus=0))
+        assert message in str(error.value)
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            "parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
+            "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",
+            "parallel.context_parallel_size=2 batch.max_tokens_per_micro_batch=72",
+            "parallel.data_parallel_size=2",
+            "objective.name=grpo objective.kl_coefficient=0.1",
+            "objective.half_life=.inf objective.influence_clip=null",
+            "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0 evaluation.before_training=false",
+            "batch.max_tokens_per_micro_batch=144",
+            "rollout.max_response_length=496",
+        ],
+    )
+    def test_possible_ones_are_not(self, overrides):
+        validate(load_config(None, [*VALID, *overrides.split()]), SHAPE, Machine(cpus=2, gpus=0))
+
+    def test_gpus_count_where_there_are_any(self):
+        config = load_config(None, [*VALID, "parallel.data_parallel_size=4"])
+        validate(config, SHAPE, Machine(cpus=2, gpus=4))
+        with pytest.raises(UserError, match="there are 2 GPUs"):
+            validate(config, SHAPE, Machine(cpus=64, gpus=2))
+
+    def test_without_a_model_or_machine_their_checks_are_left_out(self):
+        validate(load_config(None, [*VALID, "parallel.tensor_model_parallel_size=3", "rollout.max_response_length=500"]))
+
+    def test_evaluation_needs_no_training_data_but_held_out_rows(self):
+        rows = ["data.source=jsonl", "reward.name=dapo_math"]
+        validate_evaluation(load_config(None, [*VALID, *rows, "data.evaluation_path=e"]), SHAPE)
+        with pytest.raises(UserError, match=r"data\.evaluation_path"):
+            validate_evaluation(load_config(None, [*VALID, *rows, "evaluation.every=0", "evaluation.before_training=false"]))
+
+    def test_supervised(self):
+        def sft(*overrides):
+            return load_config(None, ["model_config_path=m", "output_dir=o", *overrides], SftConfig)
+
+        validate_sft(sft(), SHAPE, Machine(cpus=1, gpus=0))
+        for override, message in [
+            ("steps=0", "steps"),
+            ("optimizer.warmup_steps=1001", "warmup_steps"),
+            ("parallel.tensor_model_parallel_size=4", "key-value groups"),
+            ("parallel.data_parallel_size=2", "CPU core"),
+        ]:
+            with pytest.raises(UserError, match=message):
+                validate_sft(sft(override), SHAPE, Machine(cpus=1, gpus=0))
+
+    def test_every_number_of_the_schema_has_a_range(self):
+        """A new setting is either given a range or is one of these, which other checks look at."""
+        module = __import__(validate_function.__module__, fromlist=["AT_LEAST_ONE"])
+        ranged = module.AT_LEAST_ONE | module.AT_LEAST_ZERO | module.ABOVE_ZERO | module.SHARES | module.BELOW_ONE
+        numbers = {key for schema in (Config, SftConfig) for key, kind in leaves(schema) if kind in (int, float)}
+        assert numbers - ranged == {"batch.responses_per_prompt", "objective.dual_clip"}
+        assert ranged <= numbers
+
+
+class TestShape:
+    def write(self, folder: Path, **changes) -> Path:
+        values = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "hidden_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 256,
+            "vocab_size": 32,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+        }
+        (folder / "config.json").write_text(json.dumps(values | changes), encoding="utf-8")
+        return folder
+
+    def test_reads_the_figures(self, tmp_path):
+        assert read_model_shape(self.write(tmp_path)) == SHAPE
+        assert read_model_shape(self.write(tmp_path, head_dim=32)) == replace(SHAPE, head_dim=32)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported; known: Qwen2ForCausalLM"),
+            ({"architectures": None}, r"\(none named\) is not supported"),
+            ({"hidden_size": None}, "hidden_size has to be a positive whole number, not None"),
+            ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+        ],
+    )
+    def test_refuses_what_it_does_not_know(self, changes, message, tmp_path):
+        with pytest.raises(UserError, match=message):
+            read_model_shape(self.write(tmp_path, **changes))
+
+    def test_refuses_what_it_cannot_read(self, tmp_path):
+        with pytest.raises(UserError, match="no model folder"):
+            read_model_shape(tmp_path / "absent")
+        with pytest.raises(UserError, match=r"has no config\.json"):
+            read_model_shape(tmp_path)
+        (tmp_path / "config.json").write_text("{", encoding="utf-8")
+        with pytest.raises(UserError, match="not valid JSON"):
+            read_model_shape(tmp_path)
+        (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+        with pytest.raises(UserError, match="JSON object"):
+            read_model_shape(tmp_path)

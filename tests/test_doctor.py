@@ -1,0 +1,73 @@
+import sys
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from megatron_fipo.doctor import COMPONENTS, Facts, gather_facts, main, rows
+
+BARE = Facts(
+    python="3.11.7", versions={component.name: None for component in COMPONENTS}, cuda=None, devices=(), apex_is_nvidia=False
+)
+
+
+def row(facts: Facts, name: str):
+    return next(row for row in rows(facts) if row.name == name)
+
+
+def test_everything_absent_says_what_is_lost():
+    found = rows(BARE)
+    assert [row.name for row in found] == ["Python", "CUDA", *(component.name for component in COMPONENTS)]
+    assert all(row.note for row in found[1:])
+    assert {row.name for row in found if row.severity == "missing"} == {
+        component.name for component in COMPONENTS if component.required
+    }
+
+
+def test_present_packages_show_their_version():
+    found = row(replace(BARE, versions=BARE.versions | {"vllm": "0.28.1"}), "vllm")
+    assert (found.state, found.severity) == ("0.28.1", "ok")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "devices", "state", "severity"),
+    [
+        (None, (), "absent", "optional"),
+        ("12.8", (), "no device", "optional"),
+        ("12.8", ("H100", "H100", "L4"), "12.8", "ok"),
+    ],
+)
+def test_cuda(cuda, devices, state, severity):
+    found = row(replace(BARE, cuda=cuda, devices=devices), "CUDA")
+    assert (found.state, found.severity) == (state, severity)
+    if devices:
+        assert found.note == "2 x H100, 1 x L4"
+
+
+def test_the_apex_of_pypi_does_not_count():
+    with_apex = replace(BARE, versions=BARE.versions | {"apex": "0.9.10.dev0"})
+    found = row(with_apex, "apex")
+    assert found.severity == "optional"
+    assert "not NVIDIA's" in found.note
+    assert row(replace(with_apex, apex_is_nvidia=True), "apex").severity == "ok"
+
+
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_apex_is_told_apart_on_disk(nvidia, tmp_path, monkeypatch):
+    (tmp_path / "apex" / ("multi_tensor_apply" if nvidia else "templates")).mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('doctor must not import apex')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    facts = gather_facts()
+    assert facts.versions["apex"] == "unknown version"
+    assert facts.apex_is_nvidia == nvidia
+
+
+def test_this_environment():
+    facts = gather_facts()
+    assert facts.versions["torch"]
+    assert facts.versions["megatron-core"]
+    console = Console(file=StringIO(), width=120)
+    assert main(console) == 0
+    assert "megatron-core" in console.file.getvalue()

@@ -1,0 +1,160 @@
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_fipo.config import Config, ModelConfig, ParallelConfig, load_config, validate
+from megatron_fipo.model import parallel as process_groups
+from megatron_fipo.model.build import build_model
+from megatron_fipo.model.vocab import padded_vocab_size
+from megatron_fipo.plan.plan import make_plan, rank_groups
+from megatron_fipo.plan.render import print_plan
+from megatron_fipo.plan.shape import read_model_shape
+from tests.ranks import run_ranks
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = [EXAMPLES / name for name in ("countdown/fipo", "countdown/dapo", "countdown/grpo")]
+RECIPES += [EXAMPLES / name for name in ("qwen2.5-32b/fipo", "qwen2.5-7b-math/fipo")]
+
+
+def load_recipe(name: str, *overrides: str) -> Config:
+    """A shipped recipe; the countdown model's sizes come from the folder that its base model was made from."""
+    config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
+    config.model.path = str(EXAMPLES / ("countdown/model-config" if "countdown" in name else Path(name).parent))
+    return config
+
+
+def printed(config: Config) -> str:
+    shape = read_model_shape(config.model.path)
+    console = Console(file=StringIO(), width=80)
+    validate(config, shape)
+    print_plan(config, shape, make_plan(config, shape), console)
+    return console.file.getvalue()
+
+
+class TestShippedRecipes:
+    def test_none_is_forgotten(self):
+        shipped = {path.with_suffix("") for path in EXAMPLES.glob("*/*.yaml")}
+        assert shipped == {*RECIPES, EXAMPLES / "countdown/sft"}
+
+    @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+    def test_loads_validates_and_dry_runs(self, recipe):
+        config = load_recipe(str(recipe.relative_to(EXAMPLES)))
+        text = printed(config)
+        assert f"Ranks: {config.parallel.world_size} = " in text
+        assert "…" not in text
+
+    def test_the_baselines_differ_in_the_objective_alone(self):
+        fipo, dapo, grpo = (load_recipe(f"countdown/{name}") for name in ("fipo", "dapo", "grpo"))
+        for name, other in (("dapo", dapo), ("grpo", grpo)):
+            assert other.objective.name == name
+            other.objective, other.run_dir = fipo.objective, fipo.run_dir
+            assert other == fipo
+
+    def test_32b(self):
+        config = load_recipe("qwen2.5-32b/fipo")
+        plan = make_plan(config, read_model_shape(config.model.path))
+        assert plan.parameters == 32_763_876_352
+        assert len(plan.groups) * 8 == 128
+        assert plan.work.mini_steps == 8
+        assert plan.work.tokens_per_mini_step == 64 * 16 * (2048 + 20480)
+        assert plan.work.micro_batches == 64 * 16 // 2
+        text = printed(config)
+        assert "32,763,876,352 (32.76B)" in text
+        assert all(f"{stage.parameters:,}" in text for stage in plan.stages)
+        # 2 bytes of weight, 4 of gradient, 12 of optimizer state over 4 context-parallel ranks
+        assert [stage.total_bytes for stage in plan.stages] == [stage.parameters * 9 for stage in plan.stages]
+
+    @pytest.mark.parametrize("folder", ["qwen2.5-32b", "qwen2.5-7b-math", "countdown/model-config"])
+    def test_the_parameter_count_is_that_of_transformers(self, folder):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EXAMPLES / folder))
+        assert read_model_shape(EXAMPLES / folder).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+    def test_the_published_7b_model_is_refused_until_its_positions_are_raised(self, tmp_path):
+        values = json.loads((EXAMPLES / "qwen2.5-7b-math/config.json").read_text(encoding="utf-8"))
+        (tmp_path / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096}), encoding="utf-8")
+        config = load_recipe("qwen2.5-7b-math/fipo")
+        with pytest.raises(Exception, match="12288 tokens exceed the model's max_position_embeddings=4096"):
+            validate(config, read_model_shape(tmp_path))
+
+
+def _real_rank(rank: int, world_size: int, folder: str, parallel: ParallelConfig) -> tuple[int, tuple[int, int, int]]:
+    from megatron.core import parallel_state
+
+    process_groups.initialize(parallel, seed=1)
+    chunks = build_model(Path(folder), ModelConfig(path=folder, dtype="float32"), parallel)
+    coordinate = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=False),
+        parallel_state.get_context_parallel_rank(),
+    )
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()), coordinate
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        ParallelConfig(context_parallel_size=2, data_parallel_size=2),
+    ],
+    ids=["one", "tp2 pp2", "pp2 vpp2", "cp2 dp2"],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_each_rank_holds_what_the_plan_says(parallel, tied, tmp_path):
+    values = json.loads((EXAMPLES / "countdown/model-config/config.json").read_text(encoding="utf-8"))
+    values |= {"tie_word_embeddings": tied, "vocab_size": 1030}  # not a multiple of anything
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    config = load_recipe("countdown/fipo")
+    config.parallel = parallel
+    plan = make_plan(config, read_model_shape(tmp_path))
+
+    groups = {rank: group for group in plan.groups for rank in range(group.first_rank, group.last_rank + 1)}
+    assert sorted(groups) == list(range(parallel.world_size))
+    for rank, (parameters, coordinate) in enumerate(run_ranks(parallel.world_size, _real_rank, str(tmp_path), parallel)):
+        group = groups[rank]
+        assert coordinate == (group.pipeline, group.data, group.context)
+        assert parameters == plan.stages[group.pipeline].parameters
+
+
+class TestWork:
+    def test_micro_batches_round_up(self):
+        # longest sequence 144 tokens: a micro-batch of 300 holds 2, so 6 x 16 = 96 responses over 5 ranks need 10 of them
+        config = load_recipe("countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5")
+        work = make_plan(config, read_model_shape(config.model.path)).work
+        assert (work.longest_sequence, work.mini_steps, work.micro_batches) == (144, 4, 10)
+
+    def test_state_of_the_optimizer_is_shared_only_if_distributed(self):
+        def optimizer_bytes(*overrides):
+            config = load_recipe("countdown/fipo", "parallel.data_parallel_size=2", *overrides)
+            stage = make_plan(config, read_model_shape(config.model.path)).stages[0]
+            return stage.optimizer_bytes / stage.parameters
+
+        assert optimizer_bytes() == 4
+        assert optimizer_bytes("optimizer.distributed=false") == 8
+        assert optimizer_bytes("optimizer.distributed=false", "model.dtype=bfloat16") == 12
+
+
+def test_padded_vocab_size():
+    assert padded_vocab_size(32, 1) == 32
+    assert padded_vocab_size(33, 2) == 34
+    assert padded_vocab_size(1024, 3) == 1026
+    assert padded_vocab_size(1025, 1) == 1152
+    assert padded_vocab_size(152_064, 4) == 152_064
+    assert padded_vocab_size(152_064, 8) == 152_576
+
+
+def test_rank_groups_cover_every_coordinate_once():
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, context_parallel_size=3, data_parallel_size=2, pipeline_model_parallel_size=4
+    )
+    groups = rank_groups(parallel)
+    assert len({(group.pipeline, group.data, group.context) for group in groups}) == 24
+    assert all(group.last_rank - group.first_rank == 1 for group in groups)
