@@ -4,10 +4,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megatron_fipo.batching.shard import length_multiple
 from megatron_fipo.config import (
     Config,
     Machine,
@@ -36,7 +33,7 @@ VALID += ["rollout.max_prompt_length=16", "rollout.max_response_length=128", "re
 
 
 def schemas(root: type) -> list[type]:
-    sections = [item.type for item in fields(root) if is_dataclass(item.type)]
+    sections = [item.type for item in fields(root) if isinstance(item.type, type) and is_dataclass(item.type)]
     return [root, *(schema for section in sections for schema in schemas(section))]
 
 
@@ -55,10 +52,23 @@ class TestSchema:
         assert load_config(tmp_path / "all.yaml", needed, schema) == load_config(None, needed, schema)
         assert all(f"{key.rpartition('.')[2]}: " in describe(schema) for key, _ in leaves(schema))
 
-    @given(st.integers(1, 16), st.integers(1, 16), st.booleans())
-    def test_the_length_multiple_is_what_batching_pads_to(self, tp, cp, sequence_parallel):
+    @pytest.mark.parametrize(
+        ("cp", "tp", "sequence_parallel", "multiple"),
+        [
+            (1, 1, False, 1),
+            (1, 4, False, 1),
+            (1, 4, True, 4),
+            (2, 1, False, 4),
+            (2, 2, True, 4),
+            (2, 3, True, 12),
+            (4, 8, True, 32),
+        ],
+    )
+    def test_sequences_split_into_chunks_and_over_sequence_parallel_ranks(self, cp, tp, sequence_parallel, multiple):
         parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel)
-        assert parallel.length_multiple == length_multiple(cp, tp, sequence_parallel)
+        assert parallel.length_multiple == multiple
+        assert multiple % (2 * cp if cp > 1 else 1) == 0
+        assert not sequence_parallel or (multiple // cp) % tp == 0
 
 
 class TestLoad:

@@ -68,6 +68,7 @@ def test_this_environment():
     facts = gather_facts()
     assert facts.versions["torch"]
     assert facts.versions["megatron-core"]
-    console = Console(file=StringIO(), width=120)
+    output = StringIO()
+    console = Console(file=output, width=120)
     assert main(console) == 0
-    assert "megatron-core" in console.file.getvalue()
+    assert "megatron-core" in output.getvalue()

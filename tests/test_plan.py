@@ -28,10 +28,11 @@ def load_recipe(name: str, *overrides: str) -> Config:
 
 def printed(config: Config) -> str:
     shape = read_model_shape(config.model.path)
-    console = Console(file=StringIO(), width=80)
+    output = StringIO()
+    console = Console(file=output, width=80)
     validate(config, shape)
     print_plan(config, shape, make_plan(config, shape), console)
-    return console.file.getvalue()
+    return output.getvalue()
 
 
 class TestShippedRecipes:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.trainer.report.run import Run, read_run
@@ -112,7 +113,7 @@ def table(groups: Mapping[str, Sequence[SeedRun]]) -> str:
 
 def plot(groups: Mapping[str, Sequence[SeedRun]]) -> Figure:
     """One panel per metric, one curve per objective."""
-    figure = Figure(figsize=(12.0, 3.6), layout="constrained")
+    figure = Figure(figsize=(12.0, 3.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     for axes, (metric, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for objective, runs in groups.items():
             iterations, mean, spread = curve(runs, metric)

@@ -26,8 +26,11 @@ def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CR
     return lengths + lengths**2 / attention_crossover
 
 
-def minimum_micro_batches(pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None) -> int:
-    """Fewest micro-batches per rank that Megatron's schedule accepts: interleaving passes them round in groups of all stages."""
+def micro_batch_multiple(pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None) -> int:
+    """The number of micro-batches per rank has to be a multiple of this for Megatron's schedule.
+
+    The interleaved schedule passes micro-batches round in groups of as many as there are stages and refuses a part of a group.
+    """
     return pipeline_model_parallel_size if virtual_pipeline_model_parallel_size else 1
 
 
@@ -37,24 +40,24 @@ def plan_micro_batches(
     data_parallel_size: int,
     token_budget: int,
     length_multiple: int,
-    minimum_per_rank: int = 1,
+    count_multiple: int = 1,
     attention_crossover: float = ATTENTION_CROSSOVER,
 ) -> Packing:
     """Packs sequences into micro-batches of at most `token_budget` padded tokens, the same number on every rank.
 
-    The number is the smallest, from `minimum_per_rank` on, for which best-fit decreasing (or the balanced greedy below) fits.
-    Within it, sequences go costliest first to the cheapest micro-batch with room, and micro-batches costliest first to the cheapest rank, so work is
-    even over micro-batches and over ranks. A micro-batch is empty only if there are fewer sequences than micro-batches.
-    The same lengths always give the same packing; on each rank the costliest micro-batch comes first.
+    The number is the smallest multiple of `count_multiple` for which best-fit decreasing (or the balanced greedy below)
+    fits; see `micro_batch_multiple`. Within it, sequences go longest first to the cheapest micro-batch with room, and
+    micro-batches costliest first to the cheapest rank, so work is even over micro-batches and over ranks. A micro-batch is
+    empty only if there are fewer sequences than micro-batches. The same lengths always give the same packing; on each rank
+    the costliest micro-batch comes first.
 
-    `minimum_per_rank` is for interleaved pipelines, which need as many micro-batches as stages (see `minimum_micro_batches`).
     `token_budget` counts a whole micro-batch, over all of its context-parallel ranks.
     Raises ValueError for a sequence that does not fit the budget.
     """
-    if data_parallel_size < 1 or token_budget < 1 or length_multiple < 1:
+    if min(data_parallel_size, token_budget, length_multiple, count_multiple) < 1:
         raise ValueError(
-            f"data_parallel_size ({data_parallel_size}), token_budget ({token_budget}) and length_multiple "
-            f"({length_multiple}) must be positive"
+            f"data_parallel_size ({data_parallel_size}), token_budget ({token_budget}), length_multiple ({length_multiple}) "
+            f"and count_multiple ({count_multiple}) must be positive"
         )
     tokens = padded_lengths(lengths, length_multiple)
     if (tokens > token_budget).any():
@@ -65,9 +68,9 @@ def plan_micro_batches(
         )
     costs = sequence_cost(tokens, attention_crossover)
     order = np.argsort(-tokens, kind="stable")
-    per_rank = max(minimum_per_rank, -(-int(tokens.sum()) // (token_budget * data_parallel_size)))
-    while (bins := _fill(order, tokens, costs, per_rank * data_parallel_size, token_budget)) is None:
-        per_rank += 1
+    groups = max(1, -(-int(tokens.sum()) // (token_budget * data_parallel_size * count_multiple)))
+    while (bins := _fill(order, tokens, costs, groups * count_multiple * data_parallel_size, token_budget)) is None:
+        groups += 1
     return _spread(bins, costs, data_parallel_size)
 
 

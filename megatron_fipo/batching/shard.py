@@ -47,9 +47,9 @@ class PackedShard:
     row_position: np.ndarray
     """int64 [R], host: position of each row's token in its sequence; its label is at the next."""
     prompt_lengths: np.ndarray
-    """int64 [S], host."""
+    """int64 [S], host. 0 for the padding sequence of an empty micro-batch."""
     response_lengths: np.ndarray
-    """int64 [S], host: response tokens, tool tokens included. 0 for the padding sequence of an empty micro-batch."""
+    """int64 [S], host: response tokens, tool tokens included."""
 
     @property
     def num_rows(self) -> int:
@@ -66,10 +66,19 @@ class PackedShard:
             raise ValueError(f"old_log_probs has shape {list(old_log_probs.shape)}, but the shard has {self.num_rows} rows")
         return replace(self, rows=replace(self.rows, old_log_probs=old_log_probs))
 
+    def with_reference_log_probs(self, reference_log_probs: Tensor) -> "PackedShard":
+        """The same shard whose rows have these log-probs of the reference model, float32 [R] on the shard's device."""
+        if reference_log_probs.shape != self.labels.shape:
+            raise ValueError(
+                f"reference_log_probs has shape {list(reference_log_probs.shape)}, but there are {self.num_rows} rows"
+            )
+        return replace(self, rows=replace(self.rows, reference_log_probs=reference_log_probs))
+
     def scatter_rows(self, values: Tensor | np.ndarray) -> list[np.ndarray]:
         """Puts one number per row [R] back where it belongs: per trajectory an array [response length] in the dtype of values.
 
-        NaN where this rank holds no row: tool tokens, and what lies on other context-parallel ranks.
+        NaN where this rank holds no row: tool tokens, and what lies on other context-parallel ranks. An empty micro-batch gives
+        an empty list.
         """
         host = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
         if host.shape != (self.num_rows,):
@@ -77,15 +86,8 @@ class PackedShard:
         starts = np.cumsum(self.response_lengths) - self.response_lengths
         flat = np.full(int(self.response_lengths.sum()), np.nan, dtype=host.dtype)
         flat[starts[self.row_sequence] + self.row_position + 1 - self.prompt_lengths[self.row_sequence]] = host
-        return np.split(flat, starts[1:])
-
-
-def length_multiple(context_parallel_size: int, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:
-    """What every sequence's length is padded to: 2·cp for the zigzag, times what makes each rank's tokens divisible by tp."""
-    chunks = 2 * context_parallel_size if context_parallel_size > 1 else 1
-    if not sequence_parallel:
-        return chunks
-    return math.lcm(chunks, context_parallel_size * tensor_model_parallel_size)
+        trajectories = np.count_nonzero(self.prompt_lengths)  # a prompt is never empty, so this leaves out the padding sequence
+        return np.split(flat, starts[1:])[:trajectories]
 
 
 def zigzag_table(padded: np.ndarray, context_parallel_size: int) -> ChunkTable:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 
-def _sharded_state(modules: list[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
     names = ["model"] if len(modules) == 1 else [f"model{index}" for index in range(len(modules))]
     metadata = ensure_metadata_has_dp_cp_group({"distrib_optim_sharding_type": "fully_reshardable"})
     state = {name: module.sharded_state_dict(metadata=metadata) for name, module in zip(names, modules, strict=True)}

@@ -37,13 +37,14 @@ def load_config(path: str | Path | None, overrides: list[str], schema: type = Co
             merged = OmegaConf.merge(merged, values)
         except OmegaConfBaseException as error:
             raise UserError(_explain(error, source)) from None
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"{path or 'the configuration'}: no value for {', '.join(missing)}; give it there or as key=value")
+    name = str(path or "the configuration")
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{name}: no value for {', '.join(missing)}; give it there or as key=value")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error, str(path or "overrides"))) from None
+        raise UserError(_explain(error, name)) from None
     for key, value, choices in _choice_fields(config):
         if value not in choices:
             raise UserError(f"{key} is '{value}', but has to be one of: {', '.join(choices)}{_suggestion(value, choices)}")
@@ -141,7 +142,7 @@ def _refuse_unknown_keys(values: dict, schema: Any, source: str, root: Any = Non
 
 
 def _nearest_key(key: str, root: Any, siblings: Any, prefix: str) -> str:
-    keys = [name for name, _ in leaves(root)] + [item.name for item in fields(root)]
+    keys = [name for name, _ in leaves(root)] + ([] if prefix else list(siblings))
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf]
     nearest = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)

@@ -186,7 +186,7 @@ class DataConfig:
     """File of held-out rows (parquet, jsonl)."""
     deduplicate: bool = True
     """Keep the first of rows with the same prompt, and say how many went."""
-    train_size: int = 4096
+    train_size: int = 4000
     """Problems to generate for training (countdown)."""
     evaluation_size: int = 150
     """Held-out problems to generate (countdown)."""
@@ -265,7 +265,7 @@ class SftDataConfig:
 
     source: str = _choice("countdown")
     """`countdown` generates problems with search traces."""
-    train_size: int = 8000
+    train_size: int = 4000
     """Problems to write traces for. The held-out problems of the same source are never among them."""
 
 

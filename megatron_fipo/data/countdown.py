@@ -1,7 +1,7 @@
 """Countdown by search in the open: a task on which two CPU cores can watch reinforcement learning lengthen reasoning.
 
-A problem is three numbers (1-9) and a target (1-99): combine all three with + - *, strictly left to right, so that `3+7*5` is
-(3+7)*5 = 50. The prompt is `3,7,5=26:`. A response makes attempts such as `3*7=21+5=26;` and ends with `#` and the chosen
+A problem is three numbers (1-9) and a target (1-99): combine the numbers, in the order given, with + - *, strictly left to
+right, so that `3+7*5` is (3+7)*5 = 50. The prompt is `3,7,5=26:`. A response makes attempts such as `3*7=21+5=26;` and ends with `#` and the chosen
 expression. The base model learns from traces that often give up early, so length is a free choice that reward can change.
 """
 
@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, permutations, product
 
 from megatron_fipo.errors import UserError
 
@@ -87,14 +87,13 @@ def attempt(expression: Expression) -> str:
 
 def _orders(numbers: Numbers) -> list[Numbers]:
     """The numbers in every different order; the same list for every order given."""
-    a, b, c = numbers
-    return sorted({(a, b, c), (a, c, b), (b, a, c), (b, c, a), (c, a, b), (c, b, a)})
+    return sorted(set(permutations(numbers)))  # type: ignore[arg-type]
 
 
 @cache
 def _expressions(numbers: Numbers) -> tuple[Expression, ...]:
-    """Every expression over the numbers in any order."""
-    return tuple(Expression(order, (f, s)) for order in _orders(numbers) for f, s in product(OPERATORS, repeat=2))
+    """The nine expressions over the numbers in this order."""
+    return tuple(Expression(numbers, (first, second)) for first, second in product(OPERATORS, repeat=2))
 
 
 def _is_held_out(numbers: Numbers, target: int) -> bool:
@@ -109,12 +108,16 @@ def generate_problems(size: int, *, held_out: bool, seed: int) -> list[Countdown
     comes again with its numbers in another order. Raises UserError if the split is smaller than `size`.
     """
     rng = random.Random(f"countdown {held_out} {seed}")
-    ranked: list[tuple[int, float, CountdownProblem]] = []
+    orders_of: dict[tuple[Numbers, int], list[Numbers]] = {}
     for numbers in combinations_with_replacement(range(1, 10), 3):
-        for target in sorted({value for e in _expressions(numbers) if 1 <= (value := evaluate(e)) <= 99}):
-            if _is_held_out(numbers, target) == held_out:
-                orders = sorted(_orders(numbers), key=lambda _: rng.random())
-                ranked += [(nth, rng.random(), CountdownProblem(order, target)) for nth, order in enumerate(orders)]
+        for order in _orders(numbers):
+            for target in {value for e in _expressions(order) if 1 <= (value := evaluate(e)) <= 99}:
+                if _is_held_out(numbers, target) == held_out:
+                    orders_of.setdefault((numbers, target), []).append(order)
+    ranked: list[tuple[int, float, CountdownProblem]] = []
+    for (_, target), orders in sorted(orders_of.items()):
+        rng.shuffle(orders)
+        ranked += [(nth, rng.random(), CountdownProblem(order, target)) for nth, order in enumerate(orders)]
     if size > len(ranked):
         key = "evaluation_size" if held_out else "train_size"
         raise UserError(f"data.{key} is {size} but countdown has {len(ranked)} such problems; lower it")

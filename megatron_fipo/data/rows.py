@@ -115,14 +115,14 @@ def read_problems(path: Path, source: str, encode: PromptEncoder, deduplicate: b
     seen: set[bytes] = set()
     repeated = 0
     for number, row in reader(path):
-        where = f"{path} {unit} {number}"
-        prompt = _prompt(where, row)
         if deduplicate:
-            key = hashlib.blake2b(repr(prompt).encode(), digest_size=16).digest()
+            key = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=16).digest()
             if key in seen:
                 repeated += 1
                 continue
             seen.add(key)
+        where = f"{path} {unit} {number}"
+        prompt = _prompt(where, row)
         ground_truth = _ground_truth(where, row)
         text, prompt_ids = encode(where, prompt)
         extra = _mapping(where, row, "extra_info")

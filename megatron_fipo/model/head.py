@@ -171,10 +171,10 @@ class _WeightGradient:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
-        self.in_place = getattr(weight, "main_grad", None) is not None
+        self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
         dtype = _accumulation_dtype(weight.dtype)
-        if self.in_place and weight.main_grad.dtype == dtype:
-            self.sum = weight.main_grad
+        if self.main_grad is not None and self.main_grad.dtype == dtype:
+            self.sum = self.main_grad
         else:
             self.sum = torch.zeros_like(weight, dtype=dtype)
 
@@ -187,11 +187,11 @@ class _WeightGradient:
             self.sum.addmm_(grad.t().to(self.sum.dtype), hidden.to(self.sum.dtype))
 
     def result(self) -> torch.Tensor:
-        if not self.in_place:
+        if self.main_grad is None:
             return self.sum.to(self.weight.dtype)
-        if self.sum is not self.weight.main_grad:
-            self.weight.main_grad.add_(self.sum)
-        self.weight.grad_added_to_main_grad = True
+        if self.sum is not self.main_grad:
+            self.main_grad.add_(self.sum)
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return torch.zeros_like(self.weight)
 
 

@@ -53,8 +53,8 @@ class ChunkTable:
                 rank, sequence, chunk = (int(index[0]) for index in np.nonzero(table < 0))
                 value = table[rank, sequence, chunk]
                 raise ValueError(f"chunk table: {name} of chunk {chunk} of sequence {sequence} on rank {rank} is {value}")
-        first = self.first.transpose(1, 0, 2).reshape(self.num_sequences, -1)
-        length = self.length.transpose(1, 0, 2).reshape(self.num_sequences, -1)
+        by_sequence = (self.num_sequences, self.context_parallel_size * self.chunks_per_rank)
+        first, length = (table.transpose(1, 0, 2).reshape(by_sequence) for table in (self.first, self.length))
         order = np.argsort(np.where(length > 0, first, np.iinfo(np.int64).max), axis=1, kind="stable")
         first, length = np.take_along_axis(first, order, 1), np.take_along_axis(length, order, 1)
         due = np.cumsum(length, axis=1) - length

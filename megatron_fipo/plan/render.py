@@ -23,8 +23,7 @@ def print_plan(config: Config, shape: ModelShape, plan: Plan, console: Console) 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        text = column in ("ranks", "layers", "holds")
-        table.add_column(column, justify="left" if text else "right", no_wrap=not text)
+        table.add_column(column, justify="left" if column in ("ranks", "layers", "holds") else "right", no_wrap=True)
     return table
 
 
@@ -68,8 +67,8 @@ def _stages(plan: Plan) -> RenderableType:
         sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, stage.total_bytes)
         table.add_row(
             str(stage.index),
-            ", ".join(_span(chunk.start, chunk.stop - 1) for chunk in stage.layers),
-            ", ".join(_ends(stage)),
+            "\n".join(_span(chunk.start, chunk.stop - 1) for chunk in stage.layers),
+            "\n".join(_ends(stage)),
             f"{stage.parameters:,}",
             *(f"{size / scale:.2f}" for size in sizes),
         )

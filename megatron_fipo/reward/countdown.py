@@ -9,8 +9,8 @@ from megatron_fipo.reward.score import NO_ANSWER, Score
 def score_countdown(response_text: str, problem: Problem, finish_reason: str) -> Score:
     """1 if the response ends by itself in one `#` and an expression that is right, else 0.
 
-    Right: `a?b?c` with ? of + - *, evaluated left to right, uses each of the problem's numbers once and gives the target.
-    Attempts before the `#` are not judged. The answer that votes is the value of a well-formed expression over the right
+    Right: `a?b?c` with ? of + - *, evaluated left to right, has the problem's numbers in their order and gives the target.
+    Attempts before the `#` are not judged. The answer that votes is the value of a well-formed expression over these
     numbers, so that different ways to the target vote together.
     Raises UserError only for a problem whose ground truth is no countdown problem.
     """
@@ -21,7 +21,7 @@ def score_countdown(response_text: str, problem: Problem, finish_reason: str) ->
         )
     _, separator, answer = response_text.partition("#")
     expression = parse_expression(answer) if separator and finish_reason == "stop" else None
-    if expression is None or sorted(expression.numbers) != sorted(target.numbers):
+    if expression is None or expression.numbers != target.numbers:
         return Score(reward=0.0, accuracy=0.0, answer=NO_ANSWER)
     value = evaluate(expression)
     correct = float(value == target.target)

@@ -54,13 +54,13 @@ class LocalEngine:
         """Load the model (once). Raises `UserError` where the folder is unreadable or names no end-of-sequence token."""
         if self._model is not None:
             return
+        path = self._model_path
+        if not Path(path, "config.json").is_file():
+            raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(1)
-        path = self._model_path
-        if not Path(path, "config.json").is_file():
-            raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
         options: dict[str, Any] = {"trust_remote_code": self._trust_remote_code, "local_files_only": True}
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, self._dtype), **options)

@@ -26,7 +26,7 @@ class TrainerGroup:
             raise UserError(
                 f"Ray found no room for {world_size} trainer ranks ({bundle} each) within 60 s; lower the parallel sizes or add nodes."
             ) from None
-        remote = ray.remote(worker_class)
+        remote: Any = ray.remote(worker_class)
         self.actors: list[ActorHandle] = [
             remote.options(
                 num_cpus=1,
@@ -35,7 +35,7 @@ class TrainerGroup:
             ).remote(rank=rank, world_size=world_size, **worker_arguments)
             for rank in range(world_size)
         ]
-        rendezvous = ray.get(self.actors[0].rendezvous.remote())
+        rendezvous: Any = ray.get(self.actors[0].rendezvous.remote())
         self.call("setup", rendezvous)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
@@ -52,7 +52,7 @@ class TrainerGroup:
                 self.shutdown()
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
-                raise RuntimeError(f"trainer rank {rank} failed in {method}") from error
+                raise RuntimeError(f"trainer rank {rank} failed in {method}: {error.cause}") from error
             except ray.exceptions.RayActorError as error:
                 self.shutdown()
                 raise RuntimeError(f"trainer rank {rank} died in {method}; resume the run to continue") from error

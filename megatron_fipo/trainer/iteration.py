@@ -7,8 +7,7 @@ operation by operation, its log-ratios are exactly zero, and any other value is 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.batching.packing import minimum_micro_batches, plan_micro_batches
-from megatron_fipo.batching.shard import length_multiple
+from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import Config
 
@@ -38,10 +37,8 @@ def plan_iteration(groups: Sequence[Sequence[Trajectory]], config: Config, pad_t
             [trajectory.length for trajectory in members],
             data_parallel_size=parallel.data_parallel_size,
             token_budget=config.batch.max_tokens_per_micro_batch * parallel.context_parallel_size,
-            length_multiple=length_multiple(
-                parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
-            ),
-            minimum_per_rank=minimum_micro_batches(
+            length_multiple=parallel.length_multiple,
+            count_multiple=micro_batch_multiple(
                 parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
             ),
         )

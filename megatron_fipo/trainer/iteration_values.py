@@ -10,7 +10,14 @@ from megatron_fipo.rollout.collector import Collected
 # Over the mini-steps of an iteration most statistics average; these do not.
 MINIMA = ("influence/min",)
 MAXIMA = ("influence/max",)
-TOTALS = ("policy/dropped_sequences", "policy/nonfinite_sequences", "policy/sequences", "policy/tokens", "policy/skipped_steps")
+TOTALS = (
+    "policy/dropped_sequences",
+    "policy/nonfinite_sequences",
+    "policy/sequences",
+    "policy/tokens",
+    "policy/kept_tokens",
+    "policy/skipped_steps",
+)
 FIRST = ("policy/sigma_log_ratio",)
 """Of the first mini-step, where old and new weights are the same: anything but 0 is numerical noise that FutureKL amplifies."""
 

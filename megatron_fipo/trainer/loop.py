@@ -87,11 +87,9 @@ class Loop:
                 self._evaluate()
             while self.state.iteration < config.iterations:
                 self._iterate()
-                done = self.state.iteration
-                last = done == config.iterations
-                if last or (config.evaluation.every and done % config.evaluation.every == 0):
+                if self._due(config.evaluation.every):
                     self._evaluate()
-                if last or (config.save_every and done % config.save_every == 0):
+                if self._due(config.save_every):
                     self._save()
                 self._check_stop()
         except Interrupted:
@@ -109,7 +107,7 @@ class Loop:
             self._set_advantages(collected.groups)
         batch = plan_iteration(collected.groups, config, parts.pad_token_id)
         lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
-        wanted = _samples_to_show(batch)
+        wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
 
         parts.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
         results = parts.trainer.call("train_iteration", ray.put(batch), lr, wanted)
@@ -140,8 +138,8 @@ class Loop:
         parts.console.phase("rollout")
         before = parts.train_set.state()
 
-        def progress(rounds: int, finished: int) -> None:
-            parts.console.phase("rollout", detail=f"round {rounds}, {finished} prompts")
+        def progress(rounds: int, finished_groups: int) -> None:
+            parts.console.phase("rollout", detail=f"round {rounds}, {finished_groups} prompts")
             self._check_stop()
 
         try:
@@ -172,12 +170,15 @@ class Loop:
 
     def _push_weights(self) -> None:
         self.parts.console.phase("weight sync")
-        engines = list(self.parts.pool.check().values())
+        engines = self.parts.pool.check()
         self.parts.trainer.call("push_weights", engines, self.state.weight_version)
 
     def _evaluate(self) -> None:
         config, parts = self.config, self.parts
+        if not parts.held_out:
+            return
         parts.console.phase("evaluation")
+        start = time.perf_counter()
         evaluation = evaluate(
             parts.pool,
             parts.held_out,
@@ -189,7 +190,7 @@ class Loop:
             version=self.state.weight_version,
             on_finished=lambda finished: self._check_stop(),
         )
-        self._log("evaluation", evaluation.values)
+        self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
         parts.console.evaluation(self.state.iteration, evaluation.values)
         write_table(self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl", evaluation.table)
 
@@ -238,6 +239,11 @@ class Loop:
                     finish_reason=trajectory.finish_reason,
                 )
             )
+
+    def _due(self, every: int, ahead: int = 0) -> bool:
+        """Whether something done every so many iterations (0: only after the last) comes after this one, or `ahead` later."""
+        done = self.state.iteration + ahead
+        return done == self.config.iterations or (every > 0 and done % every == 0)
 
     def _check_stop(self) -> None:
         if self.stop_requested:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -64,17 +64,19 @@ class JsonLinesLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
+        if _ends_torn(path):
             self._rewrite(_read_rows(path))
 
     def truncate_after(self, iteration: int) -> None:
         """Drop the lines of iterations later than `iteration`, all at once or not at all."""
-        if not self.path.exists():
-            return
-        rows = _read_rows(self.path)
-        kept = [row for row in rows if row["iteration"] <= iteration]
-        if len(kept) < len(rows):
-            self._rewrite(kept)
+        lines = kept = 0
+        for row in _read_rows(self.path):
+            lines += 1
+            kept += row["iteration"] <= iteration
+        if kept == 0:
+            self.path.unlink(missing_ok=True)
+        elif kept < lines:
+            self._rewrite(row for row in _read_rows(self.path) if row["iteration"] <= iteration)
 
     def _append(self, row: dict[str, Any]) -> None:
         try:
@@ -127,40 +129,51 @@ def read_metrics(run_dir: Path) -> list[Record]:
     return records
 
 
-def read_samples(run_dir: Path) -> list[Sample]:
-    """All lines of `samples.jsonl` in order; none where the file is missing. Raises `UserError` on a line that is not a sample."""
+def read_samples(run_dir: Path) -> Iterator[Sample]:
+    """The lines of `samples.jsonl` in order, one at a time, since long responses make it a large file; none where it is missing.
+
+    Raises `UserError` on a line that is not a sample.
+    """
     path = run_dir / SAMPLES_FILE
-    samples = []
     for number, row in enumerate(_read_rows(path), 1):
         try:
             if row["influence_weights"] is not None:
                 row["influence_weights"] = [_from_null(weight) for weight in row["influence_weights"]]
             for name in ("reward", "accuracy", "advantage"):
                 row[name] = _from_null(row[name])
-            samples.append(Sample(**row))
+            sample = Sample(**row)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} line {number} is not a sample; remove the line") from error
-    return samples
+        yield sample
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; a last line that does not parse was torn by a crash and is ignored with a warning."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or "iteration" not in row:
-                raise ValueError("no iteration")
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is damaged; remove the line") from error
-            _logger.warning("%s: ignored the last line (%d), which a crash left unfinished", path, number)
-        else:
-            rows.append(row)
-    return rows
+        return
+    with path.open("rb") as file:
+        line, number = file.readline(), 1
+        while line:
+            following = file.readline()
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or "iteration" not in row:
+                    raise ValueError("no iteration")
+            except ValueError as error:
+                if following:
+                    raise UserError(f"{path} line {number} is damaged; remove the line") from error
+                _logger.warning("%s: ignored the last line (%d), which a crash left unfinished", path, number)
+            else:
+                yield row
+            line, number = following, number + 1
+
+
+def _ends_torn(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _to_line(row: dict[str, Any]) -> str:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
-from megatron_fipo.batching.shard import PackedShard, build_shard, length_multiple
+from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer.policy import Policy
-
-from megatron.core import parallel_state  # isort: skip
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -82,9 +81,7 @@ class MegatronRank:
                 trajectories,
                 context_parallel_size=parallel.context_parallel_size,
                 context_parallel_rank=parallel_state.get_context_parallel_rank(),
-                length_multiple=length_multiple(
-                    parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
-                ),
+                length_multiple=parallel.length_multiple,
                 pad_token_id=pad_token_id,
                 max_position=self.policy.modules[0].max_sequence_length,
             ).to(self.device)

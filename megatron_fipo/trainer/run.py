@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from megatron_fipo.config import Config, Machine, RolloutConfig, validate
-from megatron_fipo.data.registry import load_datasets
+from megatron_fipo.data.registry import load_datasets, load_evaluation
 from megatron_fipo.errors import UserError
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.plan.shape import read_model_shape
@@ -33,13 +33,14 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 def train(config: Config) -> None:
     """`megatron-fipo train`: run or continue `config`, then write model and report. Raises `KeyboardInterrupt` when stopped."""
-    machine = this_machine()
-    validate(config, read_model_shape(Path(config.model.path)), machine)
+    shape = read_model_shape(Path(config.model.path))
+    validate(config, shape, None if config.ray_address else this_machine())
     directory = RunDirectory(Path(config.run_dir))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
     directory.claim(config)
-    with Console(config.iterations) as console, ray_cluster(config, machine):
+    with Console(config.iterations) as console, ray_cluster(config) as machine:
+        validate(config, shape, machine)
         console.phase("starting")
         trainer = TrainerGroup(TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=config)
         pool = start_engines(config.rollout, config.model.path, config.model.dtype, config.model.trust_remote_code, machine)
@@ -56,11 +57,11 @@ def train(config: Config) -> None:
         except Interrupted:
             raise KeyboardInterrupt from None
         finally:
-            trackers.close()
             pool.shutdown()
             trainer.shutdown()
             if (directory.path / "metrics.jsonl").exists():
                 write_report(directory.path)
+            trackers.close()
         evaluations = [record.values for record in read_metrics(directory.path) if record.kind == "evaluation"]
         console.summary(
             evaluations[0] if evaluations else None,
@@ -72,10 +73,9 @@ def train(config: Config) -> None:
 
 def evaluate(model_dir: str, config: Config) -> None:
     """`megatron-fipo evaluate`: held-out accuracy of a Hugging Face folder; prints it and writes a table per response."""
-    machine = this_machine()
     tokenizer = load_tokenizer(model_dir, config.model.trust_remote_code)
-    _, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
-    with Console(0) as console, ray_cluster(config, machine):
+    held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
+    with Console(0) as console, ray_cluster(config) as machine:
         console.phase("evaluation")
         pool = start_engines(config.rollout, model_dir, config.model.dtype, config.model.trust_remote_code, machine)
         try:
@@ -136,18 +136,24 @@ def start_engines(rollout: RolloutConfig, model_path: str, dtype: str, trust_rem
 
 
 @contextmanager
-def ray_cluster(config: Config, machine: Machine) -> Iterator[None]:
-    """Join `config.ray_address`, or start a cluster on this machine that is just large enough and ends with the run."""
+def ray_cluster(config: Config) -> Iterator[Machine]:
+    """Join `config.ray_address`, or start a cluster on this machine that is just large enough and ends with the run.
+
+    Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
+    """
+    machine = this_machine()
     environment = {} if machine.gpus else {"OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "warning"}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
     if config.ray_address:
         ray.init(address=config.ray_address, **options)
+        resources = ray.cluster_resources()
+        machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         workers = config.parallel.world_size + config.rollout.num_engines
         ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
     try:
-        yield
+        yield machine
     finally:
         ray.shutdown()
 

@@ -5,18 +5,26 @@ The same ranks, packing, head and optimizer as reinforcement learning; only the 
 
 import math
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+import torch
 from rich.progress import Progress
 
-from megatron_fipo.batching.packing import minimum_micro_batches, plan_micro_batches
-from megatron_fipo.batching.shard import length_multiple
+from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.config import Config, HeadConfig, Machine, ModelConfig, OptimizerSettings, RolloutConfig, SftConfig, validate_sft
+from megatron_fipo.checkpoint.random_weights import write_random_model
+from megatron_fipo.config import (
+    Config,
+    HeadConfig,
+    ModelConfig,
+    OptimizerSettings,
+    RolloutConfig,
+    SftConfig,
+    validate_sft,
+)
 from megatron_fipo.data.countdown import generate_problems, supervised_trace
 from megatron_fipo.errors import UserError
 from megatron_fipo.plan.machine import this_machine
@@ -32,7 +40,9 @@ STEPS_PER_CALL = 20
 class SupervisedWorker(MegatronRank):
     """One rank of supervised training."""
 
-    def train_steps(self, batches: list[list[list[list[Trajectory]]]], rates: list[float], pad_token_id: int) -> list[float] | None:
+    def train_steps(
+        self, batches: list[list[list[list[Trajectory]]]], rates: list[float], pad_token_id: int
+    ) -> list[float] | None:
         """One optimizer step per batch ([data-parallel rank][micro-batch][trajectory]); the losses, from the reporting rank."""
         from megatron.core import parallel_state
 
@@ -57,9 +67,9 @@ def train(config: SftConfig) -> None:
         raise UserError(f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json.")
     traces = countdown_traces(config, tokenizer)
     rates = [learning_rate(config, step) for step in range(config.steps)]
-    with tempfile.TemporaryDirectory() as folder, ray_cluster(_ray_settings(config), machine), Progress() as progress:
+    with tempfile.TemporaryDirectory() as folder, ray_cluster(_ray_settings(config)), Progress() as progress:
         initial = Path(folder) / "initial"
-        write_random_model(source, initial, config.dtype, config.seed)
+        write_random_model(source, initial, config.seed, getattr(torch, config.dtype))
         settings = _rank_settings(config, initial)
         trainer = TrainerGroup(SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings)
         bar = progress.add_task("supervised training", total=config.steps)
@@ -98,17 +108,6 @@ def learning_rate(config: SftConfig, step: int) -> float:
     return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def write_random_model(source: Path, target: Path, dtype: str, seed: int) -> None:
-    """A Hugging Face folder with the config and tokenizer of `source` and weights drawn by transformers' own initialisation."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=getattr(torch, dtype))
-    model.save_pretrained(target)
-
-
 def _take(traces: Iterator[Trajectory], tokens: int) -> list[Trajectory]:
     """Whole traces until they hold at least `tokens` tokens."""
     taken: list[Trajectory] = []
@@ -123,12 +122,8 @@ def _plan(traces: list[Trajectory], config: SftConfig) -> list[list[list[Traject
         [trace.length for trace in traces],
         data_parallel_size=parallel.data_parallel_size,
         token_budget=2 * config.tokens_per_step,
-        length_multiple=length_multiple(
-            parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
-        ),
-        minimum_per_rank=minimum_micro_batches(
-            parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-        ),
+        length_multiple=parallel.length_multiple,
+        count_multiple=micro_batch_multiple(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size),
     )
     return [[[traces[i] for i in micro] for micro in rank] for rank in plan]
 

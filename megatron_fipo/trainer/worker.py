@@ -1,26 +1,22 @@
 """The rank of a reinforcement-learning run: old log-probs, optimizer steps, weights out, state in and out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import Config
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
 from megatron_fipo.trainer.iteration import IterationBatch
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
-
-from megatron.core import parallel_state  # isort: skip
-
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class TrainerWorker(MegatronRank):
             return None, token_weights
         return IterationReport(mini_steps, seconds, difference), token_weights
 
-    def push_weights(self, engines: list[Any], version: int) -> None:
+    def push_weights(self, engines: dict[int, Any], version: int) -> None:
         """Send the weights to every engine, in Hugging Face names, and compare checksums (collective; rank 0 sends)."""
         from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
         from megatron_fipo.rollout.weight_sync import push_weights
@@ -113,9 +109,10 @@ class TrainerWorker(MegatronRank):
 
     def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> tuple[list[list[PackedShard]], float]:
         """The same shards scored by the weights before the first update (and by the reference), and the gap to the engines."""
-        scored = [self._score(shards, "old_log_probs") for shards in steps]
+        scored = [self._score(shards, PackedShard.with_old_log_probs) for shards in steps]
         if self.reference is not None:
-            scored = self._with_reference_weights(lambda: [self._score(shards, "reference_log_probs") for shards in scored])
+            with self._reference_weights():
+                scored = [self._score(shards, PackedShard.with_reference_log_probs) for shards in scored]
         difference = torch.zeros(2, device=self.device)
         if self.policy.is_last_stage:
             for shard in (shard for shards in scored for shard in shards):
@@ -125,26 +122,25 @@ class TrainerWorker(MegatronRank):
         total, count = difference.tolist()
         return scored, total / max(count, 1.0)
 
-    def _score(self, shards: list[PackedShard], field: str) -> list[PackedShard]:
-        """`shards` with `rows.<field>` filled in; as they are on pipeline stages that see no log-probs."""
+    def _score(self, shards: list[PackedShard], place: Callable[[PackedShard, torch.Tensor], PackedShard]) -> list[PackedShard]:
+        """`shards` with log-probs put in by `place`; as they are on pipeline stages that see no log-probs."""
         log_probs = self.policy.log_probs(shards)
         if not self.policy.is_last_stage:
             return shards
-        return [
-            replace(shard, rows=replace(shard.rows, **{field: values})) for shard, values in zip(shards, log_probs, strict=True)
-        ]
+        return [place(shard, values) for shard, values in zip(shards, log_probs, strict=True)]
 
     def _snapshot(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for module in self.policy.modules for parameter in module.parameters()]
 
-    def _with_reference_weights(self, action: Callable[[], Result]) -> Result:
-        """Run `action` with the initial weights in place of the current ones."""
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The initial weights in place of the current ones for a while."""
         assert self.reference is not None
         self.policy.sync_parameters()
         current = self._snapshot()
         self._place(self.reference)
         try:
-            return action()
+            yield
         finally:
             self._place(current)
 
@@ -178,7 +174,7 @@ def policy_objective(config: Config) -> PolicyObjective:
         name=settings.name,
         settings=FIPOConfig(
             half_life=settings.half_life,
-            influence_clip=None if settings.influence_clip is None else tuple(settings.influence_clip),
+            influence_clip=(settings.influence_clip[0], settings.influence_clip[1]) if settings.influence_clip else None,
             safety_threshold=settings.safety_threshold,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.batching.shard import build_shard, length_multiple, zigzag_table
+from megatron_fipo.batching.shard import build_shard, zigzag_table
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.objective.config import PolicyObjective
 from megatron_fipo.objective.policy_loss import policy_loss
@@ -31,9 +31,13 @@ def trajectory(prompt, mask, advantage=1.0, seed=0):
     )
 
 
+def zigzag_multiple(cp):
+    return 2 * cp if cp > 1 else 1
+
+
 def shards(trajectories, cp, multiple=None, **overrides):
     arguments = {
-        "length_multiple": multiple or length_multiple(cp, 1, False),
+        "length_multiple": multiple or zigzag_multiple(cp),
         "pad_token_id": PAD,
         "max_position": 4096,
     } | overrides
@@ -49,10 +53,11 @@ BATCHES = st.lists(st.tuples(st.integers(1, 20), MASKS, st.floats(-3, 3, width=3
 @settings(max_examples=150, deadline=None)
 @given(batch=BATCHES, cp=st.sampled_from([1, 2, 4]), factor=st.integers(1, 3))
 def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, factor):
-    parts = shards(batch, cp, length_multiple(cp, 1, False) * factor)
+    parts = shards(batch, cp, zigzag_multiple(cp) * factor)
     padded = np.diff(parts[0].cu_seqlens_padded.numpy())
 
-    held, rows = [], []
+    held: list[tuple] = []
+    rows: list[tuple] = []
     for shard in parts:
         assert torch.equal(shard.cu_seqlens_padded, parts[0].cu_seqlens_padded)
         assert shard.input_ids.shape == shard.position_ids.shape == (1, padded.sum() // cp)
@@ -72,7 +77,8 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
             strict=True,
         )
 
-    expected_held, expected_rows = [], []
+    expected_held: list[tuple] = []
+    expected_rows: list[tuple] = []
     for s, t in enumerate(batch):
         ids = t.prompt_ids + t.response_ids
         expected_held += [(s, p, token) for p, token in enumerate(ids + [PAD] * (int(padded[s]) - len(ids)))]
@@ -87,7 +93,7 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
     for shard in parts:
         assert shard.rows.response_length.tolist() == [float(sum(t.response_mask)) for t in batch] or not batch
         assert shard.max_seqlen == padded.max()
-    assert all(padded % (length_multiple(cp, 1, False) * factor) == 0)
+    assert all(padded % (zigzag_multiple(cp) * factor) == 0)
 
 
 def test_the_zigzag_against_a_table_by_hand():
@@ -111,16 +117,6 @@ def test_the_zigzag_evens_out_causal_attention(cp):
     position_sum = (table.length * (2 * table.first + table.length - 1) / 2).sum(axis=2)  # [cp, S]
     assert (position_sum == position_sum[0]).all()
     assert (table.length.sum(axis=2) == table.length.sum(axis=2)[0]).all()
-
-
-@pytest.mark.parametrize(
-    ("cp", "tp", "sequence_parallel", "multiple"),
-    [(1, 1, False, 1), (1, 4, False, 1), (1, 4, True, 4), (2, 1, False, 4), (2, 2, True, 4), (2, 3, True, 12), (4, 8, True, 32)],
-)
-def test_length_multiple(cp, tp, sequence_parallel, multiple):
-    assert length_multiple(cp, tp, sequence_parallel) == multiple
-    assert multiple % (2 * cp if cp > 1 else 1) == 0
-    assert not sequence_parallel or (multiple // cp) % tp == 0
 
 
 def loss_of(shard, objective=PolicyObjective()):  # noqa: B008
@@ -180,7 +176,7 @@ def test_an_empty_micro_batch_is_padding_without_rows_and_gives_no_loss(cp):
         assert shard.input_ids.tolist() == [[PAD] * (8 // cp)]
         assert shard.cu_seqlens_padded.tolist() == [0, 8]
         assert shard.num_rows == 0
-        assert shard.scatter_rows(torch.zeros(0))[0].shape == (0,)
+        assert shard.scatter_rows(torch.zeros(0)) == []
         assert shard.rows.response_length.tolist() == [0.0]
     result, _ = loss_of(shards([], 1, 8)[0])
     assert result.loss_sum.item() == 0

@@ -1,7 +1,9 @@
 """Hugging Face -> Megatron-Core -> Hugging Face loses nothing, under any split; bad folders are refused with a reason."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from megatron_fipo.errors import UserError
 from tests.model.qwen2_reference import build, make_reference
 from tests.ranks import run_ranks
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
@@ -33,6 +35,13 @@ def source(request, tmp_path_factory) -> Path:
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "optimizer.pt").write_text("not wanted")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("untied")
+    make_reference(folder)
     return folder
 
 
@@ -93,7 +102,8 @@ def test_transformers_reads_the_sharded_bfloat16_model(source, tmp_path, monkeyp
     shards = sorted((tmp_path / "saved").glob("*.safetensors"))
     assert len(shards) > 2
     assert all(shard.stat().st_size < 110_000 for shard in shards)
-    model, report = Qwen2ForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True, dtype="auto")
+    loaded: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True, dtype="auto")
+    model, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype is torch.bfloat16
     for name, tensor in load_file(source / "model.safetensors").items():
@@ -116,7 +126,7 @@ def test_sharded_folders_are_read(source, tmp_path, monkeypatch):
     assert run_ranks(2, body) == [True, True]
 
 
-def test_missing_and_unexpected_tensors_are_listed(source):
+def test_missing_and_unexpected_tensors_are_listed(untied):
     def change(tensors):
         del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.k_proj.bias"]
         tensors["model.layers.0.extra"] = torch.zeros(1)
@@ -125,51 +135,51 @@ def test_missing_and_unexpected_tensors_are_listed(source):
     with pytest.raises(
         AssertionError, match=r"lacks model.layers.1.self_attn.k_proj.bias, model.norm.weight and holds model.layers.0.extra that"
     ):
-        load_on_one_rank(source, copy_model(source, change))
+        load_on_one_rank(untied, copy_model(untied, change))
 
 
-def test_a_wrong_shape_is_named(source):
+def test_a_wrong_shape_is_named(untied):
     def change(tensors):
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(95, 64)
 
     with pytest.raises(AssertionError, match=r"mlp.up_proj.weight in .* has shape \[95, 64\]; config.json asks for \[96, 64\]"):
-        load_on_one_rank(source, copy_model(source, change))
+        load_on_one_rank(untied, copy_model(untied, change))
 
 
-def test_a_cut_file_is_named(source):
-    folder = copy_model(source)
+def test_a_cut_file_is_named(untied):
+    folder = copy_model(untied)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(AssertionError, match=r"UserError: .*model.safetensors is not a readable safetensors file"):
-        load_on_one_rank(source, folder)
+        load_on_one_rank(untied, folder)
 
 
-def test_a_missing_shard_is_named(source, tmp_path):
+def test_a_missing_shard_is_named(untied, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
     with pytest.raises(AssertionError, match=r"UserError: .*lacks model-00002-of-00002.safetensors"):
-        load_on_one_rank(source, tmp_path)
+        load_on_one_rank(untied, tmp_path)
 
 
-def test_a_folder_without_safetensors_is_refused(source, tmp_path):
+def test_a_folder_without_safetensors_is_refused(untied, tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("pickle")
     with pytest.raises(AssertionError, match="only safetensors are read"):
-        load_on_one_rank(source, tmp_path)
+        load_on_one_rank(untied, tmp_path)
 
 
-def test_an_existing_target_is_left_alone_and_every_rank_is_told(source, tmp_path):
+def test_an_existing_target_is_left_alone_and_every_rank_is_told(untied, tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "precious").write_text("x")
 
     def body(rank, world):
-        chunks = build(source, ParallelConfig(pipeline_model_parallel_size=2))
+        chunks = build(untied, ParallelConfig(pipeline_model_parallel_size=2))
         with pytest.raises(UserError, match="exists already"):
-            save_hf(chunks, source, tmp_path / "saved")
+            save_hf(chunks, untied, tmp_path / "saved")
 
     run_ranks(2, body)
     assert [path.name for path in tmp_path.rglob("*")] == ["saved", "precious"]
 
 
-def test_a_full_disk_leaves_nothing_and_every_rank_is_told(source, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_and_every_rank_is_told(untied, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -177,9 +187,22 @@ def test_a_full_disk_leaves_nothing_and_every_rank_is_told(source, tmp_path, mon
     monkeypatch.setattr(hf_writer, "save_file", full)
 
     def body(rank, world):
-        chunks = build(source, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+        chunks = build(untied, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
         with pytest.raises(UserError, match="No space left on device"):
-            save_hf(chunks, source, tmp_path / "saved")
+            save_hf(chunks, untied, tmp_path / "saved")
 
     run_ranks(4, body)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_distributed_checkpoints_use_the_names_that_transformer_engine_gives(untied):
+    """The family table has those names, so the portable norms must be found under them."""
+
+    def body(rank, world):
+        chunk: Any = build(untied, ParallelConfig())[0]
+        state = chunk.sharded_state_dict()
+        keys = {value.key for name, value in state.items() if not name.endswith("_extra_state")}
+        return keys, {re.sub(r"layers\.\d+\.", "layers.", weight.megatron) for weight in chunk.family.weights(chunk.architecture)}
+
+    ((keys, names),) = run_ranks(1, body)
+    assert keys == names

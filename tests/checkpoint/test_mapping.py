@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.checkpoint.hf_writer import assign_shards
@@ -16,6 +16,7 @@ def architecture(groups: int, queries_per_group: int, head: int, vocab: int) -> 
     return Architecture(2, 24, 48, heads, groups, head, vocab, 64, 1e-6, 1e4, False)
 
 
+@settings(deadline=None)
 @given(
     size=st.sampled_from([1, 2, 4]),
     groups=st.sampled_from([4, 8]),
@@ -53,6 +54,7 @@ def test_a_parameter_without_a_rule_is_an_error():
         map_model([chunk])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
 def test_shards_hold_every_tensor_once_in_order_and_within_the_limit(sizes):
     names = [f"t{index}" for index in range(len(sizes))]

@@ -146,7 +146,7 @@ def test_load_datasets_of_countdown():
     assert evaluation == load_evaluation(config, 20, build_tokenizer(), seed=1)
     problem = evaluation[0]
     assert problem.prompt_text == problem.ground_truth + ":"
-    assert build_tokenizer().decode(problem.prompt_ids) == problem.prompt_text
+    assert build_tokenizer().decode(list(problem.prompt_ids)) == problem.prompt_text
     with pytest.raises(UserError, match=r"countdown problem .* has a prompt of \d+ tokens, above rollout.max_prompt_length = 5"):
         load_datasets(config, 5, build_tokenizer(), seed=1)
 

@@ -90,9 +90,7 @@ def test_values_and_gradients_equal_full_logits(world_size, columns, sequence_pa
 
 
 def _one_rank(given: dict[str, torch.Tensor], entropy_gradient: bool = False, memory_mb: int = 0):
-    request = HeadRequest(
-        given["rows"], given["labels"], VOCABULARY, TEMPERATURE, HeadConfig(4, memory_mb), entropy_gradient
-    )
+    request = HeadRequest(given["rows"], given["labels"], VOCABULARY, TEMPERATURE, HeadConfig(4, memory_mb), entropy_gradient)
     return response_log_probs(given["hidden"], given["weight"], request, None, False)
 
 

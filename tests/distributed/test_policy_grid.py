@@ -16,19 +16,18 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # imported once, before the ranks are forked
+from megatron.core import parallel_state
 
+from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
+from megatron_fipo.batching.shard import build_shard
+from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
 from megatron_fipo.trainer.policy import Policy
-from megatron_fipo.batching.packing import minimum_micro_batches, plan_micro_batches
-from megatron_fipo.batching.shard import build_shard, length_multiple
-from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
 from tests.distributed.tiny import make_trajectories, settings, write_model
 from tests.objective.oracle import OracleResult, Response, oracle_loss
 from tests.ranks import run_ranks
-
-from megatron.core import parallel_state  # isort: skip
 
 COUNT = 12
 FIPO = PolicyObjective("fipo", FIPOConfig(half_life=8.0, influence_clip=(0.8, 1.2), safety_threshold=3.0))
@@ -93,17 +92,13 @@ def truth(folders):
 
 def make_shards(policy: Policy, parallel: ParallelConfig, trajectories, old, token_budget: int):
     """This rank's shards of the whole batch, with the given old log-probs in their rows."""
-    multiple = length_multiple(
-        parallel.context_parallel_size, parallel.tensor_model_parallel_size, parallel.sequence_parallel
-    )
+    multiple = parallel.length_multiple
     plan = plan_micro_batches(
         [trajectory.length for trajectory in trajectories],
         data_parallel_size=parallel.data_parallel_size,
         token_budget=token_budget,
         length_multiple=multiple,
-        minimum_per_rank=minimum_micro_batches(
-            parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-        ),
+        count_multiple=micro_batch_multiple(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size),
     )
     shards = []
     for members in plan[parallel_state.get_data_parallel_rank()]:
@@ -157,9 +152,7 @@ LAYOUTS = {
     "tp2-sp-pp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2),
     "tp2-dp2": ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2),
     "pp2-cp2": ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=2),
-    "pp2-vpp2-dp2": ParallelConfig(
-        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, data_parallel_size=2
-    ),
+    "pp2-vpp2-dp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, data_parallel_size=2),
     "cp2-dp2": ParallelConfig(context_parallel_size=2, data_parallel_size=2),
 }
 CASES = [
@@ -180,9 +173,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_loss_and_every_gradient_equal_the_oracle(folders, truth, layout, key, tied, token_budget, head):
     parallel = LAYOUTS[layout]
     objective, loss, gradients, old, kept = truth[tied, key]
-    results = run_ranks(
-        parallel.world_size, step_on_rank, folders[tied], parallel, objective, old, token_budget, head
-    )
+    results = run_ranks(parallel.world_size, step_on_rank, folders[tied], parallel, objective, old, token_budget, head)
     found_gradients = results[0][2]
     assert set(found_gradients) == set(gradients)
     errors = {name: relative_error(found_gradients[name], gradients[name]) for name in gradients}
@@ -228,9 +219,7 @@ def train_on_rank(rank, world_size, folder, parallel, old, token_budget):
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"] + ["cp2-dp2-overlap"])
 def test_updated_weights_equal_those_of_one_rank(folders, truth, layout):
-    parallel = (
-        replace(LAYOUTS["cp2-dp2"], overlap_communication=True) if layout == "cp2-dp2-overlap" else LAYOUTS[layout]
-    )
+    parallel = replace(LAYOUTS["cp2-dp2"], overlap_communication=True) if layout == "cp2-dp2-overlap" else LAYOUTS[layout]
     old = truth[False, "fipo"][3]
     alone = run_ranks(1, train_on_rank, folders[False], LAYOUTS["1"], old, 160)[0][1]
     split = run_ranks(parallel.world_size, train_on_rank, folders[False], parallel, old, 160)[0][1]

@@ -17,12 +17,11 @@ CPU = torch.device("cpu")
 
 def dense(query, key, value, lengths):
     """Each sequence by itself: [T, heads, d]."""
-    parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in qkv), is_causal=True, enable_gqa=True, scale=0.3)
-        for qkv in parts
-    ]
-    return torch.cat([output[0].transpose(0, 1) for output in outputs])
+    outputs = []
+    for parts in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def random_tensors(tokens: int, heads: int = 4, groups: int = 2, width: int = 3):
@@ -45,7 +44,7 @@ def test_all_ranks_together_equal_dense_attention(chunks, cp_size):
     lengths = [count * 2 * cp_size if cp_size > 1 else count for count in chunks]
     query, key, value, upstream = random_tensors(sum(lengths))
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    expected = dense(*inputs, lengths)
+    expected = dense(query, key, value, lengths)
     expected_grads = torch.autograd.grad(expected, inputs, upstream)
 
     tokens = rank_tokens(lengths, cp_size) if cp_size > 1 else [torch.arange(sum(lengths))]
@@ -87,7 +86,7 @@ def test_gradients_cross_context_parallel_ranks():
         return mine, output.detach(), torch.autograd.grad(output, inputs, upstream[mine].flatten(1))
 
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    expected = dense(*inputs, lengths)
+    expected = dense(query, key, value, lengths)
     expected_grads = torch.autograd.grad(expected, inputs, upstream)
     for mine, output, grads in run_ranks(2, body):
         torch.testing.assert_close(output, expected[mine].flatten(1).detach())

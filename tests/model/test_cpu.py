@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_fused_adam_equals_torch_bit_for_bit(adam_w_mode, reference_class):
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     theirs.load_state_dict(ours.state_dict())
-    settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     fused = cpu.FusedAdam(ours.parameters(), adam_w_mode=adam_w_mode, **settings)
     reference = reference_class(theirs.parameters(), **settings)
     for step in range(5):

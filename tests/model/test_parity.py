@@ -1,5 +1,7 @@
 """Megatron-Core through this package computes what transformers computes, in every parallel layout."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from megatron_fipo.config import ParallelConfig
 from tests.model.qwen2_reference import build, gather_logits, logits_of_rank, make_reference, pack, sequences
 from tests.ranks import run_ranks
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -45,7 +47,7 @@ def test_bfloat16_is_close(reference):
     assert 1e-5 < error < 0.03
 
 
-def gradients(folder, recompute: str) -> dict[str, torch.Tensor]:
+def gradients(folder, recompute: str) -> dict[str, torch.Tensor | None]:
     """By parameter, of the mean squared logit on this rank."""
     parallel = ParallelConfig(context_parallel_size=2)
     (chunk,) = build(folder, parallel, recompute=recompute)

@@ -94,9 +94,11 @@ def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tens
     bounded = ratio.clamp(min=1 - settings.clip_low).clamp(max=settings.dual_clip)
     loss = -advantage * torch.where(advantage >= 0, ratio.clamp(max=1 + clip_high), bounded)
     if objective.kl_coefficient:
+        assert response.reference_log_probs is not None
         gap = response.reference_log_probs - response.log_probs
         loss = loss + objective.kl_coefficient * (gap.exp() - gap - 1)
     if objective.entropy_coefficient:
+        assert response.entropy is not None
         loss = loss - objective.entropy_coefficient * response.entropy
     return loss[tokens], future_kl, weights, kept
 
@@ -124,4 +126,5 @@ def _mean(
     # The authors' release: each micro-batch's mean, weighted by its sequences, dropped ones included.
     sequences = [sum(1 for i in members if len(token_losses[i]) or not kept[i]) for members in micro_batches]
     means = [token_mean(members) for members in micro_batches]
-    return sum(n * mean for n, mean in zip(sequences, means, strict=True)) / max(sum(sequences), 1)
+    weights = torch.tensor(sequences, dtype=torch.float64) / max(sum(sequences), 1)
+    return (weights * torch.stack(means)).sum()

@@ -30,7 +30,8 @@ def test_matches_the_oracle(normalization) -> None:
     assert result.loss.dtype == torch.float64
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
     torch.testing.assert_close(log_probs.grad, torch.stack([r.log_probs.grad for r in members]), rtol=1e-10, atol=1e-14)
-    assert result.loss_mask.any(1).tolist() == expected.kept and not all(expected.kept)
+    assert result.loss_mask.any(1).tolist() == expected.kept
+    assert not all(expected.kept)
 
 
 def test_whatever_lies_under_the_mask_is_ignored() -> None:
@@ -39,8 +40,11 @@ def test_whatever_lies_under_the_mask_is_ignored() -> None:
     dirty = torch.where(mask.bool(), log_probs.detach(), torch.nan).requires_grad_()
     result = fipo_loss(dirty, old, advantages, mask)
     result.loss.backward()
-    assert torch.equal(result.loss, clean.loss) and torch.equal(result.future_kl, clean.future_kl)
-    assert dirty.grad.isfinite().all() and result.statistics["policy/nonfinite_sequences"] == 0
+    assert torch.equal(result.loss, clean.loss)
+    assert torch.equal(result.future_kl, clean.future_kl)
+    assert dirty.grad is not None
+    assert dirty.grad.isfinite().all()
+    assert result.statistics["policy/nonfinite_sequences"] == 0
 
 
 def test_masks_of_every_kind_mean_the_same() -> None:
@@ -54,7 +58,8 @@ def test_half_precision_is_raised() -> None:
     leaf = log_probs.detach().bfloat16().requires_grad_()
     result = fipo_loss(leaf, old.bfloat16(), advantages.bfloat16(), mask)
     result.loss.backward()
-    assert result.loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
+    assert result.loss.dtype == torch.float32
+    assert leaf.grad.dtype == torch.bfloat16
     x = old.bfloat16()
     expected = torch.stack([future_kl_by_definition(row, 32.0) for row in (x.double() * mask)])
     torch.testing.assert_close(future_kl(x, mask, 32.0).double(), expected, rtol=1e-6, atol=1e-6)
@@ -66,18 +71,23 @@ def test_small_and_empty_batches(shape) -> None:
     zeros = torch.zeros(shape)
     result = fipo_loss(log_probs, zeros, zeros, torch.zeros(shape, dtype=torch.bool))
     result.loss.backward()
-    assert result.loss == 0 and result.future_kl.shape == shape and not log_probs.grad.any()
+    assert result.loss == 0
+    assert result.future_kl.shape == shape
+    assert log_probs.grad is not None
+    assert not log_probs.grad.any()
 
 
 def test_bad_inputs_are_named() -> None:
     x, mask = torch.zeros(2, 3), torch.ones(2, 3)
-    with pytest.raises(ValueError, match=r"old_log_probs must be floating \[2, 3\] like response_mask, not torch.float32 \[2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"old_log_probs must be floating \[2, 3\] like response_mask, not torch.float32 \[2, 4\]"
+    ):
         fipo_loss(x, torch.zeros(2, 4), x, mask)
-    with pytest.raises(ValueError, match="log_probs must be floating .* not torch.int64"):
+    with pytest.raises(ValueError, match=r"log_probs must be floating .* not torch.int64"):
         fipo_loss(x.long(), x, x, mask)
     with pytest.raises(ValueError, match="advantages must be floating"):
         fipo_loss(x, x, torch.zeros(2), mask)
-    with pytest.raises(ValueError, match="response_mask must be bool, integer or floating .* not torch.complex64"):
+    with pytest.raises(ValueError, match=r"response_mask must be bool, integer or floating .* not torch.complex64"):
         fipo_loss(x, x, x, mask.to(torch.complex64))
     with pytest.raises(ValueError, match=r"\[B, L\], not torch.float32 \[3\]"):
         future_kl(x[0], mask[0], 32.0)
@@ -108,7 +118,8 @@ def test_impossible_settings_are_named(kind, values) -> None:
     field, value = list(values.items())[-1]
     with pytest.raises(ValueError) as caught:
         kind(**values)
-    assert str(value) in str(caught.value) and field.split("_coefficient")[0] in f"{caught.value} name"
+    assert str(value) in str(caught.value)
+    assert field.split("_coefficient")[0] in f"{caught.value} name"
 
 
 def test_importing_needs_torch_only() -> None:

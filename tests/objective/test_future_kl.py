@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.objective import ChunkTable, build_scan_plan, scan_future_kl
+from megatron_fipo.objective import future_kl as module
 from tests.objective.oracle import future_kl_by_definition
 from tests.objective.packed import contiguous, local_rows, scattered, zigzag
 
@@ -21,25 +22,29 @@ def whole(lengths: list[int]) -> ChunkTable:
 
 
 def scan_ranks(table: ChunkTable, values: list[np.ndarray], masks: list[np.ndarray], half_life: float) -> list[np.ndarray]:
-    """F of every sequence, computed rank by rank, the all-gather replaced by running every rank's contribution."""
-    plans, xs, rows = [], [], []
+    """F of every sequence, one rank after the other in this process; NaN where there is no row.
+
+    A first round collects what each rank would send, a second hands all of it to each rank.
+    """
+    ranks = []
     for rank in range(table.context_parallel_size):
         sequence, position = local_rows(table, rank, masks)
-        plans.append(build_scan_plan(table, rank, sequence, position))
-        xs.append(torch.tensor([values[s][p] for s, p in zip(sequence, position, strict=True)], dtype=torch.float64))
-        rows.append((sequence, position))
-    gathered: list[torch.Tensor] = []
-    import megatron_fipo.objective.future_kl as module
+        x = torch.tensor([values[s][p] for s, p in zip(sequence, position, strict=True)], dtype=torch.float64)
+        ranks.append((build_scan_plan(table, rank, sequence, position), x, sequence, position))
+    sent: list[torch.Tensor] = []
+
+    def collect(local: torch.Tensor, group: None) -> torch.Tensor:
+        sent.append(local)
+        return local.expand(len(ranks), *local.shape)
 
     result = [np.full(len(v), np.nan) for v in values]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_check_scan", lambda *_: None)
-        patch.setattr(module, "_all_gather", lambda local, _: gathered.append(local) or local.expand(len(plans), *local.shape))
-        for plan, x in zip(plans, xs, strict=True):
+        patch.setattr(module, "_all_gather", collect)
+        for plan, x, _, _ in ranks:
             scan_future_kl(x, x.new_ones(len(x), 1), plan, half_life)
-        everything = torch.stack(gathered)
-        patch.setattr(module, "_all_gather", lambda local, _: everything)
-        for plan, x, (sequence, position) in zip(plans, xs, rows, strict=True):
+        patch.setattr(module, "_all_gather", lambda local, group: torch.stack(sent))
+        for plan, x, sequence, position in ranks:
             future_kl, totals = scan_future_kl(x, x.new_ones(len(x), 1), plan, half_life)
             assert totals[:, 0].tolist() == [mask.sum() for mask in masks]
             for s, p, f in zip(sequence, position, future_kl.tolist(), strict=True):
@@ -113,7 +118,8 @@ def test_the_pair_of_length_and_aggregate_is_associative(a, b, c, half_life, see
     parts = [pair(part) for part in x.split([a, b, c])]
     left = compose(compose(parts[0], parts[1]), parts[2])
     right = compose(parts[0], compose(parts[1], parts[2]))
-    assert left == (a + b + c, pytest.approx(right[1], abs=1e-12)) and left[1] == pytest.approx(pair(x)[1], abs=1e-12)
+    assert left == (a + b + c, pytest.approx(right[1], abs=1e-12))
+    assert left[1] == pytest.approx(pair(x)[1], abs=1e-12)
 
 
 def test_no_decay_is_a_suffix_sum_and_instant_decay_is_x_itself() -> None:
@@ -140,10 +146,12 @@ def test_long_float32_sequences_lose_nothing(half_life) -> None:
 def test_a_rank_without_rows_takes_part() -> None:
     table = zigzag([64, 3], 2)
     plan = build_scan_plan(table, 1, np.empty(0), np.empty(0))
-    assert plan.num_rows == 0 and plan.num_sequences == 2
+    assert plan.num_rows == 0
+    assert plan.num_sequences == 2
     lonely = build_scan_plan(whole([64, 3]), 0, np.empty(0), np.empty(0))
     future_kl, totals = scan_future_kl(torch.empty(0), torch.empty(0, 2), lonely, 32.0)
-    assert future_kl.shape == (0,) and totals.tolist() == [[0, 0], [0, 0]]
+    assert future_kl.shape == (0,)
+    assert totals.tolist() == [[0, 0], [0, 0]]
 
 
 BAD_TABLES = {

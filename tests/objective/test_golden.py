@@ -28,6 +28,7 @@ def test_matches_the_reference(file: Path) -> None:
     result = fipo_loss(log_probs, golden["old_logprobs"], golden["advantages"], golden["response_mask"], config)
     result.loss.backward()
 
+    assert log_probs.grad is not None
     tokens = golden["loss_mask"].sum()
     smoothing = tokens / (tokens + 1e-8)  # the authors add 1e-8 to the token count
     assert result.loss.dtype == golden["logprobs"].dtype

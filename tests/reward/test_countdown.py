@@ -16,7 +16,7 @@ def problem(ground_truth: str = "3,7,5=26") -> Problem:
     return Problem("p", (1,), f"{ground_truth}:", ground_truth, "countdown")
 
 
-@pytest.mark.parametrize("response", ["#3*7+5", "3*7=21+5=26;#3*7+5", "nonsense ;;#7*3+5", "3+7=10-5=5;3*7=21+5=26;#3*7+5"])
+@pytest.mark.parametrize("response", ["#3*7+5", "3*7=21+5=26;#3*7+5", "nonsense ;;#3*7+5", "3+7=10-5=5;3*7=21+5=26;#3*7+5"])
 def test_right_answers(response):
     assert score(response, problem(), "stop") == Score(1.0, 1.0, "26")
 
@@ -37,6 +37,7 @@ def test_right_answers(response):
         ("#3*7+6-1", NO_ANSWER),
         ("#3*7+6", NO_ANSWER),
         ("#3*3+5", NO_ANSWER),
+        ("#7*3+5", NO_ANSWER),  # not the order given
         ("#3*7**5", NO_ANSWER),
         ("#٣*7+5", NO_ANSWER),
         ("#26", NO_ANSWER),

@@ -56,9 +56,9 @@ class ScriptedPool:
         return RoundResult(answers, retries=answers.count(None))
 
 
-def score(text: str, problem: Problem, finish_reason: str) -> Score:
-    right = text.endswith(str(RIGHT))
-    return Score(1.0 if right else -1.0, float(right), answer=text)
+def score(response_text: str, problem: Problem, finish_reason: str) -> Score:
+    right = response_text.endswith(str(RIGHT))
+    return Score(1.0 if right else -1.0, float(right), answer=response_text)
 
 
 SCORE_GROUP = GroupScorer(score, lambda ids: " ".join(map(str, ids)), 64, 0, 1.0)

@@ -77,7 +77,7 @@ def test_responses_of_a_request_and_of_equal_prompts_differ(shared_engine):
 
 
 def test_finish_reasons(shared_engine):
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for answer in shared_engine.generate(some_requests(n=16), SamplingParams(1.0, 1.0, 12)):
         for generation in answer:
             seen[generation.finish_reason] += 1

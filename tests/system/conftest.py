@@ -19,7 +19,7 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     return None if any("system" in str(argument) for argument in config.args) else True
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """One cluster per session; 6 logical CPUs, whatever the machine has."""
     ray.init(

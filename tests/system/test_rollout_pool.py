@@ -4,13 +4,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.data.dataset import Dataset
@@ -28,9 +29,9 @@ SAMPLING = SamplingParams(1.0, 1.0, 24)
 
 
 class TroubledEngine(LocalEngine):
-    """A local engine that has the trouble which a file in `troubles` names, `<trouble>`, while the file is there.
+    """A local engine that has the troubles which files in the folder `troubles` name.
 
-    `once` troubles take their file away, so they strike one call of one engine.
+    `slow` and `poison` last while their file is there; the others take it away, so they strike one call of one engine.
     """
 
     def __init__(self, model_path: str, troubles: str) -> None:
@@ -52,8 +53,6 @@ class TroubledEngine(LocalEngine):
             time.sleep(1.5)
         if self._strikes("raise"):
             raise ArithmeticError("an unlucky call")
-        if self._strikes("hang"):
-            time.sleep(600)
         if self._strikes("garbage"):
             return [[] for _ in requests]
         if (self.troubles / "poison").exists() and any(request.request_id == "request-2" for request in requests):
@@ -79,30 +78,13 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_pool(model_folder: Path, troubles: Path) -> Iterator[Callable[[], EnginePool]]:
-    """Start-up is imports, seconds per engine, so the tests that leave the pool whole share one."""
-    pools: list[EnginePool] = []
-
-    def make() -> EnginePool:
-        kwargs = {"model_path": str(model_folder), "troubles": str(troubles)}
-        pools.append(EnginePool(TroubledEngine, kwargs, 2, max_retries=2, timeout_s=240.0))
-        return pools[-1]
-
-    yield make
-    for pool in pools:
-        pool.shutdown()
-
-
-@pytest.fixture(scope="module")
-def pool(make_pool: Callable[[], EnginePool]) -> EnginePool:
-    """Two engines that stay alive. Weight versions only move on, so the tests of the first weights come first."""
-    return make_pool()
-
-
-@pytest.fixture(scope="module")
-def mortal_pool(make_pool: Callable[[], EnginePool]) -> EnginePool:
-    """Two engines, one to die in each of two tests."""
-    return make_pool()
+def pool(cluster: None, model_folder: Path, troubles: Path) -> Iterator[EnginePool]:
+    """Three engines for all tests, since each takes seconds to start. The tests run in order: engine 2 dies in the first of them,
+    then weight versions only move on, and the last two tests lose the other engines."""
+    kwargs = {"model_path": str(model_folder), "troubles": str(troubles)}
+    pool = EnginePool(TroubledEngine, kwargs, 3, max_retries=2, timeout_s=240.0)
+    yield pool
+    pool.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +102,52 @@ def expected(model_folder: Path) -> list[list[tuple[int, ...]]]:
     return tokens(engine.generate(some_requests(), SAMPLING))
 
 
-def tokens(results: list[list[Generation] | None]) -> list[list[tuple[int, ...]]]:
+def tokens(results: Sequence[list[Generation] | None]) -> list[list[tuple[int, ...]]]:
     return [[generation.response_ids for generation in answer] for answer in results if answer is not None]
+
+
+def test_a_round_of_dynamic_sampling_survives_a_killed_engine(pool, troubles):
+    (troubles / "slow").touch()
+    problems = [Problem(f"p{index}", request.prompt_ids, "", "", "test") for index, request in enumerate(some_requests(12))]
+    score_group = GroupScorer(
+        lambda text, problem, reason: Score(float(len(text) % 2), float(len(text) % 2), text),
+        lambda ids: "x" * len(ids),
+        SAMPLING.max_new_tokens,
+        overlong_buffer=0,
+        overlong_factor=1.0,
+    )
+    config = RolloutConfig(prompts_per_round=8, max_generation_rounds=3, max_response_length=SAMPLING.max_new_tokens)
+
+    def collect() -> Collected:
+        return collect_iteration(
+            Dataset(problems, seed=1),
+            pool,
+            score_group,
+            config,
+            target_groups=10,
+            responses_per_prompt=4,
+            surplus=[],
+            version=0,
+            seed=1,
+        )
+
+    killer = threading.Timer(0.5, ray.kill, (pool.engines[2],))
+    killer.start()
+    struck = collect()
+    assert list(pool.engines) == [0, 1]
+    counts = struck.counts
+    assert counts.prompts == counts.informative + counts.all_right + counts.all_wrong + counts.failed
+    assert counts.informative == len(struck.groups) + len(struck.surplus)
+    assert (counts.failed, counts.retries) == (0, 3)
+
+    calm = collect()
+    assert calm.counts.retries == 0
+    assert responses(struck.groups) == responses(calm.groups)
+    assert responses(struck.surplus) == responses(calm.surplus)
+
+
+def responses(groups: list[Group]) -> list[list[list[int]]]:
+    return [[trajectory.response_ids for trajectory in group] for group in groups]
 
 
 def test_two_engines_answer_as_one(pool, expected):
@@ -153,8 +179,8 @@ def test_answers_of_other_weights_are_refused(pool):
         pool.generate(some_requests(), SAMPLING, version=99)
 
 
-def test_an_engine_that_cannot_load_says_so_as_itself(tmp_path):
-    with pytest.raises(UserError, match="no folder with a config.json"):
+def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
+    with pytest.raises(UserError, match=r"no folder with a config\.json"):
         EnginePool(LocalEngine, {"model_path": str(tmp_path), "dtype": "float32"}, 1, max_retries=0, timeout_s=60.0)
 
 
@@ -162,7 +188,7 @@ class TrainerRank:
     """Stands where the trainer's rank 0 stands: an actor that holds new weights and pushes them."""
 
     def __init__(self, folder: str) -> None:
-        self.weights = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        self.weights = load_file(Path(folder, "model.safetensors"))
         self.exported = 0
 
     def push(self, engines: dict, version: int, timeout_s: float, drop: str | None = None) -> None:
@@ -185,8 +211,8 @@ def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trainer(new_folder: Path) -> Iterator:
-    actor = ray.remote(TrainerRank).options(num_cpus=1).remote(str(new_folder))
+def trainer(cluster: None, new_folder: Path) -> Iterator:
+    actor: Any = ray.remote(TrainerRank).options(num_cpus=1).remote(str(new_folder))
     yield actor
     ray.kill(actor)
 
@@ -227,62 +253,14 @@ def test_a_push_to_a_dead_engine_names_it(pool, trainer):
     assert list(pool.check()) == [1]
 
 
-def test_a_push_to_a_hanging_engine_ends_at_its_deadline(pool, troubles, trainer):
+def test_a_hanging_engine_misses_its_deadlines(pool, troubles, trainer, caplog):
+    """First in a push; then, as it hangs on, in a round, and as it is the last one the run stops with a sentence."""
     (troubles / "slow_load").touch()
     started = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"engine 1 did not take the weights within rollout\.timeout_s = 2 s"):
         push(trainer, pool.engines, 7, 2.0)
-    assert time.monotonic() - started < 60
-
-
-def test_a_round_of_dynamic_sampling_survives_a_killed_engine(mortal_pool, troubles):
-    (troubles / "slow").touch()
-    problems = [Problem(f"p{index}", request.prompt_ids, "", "", "test") for index, request in enumerate(some_requests(12))]
-    score_group = GroupScorer(
-        lambda text, problem, reason: Score(float(len(text) % 2), float(len(text) % 2), text),
-        lambda ids: "x" * len(ids),
-        SAMPLING.max_new_tokens,
-        overlong_buffer=0,
-        overlong_factor=1.0,
-    )
-    config = RolloutConfig(prompts_per_round=8, max_generation_rounds=3, max_response_length=SAMPLING.max_new_tokens)
-
-    def collect() -> Collected:
-        return collect_iteration(
-            Dataset(problems, seed=1),
-            mortal_pool,
-            score_group,
-            config,
-            target_groups=10,
-            responses_per_prompt=4,
-            surplus=[],
-            version=0,
-            seed=1,
-        )
-
-    killer = threading.Timer(0.5, ray.kill, (mortal_pool.engines[0],))
-    killer.start()
-    struck = collect()
-    assert list(mortal_pool.engines) == [1]
-    counts = struck.counts
-    assert counts.prompts == counts.informative + counts.all_right + counts.all_wrong + counts.failed
-    assert counts.informative == len(struck.groups) + len(struck.surplus)
-    assert (counts.failed, counts.retries) == (0, 4)
-
-    calm = collect()
-    assert calm.counts.retries == 0
-    assert responses(struck.groups) == responses(calm.groups)
-    assert responses(struck.surplus) == responses(calm.surplus)
-
-
-def responses(groups: list[Group]) -> list[list[list[int]]]:
-    return [[trajectory.response_ids for trajectory in group] for group in groups]
-
-
-def test_when_the_last_engine_hangs_the_run_stops_with_a_sentence(mortal_pool, troubles, caplog):
-    assert list(mortal_pool.engines) == [1]
-    (troubles / "hang").touch()
-    mortal_pool._timeout_s = 2.0
+    pool._timeout_s = 2.0
     with pytest.raises(UserError, match="no rollout engine is left"):
-        mortal_pool.generate(some_requests(), SAMPLING, version=0)
+        pool.generate(some_requests(), SAMPLING, version=3)
     assert caplog.text.count("rollout engine 1 gave no answer within 2 s and is killed; 0 left") == 1
+    assert time.monotonic() - started < 60

@@ -58,6 +58,7 @@ def test_responses_without_an_answer_do_not_vote():
 
 
 def test_unequal_or_missing_responses_are_refused():
-    for problems in ([], [[]], [[response()], [response(), response()]]):
+    refused: list[list[list[EvaluatedResponse]]] = [[], [[]], [[response()], [response(), response()]]]
+    for problems in refused:
         with pytest.raises(ValueError, match="same number of responses"):
             evaluation_values(problems)

@@ -70,7 +70,7 @@ def test_a_full_run_has_every_figure(full: Path) -> None:
     page = _Page(text)
     assert list(page.figures) == [panel.title for panel in _PANELS]
     assert all(paths > 0 for paths in page.figures.values())
-    assert "Left out" not in page.text
+    assert "Left out, because" not in page.text
     assert "FIPO" in page.text
     assert "influence_clip: [0.8, 1.2]" in page.text
     assert sorted(path.name for path in full.parent.iterdir()) == [
@@ -230,9 +230,12 @@ def test_a_long_response_shows_its_two_ends() -> None:
     assert "4,200 tokens not shown" in page
 
 
-def test_samples_of_the_beginning_the_middle_and_the_end_are_chosen() -> None:
-    samples = [_sample(i, accuracy, [str(n)], None) for i in range(1, 6) for n, accuracy in enumerate((0.0, 1.0, 1.0, 0.0))]
-    chosen = [(sample.iteration, sample.accuracy, sample.tokens) for sample in choose_samples(samples)]
+def test_samples_of_the_beginning_the_middle_and_the_end_are_chosen(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path)
+    for iteration in range(1, 6):
+        for number, accuracy in enumerate((0.0, 1.0, 1.0, 0.0)):
+            log.log(_sample(iteration, accuracy, [str(number)], None))
+    chosen = [(sample.iteration, sample.accuracy, sample.tokens) for sample in choose_samples(tmp_path)]
     assert chosen == [(i, accuracy, [token]) for i in (1, 3, 5) for accuracy, token in ((1.0, "1"), (0.0, "0"))]
 
 

@@ -72,8 +72,8 @@ LEARNING = Section(
         ),
         Panel(
             "Training reward and accuracy",
-            "Mean over all scored responses; the reward includes the overlong penalty. Healthy: both rise, and the gap between them "
-            "does not.",
+            "Mean over the responses trained on, after the filter took the groups that were all right or all wrong; the reward includes "
+            "the overlong penalty. Healthy: both rise together.",
             (Line("reward/mean", "reward"), Line("accuracy/mean", "accuracy", "orange")),
         ),
         Panel(
@@ -150,16 +150,23 @@ STABILITY = Section(
             from_zero=True,
         ),
         Panel(
-            "Responses left out of the loss",
-            "By the drop rule (more than one dual-clipped token) or for log-probs that are not finite. Healthy: few, and none not finite.",
-            (Line("policy/dropped_sequences", "dropped"), Line("policy/nonfinite_sequences", "not finite", "magenta")),
+            "Left out",
+            "Responses dropped by the drop rule (more than one dual-clipped token), responses with log-probs that are not finite, and whole "
+            "steps skipped for their gradient. Healthy: few of the first, none of the others.",
+            (
+                Line("policy/dropped_sequences", "dropped"),
+                Line("policy/nonfinite_sequences", "not finite", "magenta"),
+                Line("policy/skipped_steps", "steps skipped", "orange"),
+            ),
             from_zero=True,
         ),
         Panel(
             "Normalisation gap",
-            "Relative difference between the loss normalised over the whole mini-batch and the authors' mean per micro-batch. It shows "
-            "how much the packing would have changed the gradient.",
+            "Relative difference between the loss normalised over the whole mini-batch and the authors' mean per micro-batch: what "
+            "their normalisation would make depend on the packing.",
             (Line("policy/normalization_gap", "gap"),),
+            percent=True,
+            from_zero=True,
         ),
     ),
 )

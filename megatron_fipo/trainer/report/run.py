@@ -7,7 +7,8 @@ from typing import Optional
 import yaml
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.trainer.metrics_log import Record, Sample, read_metrics, read_samples
+from megatron_fipo.trainer.metrics_log import Record, Sample, read_metrics
+from megatron_fipo.trainer.report.samples import choose_samples
 
 CONFIG_FILE = "config.yaml"
 
@@ -20,6 +21,7 @@ class Run:
     records: list[Record]
     """At least one."""
     samples: list[Sample] = field(default_factory=list)
+    """The few to show."""
     config: Optional[str] = None
     """The resolved configuration as YAML text; None where the run saved none."""
 
@@ -54,4 +56,4 @@ def read_run(run_dir: Path) -> Run:
         raise UserError(f"{run_dir} holds no metrics to report; give the folder of a run that has finished an iteration")
     config_path = run_dir / CONFIG_FILE
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else None
-    return Run(run_dir.resolve().name, records, read_samples(run_dir), config)
+    return Run(run_dir.resolve().name, records, choose_samples(run_dir), config)

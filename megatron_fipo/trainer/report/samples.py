@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Optional
 
-from megatron_fipo.trainer.metrics_log import Sample
+from megatron_fipo.trainer.metrics_log import Sample, read_samples
 
 _SHOWN_HEAD, _SHOWN_TAIL = 600, 200
 """Tokens shown of a response longer than both together: its beginning and its end."""
@@ -15,18 +16,17 @@ _STRONGEST = 0.75
 """Opacity at the ends of the scale; the text stays readable over it."""
 
 
-def choose_samples(samples: Sequence[Sample]) -> list[Sample]:
+def choose_samples(run_dir: Path) -> list[Sample]:
     """A right and a wrong response (where there are both) of the first, the middle and the last iteration that have samples."""
-    iterations = sorted({sample.iteration for sample in samples})
+    iterations = sorted({sample.iteration for sample in read_samples(run_dir)})
     if not iterations:
         return []
-    chosen = []
-    for iteration in sorted({iterations[0], iterations[len(iterations) // 2], iterations[-1]}):
-        group = [sample for sample in samples if sample.iteration == iteration]
-        right = [sample for sample in group if sample.accuracy > 0]
-        wrong = [sample for sample in group if not sample.accuracy > 0]
-        chosen += right[:1] + wrong[:1]
-    return chosen
+    wanted = {iterations[0], iterations[len(iterations) // 2], iterations[-1]}
+    chosen: dict[tuple[int, bool], Sample] = {}
+    for sample in read_samples(run_dir):
+        if sample.iteration in wanted:
+            chosen.setdefault((sample.iteration, not sample.accuracy > 0), sample)
+    return [chosen[key] for key in sorted(chosen)]
 
 
 def colour_reach(samples: Sequence[Sample]) -> Optional[float]:
@@ -39,16 +39,15 @@ def colour_reach(samples: Sequence[Sample]) -> Optional[float]:
 
 def render_samples(samples: Sequence[Sample]) -> str:
     """The section's HTML; every text of a response is escaped."""
-    chosen = choose_samples(samples)
-    if not chosen:
+    if not samples:
         return '<p class="absent">This run logged no sample responses.</p>'
-    reach = colour_reach(chosen)
+    reach = colour_reach(samples)
     legend = (
         _legend(reach)
         if reach is not None
         else "<p>The objective of this run has no influence weights, so tokens have no colour.</p>"
     )
-    return legend + f'<div class="samples">{"".join(_render_sample(sample, reach) for sample in chosen)}</div>'
+    return legend + f'<div class="samples">{"".join(_render_sample(sample, reach) for sample in samples)}</div>'
 
 
 def _render_sample(sample: Sample, reach: Optional[float]) -> str:

@@ -15,7 +15,8 @@ STYLE = """\
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 1320px; margin: 0 auto; padding: 40px 28px 64px; }
 h1, h2, h3 { color: var(--strong); line-height: 1.25; margin: 0; font-weight: 650; }
 h1 { font-size: 30px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
@@ -35,10 +36,12 @@ tbody tr:first-child td { font-size: 24px; padding-top: 4px; padding-bottom: 4px
 .headline p { color: var(--quiet); font-size: 13px; margin-top: 12px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 20px; align-items: start; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); gap: 20px; margin-top: 20px; }
-figure { margin: 0; padding: 16px 18px; background: var(--panel); border-radius: 8px; display: grid; grid-template-rows: subgrid; grid-row: span 4; row-gap: 4px; break-inside: avoid; }
+figure { margin: 0; padding: 16px 18px; background: var(--panel); border-radius: 8px; display: grid;
+  grid-template-rows: subgrid; grid-row: span 4; row-gap: 4px; break-inside: avoid; }
 figure svg { width: 100%; height: auto; display: block; font-family: inherit; margin: 0; align-self: end; }
 figcaption { font-size: 13px; line-height: 1.45; color: var(--quiet); }
-.keys { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 0; align-content: start; font-size: 13px; font-variant-numeric: tabular-nums; }
+.keys { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 0; align-content: start;
+  font-size: 13px; font-variant-numeric: tabular-nums; }
 .keys span { display: inline-flex; align-items: center; gap: 6px; }
 .keys i { width: 16px; height: 0; border-top: 2px solid var(--c); }
 .keys i.dashes { border-top-style: dashed; }
@@ -48,13 +51,16 @@ figcaption { font-size: 13px; line-height: 1.45; color: var(--quiet); }
 .sample .facts { margin: 2px 0 10px; font-size: 13px; font-variant-numeric: tabular-nums; }
 .right { color: var(--good); font-weight: 650; }
 .wrong { color: var(--bad); font-weight: 650; }
-pre { margin: 0; font: 13px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { margin: 0; font: 13px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: var(--quiet); padding-left: 12px; border-left: 3px solid var(--faint); margin-bottom: 8px; }
 .response { color: var(--strong); }
 .response span { padding: 2px 0; border-radius: 2px; }
 .cut { color: var(--quiet); font-style: italic; }
-.scale { display: inline-grid; grid-template-columns: auto 220px auto; gap: 0 10px; align-items: center; font-size: 13px; color: var(--quiet); font-variant-numeric: tabular-nums; }
-.scale .bar { height: 14px; border-radius: 3px; background: linear-gradient(to right, rgba(var(--down), 0.75), transparent, rgba(var(--up), 0.75)); }
+.scale { display: inline-grid; grid-template-columns: auto 220px auto; gap: 0 10px; align-items: center;
+  font-size: 13px; color: var(--quiet); font-variant-numeric: tabular-nums; }
+.scale .bar { height: 14px; border-radius: 3px;
+  background: linear-gradient(to right, rgba(var(--down), 0.75), transparent, rgba(var(--up), 0.75)); }
 .scale .middle { grid-column: 2; text-align: center; }
 @media (max-width: 640px) {
   main { padding: 24px 16px 40px; }

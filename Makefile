@@ -1,0 +1,46 @@
+# make demo   train the bundled base model with FIPO on this machine's CPU and open the report's path
+# make test   install what the tests need and run them
+# Both make their own virtual environment in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The CPU build of PyTorch. On a GPU machine: make venv TORCH_INDEX=https://download.pytorch.org/whl/cu130, then pip install -e '.[gpu]'.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: venv demo test test-slow lint clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/megatron-fipo train examples/countdown/fipo.yaml
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megatron_fipo
+
+# Tests that start Ray run as a process of their own: the others fork ranks from a process that must have one thread.
+test: lint
+	$(BIN)/python -m pytest tests --ignore tests/system
+	$(BIN)/python -m pytest tests/system
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests --ignore tests/system -m slow
+	$(BIN)/python -m pytest tests/system -m slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,155 @@
+"""The command line end to end on real Ray, Megatron-Core and the bundled model: train, resume, stop, split, evaluate.
+
+Runs are tiny (4 groups of 4 responses), so they show that the parts work together and that no split changes the numbers, not
+that anything is learnt.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "batch.prompts_per_iteration=4",
+    "batch.responses_per_prompt=4",
+    "batch.mini_batch_prompts=2",
+    "batch.max_tokens_per_micro_batch=512",
+    "rollout.prompts_per_round=8",
+    "rollout.max_response_length=64",
+    "data.evaluation_size=8",
+    "evaluation.samples_per_problem=1",
+    "evaluation.every=0",
+    "tracking.wandb=off",
+    "tracking.tensorboard=false",
+]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "megatron_fipo.cli", *map(str, arguments)]
+
+
+def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def train(run_dir: Path, *overrides: str, expect: int = 0) -> subprocess.CompletedProcess:
+    return run("train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", *overrides, expect=expect)
+
+
+def iterations(run_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["values"] for record in records if record["kind"] == "iteration"]
+
+
+@pytest.fixture(scope="module")
+def two_iterations(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "one-rank"
+    train(run_dir, "iterations=2", "evaluation.before_training=true")
+    return run_dir
+
+
+def test_a_run_leaves_model_report_and_metrics(two_iterations):
+    first, second = iterations(two_iterations)
+    assert first["policy/sigma_log_ratio"] == second["policy/sigma_log_ratio"] == 0.0
+    assert first["rollout/log_prob_difference"] < 1e-4
+    assert second["weights/version"] == 2
+    assert (two_iterations / "report.html").stat().st_size > 10_000
+    samples = [json.loads(line) for line in (two_iterations / "samples.jsonl").read_text().splitlines()]
+    assert any(weight != 1.0 for sample in samples for weight in sample["influence_weights"])
+
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(two_iterations / "model")
+    before = load_file(ROOT / "examples/countdown/base-model/model.safetensors")
+    after = load_file(two_iterations / "model/model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_a_longer_run_continues_where_it_stopped(two_iterations, tmp_path):
+    whole = tmp_path / "whole"
+    train(whole, "iterations=3", "evaluation.before_training=true")
+    train(two_iterations, "iterations=3", "evaluation.before_training=true")
+    straight, resumed = iterations(whole), iterations(two_iterations)
+    assert len(straight) == len(resumed) == 3
+    exact = [name for name in straight[2] if not name.startswith("time/")]
+    assert {name: resumed[2][name] for name in exact} == {name: straight[2][name] for name in exact}
+
+
+def test_a_run_of_other_settings_is_refused_and_left_alone(two_iterations):
+    before = (two_iterations / "config.yaml").read_bytes()
+    done = train(two_iterations, "iterations=4", "objective.half_life=64", expect=2)
+    assert "objective.half_life" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (two_iterations / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
+        ("parallel.context_parallel_size=2",),
+        ("parallel.pipeline_model_parallel_size=2",),
+        ("parallel.data_parallel_size=2",),
+    ],
+    ids=["tensor", "context", "pipeline", "data"],
+)
+def test_another_split_gives_the_same_first_iteration(two_iterations, tmp_path, split):
+    train(tmp_path / "split", "iterations=1", "evaluation.before_training=false", *split)
+    alone, divided = iterations(two_iterations)[0], iterations(tmp_path / "split")[0]
+    for name in ("policy/loss", "policy/grad_norm", "influence/mean", "policy/entropy", "length/mean", "reward/mean"):
+        assert divided[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path):
+    run_dir = tmp_path / "stopped"
+    arguments = ("train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", "iterations=1000", "save_every=0")
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while not ((run_dir / "metrics.jsonl").exists() and iterations(run_dir)):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output[-4000:]
+    assert "state saved" in output
+    done = len(iterations(run_dir))
+    train(run_dir, f"iterations={done + 1}", "save_every=0", "evaluation.before_training=true")
+    assert len(iterations(run_dir)) == done + 1
+
+
+def test_evaluate_prints_accuracy_and_writes_every_response(tmp_path):
+    overrides = (*TINY, f"run_dir={tmp_path}", "data.evaluation_size=8")
+    done = run("evaluate", "examples/countdown/base-model", "examples/countdown/fipo.yaml", *overrides)
+    assert "avg@1" in done.stdout
+    assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.path=/nowhere", "/nowhere"),
+        ("objective.halflife=3", "objective.half_life"),
+        ("parallel.tensor_model_parallel_size=3", "tensor_model_parallel_size"),
+        ("parallel.pipeline_model_parallel_size=8", "pipeline_model_parallel_size"),
+        ("parallel.data_parallel_size=512", "512"),
+        ("rollout.max_prompt_length=4", "prompt"),
+        ("data.source=jsonl", "data.train_path"),
+        ("rollout.engine=vllm", "vllm"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, override, words):
+    done = train(tmp_path / "refused", override, expect=2)
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "refused").exists()
