@@ -224,7 +224,7 @@ class EvaluationConfig:
 class TrackingConfig:
     """Where metrics go besides the console and the run directory."""
 
-    wandb: str = _choice("offline", "online", "off")
+    wandb: str = _choice("offline", "online", "disabled")
     """Weights & Biases mode."""
     wandb_project: str = "megatron-fipo"
     """Project name there."""

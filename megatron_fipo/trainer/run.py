@@ -28,7 +28,10 @@ from megatron_fipo.trainer.state import RunDirectory
 from megatron_fipo.trainer.tracking import Trackers
 from megatron_fipo.trainer.worker import TrainerWorker
 
-OBJECT_STORE_BYTES = 512 * 2**20
+OBJECT_STORE_BASE_MB = 128
+"""Room in Ray's object store for trajectories; the weights on their way to the engines come on top."""
+BUCKETS_IN_STORE = 3
+"""Two in flight (`weight_sync.BUCKETS_IN_FLIGHT`) and one being made."""
 
 
 def train(config: Config) -> None:
@@ -151,7 +154,8 @@ def ray_cluster(config: Config) -> Iterator[Machine]:
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         workers = config.parallel.world_size + config.rollout.num_engines
-        ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+        store_mb = OBJECT_STORE_BASE_MB + BUCKETS_IN_STORE * config.rollout.weight_bucket_mb
+        ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=store_mb * 2**20, **options)
     try:
         yield machine
     finally:

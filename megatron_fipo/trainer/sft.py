@@ -139,4 +139,4 @@ def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
 
 
 def _ray_settings(config: SftConfig) -> Config:
-    return Config(parallel=config.parallel, rollout=RolloutConfig(num_engines=0))
+    return Config(parallel=config.parallel, rollout=RolloutConfig(num_engines=0, weight_bucket_mb=0))

@@ -42,7 +42,7 @@ class Trackers:
     ) -> None:
         self._say = say
         self._trackers: dict[str, _Tracker] = {}
-        if config.wandb != "off":
+        if config.wandb != "disabled":
             self._start("wandb", lambda: _Wandb(config, run_dir, resolved_config, run_name, say))
         if config.tensorboard:
             self._start("TensorBoard", lambda: _TensorBoard(run_dir / "tensorboard"))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fipo.batching.shard import PackedShard, build_shard, length_multiple
+from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
@@ -55,12 +55,11 @@ def trajectory(prompt: int, response: int, seed: int = 0, mask: int = 1) -> Traj
 
 def make_shard(trajectories: list[Trajectory], parallel: ParallelConfig, context_parallel_rank: int) -> PackedShard:
     """Old log-probs are those of a uniform policy, so that log-ratios are far from zero."""
-    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     shard = build_shard(
         trajectories,
-        context_parallel_size=cp,
+        context_parallel_size=parallel.context_parallel_size,
         context_parallel_rank=context_parallel_rank,
-        length_multiple=length_multiple(cp, tp, parallel.sequence_parallel),
+        length_multiple=parallel.length_multiple,
         pad_token_id=0,
         max_position=POSITIONS,
     )
@@ -175,7 +174,7 @@ def loss_on_rank(rank: int, world_size: int, parallel: ParallelConfig, batches: 
         weight = model.weight.detach().chunk(tp)[tensor_rank].clone().requires_grad_()
         with NoHostKernels(), NoHostCalls(), Collectives() as collectives:
             result = loss_path(
-                hidden, weight, shard, FIPO, HeadConfig(16), tensor_group, context_group, parallel.sequence_parallel
+                hidden, weight, shard, FIPO, HeadConfig(64), tensor_group, context_group, parallel.sequence_parallel
             )
             result.loss_sum.backward()
         given = torch.zeros_like(whole)
@@ -217,8 +216,8 @@ def test_the_collectives_of_a_micro_batch_and_their_bytes(layout) -> None:
 
 
 UNEVEN = {
-    "one rank holds every row": [trajectory(40, 6)],
-    "many rows and one": [trajectory(40, 6), trajectory(1, 1, 1)],
+    "rows on one rank": [trajectory(40, 2)],
+    "rows on every rank": [trajectory(40, 2), trajectory(1, 5, 1)],
     "no row anywhere": [trajectory(3, 20, mask=0)],
     "an empty micro-batch": [],
 }
@@ -233,8 +232,9 @@ def test_ranks_without_rows_take_part_in_every_collective(layout) -> None:
     tp = parallel.tensor_model_parallel_size
     for case, name in enumerate(UNEVEN):
         found = [result[case] for result in ranks]
+        busy = {"rows on one rank": tp, "rows on every rank": len(found)}.get(name, 0)
         idle = [result for result in found if result.rows == 0]
-        assert len(idle) == (0 if name == "many rows and one" else len(found) if expected[case].rows == 0 else len(found) - tp)
+        assert len(idle) == len(found) - busy
         for result in idle:
             assert (result.loss_sum, result.normalizer) == (0.0, 0.0)
             assert result.table_gradient.abs().max() == 0

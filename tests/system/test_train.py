@@ -25,7 +25,7 @@ TINY = [
     "data.evaluation_size=8",
     "evaluation.samples_per_problem=1",
     "evaluation.every=0",
-    "tracking.wandb=off",
+    "tracking.wandb=disabled",
     "tracking.tensorboard=false",
 ]
 

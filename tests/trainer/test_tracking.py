@@ -27,7 +27,7 @@ def _scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_records_and_a_resume_replaces_what_came_later(tmp_path: Path) -> None:
-    config = TrackingConfig(wandb="off")
+    config = TrackingConfig(wandb="disabled")
     first = Trackers(config, tmp_path, {}, "run")
     for iteration in range(1, 5):
         first.log("iteration", iteration, {"reward/mean": iteration / 4})
@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 from megatron_fipo.config import TrackingConfig
 from megatron_fipo.trainer.tracking import Trackers
-trackers = Trackers(TrackingConfig(wandb="off", tensorboard=False), Path({str(tmp_path)!r}), {{}}, "run")
+trackers = Trackers(TrackingConfig(wandb="disabled", tensorboard=False), Path({str(tmp_path)!r}), {{}}, "run")
 trackers.log("iteration", 1, {{"a": 1.0}})
 trackers.close()
 assert not {{"torch", "wandb", "tensorboard"}} & set(sys.modules), sorted(sys.modules)

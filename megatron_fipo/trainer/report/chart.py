@@ -140,7 +140,7 @@ def _finish_axes(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, flo
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         else:
             axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
-    if panel.from_zero or panel.stacked:
+    if (panel.from_zero or panel.stacked) and axes.get_yscale() != "log":
         axes.set_ylim(bottom=0.0, top=None if max(values) > 0 else 1.0)
     last = max(iterations, 1)
     left, right = (0.4, 0.6) if panel.stacked else (0.0, 0.0)  # half a bar

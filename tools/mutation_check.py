@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+"""Break the loss path on purpose, one fault at a time in a scratch copy, and see that the named tests notice.
+
+    python tools/mutation_check.py              # all faults, about ten minutes; prints the table of docs/testing.md
+    python tools/mutation_check.py carry drop   # those whose name contains one of the words
+
+Every test named beside a fault has to fail on it (and pass on the unbroken copy). Exits 1 if one does not.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SCAN = "objective/test_future_kl.py::test_megatron_layouts"
+ANY_CUT = "objective/test_future_kl.py::test_any_cut_gives_the_definition"
+GOLDEN = "objective/test_golden.py::test_matches_the_reference"
+LOSS = "objective/test_policy_loss.py::test_no_split_changes_loss_or_gradient"
+HEAD = "distributed/test_head.py::test_values_and_gradients_equal_full_logits"
+GRID = "distributed/test_policy_grid.py::test_loss_and_every_gradient_equal_the_oracle"
+FIRST_STEP = "distributed/test_policy_grid.py::test_first_mini_step_reproduces_old_log_probs_bit_for_bit"
+COLLECTIVES = "distributed/test_loss_path.py::test_the_collectives_of_a_micro_batch_and_their_bytes"
+NO_ROWS = "distributed/test_loss_path.py::test_ranks_without_rows_take_part_in_every_collective"
+NO_WAIT = "distributed/test_loss_path.py::test_neither_forward_nor_backward_waits_for_the_device"
+MEMORY = "distributed/test_loss_path.py::test_nothing_as_large_as_the_logits_is_made_or_kept"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    """Inside the package."""
+    old: str
+    """Must occur exactly once."""
+    new: str
+    caught_by: tuple[str, ...]
+    """Beginnings of test ids below `tests/`; a case of each must fail."""
+
+
+FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/policy_loss.py", "objective/scan_plan.py"
+SHARD, HEAD_FILE, POLICY = "batching/shard.py", "model/head.py", "trainer/policy.py"
+
+MUTANTS = (
+    Mutant(
+        "context-parallel carry left out",
+        FUTURE_KL,
+        " + _power(plan.row_distance, rate) * behind_chunk.view(-1)[plan.row_segment]",
+        "",
+        (SCAN, LOSS, f"{GRID}[cp2-fipo", NO_ROWS),
+    ),
+    Mutant(
+        "carry decays by one position too many",
+        PLAN,
+        "ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n",
+        "ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n    ahead = ahead + (ahead > 0)\n",
+        (SCAN, LOSS, f"{GRID}[cp2-fipo"),
+    ),
+    Mutant(
+        "labels shifted after the context split",
+        SHARD,
+        "labels=torch.from_numpy(whole.ids[row_token + 1])",
+        "labels=torch.from_numpy(whole.ids[local[np.minimum(row_index + 1, len(local) - 1)]])",
+        ("batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once", f"{GRID}[cp2-fipo", NO_ROWS),
+    ),
+    Mutant(
+        "denominator counts dropped tokens",
+        LOSS_FILE,
+        "return kept, kept.sum()",
+        "return kept, torch.ones_like(kept).sum()",
+        (LOSS, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "denominator is the rank's own",
+        POLICY,
+        "loss.loss_sum,\n        loss.normalizer.to(torch.int32),",
+        "loss.loss_sum / loss.normalizer.clamp(min=1),\n        torch.ones_like(loss.normalizer, dtype=torch.int32),",
+        (f"{GRID}[1-fipo-False-160", f"{GRID}[cp2-fipo", f"{GRID}[dp2-fipo"),
+    ),
+    Mutant(
+        "tensor parallel: gradient of hidden states not summed",
+        HEAD_FILE,
+        "rows = copy_to_tensor_model_parallel_region(rows, group=tensor_parallel_group)",
+        "pass",
+        (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2", f"{NO_ROWS}[tp2-cp2"),
+    ),
+    Mutant(
+        "sequence parallel: gradient of hidden states not summed",
+        HEAD_FILE,
+        "tensor_parallel_output_grad=True",
+        "tensor_parallel_output_grad=False",
+        (HEAD, f"{GRID}[tp2-sp-fipo", f"{COLLECTIVES}[tp2-sp", f"{NO_ROWS}[tp2-sp-cp2"),
+    ),
+    Mutant(
+        "tensor parallel: sums of exponentials not summed",
+        HEAD_FILE,
+        "    dist.all_reduce(sums, group=group)\n",
+        "",
+        (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2", f"{NO_ROWS}[tp2-cp2"),
+    ),
+    Mutant(
+        "tensor parallel: maximum not shared",
+        HEAD_FILE,
+        "    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)\n",
+        "",
+        (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2"),
+    ),
+    Mutant(
+        "one dual-clipped token drops", LOSS_FILE, "(totals[:, 1] > 1)", "(totals[:, 1] > 0)", (LOSS, GOLDEN, f"{GRID}[1-fipo")
+    ),
+    Mutant(
+        "dual-clipped tokens counted per rank",
+        FUTURE_KL,
+        "totals.sum(dim=0)",
+        "sums",
+        (f"{LOSS}[2-zigzag", f"{GRID}[cp4-fipo"),
+    ),
+    Mutant(
+        "dual-clipped tokens stay in FutureKL",
+        LOSS_FILE,
+        "torch.where(in_future_kl, tokens.log_ratio, 0.0).detach()",
+        "tokens.log_ratio.detach()",
+        (GOLDEN, LOSS, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "decay counts rows, not positions (holes)",
+        PLAN,
+        "levels = _build_levels(segment, position - span_start[segment], width)",
+        "levels = _build_levels(segment, np.arange(len(segment)) - np.searchsorted(segment, segment), width)",
+        (SCAN, LOSS, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "safety rule on positive advantages",
+        LOSS_FILE,
+        "unsafe = (tokens.advantages < 0)",
+        "unsafe = (tokens.advantages > 0)",
+        (GOLDEN, LOSS, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "dual clip on positive advantages",
+        LOSS_FILE,
+        "torch.where(advantages < 0, torch.minimum(loss, bound), loss)",
+        "torch.where(advantages > 0, torch.minimum(loss, bound), loss)",
+        (GOLDEN, LOSS, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "temperature not applied",
+        HEAD_FILE,
+        "inverse_temperature=1.0 / request.temperature",
+        "inverse_temperature=1.0",
+        (HEAD, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "temperature missing in backward",
+        HEAD_FILE,
+        "grad * part.inverse_temperature",
+        "grad",
+        (HEAD, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "padded vocabulary takes part",
+        HEAD_FILE,
+        "        scaled[:, self.valid_columns :] = PADDED_LOGIT\n",
+        "",
+        (HEAD, f"{GRID}[tp2-fipo"),
+    ),
+    Mutant(
+        "parameters not marked as tensor parallel",
+        "model/build.py",
+        "perform_initialization=True,",
+        "perform_initialization=False,",
+        (f"{GRID}[tp2-fipo", "distributed/test_policy_grid.py::test_updated_weights_equal_those_of_one_rank[tp2]"),
+    ),
+    Mutant(
+        "a NaN reaches the loss",
+        LOSS_FILE,
+        "return torch.where(usable, value, 0.0)",
+        "return torch.where(mask, value, 0.0)",
+        (
+            "objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",
+            "distributed/test_policy_grid.py::test_a_broken_forward_is_reported_and_changes_no_weight",
+        ),
+    ),
+    Mutant(
+        "a NaN row reaches the head's gradient",
+        HEAD_FILE,
+        "grad = torch.where(active, grad * part.inverse_temperature, 0).to(weight.dtype)",
+        "grad = (grad * part.inverse_temperature).to(weight.dtype)",
+        ("distributed/test_head.py::test_a_row_without_gradient_contains_its_own_nan",),
+    ),
+    Mutant(
+        "old log-probs scored in another order",
+        POLICY,
+        "return self._run(shards, lambda shard: collect, forward_only=True)",
+        "return self._run(shards[::-1], lambda shard: collect, forward_only=True)",
+        (FIRST_STEP,),
+    ),
+    Mutant(
+        "the host reads a number",
+        LOSS_FILE,
+        "return kept, kept.sum()",
+        "return kept, torch.full_like(kept.sum(), kept.sum().item())",
+        (NO_WAIT, COLLECTIVES, "objective/test_no_host_sync.py::test_the_packed_loss_never_syncs"),
+    ),
+    Mutant(
+        "a second all-gather in the scan",
+        FUTURE_KL,
+        "    gathered = _all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
+        "    _all_gather(sums, group)\n    gathered = _all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
+        (COLLECTIVES, NO_ROWS, "objective/test_policy_loss.py::test_one_all_gather_of_constant_size"),
+    ),
+    Mutant(
+        "a rank without rows skips the scan's collective",
+        FUTURE_KL,
+        "    _check_scan(x, riders, plan, group)\n",
+        "    _check_scan(x, riders, plan, group)\n    if not plan.num_rows:\n        return x, riders.new_zeros(plan.num_sequences, 2)\n",
+        (NO_ROWS,),
+    ),
+    Mutant(
+        "every chunk's logits kept",
+        HEAD_FILE,
+        "if index < part.kept_chunks:",
+        "if True:",
+        (MEMORY, "distributed/test_head.py::test_kept_logits_are_bounded_by_the_budget_and_absent_by_default"),
+    ),
+)
+
+
+def pytest(folder: Path, tests: list[str]) -> list[str]:
+    """Ids of failed tests, below `tests/`. RuntimeError where pytest could not run them."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "1000"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED tests/")]
+    return [line.removeprefix("FAILED tests/").split(" - ")[0] for line in lines]
+
+
+def collect(folder: Path) -> list[str]:
+    """Ids of all tests of the loss path."""
+    folders = ("objective", "batching", "distributed")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *(f"tests/{name}" for name in folders)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return [line.removeprefix("tests/") for line in done.stdout.splitlines() if line.startswith("tests/")]
+
+
+def chosen(everything: list[str], beginnings: tuple[str, ...]) -> list[str]:
+    for beginning in beginnings:
+        if not any(test.startswith(beginning) for test in everything):
+            raise SystemExit(f"no test is called {beginning}; bring tools/mutation_check.py up to date")
+    # Every case of a named function, but only a few of the costly grid.
+    picked = [next(t for t in everything if t.startswith(b)) if b.startswith(GRID) else b for b in beginnings]
+    return sorted({test for p in picked for test in everything if test.startswith(p)})
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in ("megatron_fipo", "tests", "docs"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        everything = collect(folder)
+        unbroken = pytest(folder, sorted({test for mutant in mutants for test in chosen(everything, mutant.caught_by)}))
+        if unbroken:
+            print("fails without any fault:", *unbroken, sep="\n  ")
+            return 1
+        print("| fault | caught by |\n|---|---|", flush=True)
+        escaped = 0
+        for mutant in mutants:
+            file = folder / "megatron_fipo" / mutant.file
+            original = file.read_text()
+            if original.count(mutant.old) != 1:
+                raise SystemExit(
+                    f"{mutant.name}: {mutant.file} has the text to replace {original.count(mutant.old)} times, not once"
+                )
+            file.write_text(original.replace(mutant.old, mutant.new))
+            failed = pytest(folder, chosen(everything, mutant.caught_by))
+            file.write_text(original)
+            blind = [b for b in mutant.caught_by if not any(test.startswith(b) for test in failed)]
+            escaped += bool(blind)
+            cells = [f"`{b.split('::')[1]}`" if b not in blind else f"**NOT** `{b.split('::')[1]}`" for b in mutant.caught_by]
+            print(f"| {mutant.name} | {', '.join(cells)} |", flush=True)
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
