@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+"""The command line. Nothing heavy is imported before a command has its settings: `--help` and a mistyped key answer at once."""
 
 import argparse
 import json
@@ -87,19 +87,20 @@ def _add_train(commands) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate
-    from megatron_fipo.plan.shape import read_model_shape
 
     config = load_config(arguments.config, arguments.overrides)
-    shape = read_model_shape(config.model.path)
-    # `train` checks again with the machine; here mistakes show before Ray and torch take seconds to import.
-    validate(config, shape)
+    from megatron_fipo.model.families import read_model_config
+
+    family, architecture = read_model_config(config.model.path)
+    # `train` checks again with the machine; here mistakes show before Ray and Megatron-Core take seconds to import.
+    validate(config, architecture)
     if arguments.dry_run:
         from rich.console import Console
 
         from megatron_fipo.plan.plan import make_plan
         from megatron_fipo.plan.render import print_plan
 
-        print_plan(config, shape, make_plan(config, shape), Console())
+        print_plan(config, architecture, make_plan(config, family, architecture), Console())
         return 0
     from megatron_fipo.trainer.run import train
 
@@ -128,7 +129,6 @@ def _add_evaluate(commands) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate_evaluation
-    from megatron_fipo.plan.shape import read_model_shape
 
     path, overrides = arguments.config, list(arguments.overrides)
     if path is not None and "=" in path:
@@ -137,7 +137,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         overrides.insert(0, "run_dir=runs/evaluation")
     overrides.append(f"model.path={json.dumps(arguments.model_dir, ensure_ascii=False)}")
     config = load_config(path, overrides)
-    validate_evaluation(config, read_model_shape(config.model.path))
+    from megatron_fipo.model.families import read_architecture
+
+    validate_evaluation(config, read_architecture(config.model.path))
     from megatron_fipo.trainer.run import evaluate
 
     evaluate(arguments.model_dir, config)
@@ -163,10 +165,11 @@ def _add_sft(commands) -> None:
 
 def run_sft(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import SftConfig, load_config, validate_sft
-    from megatron_fipo.plan.shape import read_model_shape
 
     config = load_config(arguments.config, arguments.overrides, schema=SftConfig)
-    validate_sft(config, read_model_shape(config.model_config_path))
+    from megatron_fipo.model.families import read_architecture
+
+    validate_sft(config, read_architecture(config.model_config_path))
     from megatron_fipo.trainer.sft import train
 
     train(config)

@@ -17,21 +17,36 @@ def _root(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
-def test_help_imports_nothing_heavy(arguments):
-    code = f"""
+def run_without(heavy: set[str], arguments: list[str], code: int) -> subprocess.CompletedProcess:
+    """Run the command in a new process; it fails unless it exits with `code`, having imported none of `heavy`."""
+    script = f"""
 import sys
 from megatron_fipo.cli import main
 try:
-    main({arguments!r})
+    code = main({arguments!r})
 except SystemExit as exit:
-    assert exit.code == 0
-heavy = {{"torch", "numpy", "ray", "transformers", "megatron", "omegaconf", "rich"}} & set(sys.modules)
+    code = exit.code
+assert code == {code}, code
+heavy = {heavy!r} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    done = run_without({"torch", "numpy", "ray", "transformers", "megatron", "omegaconf", "rich"}, arguments, code=0)
     assert "usage: megatron-fipo" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", *COUNTDOWN], ["evaluate", "absent", *COUNTDOWN], ["sft", "examples/countdown/sft.yaml"]]
+)
+def test_a_mistyped_key_is_named_before_torch_is_imported(arguments):
+    done = run_without({"torch", "ray", "transformers", "megatron"}, [*arguments, "seeed=1"], code=2)
+    assert "did you mean 'seed'?" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sft", "report", "doctor", "config"])

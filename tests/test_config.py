@@ -22,11 +22,23 @@ from megatron_fipo.config import validate as validate_function
 from megatron_fipo.config.describe import describe, field_docs
 from megatron_fipo.config.load import leaves
 from megatron_fipo.errors import UserError
-from megatron_fipo.plan.shape import ModelShape, read_model_shape
+from megatron_fipo.model.families import read_architecture
+from megatron_fipo.model.family import Architecture
 
 REQUIRED = ["model.path=m", "run_dir=r"]
-SHAPE = ModelShape(
-    hidden_size=96, layers=4, heads=4, kv_heads=2, head_dim=24, ffn=256, vocab=32, tied=True, max_positions=512, qkv_bias=True
+ARCHITECTURE = Architecture(
+    num_layers=4,
+    hidden_size=96,
+    ffn_hidden_size=256,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=24,
+    vocab_size=32,
+    max_position_embeddings=512,
+    layernorm_epsilon=1e-6,
+    rotary_base=10000.0,
+    share_embeddings_and_output_weights=True,
+    add_qkv_bias=True,
 )
 VALID = [*REQUIRED, "data.source=countdown", "reward.name=countdown"]
 VALID += ["rollout.max_prompt_length=16", "rollout.max_response_length=128", "reward.overlong_buffer=32"]
@@ -160,7 +172,7 @@ class TestLoad:
 
 class TestValidate:
     def test_the_base_of_these_tests_is_valid(self):
-        validate(load_config(None, VALID), SHAPE, Machine(cpus=2, gpus=0))
+        validate(load_config(None, VALID), ARCHITECTURE, Machine(cpus=2, gpus=0))
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -187,6 +199,7 @@ class TestValidate:
             ("batch.max_tokens_per_micro_batch=71 parallel.context_parallel_size=2", "raise it to at least 72"),
             ("rollout.prompts_per_round=10", "can never give"),
             ("rollout.max_staleness=-1", "rollout.max_staleness has to be at least 0"),
+            ("rollout.weight_bucket_mb=0", "rollout.weight_bucket_mb has to be at least 1, not 0"),
             ("rollout.temperature=0", "rollout.temperature has to be above 0"),
             ("rollout.top_p=1.1", "rollout.top_p has to be above 0 and at most 1"),
             ("rollout.max_response_length=500", "516 tokens exceed the model's max_position_embeddings=512"),
@@ -208,7 +221,7 @@ class TestValidate:
     )
     def test_impossible_combinations_are_refused(self, overrides, message):
         with pytest.raises(UserError) as error:
-            validate(load_config(None, [*VALID, *overrides.split()]), SHAPE, Machine(cpus=2, gpus=0))
+            validate(load_config(None, [*VALID, *overrides.split()]), ARCHITECTURE, Machine(cpus=2, gpus=0))
         assert message in str(error.value)
 
     @pytest.mark.parametrize(
@@ -221,25 +234,26 @@ class TestValidate:
             "objective.name=grpo objective.kl_coefficient=0.1",
             "objective.half_life=.inf objective.influence_clip=null",
             "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0 evaluation.before_training=false",
+            "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0",
             "batch.max_tokens_per_micro_batch=144",
             "rollout.max_response_length=496",
         ],
     )
     def test_possible_ones_are_not(self, overrides):
-        validate(load_config(None, [*VALID, *overrides.split()]), SHAPE, Machine(cpus=2, gpus=0))
+        validate(load_config(None, [*VALID, *overrides.split()]), ARCHITECTURE, Machine(cpus=2, gpus=0))
 
     def test_gpus_count_where_there_are_any(self):
         config = load_config(None, [*VALID, "parallel.data_parallel_size=4"])
-        validate(config, SHAPE, Machine(cpus=2, gpus=4))
+        validate(config, ARCHITECTURE, Machine(cpus=2, gpus=4))
         with pytest.raises(UserError, match="there are 2 GPUs"):
-            validate(config, SHAPE, Machine(cpus=64, gpus=2))
+            validate(config, ARCHITECTURE, Machine(cpus=64, gpus=2))
 
     def test_without_a_model_or_machine_their_checks_are_left_out(self):
         validate(load_config(None, [*VALID, "parallel.tensor_model_parallel_size=3", "rollout.max_response_length=500"]))
 
     def test_evaluation_needs_no_training_data_but_held_out_rows(self):
         rows = ["data.source=jsonl", "reward.name=dapo_math"]
-        validate_evaluation(load_config(None, [*VALID, *rows, "data.evaluation_path=e"]), SHAPE)
+        validate_evaluation(load_config(None, [*VALID, *rows, "data.evaluation_path=e"]), ARCHITECTURE)
         with pytest.raises(UserError, match=r"data\.evaluation_path"):
             validate_evaluation(load_config(None, [*VALID, *rows, "evaluation.every=0", "evaluation.before_training=false"]))
 
@@ -247,7 +261,7 @@ class TestValidate:
         def sft(*overrides):
             return load_config(None, ["model_config_path=m", "output_dir=o", *overrides], SftConfig)
 
-        validate_sft(sft(), SHAPE, Machine(cpus=1, gpus=0))
+        validate_sft(sft(), ARCHITECTURE, Machine(cpus=1, gpus=0))
         for override, message in [
             ("steps=0", "steps"),
             ("optimizer.warmup_steps=1001", "warmup_steps"),
@@ -255,7 +269,7 @@ class TestValidate:
             ("parallel.data_parallel_size=2", "CPU core"),
         ]:
             with pytest.raises(UserError, match=message):
-                validate_sft(sft(override), SHAPE, Machine(cpus=1, gpus=0))
+                validate_sft(sft(override), ARCHITECTURE, Machine(cpus=1, gpus=0))
 
     def test_every_number_of_the_schema_has_a_range(self):
         """A new setting is either given a range or is one of these, which other checks look at."""
@@ -266,7 +280,7 @@ class TestValidate:
         assert ranged <= numbers
 
 
-class TestShape:
+class TestArchitecture:
     def write(self, folder: Path, **changes) -> Path:
         values = {
             "architectures": ["Qwen2ForCausalLM"],
@@ -278,13 +292,14 @@ class TestShape:
             "vocab_size": 32,
             "tie_word_embeddings": True,
             "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
         }
         (folder / "config.json").write_text(json.dumps(values | changes), encoding="utf-8")
         return folder
 
     def test_reads_the_figures(self, tmp_path):
-        assert read_model_shape(self.write(tmp_path)) == SHAPE
-        assert read_model_shape(self.write(tmp_path, head_dim=32)) == replace(SHAPE, head_dim=32)
+        assert read_architecture(self.write(tmp_path)) == ARCHITECTURE
+        assert read_architecture(self.write(tmp_path, head_dim=32)) == replace(ARCHITECTURE, kv_channels=32)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -293,20 +308,27 @@ class TestShape:
             ({"architectures": None}, r"\(none named\) is not supported"),
             ({"hidden_size": None}, "hidden_size has to be a positive whole number, not None"),
             ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+            ({"num_key_value_heads": 0}, "num_key_value_heads has to be a positive whole number, not 0"),
+            ({"head_dim": 1.5}, "head_dim has to be a positive whole number, not 1.5"),
+            ({"vocab_size": True}, "vocab_size has to be a positive whole number, not True"),
+            ({"architectures": "Qwen2ForCausalLM"}, r"\(none named\) is not supported"),
+            ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         ],
     )
     def test_refuses_what_it_does_not_know(self, changes, message, tmp_path):
-        with pytest.raises(UserError, match=message):
-            read_model_shape(self.write(tmp_path, **changes))
+        with pytest.raises(UserError, match=message) as error:
+            read_architecture(self.write(tmp_path, **changes))
+        assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+        assert "\n" not in str(error.value)
 
     def test_refuses_what_it_cannot_read(self, tmp_path):
         with pytest.raises(UserError, match="no model folder"):
-            read_model_shape(tmp_path / "absent")
+            read_architecture(tmp_path / "absent")
         with pytest.raises(UserError, match=r"has no config\.json"):
-            read_model_shape(tmp_path)
+            read_architecture(tmp_path)
         (tmp_path / "config.json").write_text("{", encoding="utf-8")
         with pytest.raises(UserError, match="not valid JSON"):
-            read_model_shape(tmp_path)
+            read_architecture(tmp_path)
         (tmp_path / "config.json").write_text("[]", encoding="utf-8")
         with pytest.raises(UserError, match="JSON object"):
-            read_model_shape(tmp_path)
+            read_architecture(tmp_path)

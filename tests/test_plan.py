@@ -3,15 +3,19 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from megatron_fipo.checkpoint.mapping import shard
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig, load_config, validate
 from megatron_fipo.model import parallel as process_groups
 from megatron_fipo.model.build import build_model
+from megatron_fipo.model.families import read_architecture, read_model_config
+from megatron_fipo.model.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Part, Rule, Weight
+from megatron_fipo.model.qwen2 import QWEN2
 from megatron_fipo.model.vocab import padded_vocab_size
 from megatron_fipo.plan.plan import make_plan, rank_groups
 from megatron_fipo.plan.render import print_plan
-from megatron_fipo.plan.shape import read_model_shape
 from tests.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -27,11 +31,11 @@ def load_recipe(name: str, *overrides: str) -> Config:
 
 
 def printed(config: Config) -> str:
-    shape = read_model_shape(config.model.path)
+    family, architecture = read_model_config(config.model.path)
     output = StringIO()
     console = Console(file=output, width=80)
-    validate(config, shape)
-    print_plan(config, shape, make_plan(config, shape), console)
+    validate(config, architecture)
+    print_plan(config, architecture, make_plan(config, family, architecture), console)
     return output.getvalue()
 
 
@@ -56,7 +60,7 @@ class TestShippedRecipes:
 
     def test_32b(self):
         config = load_recipe("qwen2.5-32b/fipo")
-        plan = make_plan(config, read_model_shape(config.model.path))
+        plan = make_plan(config, *read_model_config(config.model.path))
         assert plan.parameters == 32_763_876_352
         assert len(plan.groups) * 8 == 128
         assert plan.work.mini_steps == 8
@@ -70,19 +74,19 @@ class TestShippedRecipes:
 
     @pytest.mark.parametrize("folder", ["qwen2.5-32b", "qwen2.5-7b-math", "countdown/model-config"])
     def test_the_parameter_count_is_that_of_transformers(self, folder):
-        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EXAMPLES / folder))
-        assert read_model_shape(EXAMPLES / folder).parameters == sum(parameter.numel() for parameter in model.parameters())
+        family, architecture = read_model_config(EXAMPLES / folder)
+        assert family.parameters(architecture) == sum(parameter.numel() for parameter in model.parameters())
 
     def test_the_published_7b_model_is_refused_until_its_positions_are_raised(self, tmp_path):
         values = json.loads((EXAMPLES / "qwen2.5-7b-math/config.json").read_text(encoding="utf-8"))
         (tmp_path / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096}), encoding="utf-8")
         config = load_recipe("qwen2.5-7b-math/fipo")
         with pytest.raises(Exception, match="12288 tokens exceed the model's max_position_embeddings=4096"):
-            validate(config, read_model_shape(tmp_path))
+            validate(config, read_architecture(tmp_path))
 
 
 def _real_rank(rank: int, world_size: int, folder: str, parallel: ParallelConfig) -> tuple[int, tuple[int, int, int]]:
@@ -115,7 +119,7 @@ def test_each_rank_holds_what_the_plan_says(parallel, tied, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     config = load_recipe("countdown/fipo")
     config.parallel = parallel
-    plan = make_plan(config, read_model_shape(tmp_path))
+    plan = make_plan(config, *read_model_config(tmp_path))
 
     groups = {rank: group for group in plan.groups for rank in range(group.first_rank, group.last_rank + 1)}
     assert sorted(groups) == list(range(parallel.world_size))
@@ -125,17 +129,52 @@ def test_each_rank_holds_what_the_plan_says(parallel, tied, tmp_path):
         assert parameters == plan.stages[group.pipeline].parameters
 
 
+def test_a_new_family_is_counted_by_its_table_alone():
+    """Norms of heads, a bias that is not split and a plain column layout, none of which Qwen2 has."""
+    layer = "decoder.layers.{layer}"
+    rules = (
+        Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (Part("e", ("vocab", "hidden")),)),
+        Rule(f"{layer}.self_attention.q_layernorm.weight", Layout.REPLICATED, (Part("{layer}.n", ("head",)),)),
+        Rule(f"{layer}.mlp.linear_fc1.weight", Layout.COLUMN, (Part("{layer}.up", ("ffn", "hidden")),)),
+        Rule(f"{layer}.mlp.linear_fc2.bias", Layout.REPLICATED, (Part("{layer}.b", ("hidden",)),)),
+        Rule(OUTPUT_WEIGHT, Layout.VOCABULARY, (Part("o", ("vocab", "hidden")),)),
+    )
+    hidden, ffn, head, vocab = 24, 48, 6, 33
+    architecture = Architecture(4, hidden, ffn, 4, 4, head, vocab, 512, 1e-6, 1e4, share_embeddings_and_output_weights=False)
+    family = Family("other", ("OtherForCausalLM",), lambda config: architecture, rules)
+    config = load_recipe("countdown/fipo", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+    plan = make_plan(config, family, architecture)
+    assert plan.parameters == 2 * vocab * hidden + 4 * (head + ffn * hidden + hidden)
+    on_each_stage = 17 * hidden + 2 * (head + ffn // 2 * hidden + hidden)
+    assert [stage.parameters for stage in plan.stages] == [on_each_stage, on_each_stage]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_rank_holds_of_each_weight_what_the_conversion_gives_it(size):
+    architecture = Architecture(1, 24, 48, 8, 4, 6, 1030, 512, 1e-6, 1e4, False)
+    weights = [*QWEN2.weights(architecture), Weight("column", Layout.COLUMN, ("c",), ((8, 3),))]
+    assert {weight.layout for weight in weights} == set(Layout)
+    for weight in weights:
+        held = shard(weight, [torch.zeros(shape) for shape in weight.shapes], architecture, size - 1, size)
+        assert weight.parameters_per_rank(size) == held.numel()
+
+
+def test_a_weight_that_does_not_split_is_an_error():
+    with pytest.raises(ValueError, match="the 9 parameters of odd do not split over 2"):
+        Weight("odd", Layout.COLUMN, ("odd",), ((3, 3),)).parameters_per_rank(2)
+
+
 class TestWork:
     def test_micro_batches_round_up(self):
         # longest sequence 144 tokens: a micro-batch of 300 holds 2, so 6 x 16 = 96 responses over 5 ranks need 10 of them
         config = load_recipe("countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5")
-        work = make_plan(config, read_model_shape(config.model.path)).work
+        work = make_plan(config, *read_model_config(config.model.path)).work
         assert (work.longest_sequence, work.mini_steps, work.micro_batches) == (144, 4, 10)
 
     def test_state_of_the_optimizer_is_shared_only_if_distributed(self):
         def optimizer_bytes(*overrides):
             config = load_recipe("countdown/fipo", "parallel.data_parallel_size=2", *overrides)
-            stage = make_plan(config, read_model_shape(config.model.path)).stages[0]
+            stage = make_plan(config, *read_model_config(config.model.path)).stages[0]
             return stage.optimizer_bytes / stage.parameters
 
         assert optimizer_bytes() == 4

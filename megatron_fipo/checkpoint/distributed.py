@@ -4,6 +4,7 @@ The files are independent of the parallel layout that wrote them, and carry the 
 checkpoint lives in, and when it counts as complete, is the caller's business (`trainer/state.py`).
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_fipo.errors import UserError
 
 
 def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
@@ -22,8 +26,20 @@ def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer, is_loading:
 
 
 def save_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
-    """Write into an existing empty folder. Collective over all ranks; each rank writes what it alone holds."""
-    dist_checkpointing.save(_sharded_state(modules, optimizer, is_loading=False), str(folder))
+    """Write into an existing empty folder. Collective over all ranks; each rank writes what it alone holds.
+
+    The optimizer must have taken a step: before that it has no state. UserError on every rank where a file can't be written.
+    """
+    try:
+        dist_checkpointing.save(_sharded_state(modules, optimizer, is_loading=False), str(folder))
+    except CheckpointException as error:
+        # Not an Exception by its class, so it would take the whole process down.
+        free = shutil.disk_usage(folder).free // 2**20
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"cannot write the checkpoint {folder} ({free} MiB free): {reason}; make room, then run the same command to go on "
+            "from the checkpoint before"
+        ) from None
 
 
 def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:

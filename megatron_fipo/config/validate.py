@@ -9,7 +9,7 @@ from megatron_fipo.config.schema import Config, ObjectiveSettings, ParallelConfi
 from megatron_fipo.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_fipo.plan.shape import ModelShape
+    from megatron_fipo.model.family import Architecture
 
 AT_LEAST_ONE = {
     "parallel.tensor_model_parallel_size",
@@ -73,13 +73,13 @@ class Machine:
     gpus: int
 
 
-def validate(config: Config, shape: "ModelShape | None" = None, machine: Machine | None = None) -> None:
+def validate(config: Config, architecture: "Architecture | None" = None, machine: Machine | None = None) -> None:
     """Check a training configuration; raises UserError naming the first key at fault and the mend.
 
-    Without `shape` the checks against the model are left out, without `machine` those against cores and GPUs.
+    Without `architecture` the checks against the model are left out, without `machine` those against cores and GPUs.
     """
     _check_ranges(config)
-    _check_parallel(config.parallel, shape)
+    _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.model.layer_spec, machine)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
@@ -92,20 +92,20 @@ def validate(config: Config, shape: "ModelShape | None" = None, machine: Machine
             f"rollout.max_response_length={config.rollout.max_response_length}; 0 turns the penalty off"
         )
     _check_data(config, training=True)
-    _check_positions(config.rollout, shape)
+    _check_positions(config.rollout, architecture)
 
 
-def validate_evaluation(config: Config, shape: "ModelShape | None" = None) -> None:
+def validate_evaluation(config: Config, architecture: "Architecture | None" = None) -> None:
     """Check what measuring a model needs; the settings of training are not looked at. Raises UserError."""
     _check_ranges(config)
     _check_data(config, training=False)
-    _check_positions(config.rollout, shape)
+    _check_positions(config.rollout, architecture)
 
 
-def validate_sft(config: SftConfig, shape: "ModelShape | None" = None, machine: Machine | None = None) -> None:
+def validate_sft(config: SftConfig, architecture: "Architecture | None" = None, machine: Machine | None = None) -> None:
     """Check a supervised configuration; arguments as in `validate`. Raises UserError."""
     _check_ranges(config)
-    _check_parallel(config.parallel, shape)
+    _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.layer_spec, machine)
     if config.optimizer.warmup_steps > config.steps:
@@ -128,7 +128,7 @@ def _check_ranges(config: Any) -> None:
             raise UserError(f"{key} has to be finite, not {value}")
 
 
-def _check_parallel(parallel: ParallelConfig, shape: "ModelShape | None") -> None:
+def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None") -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size
     if parallel.sequence_parallel and tp == 1:
@@ -138,19 +138,23 @@ def _check_parallel(parallel: ParallelConfig, shape: "ModelShape | None") -> Non
             f"parallel.virtual_pipeline_model_parallel_size={chunks} has to be null, or at least 2 with "
             "parallel.pipeline_model_parallel_size at least 2"
         )
-    if shape is None:
+    if architecture is None:
         return
-    for what, size in (("attention heads", shape.heads), ("key-value groups", shape.kv_heads), ("feed-forward width", shape.ffn)):
+    divided = {
+        "attention heads": architecture.num_attention_heads,
+        "key-value groups": architecture.num_query_groups,
+        "feed-forward width": architecture.ffn_hidden_size,
+    }
+    for what, size in divided.items():
         if size % tp:
-            largest = math.gcd(shape.heads, shape.kv_heads, shape.ffn)
             raise UserError(
                 f"parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
-                f"choose a divisor of {largest}"
+                f"choose a divisor of {math.gcd(*divided.values())}"
             )
-    if shape.layers % (pp * (chunks or 1)):
+    if architecture.num_layers % (pp * (chunks or 1)):
         virtual = f" times parallel.virtual_pipeline_model_parallel_size={chunks}" if chunks else ""
         raise UserError(
-            f"parallel.pipeline_model_parallel_size={pp}{virtual} does not divide the model's {shape.layers} layers; "
+            f"parallel.pipeline_model_parallel_size={pp}{virtual} does not divide the model's {architecture.num_layers} layers; "
             "choose sizes whose product divides them"
         )
 
@@ -212,23 +216,23 @@ def _check_objective(objective: ObjectiveSettings) -> None:
 
 
 def _check_data(config: Config, training: bool) -> None:
-    data, evaluation = config.data, config.evaluation
+    data = config.data
     if data.source == "countdown":
         if config.reward.name != "countdown":
             raise UserError(f"data.source=countdown needs reward.name=countdown, not {config.reward.name}")
         return
     if training and not data.train_path:
         raise UserError(f"data.source={data.source} needs data.train_path, a file of training rows")
-    if not data.evaluation_path and (not training or evaluation.every or evaluation.before_training):
-        hint = ", or evaluation.every=0 with evaluation.before_training=false" if training else ""
+    if not data.evaluation_path and (not training or config.evaluation.every):
+        hint = ", or evaluation.every=0" if training else ""
         raise UserError(f"data.source={data.source} needs data.evaluation_path, a file of held-out rows{hint}")
 
 
-def _check_positions(rollout: RolloutConfig, shape: "ModelShape | None") -> None:
+def _check_positions(rollout: RolloutConfig, architecture: "Architecture | None") -> None:
     longest = rollout.max_prompt_length + rollout.max_response_length
-    if shape is not None and longest > shape.max_positions:
+    if architecture is not None and longest > architecture.max_position_embeddings:
         raise UserError(
-            f"rollout.max_prompt_length={rollout.max_prompt_length} + max_response_length={rollout.max_response_length} = {longest} "
-            f"tokens exceed the model's max_position_embeddings={shape.max_positions}; shorten them, or raise that number in the "
-            "model's config.json if the model is meant to grow beyond the length it was trained on"
+            f"rollout.max_prompt_length={rollout.max_prompt_length} + max_response_length={rollout.max_response_length} = "
+            f"{longest} tokens exceed the model's max_position_embeddings={architecture.max_position_embeddings}; shorten them, "
+            "or raise that number in the model's config.json if the model is meant to grow beyond the length it was trained on"
         )

@@ -1,15 +1,19 @@
 """What a model family is: a translation of its Hugging Face config, and a table of its weights.
 
 A family is data. Its file (see `qwen2.py`) holds one function from `config.json` to `Architecture` and one tuple of `Rule`s;
-`families.py` registers it under the names that Hugging Face puts into `architectures`. Building the model and converting
-weights in both directions need nothing else.
+`families.py` registers it under the names that Hugging Face puts into `architectures`. Building the model, converting weights
+in both directions and counting what each rank will hold need nothing else.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from math import prod
 from typing import Any
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.vocab import padded_vocab_size
 
 
 class Layout(StrEnum):
@@ -92,6 +96,31 @@ class Weight:
     layout: Layout
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    layer: int | None = None
+    """Counted from 0 over all pipeline stages; None at the model's ends."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole weight, its vocabulary not padded."""
+        return sum(map(prod, self.shapes))
+
+    def parameters_per_rank(self, tensor_model_parallel_size: int) -> int:
+        """On each tensor-parallel rank: all of a replicated weight, else an equal share, of a vocabulary with its padding.
+
+        ValueError where the shares would not be equal.
+        """
+        if self.layout is Layout.REPLICATED:
+            return self.parameters
+        if self.layout is Layout.VOCABULARY:
+            ((rows, *columns),) = self.shapes
+            return padded_vocab_size(rows, tensor_model_parallel_size) // tensor_model_parallel_size * prod(columns)
+        share, rest = divmod(self.parameters, tensor_model_parallel_size)
+        if rest:
+            raise ValueError(
+                f"the {self.parameters} parameters of {self.megatron} do not split over {tensor_model_parallel_size} "
+                "tensor-parallel ranks"
+            )
+        return share
 
 
 @dataclass(frozen=True)
@@ -100,7 +129,7 @@ class Family:
     architectures: tuple[str, ...]
     """Names in the `architectures` field of config.json that this family reads."""
     translate: Callable[[dict[str, Any]], Architecture]
-    """From the parsed config.json; UserError for a variant that the family does not cover."""
+    """From the parsed config.json; UserError naming the key of a wrong size, or of a variant that the family does not cover."""
     rules: tuple[Rule, ...]
 
     def weights(self, architecture: Architecture) -> Iterator[Weight]:
@@ -116,7 +145,20 @@ class Family:
                         rule.layout,
                         tuple(part.name.format(layer=layer) for part in rule.parts),
                         tuple(part.shape(architecture) for part in rule.parts),
+                        layer if layered else None,
                     )
+
+    def parameters(self, architecture: Architecture) -> int:
+        """Of the whole model, the vocabulary not padded."""
+        return sum(weight.parameters for weight in self.weights(architecture))
+
+
+def read_size(config: dict[str, Any], key: str) -> int:
+    """`config[key]`, a positive whole number. UserError naming the key for anything else, KeyError where it is missing."""
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{key} has to be a positive whole number, not {value!r}")
+    return value
 
 
 EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"

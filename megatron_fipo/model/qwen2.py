@@ -3,37 +3,37 @@
 from typing import Any
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Part, Rule
+from megatron_fipo.model.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Part, Rule, read_size
 
 _LAYER = "decoder.layers.{layer}"
 _HF = "model.layers.{layer}"
 
 
 def translate(config: dict[str, Any]) -> Architecture:
-    """`config.json` as an `Architecture`. UserError naming the key for a missing one, or for a variant not covered here."""
+    """`config.json` as an `Architecture`. UserError naming the key for a missing or wrong one, or a variant not covered here."""
     try:
-        heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
+        heads, hidden_size = read_size(config, "num_attention_heads"), read_size(config, "hidden_size")
         architecture = Architecture(
-            num_layers=config["num_hidden_layers"],
+            num_layers=read_size(config, "num_hidden_layers"),
             hidden_size=hidden_size,
-            ffn_hidden_size=config["intermediate_size"],
+            ffn_hidden_size=read_size(config, "intermediate_size"),
             num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            kv_channels=config.get("head_dim") or hidden_size // heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
+            num_query_groups=read_size(config, "num_key_value_heads"),
+            kv_channels=read_size(config, "head_dim") if config.get("head_dim") is not None else hidden_size // heads,
+            vocab_size=read_size(config, "vocab_size"),
+            max_position_embeddings=read_size(config, "max_position_embeddings"),
             layernorm_epsilon=config["rms_norm_eps"],
             rotary_base=rotary_base(config),
-            share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
+            share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
             add_qkv_bias=True,
             initializer_range=config.get("initializer_range", 0.02),
         )
     except KeyError as missing:
-        raise UserError(f"config.json has no {missing}, which a Qwen2 model needs") from None
+        raise UserError(f"a Qwen2 model needs {missing}, which is missing") from None
     if config.get("use_sliding_window"):
-        raise UserError("config.json sets use_sliding_window, which is not supported; set it to false for full attention")
+        raise UserError("use_sliding_window=true is not supported; set it to false for full attention")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json sets hidden_act to {config['hidden_act']!r}; a Qwen2 model has 'silu'")
+        raise UserError(f"hidden_act={config['hidden_act']!r} is not supported; a Qwen2 model has 'silu'")
     return architecture
 
 
@@ -42,7 +42,7 @@ def rotary_base(config: dict[str, Any]) -> float:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise UserError(f"config.json asks for rotary scaling {kind!r}, which is not supported for this family; remove it")
+        raise UserError(f"rotary scaling {kind!r} (rope_parameters or rope_scaling) is not supported for this family; remove it")
     return float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
 
 

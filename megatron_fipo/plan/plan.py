@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.model.family import EMBEDDING_WEIGHT, Architecture, Family, Weight
 from megatron_fipo.model.vocab import padded_vocab_size
-from megatron_fipo.plan.shape import ModelShape
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4
@@ -72,14 +72,14 @@ class Plan:
     work: Work
 
 
-def make_plan(config: Config, shape: ModelShape) -> Plan:
-    """The plan of a configuration that `validate` accepts."""
+def make_plan(config: Config, family: Family, architecture: Architecture) -> Plan:
+    """The plan of a configuration that `validate` accepts, for a model as `read_model_config` gives it."""
     parallel = config.parallel
     return Plan(
-        parameters=shape.parameters,
-        padded_vocab=padded_vocab_size(shape.vocab, parallel.tensor_model_parallel_size),
+        parameters=family.parameters(architecture),
+        padded_vocab=padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size),
         groups=rank_groups(parallel),
-        stages=tuple(_stage(config, shape, index) for index in range(parallel.pipeline_model_parallel_size)),
+        stages=tuple(_stage(config, family, architecture, index) for index in range(parallel.pipeline_model_parallel_size)),
         work=_work(config),
     )
 
@@ -100,22 +100,33 @@ def stage_layers(layers: int, parallel: ParallelConfig, index: int) -> tuple[ran
     return tuple(range((v * pp + index) * size, (v * pp + index + 1) * size) for v in range(chunks))
 
 
-def _stage(config: Config, shape: ModelShape, index: int) -> Stage:
-    parallel = config.parallel
-    tp = parallel.tensor_model_parallel_size
-    layers = stage_layers(shape.layers, parallel, index)
+def stage_weights(family: Family, architecture: Architecture, parallel: ParallelConfig, index: int) -> list[Weight]:
+    """The weights that pipeline stage `index` holds: those of its layers, the embedding at the start, all others at the end.
+
+    A tied embedding is the output layer too, so the last stage holds it as well, as a copy of its own if it is not the first.
+    """
+    layers = {layer for chunk in stage_layers(architecture.num_layers, parallel, index) for layer in chunk}
     first, last = index == 0, index == parallel.pipeline_model_parallel_size - 1
-    parameters = sum(map(len, layers)) * shape.layer_parameters(tp)
-    # A tied embedding exists once on a stage that both reads and predicts tokens, and on both stages where they differ.
-    vocabulary_matrices = 1 if shape.tied and first and last else first + last
-    parameters += vocabulary_matrices * padded_vocab_size(shape.vocab, tp) // tp * shape.hidden_size
-    parameters += shape.hidden_size if last else 0
+    embedding = first or (last and architecture.share_embeddings_and_output_weights)
+
+    def held(weight: Weight) -> bool:
+        if weight.layer is not None:
+            return weight.layer in layers
+        return embedding if weight.megatron == EMBEDDING_WEIGHT else last
+
+    return list(filter(held, family.weights(architecture)))
+
+
+def _stage(config: Config, family: Family, architecture: Architecture, index: int) -> Stage:
+    parallel = config.parallel
+    weights = stage_weights(family, architecture, parallel, index)
+    parameters = sum(weight.parameters_per_rank(parallel.tensor_model_parallel_size) for weight in weights)
     shards = parallel.data_parallel_size * parallel.context_parallel_size if config.optimizer.distributed else 1
     return Stage(
         index=index,
-        layers=layers,
-        has_embedding=first,
-        has_output=last,
+        layers=stage_layers(architecture.num_layers, parallel, index),
+        has_embedding=index == 0,
+        has_output=index == parallel.pipeline_model_parallel_size - 1,
         parameters=parameters,
         weight_bytes=parameters * BYTES_PER_ELEMENT[config.model.dtype],
         gradient_bytes=parameters * GRADIENT_BYTES,

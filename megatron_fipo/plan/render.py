@@ -8,13 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_fipo.config import Config
+from megatron_fipo.model.family import Architecture
 from megatron_fipo.plan.plan import Plan, Stage
-from megatron_fipo.plan.shape import ModelShape
 
 
-def print_plan(config: Config, shape: ModelShape, plan: Plan, console: Console) -> None:
+def print_plan(config: Config, architecture: Architecture, plan: Plan, console: Console) -> None:
     """Print what `train` would do with this configuration."""
-    for table in (_overview(config, shape, plan), _ranks(config, plan), _stages(plan), _iteration(config, plan)):
+    for table in (_overview(config, architecture, plan), _ranks(config, plan), _stages(plan), _iteration(config, plan)):
         console.print(table)
     console.print("Memory is weights, gradients and optimizer state of one rank; activations and rollout engines come on top.")
     console.print("Dry run: nothing was started and nothing was written.")
@@ -27,17 +27,17 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _overview(config: Config, shape: ModelShape, plan: Plan) -> RenderableType:
-    padding = plan.padded_vocab - shape.vocab
+def _overview(config: Config, architecture: Architecture, plan: Plan) -> RenderableType:
+    padding = plan.padded_vocab - architecture.vocab_size
     table = Table(title=Text("Run", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_row("model", config.model.path)
     table.add_row("parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {config.model.dtype}")
     table.add_row(
         "shape",
-        f"{shape.layers} layers, hidden {shape.hidden_size}, {shape.heads} heads in {shape.kv_heads} key-value groups, "
-        f"feed-forward {shape.ffn}",
+        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, {architecture.num_attention_heads} heads in "
+        f"{architecture.num_query_groups} key-value groups, feed-forward {architecture.ffn_hidden_size}",
     )
-    table.add_row("vocabulary", f"{shape.vocab:,}" + (f", padded to {plan.padded_vocab:,}" if padding else ""))
+    table.add_row("vocabulary", f"{architecture.vocab_size:,}" + (f", padded to {plan.padded_vocab:,}" if padding else ""))
     table.add_row("objective", config.objective.name)
     table.add_row("sequence parallel", "yes" if config.parallel.sequence_parallel else "no")
     table.add_row("iterations", f"{config.iterations:,}")

@@ -93,8 +93,11 @@ class Loop:
                     self._save()
                 self._check_stop()
         except Interrupted:
-            self._save()
-            console.note(f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on")
+            if self.state.iteration == 0:
+                console.note("stopped before the first update, so there is nothing to save")
+            else:
+                self._save()
+                console.note(f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on")
             raise
 
     def _iterate(self) -> None:

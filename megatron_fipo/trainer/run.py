@@ -14,8 +14,8 @@ import ray
 from megatron_fipo.config import Config, Machine, RolloutConfig, validate
 from megatron_fipo.data.registry import load_datasets, load_evaluation
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.families import read_architecture
 from megatron_fipo.plan.machine import this_machine
-from megatron_fipo.plan.shape import read_model_shape
 from megatron_fipo.reward.registry import scorer
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.console import Console
@@ -36,14 +36,14 @@ BUCKETS_IN_STORE = 3
 
 def train(config: Config) -> None:
     """`megatron-fipo train`: run or continue `config`, then write model and report. Raises `KeyboardInterrupt` when stopped."""
-    shape = read_model_shape(Path(config.model.path))
-    validate(config, shape, None if config.ray_address else this_machine())
+    architecture = read_architecture(Path(config.model.path))
+    validate(config, architecture, None if config.ray_address else this_machine())
     directory = RunDirectory(Path(config.run_dir))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
     directory.claim(config)
     with Console(config.iterations) as console, ray_cluster(config) as machine:
-        validate(config, shape, machine)
+        validate(config, architecture, machine)
         console.phase("starting")
         trainer = TrainerGroup(TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=config)
         pool = start_engines(config.rollout, config.model.path, config.model.dtype, config.model.trust_remote_code, machine)

@@ -27,8 +27,8 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.data.countdown import generate_problems, supervised_trace
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.families import read_architecture
 from megatron_fipo.plan.machine import this_machine
-from megatron_fipo.plan.shape import read_model_shape
 from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
 from megatron_fipo.trainer.run import load_tokenizer, pad_id, ray_cluster
@@ -57,8 +57,8 @@ def train(config: SftConfig) -> None:
     """`megatron-fipo sft`: imitate generated traces and write the model to `output_dir` in Hugging Face format."""
     machine = this_machine()
     source = Path(config.model_config_path)
-    shape = read_model_shape(source)
-    validate_sft(config, shape, machine)
+    architecture = read_architecture(source)
+    validate_sft(config, architecture, machine)
     target = Path(config.output_dir)
     if target.exists():
         raise UserError(f"output_dir {target} already exists; remove it or choose another.")

@@ -7,6 +7,7 @@ hidden state is its embedding plus its position's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -177,9 +178,12 @@ def loss_on_rank(rank: int, world_size: int, parallel: ParallelConfig, batches: 
                 hidden, weight, shard, FIPO, HeadConfig(64), tensor_group, context_group, parallel.sequence_parallel
             )
             result.loss_sum.backward()
+        assert hidden.grad is not None
         given = torch.zeros_like(whole)
         (given.chunk(tp)[tensor_rank] if parallel.sequence_parallel else given).copy_(hidden.grad)
         whole.backward(given)
+        assert model.table.grad is not None
+        assert weight.grad is not None
         sizes = (shard.num_rows, shard.input_ids.shape[1])
         totals = (result.loss_sum.item(), result.normalizer.item())
         found.append(RankResult(*totals, model.table.grad, weight.grad, *sizes, collectives.calls))
@@ -308,11 +312,9 @@ def test_nothing_as_large_as_the_logits_is_made_or_kept(name) -> None:
     hidden, rows = model.hidden(shard).detach().requires_grad_(), shard.num_rows
     kept = {}
     for memory_mb in (0, 1, 2):
-        head = HeadConfig(chunk, memory_mb)
+        path = partial(loss_path, hidden, model.weight, shard, OBJECTIVES[name], HeadConfig(chunk, memory_mb))
         with LargestTensor() as largest:
-            result, kept[memory_mb] = saved_bytes(
-                lambda head=head: loss_path(hidden, model.weight, shard, OBJECTIVES[name], head), model.weight
-            )
+            result, kept[memory_mb] = saved_bytes(path, model.weight)
             result.loss_sum.backward()
         assert largest.elements <= chunk * columns
     assert kept[0] <= 4 * rows * (HIDDEN + 64)
