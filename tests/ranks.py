@@ -41,6 +41,8 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
+        for child in multiprocessing.active_children():  # os._exit would leave them behind
+            child.kill()
         os._exit(status)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Break the loss path on purpose, one fault at a time in a scratch copy, and see that the named tests notice.
 
-    python tools/mutation_check.py              # all faults, about ten minutes; prints the table of docs/testing.md
+    python tools/mutation_check.py              # all faults, some minutes on an idle machine; prints the table of docs/testing.md
     python tools/mutation_check.py carry drop   # those whose name contains one of the words
 
 Every test named beside a fault has to fail on it (and pass on the unbroken copy). Exits 1 if one does not.
@@ -124,7 +124,7 @@ MUTANTS = (
         LOSS_FILE,
         "torch.where(in_future_kl, tokens.log_ratio, 0.0).detach()",
         "tokens.log_ratio.detach()",
-        (GOLDEN, LOSS, f"{GRID}[1-fipo-False-160"),
+        (GOLDEN, LOSS),
     ),
     Mutant(
         "decay counts rows, not positions (holes)",
@@ -180,10 +180,7 @@ MUTANTS = (
         LOSS_FILE,
         "return torch.where(usable, value, 0.0)",
         "return torch.where(mask, value, 0.0)",
-        (
-            "objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",
-            "distributed/test_policy_grid.py::test_a_broken_forward_is_reported_and_changes_no_weight",
-        ),
+        ("objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",),
     ),
     Mutant(
         "a NaN row reaches the head's gradient",

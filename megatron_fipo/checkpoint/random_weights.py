@@ -2,12 +2,11 @@
 
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_fipo.checkpoint.hf_writer import HFWriter
-from megatron_fipo.model.families import find_family, read_hf_config
+from megatron_fipo.model.families import read_model_config
 
 
 def random_hf_weight(name: str, shape: tuple[int, ...], initializer_range: float, seed: int) -> torch.Tensor:
@@ -28,9 +27,7 @@ def write_random_model(source: str | Path, target: str | Path, seed: int, dtype:
 
     One process, no Megatron groups needed. UserError as for `save_hf`, and for an unknown architecture.
     """
-    hf_config: dict[str, Any] = read_hf_config(source)
-    family = find_family(hf_config)
-    architecture = family.translate(hf_config)
+    family, architecture = read_model_config(source)
     shapes = {
         name: shape for weight in family.weights(architecture) for name, shape in zip(weight.names, weight.shapes, strict=True)
     }

@@ -279,6 +279,8 @@ class SftOptimizerSettings:
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = 0.01
     """Decoupled weight decay, not applied to norms and biases."""
+    adam_beta2: float = 0.98
+    """Decay of the second moment; short runs want a shorter memory than 0.999."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 for none."""
 

@@ -1,8 +1,9 @@
 """Countdown by search in the open: a task on which two CPU cores can watch reinforcement learning lengthen reasoning.
 
 A problem is three numbers (1-9) and a target (1-99): combine the numbers, in the order given, with + - *, strictly left to
-right, so that `3+7*5` is (3+7)*5 = 50. The prompt is `3,7,5=26:`. A response makes attempts such as `3*7=21+5=26;` and ends with `#` and the chosen
-expression. The base model learns from traces that often give up early, so length is a free choice that reward can change.
+right, so that `3+7*5` is (3+7)*5 = 50. The prompt is `3,7,5=26:`. A response makes attempts such as `3*7=21+5=26-26=0;`, each of
+which works an expression out and takes the target from it, so that 0 means found. It ends with `#` and the chosen expression.
+The base model learns from traces that often give up early, so length is a free choice that reward can change.
 """
 
 import hashlib
@@ -79,10 +80,11 @@ def evaluate(expression: Expression) -> int:
     return _apply(_first_step(expression), expression.operators[1], expression.numbers[2])
 
 
-def attempt(expression: Expression) -> str:
-    """The expression worked out: `3*7=21+5=26;`."""
+def attempt(expression: Expression, target: int) -> str:
+    """The expression worked out and compared with the target: `3*7=21+5=26-26=0;`."""
     (a, b, c), (first, second) = expression.numbers, expression.operators
-    return f"{a}{first}{b}={_first_step(expression)}{second}{c}={evaluate(expression)};"
+    value = evaluate(expression)
+    return f"{a}{first}{b}={_first_step(expression)}{second}{c}={value}-{target}={value - target};"
 
 
 def _orders(numbers: Numbers) -> list[Numbers]:
@@ -131,7 +133,7 @@ def supervised_trace(
     *,
     right_probability: float = 0.25,
     patient_share: float = 0.5,
-    give_up_probabilities: tuple[float, float] = (0.15, 0.55),
+    give_up_probabilities: tuple[float, float] = (0.2, 0.6),
 ) -> str:
     """A response for the base model to imitate, without its end-of-sequence token.
 
@@ -149,7 +151,7 @@ def supervised_trace(
     trace = ""
     while wrong and rng.random() >= right_probability:
         tried = wrong.pop()
-        trace += attempt(tried)
+        trace += attempt(tried, problem.target)
         if rng.random() < give_up:
             return f"{trace}#{tried}"
-    return f"{trace}{attempt(right[0])}#{right[0]}"
+    return f"{trace}{attempt(right[0], problem.target)}#{right[0]}"

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.families import find_family, read_hf_config
+from megatron_fipo.model.families import read_model_config
 from megatron_fipo.model.family import Architecture
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
 from megatron_fipo.model.vocab import padded_vocab_size
@@ -31,9 +31,7 @@ def build_model(
     it is collective over the embedding group (one all-reduce of the embedding, by Megatron-Core).
     UserError for an unknown architecture, or one that the parallel sizes do not divide.
     """
-    hf_config = read_hf_config(folder)
-    family = find_family(hf_config)
-    architecture = family.translate(hf_config)
+    family, architecture = read_model_config(folder)
     check_split(architecture, parallel)
     layer_spec = choose_layer_spec(model.layer_spec)
     config = transformer_config(architecture, model, parallel, layer_spec)
@@ -50,6 +48,8 @@ def build_model(
             share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
+            rope_scaling=architecture.rope_scaling_factor != 1.0,
+            rope_scaling_factor=architecture.rope_scaling_factor,
             vp_stage=vp_stage,
             **model_kwargs,
         )

@@ -6,9 +6,12 @@ from typing import Any
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.family import Architecture, Family
+from megatron_fipo.model.llama import LLAMA
 from megatron_fipo.model.qwen2 import QWEN2
+from megatron_fipo.model.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {architecture: family for family in (QWEN2,) for architecture in family.architectures}
+FAMILIES: dict[str, Family] = {name: family for family in (QWEN2, QWEN3, LLAMA) for name in family.architectures}
+"""By the names in the `architectures` field of config.json."""
 
 
 def read_architecture(folder: str | Path) -> Architecture:

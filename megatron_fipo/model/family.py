@@ -1,8 +1,8 @@
 """What a model family is: a translation of its Hugging Face config, and a table of its weights.
 
-A family is data. Its file (see `qwen2.py`) holds one function from `config.json` to `Architecture` and one tuple of `Rule`s;
-`families.py` registers it under the names that Hugging Face puts into `architectures`. Building the model, converting weights
-in both directions and counting what each rank will hold need nothing else.
+A family is data. Its file (see `qwen2.py`) holds one function from `config.json` to `Architecture` and one tuple of `Rule`s, both
+built on `dense.py`; `families.py` registers it under the names that Hugging Face puts into `architectures`. Building the model,
+converting weights in both directions and counting what each rank will hold need nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,6 +50,8 @@ class Architecture:
     share_embeddings_and_output_weights: bool
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    rope_scaling_factor: float = 1.0
+    """The factor of Llama 3's rotary scaling; 1.0 for plain positions."""
     initializer_range: float = 0.02
 
     def size(self, dimension: str) -> int:

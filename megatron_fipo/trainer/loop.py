@@ -80,6 +80,8 @@ class Loop:
     def run(self) -> None:
         """Train until `config.iterations` or until stopped; raises `Interrupted` after saving in the second case."""
         config, console = self.config, self.parts.console
+        if not self.parts.held_out:
+            console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
         self._resume()
         self._push_weights()
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from megatron_fipo.config import Config, Machine, RolloutConfig, validate
+from megatron_fipo.config import Config, Machine, validate
 from megatron_fipo.data.registry import load_datasets, load_evaluation
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.families import read_architecture
@@ -38,6 +38,7 @@ def train(config: Config) -> None:
     """`megatron-fipo train`: run or continue `config`, then write model and report. Raises `KeyboardInterrupt` when stopped."""
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
+    engine_class(config.rollout.engine)  # refuses before anything is written
     directory = RunDirectory(Path(config.run_dir))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
@@ -46,7 +47,7 @@ def train(config: Config) -> None:
         validate(config, architecture, machine)
         console.phase("starting")
         trainer = TrainerGroup(TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=config)
-        pool = start_engines(config.rollout, config.model.path, config.model.dtype, config.model.trust_remote_code, machine)
+        pool = start_engines(config, config.model.path, machine)
         trackers = Trackers(config.tracking, directory.path, resolved(config), directory.path.name, say=console.note)
         decode = decoder(tokenizer)
         parts = Parts(
@@ -80,7 +81,7 @@ def evaluate(model_dir: str, config: Config) -> None:
     held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
     with Console(0) as console, ray_cluster(config) as machine:
         console.phase("evaluation")
-        pool = start_engines(config.rollout, model_dir, config.model.dtype, config.model.trust_remote_code, machine)
+        pool = start_engines(config, model_dir, machine)
         try:
             evaluation = evaluate_problems(
                 pool,
@@ -122,15 +123,21 @@ def pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def start_engines(rollout: RolloutConfig, model_path: str, dtype: str, trust_remote_code: bool, machine: Machine) -> EnginePool:
-    """The configured engines, loaded."""
-    if rollout.engine == "vllm":
-        raise UserError("rollout.engine = vllm is not available in this version; use rollout.engine=local.")
+def engine_class(name: str) -> type:
+    """The class behind `rollout.engine`."""
+    if name == "vllm":
+        raise UserError("rollout.engine=vllm is not part of this version; use rollout.engine=local")
     from megatron_fipo.rollout.local import LocalEngine
 
+    return LocalEngine
+
+
+def start_engines(config: Config, model_path: str, machine: Machine) -> EnginePool:
+    """The configured engines with the weights of `model_path`, loaded."""
+    rollout, model = config.rollout, config.model
     return EnginePool(
-        LocalEngine,
-        {"model_path": str(Path(model_path).resolve()), "dtype": dtype, "trust_remote_code": trust_remote_code},
+        engine_class(rollout.engine),
+        {"model_path": str(Path(model_path).resolve()), "dtype": model.dtype, "trust_remote_code": model.trust_remote_code},
         rollout.num_engines,
         max_retries=rollout.max_retries,
         timeout_s=rollout.timeout_s,

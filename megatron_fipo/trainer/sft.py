@@ -132,6 +132,7 @@ def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
     optimizer = OptimizerSettings(
         lr=config.optimizer.lr,
         weight_decay=config.optimizer.weight_decay,
+        adam_beta2=config.optimizer.adam_beta2,
         clip_grad=config.optimizer.clip_grad,
     )
     model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec)

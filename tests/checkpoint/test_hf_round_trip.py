@@ -2,20 +2,21 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_fipo.checkpoint import hf_writer
 from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors, save_hf
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
-from tests.model.qwen2_reference import build, make_reference
+from tests.model.reference import FAMILIES, build, make_reference
 from tests.ranks import run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -28,14 +29,32 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def source(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    make_reference(folder, tied=request.param)
+OTHER_LAYOUTS = ("one", "tp2", "tp2_pp2")
+"""For the families that differ from Qwen2 in their table alone."""
+CASES = [
+    *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in LAYOUTS),
+    *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
+    *((family, "tied", "tp2_pp2") for family in ("qwen3", "llama")),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """By family and whether embeddings are tied: a model folder with companions, and one file that should not travel."""
+    return cache(lambda family, tied: write_source(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied))
+
+
+def write_source(folder: Path, family: str, tied: str) -> Path:
+    make_reference(folder, tied == "tied", family)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "optimizer.pt").write_text("not wanted")
     return folder
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def source(request, sources) -> Path:
+    return sources("qwen2", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +81,9 @@ def load_on_one_rank(source: Path, weights: Path) -> None:
     run_ranks(1, lambda rank, world: load_hf_weights(build(source, ParallelConfig()), weights))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_tensor_comes_back_bit_for_bit(source, tmp_path, layout):
-    parallel = ParallelConfig(**LAYOUTS[layout])
+@pytest.mark.parametrize(("family", "tied", "layout"), CASES)
+def test_every_tensor_comes_back_bit_for_bit(sources, tmp_path, family, tied, layout):
+    source, parallel = sources(family, tied), ParallelConfig(**LAYOUTS[layout])
 
     def body(rank, world):
         save_hf(build(source, parallel), source, tmp_path / "saved")
@@ -96,13 +115,15 @@ def test_all_ranks_see_the_same_names_and_only_the_first_the_tensors(source):
         assert other == [(name, None) for name, _ in first]
 
 
-def test_transformers_reads_the_sharded_bfloat16_model(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "tied"), [(family, tied) for family in FAMILIES for tied in ("untied", "tied")])
+def test_transformers_reads_the_sharded_bfloat16_model(sources, tmp_path, monkeypatch, family, tied):
+    source = sources(family, tied)
     monkeypatch.setattr(hf_writer, "SHARD_BYTES", 100_000)
     run_ranks(1, lambda rank, world: save_hf(build(source, ParallelConfig()), source, tmp_path / "saved", torch.bfloat16))
     shards = sorted((tmp_path / "saved").glob("*.safetensors"))
     assert len(shards) > 2
     assert all(shard.stat().st_size < 110_000 for shard in shards)
-    loaded: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True, dtype="auto")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True, dtype="auto")
     model, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype is torch.bfloat16
@@ -195,11 +216,13 @@ def test_a_full_disk_leaves_nothing_and_every_rank_is_told(untied, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_distributed_checkpoints_use_the_names_that_transformer_engine_gives(untied):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distributed_checkpoints_use_the_names_that_transformer_engine_gives(sources, family):
     """The family table has those names, so the portable norms must be found under them."""
+    source = sources(family, "untied")
 
     def body(rank, world):
-        chunk: Any = build(untied, ParallelConfig())[0]
+        chunk: Any = build(source, ParallelConfig())[0]
         state = chunk.sharded_state_dict()
         keys = {value.key for name, value in state.items() if not name.endswith("_extra_state")}
         return keys, {re.sub(r"layers\.\d+\.", "layers.", weight.megatron) for weight in chunk.family.weights(chunk.architecture)}

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
 from megatron_fipo.checkpoint.random_weights import write_random_model
-from tests.model.qwen2_reference import make_reference
+from tests.model.reference import make_reference
 
 
 def test_a_random_model_is_reproducible_and_loads_in_transformers(tmp_path):

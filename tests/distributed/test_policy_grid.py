@@ -1,6 +1,6 @@
 """No split may change a number: loss, statistics, every parameter's gradient and the updated weights, over real ranks.
 
-The judge is the slow obvious path: transformers' own Qwen2 in float64, one unpadded sequence at a time, full log-softmax, the
+The judge is the slow obvious path: transformers' own model in float64, one unpadded sequence at a time, full log-softmax, the
 token-by-token loss of `tests/objective/oracle.py`, plain autograd. Against it stand tensor, sequence, pipeline, virtual
 pipeline, context and data parallelism and several micro-batchings, through Megatron-Core's own schedule and normalisation.
 
@@ -11,6 +11,7 @@ Face names, so a shard that is wrong anywhere shows. What this does not exercise
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +35,13 @@ FIPO = PolicyObjective("fipo", FIPOConfig(half_life=8.0, influence_clip=(0.8, 1.
 REFERENCE = PolicyObjective("fipo", replace(FIPO.settings, normalization="reference_micro_batch"))
 
 
+MODELS: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen2-tied": {"tied": True}, "qwen3": {"family": "qwen3"}}
+
+
 @pytest.fixture(scope="module")
 def folders():
     with tempfile.TemporaryDirectory() as folder:
-        yield {tied: write_model(Path(folder) / f"tied-{tied}", tied=tied) for tied in (False, True)}
+        yield {name: write_model(Path(folder) / name, **variant) for name, variant in MODELS.items()}
 
 
 def batch():
@@ -52,9 +56,9 @@ def batch():
 
 def hf_log_probs(folder: Path, trajectories, temperature: float):
     """transformers in float64: the model, and per trajectory log-probs and entropies [response length] with gradient."""
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     scored = []
     for trajectory in trajectories:
         ids = torch.tensor([trajectory.prompt_ids + trajectory.response_ids])
@@ -67,10 +71,10 @@ def hf_log_probs(folder: Path, trajectories, temperature: float):
 
 @pytest.fixture(scope="module")
 def truth(folders):
-    """Per (tied, objective key): the oracle's result and gradients, and the old log-probs it used."""
+    """Per (model, objective key): the oracle's result and gradients, and the old log-probs it used."""
     trajectories, offsets = batch()
     results = {}
-    for tied, folder in folders.items():
+    for name, folder in folders.items():
         for key, objective in {
             "fipo": FIPO,
             "grpo": PolicyObjective("grpo", FIPO.settings, entropy_coefficient=0.05),
@@ -85,8 +89,8 @@ def truth(folders):
                 old.append(old_log_probs.float().numpy())
             result: OracleResult = oracle_loss(responses, objective)
             result.loss.backward()
-            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-            results[tied, key] = (objective, float(result.loss), gradients, old, result.kept)
+            gradients = {weight: parameter.grad for weight, parameter in model.named_parameters()}
+            results[name, key] = (objective, float(result.loss), gradients, old, result.kept)
     return results
 
 
@@ -171,13 +175,24 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("layout", "key", "tied", "token_budget", "head"), CASES)
 def test_loss_and_every_gradient_equal_the_oracle(folders, truth, layout, key, tied, token_budget, head):
+    check_step(folders, truth, "qwen2-tied" if tied else "qwen2", layout, key, token_budget, head)
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2", "tp2-sp", "tp2-sp-cp2"])
+def test_norms_of_heads_get_the_whole_gradient(folders, truth, layout):
+    """Tensor-parallel ranks share the weight but not the heads that it norms: each has only a part of its gradient."""
+    check_step(folders, truth, "qwen3", layout, "fipo", 160, HeadConfig(16))
+
+
+def check_step(folders, truth, name, layout, key, token_budget, head):
+    """One step of model `name` against the oracle: loss, gradient norm and every gradient."""
     parallel = LAYOUTS[layout]
-    objective, loss, gradients, old, kept = truth[tied, key]
-    results = run_ranks(parallel.world_size, step_on_rank, folders[tied], parallel, objective, old, token_budget, head)
+    objective, loss, gradients, old, kept = truth[name, key]
+    results = run_ranks(parallel.world_size, step_on_rank, folders[name], parallel, objective, old, token_budget, head)
     found_gradients = results[0][2]
     assert set(found_gradients) == set(gradients)
-    errors = {name: relative_error(found_gradients[name], gradients[name]) for name in gradients}
-    assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
+    errors = {weight: relative_error(found_gradients[weight], gradients[weight]) for weight in gradients}
+    assert max(errors.values()) < 1e-5, {weight: error for weight, error in errors.items() if error >= 1e-5}
     norm = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
     for statistics, grad_norm, _ in results:
         assert grad_norm == pytest.approx(norm, rel=1e-5)
@@ -188,10 +203,10 @@ def test_loss_and_every_gradient_equal_the_oracle(folders, truth, layout, key, t
 
 
 def test_reference_normalisation_depends_on_the_packing_and_ours_does_not(folders, truth):
-    _, loss, _, old, _ = truth[False, "fipo"]
+    _, loss, _, old, _ = truth["qwen2", "fipo"]
     losses = {
         (objective.settings.normalization, budget): run_ranks(
-            1, step_on_rank, folders[False], LAYOUTS["1"], objective, old, budget, HeadConfig(16)
+            1, step_on_rank, folders["qwen2"], LAYOUTS["1"], objective, old, budget, HeadConfig(16)
         )[0][0]
         for objective in (FIPO, REFERENCE)
         for budget in (56, 4096)
@@ -220,10 +235,10 @@ def train_on_rank(rank, world_size, folder, parallel, old, token_budget):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"] + ["cp2-dp2-overlap"])
 def test_updated_weights_equal_those_of_one_rank(folders, truth, layout):
     parallel = replace(LAYOUTS["cp2-dp2"], overlap_communication=True) if layout == "cp2-dp2-overlap" else LAYOUTS[layout]
-    old = truth[False, "fipo"][3]
-    alone = run_ranks(1, train_on_rank, folders[False], LAYOUTS["1"], old, 160)[0][1]
-    split = run_ranks(parallel.world_size, train_on_rank, folders[False], parallel, old, 160)[0][1]
-    start = dict(iterate_safetensors(folders[False]))
+    old = truth["qwen2", "fipo"][3]
+    alone = run_ranks(1, train_on_rank, folders["qwen2"], LAYOUTS["1"], old, 160)[0][1]
+    split = run_ranks(parallel.world_size, train_on_rank, folders["qwen2"], parallel, old, 160)[0][1]
+    start = dict(iterate_safetensors(folders["qwen2"]))
     assert max(relative_error(alone[name], start[name].double()) for name in alone) > 1e-3  # the steps did something
     errors = {name: relative_error(split[name], alone[name].double()) for name in alone}
     assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
@@ -252,7 +267,7 @@ def score_then_step(rank, world_size, folder, parallel):
 
 @pytest.mark.parametrize("layout", ["1", "tp2-sp", "pp2-vpp2", "cp2", "tp2-cp2"])
 def test_first_mini_step_reproduces_old_log_probs_bit_for_bit(folders, layout):
-    reports = [r for r in run_ranks(LAYOUTS[layout].world_size, score_then_step, folders[False], LAYOUTS[layout]) if r]
+    reports = [r for r in run_ranks(LAYOUTS[layout].world_size, score_then_step, folders["qwen2"], LAYOUTS[layout]) if r]
     assert reports
     for statistics in reports:
         assert statistics["policy/sigma_log_ratio"] == 0.0
@@ -280,7 +295,7 @@ def step_with_nan(rank, world_size, folder, parallel, old):
 
 @pytest.mark.parametrize("layout", ["1", "pp2", "dp2"])
 def test_a_broken_forward_is_reported_and_changes_no_weight(folders, truth, layout):
-    results = run_ranks(LAYOUTS[layout].world_size, step_with_nan, folders[False], LAYOUTS[layout], truth[False, "fipo"][3])
+    results = run_ranks(LAYOUTS[layout].world_size, step_with_nan, folders["qwen2"], LAYOUTS[layout], truth["qwen2", "fipo"][3])
     assert all(skipped for skipped, *_ in results)
     for _, statistics, _, _ in results:
         if statistics:

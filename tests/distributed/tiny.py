@@ -12,12 +12,13 @@ VOCABULARY = 61
 """Not a multiple of any parallel size, so that the padded part of the vocabulary is real."""
 
 
-def write_model(folder: Path, tied: bool = False, seed: int = 0, layers: int = 4) -> Path:
-    """A random Qwen2 in Hugging Face format with weights large enough that log-probs differ visibly."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def write_model(folder: Path, tied: bool = False, seed: int = 0, layers: int = 4, family: str = "qwen2") -> Path:
+    """A random model of a family in Hugging Face format, with weights large enough that log-probs differ visibly."""
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config_class, variant = {"qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {"head_dim": 12})}[family]
+    config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -27,11 +28,14 @@ def write_model(folder: Path, tied: bool = False, seed: int = 0, layers: int = 4
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         initializer_range=0.2,
+        **variant,
     )
-    model = Qwen2ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     model.save_pretrained(folder)
     return folder
 

@@ -9,7 +9,9 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model.build import check_split
 from megatron_fipo.model.families import find_family, read_hf_config
 from megatron_fipo.model.layer_spec import choose_layer_spec
+from megatron_fipo.model.llama import LLAMA
 from megatron_fipo.model.qwen2 import QWEN2
+from megatron_fipo.model.qwen3 import QWEN3
 
 QWEN25_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -60,6 +62,57 @@ def test_tied_embeddings_leave_out_the_output_layer():
 def test_variants_that_are_not_covered_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         QWEN2.translate(QWEN25_7B | change)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_llama_scaling_is_read_from_old_and_new_configs(key):
+    architecture = LLAMA.translate(QWEN25_7B | {key: LLAMA3_ROPE | {"factor": 32.0}})
+    assert (architecture.rotary_base, architecture.rope_scaling_factor) == (1e6, 32.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"low_freq_factor": 2.0}, r"'llama3' with low_freq_factor=2.0 is not supported; Megatron-Core has 1.0"),
+        ({"high_freq_factor": 8.0}, r"with high_freq_factor=8.0 is not supported; Megatron-Core has 4.0"),
+        ({"original_max_position_embeddings": 4096}, r"original_max_position_embeddings=4096 is not supported; .* 8192"),
+        ({"factor": None}, "needs a factor of at least 1, not None"),
+        ({"factor": 0.5}, "needs a factor of at least 1, not 0.5"),
+        ({"rope_type": "dynamic"}, "'dynamic'"),
+    ],
+)
+def test_llama_scaling_that_megatron_cannot_express_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        LLAMA.translate(QWEN25_7B | {"rope_scaling": LLAMA3_ROPE | change})
+
+
+def test_missing_lengths_are_refused_rather_than_guessed():
+    without = {key: value for key, value in LLAMA3_ROPE.items() if key != "original_max_position_embeddings"}
+    with pytest.raises(UserError, match="original_max_position_embeddings=None"):
+        LLAMA.translate(QWEN25_7B | {"rope_scaling": without})
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [(LLAMA, "attention_bias"), (LLAMA, "mlp_bias"), (QWEN3, "attention_bias"), (QWEN3, "use_sliding_window")]
+)
+def test_variants_of_other_families_are_refused(family, key):
+    family.translate(QWEN25_7B | {key: False})
+    with pytest.raises(UserError, match=f"{key}=true is not supported"):
+        family.translate(QWEN25_7B | {key: True})
+
+
+def test_qwen3_heads_have_the_size_that_transformers_takes_without_one():
+    assert QWEN3.translate(QWEN25_7B | {"num_attention_heads": 56}).kv_channels == 128
+    assert QWEN3.translate(QWEN25_7B | {"head_dim": 64}).kv_channels == 64
 
 
 def test_a_missing_key_is_named():

@@ -1,12 +1,14 @@
 """Megatron-Core through this package computes what transformers computes, in every parallel layout."""
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_fipo.config import ParallelConfig
-from tests.model.qwen2_reference import build, gather_logits, logits_of_rank, make_reference, pack, sequences
+from tests.model.reference import build, gather_logits, logits_of_rank, make_reference, pack, sequences
 from tests.ranks import run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -21,18 +23,37 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def reference(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model = make_reference(folder, tied=request.param)
-    with torch.no_grad():
-        logits = torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
-    return folder, logits
+OTHER_LAYOUTS = ("one", "tp2", "tp2_sp", "pp2")
+"""For the families that differ from Qwen2 in their table alone: the splits that its entries can get wrong."""
+CASES = [
+    *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in LAYOUTS),
+    *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
+    *((family, "tied", layout) for family in ("qwen3", "llama") for layout in ("one", "pp2")),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_logits_equal_those_of_transformers_on_single_sequences(reference, layout):
-    folder, expected = reference
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """By family and whether embeddings are tied: the model's folder and transformers' logits of each sequence by itself."""
+
+    @cache
+    def make(family: str, tied: str) -> tuple[Path, torch.Tensor]:
+        folder = tmp_path_factory.mktemp(f"{family}-{tied}")
+        model = make_reference(folder, tied == "tied", family)
+        with torch.no_grad():
+            return folder, torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
+
+    return make
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def reference(request, references):
+    return references("qwen2", request.param)
+
+
+@pytest.mark.parametrize(("family", "tied", "layout"), CASES)
+def test_packed_logits_equal_those_of_transformers_on_single_sequences(references, family, tied, layout):
+    folder, expected = references(family, tied)
     parallel = ParallelConfig(**LAYOUTS[layout])
     results = run_ranks(parallel.world_size, lambda rank, world: logits_of_rank(folder, parallel))
     logits = gather_logits(results, parallel.tensor_model_parallel_size)

@@ -63,9 +63,8 @@ def measure(method: str, share: int, chunk_size: int, memory_mb: int) -> dict[st
     torch.set_num_threads(1)
     run = METHODS[method]
     _call(run, share, chunk_size, memory_mb, 16, VOCABULARY // 100)  # libraries set themselves up
-    _, memory = _call(run, share, chunk_size, memory_mb, TOKENS, VOCABULARY)
-    seconds = [_call(run, share, chunk_size, memory_mb, TOKENS, VOCABULARY)[0] for _ in range(CALLS)]
-    return {"seconds": min(seconds), "bytes": memory}
+    calls = [_call(run, share, chunk_size, memory_mb, TOKENS, VOCABULARY) for _ in range(CALLS)]
+    return {"seconds": min(seconds for seconds, _ in calls), "bytes": calls[0][1]}
 
 
 def _call(

@@ -1,13 +1,14 @@
-"""A small random Qwen2 from transformers, packed inputs for it, and the same model through Megatron-Core on this rank."""
+"""A small random model of each family from transformers, packed inputs for it, and the same model through Megatron-Core on this rank."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import ModelConfig, ParallelConfig
@@ -19,7 +20,22 @@ VOCAB = 101
 LENGTHS = (5, 33, 9, 1, 18, 70)
 
 
-def make_reference(folder: Path, tied: bool = False, **overrides) -> Qwen2ForCausalLM:
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
+    "qwen3": (Qwen3Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "head_dim": 16}),
+    "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+}
+
+
+def make_reference(folder: Path, tied: bool = False, family: str = "qwen2", **overrides) -> PreTrainedModel:
     """A random fp32 model (biases and norms random too), saved in `folder`."""
     sizes = {
         "hidden_size": 64,
@@ -28,15 +44,12 @@ def make_reference(folder: Path, tied: bool = False, **overrides) -> Qwen2ForCau
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     }
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        **{**sizes, **overrides},
+    config_class, variant = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCAB, max_position_embeddings=256, tie_word_embeddings=tied, **{**sizes, **variant, **overrides}
     )
     torch.manual_seed(7)
-    model = Qwen2ForCausalLM(config).float().eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
