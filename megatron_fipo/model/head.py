@@ -100,13 +100,14 @@ class _LogProbAndEntropy(torch.autograd.Function):
             if index < part.kept_chunks:
                 kept.append(raw)
             logits = part.scale(raw, dtype)
+            del raw  # one chunk of logits less, unless it is kept
             column, owned = part.own_labels(labels[span], logits.shape[1])
             peak[span] = logits.amax(dim=1)
             target[span] = torch.where(owned, logits.gather(1, column), 0).squeeze(1)
             logits -= peak[span].unsqueeze(1)
             weights = logits.exp()
             total[span] = weights.sum(dim=1)
-            moment[span] = (weights * logits).sum(dim=1)
+            moment[span] = weights.mul_(logits).sum(dim=1)
         peak, total, moment, target = _meet(peak, total, moment, target, part.group)
         log_partition = peak + total.log()
         entropy = total.log() - moment / total
@@ -127,21 +128,23 @@ class _LogProbAndEntropy(torch.autograd.Function):
             span = slice(start, start + part.chunk_size)
             raw = rest[index] if index < len(rest) else part.logits(hidden[span], weight)
             logits = part.scale(raw, log_partition.dtype)
+            del raw
             column, owned = part.own_labels(labels[span], logits.shape[1])
             logits -= log_partition[span].unsqueeze(1)
             grad_row = grad_log_probs[span].unsqueeze(1)
             active = grad_row != 0
-            grad = logits.exp()
             if entropy is None:
-                grad *= -grad_row
+                grad = logits.exp_().mul_(-grad_row * part.inverse_temperature)
             else:
                 # z − m − w/s in the saved quantities: (z − log_partition) + entropy.
                 grad_entropy_row = grad_entropy[span].unsqueeze(1)
                 active = active | (grad_entropy_row != 0)
-                grad *= -(grad_row + grad_entropy_row * (logits + entropy[span].unsqueeze(1)))
-            grad.scatter_add_(1, column, torch.where(owned, grad_row, 0).to(grad.dtype))
+                grad = logits.exp()
+                slope = logits.add_(entropy[span].unsqueeze(1)).mul_(grad_entropy_row).add_(grad_row)
+                grad.mul_(slope.mul_(-part.inverse_temperature))
+            grad.scatter_add_(1, column, torch.where(owned, grad_row * part.inverse_temperature, 0).to(grad.dtype))
             # A row without gradient contributes exactly nothing, even where its logits are NaN.
-            grad = torch.where(active, grad * part.inverse_temperature, 0).to(weight.dtype)
+            grad = grad.masked_fill_(~active, 0).to(weight.dtype)
             grad_hidden[span] = grad @ weight
             if accumulator is not None:
                 accumulator.add(grad, torch.where(active, hidden[span], 0))
