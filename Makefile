@@ -1,4 +1,4 @@
-# make demo   train the bundled base model with FIPO on this machine's CPU and open the report's path
+# make demo   train the bundled base model with FIPO on this machine's CPU and print where its report is
 # make test   install what the tests need and run them
 # Both make their own virtual environment in .venv first.
 

@@ -44,13 +44,10 @@ COMPONENTS = (
         "fused Adam and gradient accumulation",
         "nothing where transformer-engine is present; else Adam and gradient accumulation are not fused",
     ),
-    Component(
-        "vllm", "vllm", False, "fast rollouts", "rollout.engine=vllm cannot be used; `local` is much slower on large models"
-    ),
+    Component("vllm", "vllm", False, "nothing yet: this version cannot start it", "nothing yet: this version cannot start it"),
     Component("flash-attn", "flash_attn", False, "attention kernels", "transformer-engine attends through cuDNN alone"),
     Component("triton", "triton", False, "compiled GPU kernels", "torch.compile makes no GPU kernels; plain torch runs instead"),
-    Component("wandb", "wandb", False, "tracking", "tracking.wandb has to be off"),
-    Component("nemo-run", "nemo_run", False, "launching on clusters", "jobs cannot be launched through NeMo-Run"),
+    Component("wandb", "wandb", False, "tracking", "a run says so once and goes on without it, unless tracking.wandb=disabled"),
 )
 
 

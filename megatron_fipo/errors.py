@@ -1,8 +1,23 @@
 """The one exception that the command line prints as a sentence instead of a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the message is one sentence that names the key, row, file or rank and the mend.
 
     The command line prints it and exits with code 2. Everything else propagates with its traceback.
     """
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with the disk while `path` is written into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room or mend the folder, then run the same command again"
+        ) from error

@@ -88,7 +88,14 @@ def test_a_mistake_is_one_sentence_and_code_2(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", *COUNTDOWN, "--dri"], ["train", *COUNTDOWN, "--dry-run", "x"], ["doctor", "x=1"], []]
+    "arguments",
+    [
+        ["train", *COUNTDOWN, "--dri"],
+        ["train", *COUNTDOWN, "--dry-run", "x"],
+        ["evaluate", "m", "--output", "o", "c", "d"],
+        ["doctor", "x=1"],
+        [],
+    ],
 )
 def test_unknown_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -98,7 +105,7 @@ def test_unknown_arguments(arguments, capsys):
 
 def test_evaluate_takes_a_file_or_none(monkeypatch):
     calls = []
-    monkeypatch.setattr("megatron_fipo.trainer.run.evaluate", lambda folder, config: calls.append((folder, config)))
+    monkeypatch.setattr("megatron_fipo.trainer.run.evaluate", lambda *arguments: calls.append(arguments))
     folder = "examples/countdown/model-config"
     settings = [
         "data.source=countdown",
@@ -108,10 +115,27 @@ def test_evaluate_takes_a_file_or_none(monkeypatch):
     ]
     assert cli.main(["evaluate", folder, "examples/countdown/fipo.yaml", "evaluation.samples_per_problem=2"]) == 0
     assert cli.main(["evaluate", folder, *settings]) == 0
-    (first, with_file), (second, without) = calls
+    (first, with_file, output), (second, without, _) = calls
     assert first == second == with_file.model.path == without.model.path == folder
     assert (with_file.evaluation.samples_per_problem, with_file.run_dir) == (2, "runs/countdown-fipo")
     assert (without.rollout.max_response_length, without.run_dir) == (99, "runs/evaluation")
+    assert output == Path("runs/evaluation/model-config.jsonl")
+
+
+def test_the_table_of_evaluate_goes_where_output_says(monkeypatch):
+    calls = []
+    monkeypatch.setattr("megatron_fipo.trainer.run.evaluate", lambda *arguments: calls.append(arguments))
+    folder, config = "examples/countdown/model-config", "examples/countdown/fipo.yaml"
+    assert cli.main(["evaluate", folder, config, "seed=2", "--output", "mine.jsonl"]) == 0
+    assert cli.main(["evaluate", folder, "--output", "mine.jsonl", config, "seed=2"]) == 0
+    assert cli.main(["evaluate", "--output", "mine.jsonl", folder, config, "seed=2"]) == 0
+    assert calls == [calls[0]] * 3
+    assert calls[0][2] == Path("mine.jsonl")
+    assert (calls[0][1].seed, calls[0][1].run_dir) == (2, "runs/countdown-fipo")
+    monkeypatch.chdir(folder)
+    data = ["data.source=countdown", "reward.name=countdown", "rollout.max_prompt_length=16", "rollout.max_response_length=99"]
+    assert cli.main(["evaluate", ".", *data]) == 0
+    assert calls[3][2] == Path("runs/evaluation/model-config.jsonl")
 
 
 @pytest.mark.parametrize(("raised", "code"), [(UserError("mend it"), 2), (KeyboardInterrupt(), 130)])

@@ -210,12 +210,19 @@ class TestValidate:
             ("objective.dual_clip=1.2", "has to be above 1 + objective.clip_high = 1.28"),
             ("objective.clip_low=1.0", "objective.clip_low has to be at least 0 and below 1"),
             ("objective.kl_coefficient=0.1", "is for grpo only"),
+            ("objective.name=grpo objective.normalization=reference_micro_batch", "is not for grpo"),
+            ("objective.name=grpo objective.clip_low=0.5 objective.dual_clip=1.4", "1 + objective.clip_low = 1.5"),
             ("optimizer.lr=.inf", "optimizer.lr has to be finite"),
             ("optimizer.lr=0", "optimizer.lr has to be above 0"),
             ("reward.overlong_buffer=128", "has to be below rollout.max_response_length=128"),
             ("reward.name=dapo_math", "needs reward.name=countdown"),
             ("data.source=jsonl reward.name=dapo_math", "needs data.train_path"),
             ("data.source=jsonl reward.name=dapo_math data.train_path=t", "needs data.evaluation_path"),
+            ("data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0", "evaluation.before_training=false"),
+            (
+                "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.before_training=false",
+                "evaluation.every=0 and",
+            ),
             ("iterations=0", "iterations has to be at least 1"),
         ],
     )
@@ -234,7 +241,9 @@ class TestValidate:
             "objective.name=grpo objective.kl_coefficient=0.1",
             "objective.half_life=.inf objective.influence_clip=null",
             "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0 evaluation.before_training=false",
-            "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0",
+            "objective.name=grpo objective.clip_high=2.0 objective.dual_clip=1.5",
+            "objective.name=dapo objective.normalization=reference_micro_batch",
+            "rollout.num_engines=64",
             "batch.max_tokens_per_micro_batch=144",
             "rollout.max_response_length=496",
         ],
@@ -243,10 +252,12 @@ class TestValidate:
         validate(load_config(None, [*VALID, *overrides.split()]), ARCHITECTURE, Machine(cpus=2, gpus=0))
 
     def test_gpus_count_where_there_are_any(self):
-        config = load_config(None, [*VALID, "parallel.data_parallel_size=4"])
-        validate(config, ARCHITECTURE, Machine(cpus=2, gpus=4))
-        with pytest.raises(UserError, match="there are 2 GPUs"):
-            validate(config, ARCHITECTURE, Machine(cpus=64, gpus=2))
+        config = load_config(None, [*VALID, "parallel.data_parallel_size=4", "rollout.num_engines=2"])
+        validate(config, ARCHITECTURE, Machine(cpus=2, gpus=6))
+        with pytest.raises(UserError, match=r"`parallel` need 4 ranks .* rollout\.num_engines=2 .* there are 5 GPUs"):
+            validate(config, ARCHITECTURE, Machine(cpus=64, gpus=5))
+        supervised = load_config(None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig)
+        validate_sft(supervised, ARCHITECTURE, Machine(cpus=2, gpus=4))
 
     def test_without_a_model_or_machine_their_checks_are_left_out(self):
         validate(load_config(None, [*VALID, "parallel.tensor_model_parallel_size=3", "rollout.max_response_length=500"]))

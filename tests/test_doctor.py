@@ -28,6 +28,7 @@ def test_everything_absent_says_what_is_lost():
 def test_present_packages_show_their_version():
     found = row(replace(BARE, versions=BARE.versions | {"vllm": "0.28.1"}), "vllm")
     assert (found.state, found.severity) == ("0.28.1", "ok")
+    assert "cannot start it" in found.note
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,14 @@ class ObjectiveSettings:
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
-    """The ratio is clipped above at 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high (not grpo, whose upper bound is 1 + clip_low)."""
     dual_clip: float = 10.0
     """Bound of the loss on negative advantages, and the ratio above which a token leaves FutureKL (the paper's c)."""
     drop_dual_clipped: bool = True
     """Leave out a response with more than one dual-clipped token of negative advantage (fipo only)."""
     normalization: str = _choice("token_mean", "reference_micro_batch")
     """`token_mean` divides by the kept tokens of the whole mini-batch, so no split changes the gradient.
-    `reference_micro_batch` averages each micro-batch alone, as the authors' release does."""
+    `reference_micro_batch` averages each micro-batch alone, as the authors' release does (not grpo)."""
     kl_coefficient: float = 0.0
     """Weight of the k3 estimate of KL to the initial model (grpo only)."""
     entropy_coefficient: float = 0.0
@@ -149,9 +149,9 @@ class RolloutConfig:
     """Sampling of responses, and dynamic sampling of groups."""
 
     engine: str = _choice("local", "vllm")
-    """`local` generates with transformers, `vllm` with vLLM."""
+    """`local` generates with transformers. `vllm` is for --dry-run alone: this version cannot start it."""
     num_engines: int = 1
-    """Engine replicas; requests are spread over them."""
+    """Engine replicas; requests are spread over them. Each takes one GPU where there are any."""
     temperature: float = 1.0
     """Sampling temperature. The head divides logits by the same number."""
     top_p: float = 1.0
@@ -209,7 +209,7 @@ class EvaluationConfig:
     """Measurements on the held-out problems. The response limit is `rollout.max_response_length`."""
 
     every: int = 5
-    """Iterations between evaluations; 0 for none. The last iteration is always evaluated."""
+    """Iterations between evaluations; 0 for only after the last, which is always evaluated where there are held-out problems."""
     samples_per_problem: int = 32
     """k of avg@k, cons@k, pass@k."""
     temperature: float = 1.0
@@ -261,12 +261,10 @@ class Config:
 
 @dataclass
 class SftDataConfig:
-    """Traces to imitate."""
+    """Traces to imitate: searches of generated countdown problems."""
 
-    source: str = _choice("countdown")
-    """`countdown` generates problems with search traces."""
     train_size: int = 4000
-    """Problems to write traces for. The held-out problems of the same source are never among them."""
+    """Problems to write traces for. The held-out problems are never among them."""
 
 
 @dataclass

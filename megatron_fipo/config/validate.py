@@ -81,7 +81,7 @@ def validate(config: Config, architecture: "Architecture | None" = None, machine
     _check_ranges(config)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
-        _check_machine(config.parallel, config.model.layer_spec, machine)
+        _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout.num_engines)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
@@ -159,15 +159,18 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
         )
 
 
-def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine) -> None:
+def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, engines: int = 0) -> None:
+    """Ranks and rollout engines take a GPU each; on a machine without GPUs the engines share the ranks' cores."""
     kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
-    if parallel.world_size > available:
-        raise UserError(
-            f"the parallel sizes need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
+    engines = engines if machine.gpus else 0
+    if parallel.world_size + engines > available:
+        ranks = (
+            f"the sizes of `parallel` need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
-            f"{parallel.data_parallel_size}), but there are {available} {kind}; lower one or join a larger Ray cluster "
-            "(ray_address)"
+            f"{parallel.data_parallel_size})"
         )
+        more = f" and rollout.num_engines={engines} adds as many engines, each on a GPU of its own" if engines else ""
+        raise UserError(f"{ranks}{more}, but there are {available} {kind}; lower one or join a larger Ray cluster (ray_address)")
     if layer_spec == "transformer_engine" and not machine.gpus:
         raise UserError("layer_spec=transformer_engine needs a GPU; use auto or portable here")
 
@@ -207,12 +210,15 @@ def _check_objective(objective: ObjectiveSettings) -> None:
     clip = objective.influence_clip
     if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1] and math.isfinite(clip[1])):
         raise UserError(f"objective.influence_clip={clip} has to be two rising numbers, such as [1.0,1.2], or null")
-    if not objective.dual_clip > 1 + objective.clip_high:
-        raise UserError(
-            f"objective.dual_clip={objective.dual_clip} has to be above 1 + objective.clip_high = {1 + objective.clip_high}"
-        )
+    key, clip_above = ("clip_low", objective.clip_low) if objective.name == "grpo" else ("clip_high", objective.clip_high)
+    if not objective.dual_clip > 1 + clip_above:
+        raise UserError(f"objective.dual_clip={objective.dual_clip} has to be above 1 + objective.{key} = {1 + clip_above}")
     if objective.kl_coefficient and objective.name != "grpo":
         raise UserError(f"objective.kl_coefficient is for grpo only; set it to 0 with objective.name={objective.name}")
+    if objective.normalization != "token_mean" and objective.name == "grpo":
+        raise UserError(
+            f"objective.normalization={objective.normalization} is not for grpo, which averages per response; leave it token_mean"
+        )
 
 
 def _check_data(config: Config, training: bool) -> None:
@@ -223,8 +229,8 @@ def _check_data(config: Config, training: bool) -> None:
         return
     if training and not data.train_path:
         raise UserError(f"data.source={data.source} needs data.train_path, a file of training rows")
-    if not data.evaluation_path and (not training or config.evaluation.every):
-        hint = ", or evaluation.every=0" if training else ""
+    if not data.evaluation_path and (not training or config.evaluation.every or config.evaluation.before_training):
+        hint = ", or evaluation.every=0 and evaluation.before_training=false" if training else ""
         raise UserError(f"data.source={data.source} needs data.evaluation_path, a file of held-out rows{hint}")
 
 

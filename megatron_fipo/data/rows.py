@@ -7,7 +7,9 @@ Files are read as a stream, and a repeated prompt is dropped before it is tokeni
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,30 +31,46 @@ Prompt = str | list[tuple[str, str]]
 """A text that is used as it stands, or (role, content) messages."""
 
 
+@contextmanager
+def _access_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses (permission, a failing disk), as a sentence. pyarrow's own OSErrors have no number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"cannot read {path} ({os.strerror(error.errno)}); check its permissions and its disk") from error
+
+
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 0, row) of a parquet file, a few thousand rows in memory at a time."""
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _access_errors(path), pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            number = 0
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file ({error}); check data.source and the file") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of the three
+        fault = f"cannot be read from row {number} on" if number else "is not a readable parquet file"
+        raise UserError(f"{path} {fault} ({str(error).splitlines()[0]}); check data.source and the file") from error
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, row) for each line of a JSON lines file that is not blank."""
-    with path.open(encoding="utf-8") as file:
+    with _access_errors(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); mend the line") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise UserError(f"{path} line {number} is beyond what can be read ({error}); mend the line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number} is not a JSON object; write one object per line")
             yield number, row
@@ -102,14 +120,17 @@ class PromptEncoder:
             raise UserError(f"{where}: the chat template refuses the prompt ({error}); mend its roles") from error
 
 
-def read_problems(path: Path, source: str, encode: PromptEncoder, deduplicate: bool) -> list[Problem]:
-    """All problems of a file, in file order. With `deduplicate`, the first of rows with the same prompt; the rest are counted.
+def read_problems(
+    path: Path, source: str, encode: PromptEncoder, deduplicate: bool, say: Callable[[str], None] = logger.info
+) -> list[Problem]:
+    """All problems of a file, in file order. With `deduplicate`, the first of rows with the same prompt; `say` is told how many went.
 
     A problem is called by its `extra_info.index`, or its row number where it has none, or both where an index comes again.
-    UserError names the file and the row or line without a prompt or an answer, or with a prompt above the limit.
+    UserError names a file that can't be read, and the row or line without a prompt or an answer, or with a prompt above the limit.
     """
-    if not path.is_file():
-        raise UserError(f"the data file {path} does not exist; check data.train_path and data.evaluation_path")
+    with _access_errors(path):
+        if not path.is_file():
+            raise UserError(f"the data file {path} does not exist; check data.train_path and data.evaluation_path")
     unit, reader = READERS[source]
     problems: dict[str, Problem] = {}
     seen: set[bytes] = set()
@@ -133,7 +154,7 @@ def read_problems(path: Path, source: str, encode: PromptEncoder, deduplicate: b
     if not problems:
         raise UserError(f"{path} has no rows; give a file with at least one problem")
     if repeated:
-        logger.info("%s: left out %d of %d rows whose prompt came before", path, repeated, repeated + len(problems))
+        say(f"{path}: left out {repeated:,} of {repeated + len(problems):,} rows whose prompt came before")
     return list(problems.values())
 
 

@@ -31,11 +31,9 @@ def _apply_head(hidden_states, weight, request: HeadRequest, sequence_parallel: 
     return response_log_probs(hidden_states, weight, request, group, sequence_parallel)
 
 
-def _output_processor(
-    hidden_states, output_layer, output_weight, output_processor_context, config, **_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _output_processor(hidden_states, output_layer, output_weight, context, config, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight = output_layer.weight if output_weight is None else output_weight
-    return _apply_head(hidden_states, weight, output_processor_context, config.sequence_parallel, output_layer.tp_group)
+    return _apply_head(hidden_states, weight, context, config.sequence_parallel, output_layer.tp_group)
 
 
 def forward_log_probs(

@@ -5,8 +5,8 @@ code gets them by writing out logits [T, V]: at 20,480 tokens and 152,064 words 
 head does three things instead:
 
 - it multiplies only the rows that predict a response token (prompt, padding and tool output cost nothing);
-- it works through those rows in chunks, keeps four numbers per row, and builds each chunk's logits again in backward
-  (or keeps them in the model's dtype while they fit a stated budget);
+- it works through those rows in chunks, keeps four numbers per row, and builds each chunk's logits again in backward (or keeps
+  them in the model's dtype while they fit a stated budget: then the gradient, not the value, sees their rounding);
 - every tensor-parallel rank handles its own slice of the vocabulary, and the slices meet in two small all-reduces per
   micro-batch, whatever the number of chunks.
 
@@ -61,15 +61,11 @@ class _Slice:
     entropy_gradient: bool
     group: dist.ProcessGroup | None
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[rows, V] in the model's dtype, before temperature and padding."""
-        return hidden @ weight.t()
-
-    def scale(self, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, V] in `dtype`, temperature applied and padding out of the way."""
-        scaled = logits.to(dtype) * self.inverse_temperature
-        scaled[:, self.valid_columns :] = PADDED_LOGIT
-        return scaled
+    def scale_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply the temperature and put the padding out of the way, in place."""
+        logits *= self.inverse_temperature
+        logits[:, self.valid_columns :] = PADDED_LOGIT
+        return logits
 
     def own_labels(self, labels: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """([rows, 1] column index within this slice, clamped; [rows, 1] whether the label is in it)."""
@@ -79,6 +75,15 @@ class _Slice:
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right in `dtype`. Rounding logits to bf16 would put noise of 0.01 on log-probs, which FutureKL adds up."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
 
 
 class _LogProbAndEntropy(torch.autograd.Function):
@@ -96,11 +101,10 @@ class _LogProbAndEntropy(torch.autograd.Function):
         kept = []
         for index, start in enumerate(range(0, rows, part.chunk_size)):
             span = slice(start, start + part.chunk_size)
-            raw = part.logits(hidden[span], weight)
+            logits = _product(hidden[span], weight.t(), dtype)
             if index < part.kept_chunks:
-                kept.append(raw)
-            logits = part.scale(raw, dtype)
-            del raw  # one chunk of logits less, unless it is kept
+                kept.append(logits.to(weight.dtype, copy=True))
+            part.scale_(logits)
             column, owned = part.own_labels(labels[span], logits.shape[1])
             peak[span] = logits.amax(dim=1)
             target[span] = torch.where(owned, logits.gather(1, column), 0).squeeze(1)
@@ -126,9 +130,9 @@ class _LogProbAndEntropy(torch.autograd.Function):
         accumulator = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
         for index, start in enumerate(range(0, hidden.shape[0], part.chunk_size)):
             span = slice(start, start + part.chunk_size)
-            raw = rest[index] if index < len(rest) else part.logits(hidden[span], weight)
-            logits = part.scale(raw, log_partition.dtype)
-            del raw
+            dtype = log_partition.dtype
+            kept = index < len(rest)
+            logits = part.scale_(rest[index].to(dtype, copy=True) if kept else _product(hidden[span], weight.t(), dtype))
             column, owned = part.own_labels(labels[span], logits.shape[1])
             logits -= log_partition[span].unsqueeze(1)
             grad_row = grad_log_probs[span].unsqueeze(1)
@@ -184,10 +188,8 @@ class _WeightGradient:
     def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
         if grad.dtype == self.sum.dtype:
             self.sum.addmm_(grad.t(), hidden)
-        elif grad.is_cuda:
-            self.sum += torch.mm(grad.t(), hidden, out_dtype=self.sum.dtype)
         else:
-            self.sum.addmm_(grad.t().to(self.sum.dtype), hidden.to(self.sum.dtype))
+            self.sum += _product(grad.t(), hidden, self.sum.dtype)
 
     def result(self) -> torch.Tensor:
         if self.main_grad is None:

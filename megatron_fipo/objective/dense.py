@@ -4,7 +4,8 @@
     >>> result = fipo_loss(log_probs, old_log_probs, advantages, response_mask, FIPOConfig(half_life=32.0))
     >>> result.loss.backward()
 
-Every position of the rectangle is a row, masked ones too, so that no index depends on the data and the host never waits.
+Every position of the rectangle is a row, masked ones too, so that no index depends on the data and the host does not wait;
+index tables are made once per shape [B, L].
 """
 
 from dataclasses import dataclass

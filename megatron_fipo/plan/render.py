@@ -42,6 +42,8 @@ def _overview(config: Config, architecture: Architecture, plan: Plan) -> Rendera
     table.add_row("sequence parallel", "yes" if config.parallel.sequence_parallel else "no")
     table.add_row("iterations", f"{config.iterations:,}")
     table.add_row("run directory", config.run_dir)
+    if config.rollout.engine == "vllm":
+        table.add_row("note", "this version cannot start rollout.engine=vllm")
     return table
 
 

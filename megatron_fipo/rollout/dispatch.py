@@ -3,6 +3,7 @@
 The pool asks for `assignments`, makes the calls, and reports each as `succeeded` or `failed` until `done`.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ from dataclasses import dataclass, field
 
 class NoEngineLeftError(Exception):
     """Requests remain and every engine is lost."""
+
+
+MAX_CHUNK_COST = 512
+"""Responses in one call, about as many as an engine works on at a time; between calls there is news and a chance to stop."""
 
 
 @dataclass
@@ -73,7 +78,9 @@ class Dispatcher:
         last = [request for request in requests if self._attempts[request] and self._attempts[request] == self.max_retries]
         others = [request for request in requests if request not in set(last)]
         self._waiting.extend([request] for request in last)
-        self._waiting.extend(split_by_cost(others, self.costs, max(1, len(self.engines))))
+        engines = max(1, len(self.engines))
+        per_engine = sum(self.costs[request] for request in others) / engines
+        self._waiting.extend(split_by_cost(others, self.costs, engines * max(1, math.ceil(per_engine / MAX_CHUNK_COST))))
 
 
 def split_by_cost(requests: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:

@@ -111,7 +111,7 @@ class EnginePool:
             try:
                 ray.get(ping, timeout=max(0.0, deadline - time.monotonic()))
             except ray.exceptions.RayError as error:
-                self._retire(number, _reason(error, PING_TIMEOUT_S))
+                self.retire(number, _reason(error, PING_TIMEOUT_S))
         if not self._engines:
             raise _no_engine_left()
         return self.engines
@@ -164,7 +164,7 @@ class EnginePool:
             logger.warning("rollout engine %d failed on %d requests: %r", call.engine, len(requests), error.cause)
             return None
         except ray.exceptions.RayError as error:
-            self._retire(call.engine, _reason(error, self._timeout_s))
+            self.retire(call.engine, _reason(error, self._timeout_s))
             return None
         problem = malformed(reply, requests)
         if problem is not None:
@@ -174,7 +174,8 @@ class EnginePool:
             raise StaleWeightsError(f"rollout engine {call.engine} answered with weight version {other}, not {version}")
         return reply
 
-    def _retire(self, number: int, reason: str) -> None:
+    def retire(self, number: int, reason: str) -> None:
+        """Kill an engine that is no use any more, say so once, and go on without it."""
         engine = self._engines.pop(number)
         ray.kill(engine)
         logger.warning("rollout engine %d %s; %d left", number, reason, len(self._engines))

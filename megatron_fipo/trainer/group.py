@@ -4,10 +4,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_fipo.errors import UserError
+
+RAY_LOGS = "/tmp/ray/session_latest/logs"
+"""Where Ray keeps what its processes print, unless its temporary folder was moved."""
 
 
 class TrainerGroup:
@@ -31,9 +34,9 @@ class TrainerGroup:
             remote.options(
                 num_cpus=1,
                 num_gpus=gpus_per_rank,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=bundle_index),
             ).remote(rank=rank, world_size=world_size, **worker_arguments)
-            for rank in range(world_size)
+            for rank, bundle_index in enumerate(_node_by_node(self.placement))
         ]
         rendezvous: Any = ray.get(self.actors[0].rendezvous.remote())
         self.call("setup", rendezvous)
@@ -55,10 +58,18 @@ class TrainerGroup:
                 raise RuntimeError(f"trainer rank {rank} failed in {method}: {error.cause}") from error
             except ray.exceptions.RayActorError as error:
                 self.shutdown()
-                raise RuntimeError(f"trainer rank {rank} died in {method}; resume the run to continue") from error
+                raise UserError(
+                    f"trainer rank {rank} died in {method} (see {RAY_LOGS}); run the same command to go on from the last checkpoint"
+                ) from error
         return [results[rank] for rank in range(len(self.actors))]
 
     def shutdown(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
         remove_placement_group(self.placement)
+
+
+def _node_by_node(placement: PlacementGroup) -> list[int]:
+    """Bundle indices ordered so that neighbours share a node: tensor-parallel ranks are consecutive and talk the most."""
+    nodes = placement_group_table(placement)["bundles_to_node_id"]
+    return sorted(nodes, key=lambda bundle: (nodes[bundle], bundle))

@@ -16,6 +16,7 @@ import ray
 from megatron_fipo.config import Config
 from megatron_fipo.data.dataset import Dataset
 from megatron_fipo.data.problem import Problem
+from megatron_fipo.errors import UserError, writing
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.reward.score import Scorer
 from megatron_fipo.rollout.collector import (
@@ -32,14 +33,14 @@ from megatron_fipo.trainer.evaluation import evaluate
 from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.iteration import IterationBatch, plan_iteration
 from megatron_fipo.trainer.iteration_values import over_mini_steps, rollout_values
-from megatron_fipo.trainer.metrics_log import MetricsLog, Sample, SampleLog
+from megatron_fipo.trainer.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.trainer.state import LoopState, RunDirectory
 from megatron_fipo.trainer.tracking import Trackers
 from megatron_fipo.trainer.worker import TokenWeights
 
 
 class Interrupted(Exception):
-    """The user asked to stop; raised where nothing is half done."""
+    """The loop has to stop at a point where nothing is half done: the user asked for it, or the cause says why."""
 
 
 @dataclass
@@ -78,19 +79,18 @@ class Loop:
         )
 
     def run(self) -> None:
-        """Train until `config.iterations` or until stopped; raises `Interrupted` after saving in the second case."""
+        """Train until `config.iterations`. Raises `Interrupted`, with the state saved, where it has to stop before."""
         config, console = self.config, self.parts.console
         if not self.parts.held_out:
             console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
         self._resume()
         self._push_weights()
         try:
-            if self.state.iteration == 0 and config.evaluation.before_training:
-                self._evaluate()
+            self._evaluate_if_due()
             while self.state.iteration < config.iterations:
                 self._iterate()
-                if self._due(config.evaluation.every):
-                    self._evaluate()
+                self._check_stop()
+                self._evaluate_if_due()
                 if self._due(config.save_every):
                     self._save()
                 self._check_stop()
@@ -160,10 +160,10 @@ class Loop:
                 seed=config.seed,
                 progress=progress,
             )
-        except Interrupted:
+        except (Interrupted, UserError) as error:
             # The unfinished rollout will be drawn again: the same problems, the same seeds.
             parts.train_set.load_state(before)
-            raise
+            raise Interrupted from error
 
     def _set_advantages(self, groups: list[Group]) -> None:
         trajectories = [trajectory for group in groups for trajectory in group]
@@ -174,14 +174,29 @@ class Loop:
             trajectory.advantage = float(advantage)
 
     def _push_weights(self) -> None:
+        """Give all engines the trainer's weights; one that does not take them is retired, and the others are given them again."""
+        pool = self.parts.pool
         self.parts.console.phase("weight sync")
-        engines = self.parts.pool.check()
-        self.parts.trainer.call("push_weights", engines, self.state.weight_version)
+        while True:
+            failures = self.parts.trainer.call("push_weights", pool.check(), self.state.weight_version)
+            failure = next((failure for failure in failures if failure is not None), None)
+            if failure is None:
+                return
+            pool.retire(*failure)
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate the weights as they are, unless that is not due now or was done before the run was last stopped."""
+        evaluation, done = self.config.evaluation, self.state.iteration
+        due = evaluation.before_training if done == 0 else self._due(evaluation.every)
+        records = read_metrics(self.directory.path)
+        if due and self.parts.held_out and not any(r.kind == "evaluation" and r.iteration == done for r in records):
+            try:
+                self._evaluate()
+            except UserError as error:
+                raise Interrupted from error
 
     def _evaluate(self) -> None:
         config, parts = self.config, self.parts
-        if not parts.held_out:
-            return
         parts.console.phase("evaluation")
         start = time.perf_counter()
         evaluation = evaluate(
@@ -265,8 +280,9 @@ def learning_rate(lr: float, iteration: int, warmup_iterations: int) -> float:
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _samples_to_show(batch: IterationBatch) -> list[int]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, writing
 
 Kind = Literal["iteration", "evaluation"]
 
@@ -87,7 +87,7 @@ class JsonLinesLog:
 
     def _rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="ascii") as file:
+        with writing(self.path), temporary.open("w", encoding="ascii") as file:
             file.writelines(_to_line(row) for row in rows)
             file.flush()
             os.fsync(file.fileno())

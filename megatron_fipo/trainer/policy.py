@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -60,13 +61,12 @@ class Policy:
         self.head = head
         self.temperature = temperature
         self.clip_grad = optimizer.clip_grad
+        self.weight_decay = optimizer.weight_decay
         self.modules = build_model(Path(model.path), model, parallel, model_class=LogProbGPTModel)
         self.model_config = self.modules[0].config
         self.vocab_size = self.modules[0].unpadded_vocab_size
         self.chunks = self._wrap(parallel, optimizer)
-        self.optimizer = get_megatron_optimizer(
-            _optimizer_config(model, parallel, optimizer), self.chunks, use_gloo_process_groups=False
-        )
+        self.optimizer = get_megatron_optimizer(_optimizer_config(model, optimizer), self.chunks, use_gloo_process_groups=False)
         self._connect(parallel)
         self.context_group = parallel_state.get_context_parallel_group()
         self.statistics_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -76,7 +76,6 @@ class Policy:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=optimizer.distributed,
             overlap_grad_reduce=parallel.overlap_communication,
-            overlap_param_gather=parallel.overlap_communication and optimizer.distributed,
         )
         chunks = []
         for index, module in enumerate(self.modules):
@@ -105,12 +104,6 @@ class Policy:
     @property
     def is_last_stage(self) -> bool:
         return parallel_state.is_pipeline_last_stage()
-
-    def sync_parameters(self) -> None:
-        """Finish a parameter gather that the optimizer may have left in flight, before anybody reads the weights."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
 
     def log_probs(self, shards: Sequence[PackedShard]) -> list[torch.Tensor]:
         """Score the response rows without gradient: [R] fp32 per shard on the last pipeline stage, an empty list elsewhere."""
@@ -160,11 +153,16 @@ class Policy:
         records = self._run(shards, loss, forward_only=False, entropy_gradient=entropy_gradient)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
+            # Megatron marks norms and biases with 0 and leaves it to the scheduler to act on that.
+            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         skipped = bool(found_inf) or not math.isfinite(grad_norm)
         if not skipped:
-            self.optimizer.step()
+            if self.clip_grad > 0:
+                parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
         return records, grad_norm, skipped
 
     def _run(
@@ -211,7 +209,7 @@ class Policy:
         )
 
 
-def _optimizer_config(model: ModelConfig, parallel: ParallelConfig, settings: OptimizerSettings) -> OptimizerConfig:
+def _optimizer_config(model: ModelConfig, settings: OptimizerSettings) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -224,7 +222,6 @@ def _optimizer_config(model: ModelConfig, parallel: ParallelConfig, settings: Op
         bf16=model.dtype == "bfloat16",
         params_dtype=getattr(torch, model.dtype),
         use_distributed_optimizer=settings.distributed,
-        overlap_param_gather=parallel.overlap_communication and settings.distributed,
     )
 
 

@@ -15,7 +15,8 @@ from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, Par
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer.policy import Policy
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Seconds a rank waits for the others, on top of what they may wait for the engines."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class RankSettings:
     optimizer: OptimizerSettings
     temperature: float
     seed: int
+    outside_wait_s: float
+    """Longest time that a rank may wait for something outside the group while the others stand in a collective."""
 
 
 class MegatronRank:
@@ -60,7 +63,7 @@ class MegatronRank:
             init_method=rendezvous,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S + self.settings.outside_wait_s),
         )
         self.build()
 
@@ -92,7 +95,6 @@ class MegatronRank:
         """Write the weights as a Hugging Face folder, config and tokenizer from `source` (collective; rank 0 writes)."""
         from megatron_fipo.checkpoint.hf_export import save_hf
 
-        self.policy.sync_parameters()
         save_hf(self.policy.modules, Path(source), Path(target))
 
     @property

@@ -1,11 +1,11 @@
 """Put a run together and take it apart: Ray, trainer ranks, engines, data, logs."""
 
+import contextlib
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import ray
 
 from megatron_fipo.config import Config, Machine, validate
 from megatron_fipo.data.registry import load_datasets, load_evaluation
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, writing
 from megatron_fipo.model.families import read_architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.reward.registry import scorer
@@ -39,50 +39,77 @@ def train(config: Config) -> None:
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
     engine_class(config.rollout.engine)  # refuses before anything is written
-    directory = RunDirectory(Path(config.run_dir))
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
-    directory.claim(config)
-    with Console(config.iterations) as console, ray_cluster(config) as machine:
-        validate(config, architecture, machine)
+    with Console(config.iterations) as console:
+        train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
+        directory = RunDirectory(Path(config.run_dir).resolve())
+        directory.claim(config)
         console.phase("starting")
-        trainer = TrainerGroup(TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=config)
-        pool = start_engines(config, config.model.path, machine)
-        trackers = Trackers(config.tracking, directory.path, resolved(config), directory.path.name, say=console.note)
-        decode = decoder(tokenizer)
-        parts = Parts(
-            trainer, pool, train_set, held_out, scorer(config.reward.name), decode, pad_id(tokenizer), console, trackers
-        )
-        loop = Loop(config, directory, parts)
-        try:
+        with run_cluster(config) as machine, contextlib.ExitStack() as stack:
+            validate(config, architecture, machine)
+            trainer = TrainerGroup(
+                TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=with_absolute_paths(config)
+            )
+            stack.callback(trainer.shutdown)
+            pool = start_engines(config, config.model.path, machine)
+            stack.callback(pool.shutdown)
+            trackers = Trackers(config.tracking, directory.path, asdict(config), directory.path.name, say=console.note)
+            stack.callback(trackers.close)
+            stack.callback(report, directory.path, console)
+            parts = Parts(
+                trainer,
+                pool,
+                train_set,
+                held_out,
+                scorer(config.reward.name),
+                decoder(tokenizer),
+                pad_id(tokenizer),
+                console,
+                trackers,
+            )
+            loop = Loop(config, directory, parts)
             with stop_on_signal(loop, console):
-                loop.run()
-            export_model(trainer, Path(config.model.path), directory.path / "model")
-        except Interrupted:
-            raise KeyboardInterrupt from None
-        finally:
-            pool.shutdown()
-            trainer.shutdown()
-            if (directory.path / "metrics.jsonl").exists():
-                write_report(directory.path)
-            trackers.close()
-        evaluations = [record.values for record in read_metrics(directory.path) if record.kind == "evaluation"]
-        console.summary(
-            evaluations[0] if evaluations else None,
-            evaluations[-1] if evaluations else None,
-            directory.path / "report.html",
-            directory.path / "model",
-        )
+                run_to_the_end(loop)
+                export_model(trainer, Path(config.model.path).resolve(), directory.path / "model")
+        summarise(directory.path, console)
 
 
-def evaluate(model_dir: str, config: Config) -> None:
-    """`megatron-fipo evaluate`: held-out accuracy of a Hugging Face folder; prints it and writes a table per response."""
+def run_to_the_end(loop: Loop) -> None:
+    """Run the loop; where it stops early, raise why: the user's Ctrl-C, or the sentence that stopped it."""
+    try:
+        loop.run()
+    except Interrupted as stop:
+        if isinstance(stop.__cause__, UserError):
+            raise stop.__cause__ from None
+        raise KeyboardInterrupt from None
+
+
+def report(run_dir: Path, console: Console) -> None:
+    """Write the report of whatever there is. A report that fails is said and hides no other error."""
+    if not read_metrics(run_dir):
+        return
+    try:
+        write_report(run_dir)
+    except (OSError, UserError) as error:
+        console.note(f"the report could not be written: {error}")
+
+
+def summarise(run_dir: Path, console: Console) -> None:
+    """The table at the end of a run."""
+    evaluations = {record.iteration: record.values for record in read_metrics(run_dir) if record.kind == "evaluation"}
+    before, after = evaluations.get(0), evaluations.get(max(evaluations)) if evaluations else None
+    console.summary(before, after, run_dir / "report.html", run_dir / "model")
+
+
+def evaluate(model_dir: str, config: Config, output: Path) -> None:
+    """`megatron-fipo evaluate`: held-out accuracy of a Hugging Face folder; prints it and writes every response to `output`."""
     tokenizer = load_tokenizer(model_dir, config.model.trust_remote_code)
-    held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed)
-    with Console(0) as console, ray_cluster(config) as machine:
+    with Console(0) as console:
+        held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
         console.phase("evaluation")
-        pool = start_engines(config, model_dir, machine)
-        try:
+        with run_cluster(config) as machine, contextlib.ExitStack() as stack:
+            pool = start_engines(config, model_dir, machine)
+            stack.callback(pool.shutdown)
             evaluation = evaluate_problems(
                 pool,
                 held_out,
@@ -93,12 +120,15 @@ def evaluate(model_dir: str, config: Config) -> None:
                 seed=config.seed,
                 version=0,
             )
-        finally:
-            pool.shutdown()
         console.evaluation(0, evaluation.values)
-        table = Path(config.run_dir) / "evaluation.jsonl"
-        write_table(table, evaluation.table)
-        console.note(f"every response and its score: {table}")
+        write_table(output, evaluation.table)
+        console.note(f"every response and its score: {output}")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same settings for ranks, which run in other folders, on a cluster on other machines (that share the file system)."""
+    model = replace(config.model, path=str(Path(config.model.path).resolve()))
+    return replace(config, model=model, run_dir=str(Path(config.run_dir).resolve()))
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
@@ -109,8 +139,11 @@ def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
         raise UserError(f"model folder {folder} does not exist; give model.path a folder in Hugging Face format.")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a tokenizer from {folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what a damaged tokenizer.json raises depends on where the damage is
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot read the tokenizer in {folder} ({reason}); restore tokenizer.json and tokenizer_config.json"
+        ) from error
 
 
 def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -145,31 +178,37 @@ def start_engines(config: Config, model_path: str, machine: Machine) -> EnginePo
     )
 
 
-@contextmanager
-def ray_cluster(config: Config) -> Iterator[Machine]:
-    """Join `config.ray_address`, or start a cluster on this machine that is just large enough and ends with the run.
+def run_cluster(config: Config) -> contextlib.AbstractContextManager[Machine]:
+    """The Ray cluster that a run of `config` needs."""
+    workers = config.parallel.world_size + config.rollout.num_engines
+    return ray_cluster(config.ray_address, workers=workers, weights_mb=BUCKETS_IN_STORE * config.rollout.weight_bucket_mb)
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None, *, workers: int, weights_mb: int) -> Iterator[Machine]:
+    """Join the cluster at `address`, or start one on this machine that is just large enough and ends with the run.
 
     Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
     """
     machine = this_machine()
-    environment = {} if machine.gpus else {"OMP_NUM_THREADS": "1"}
+    # One connection keeps CUDA's order of launches, by which Megatron-Core overlaps tensor-parallel communication with products.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
-    if config.ray_address:
-        ray.init(address=config.ray_address, **options)
+    if address:
+        ray.init(address=address, **options)
         resources = ray.cluster_resources()
         machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        workers = config.parallel.world_size + config.rollout.num_engines
-        store_mb = OBJECT_STORE_BASE_MB + BUCKETS_IN_STORE * config.rollout.weight_bucket_mb
-        ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=store_mb * 2**20, **options)
+        store = (OBJECT_STORE_BASE_MB + weights_mb) * 2**20
+        ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=store, **options)
     try:
         yield machine
     finally:
         ray.shutdown()
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signal(loop: Loop, console: Console) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) asks the loop to save and stop, the second stops at once."""
 
@@ -190,12 +229,9 @@ def stop_on_signal(loop: Loop, console: Console) -> Iterator[None]:
 def export_model(trainer: TrainerGroup, source: Path, target: Path) -> None:
     """Write the weights beside an older export, then take its place."""
     fresh = target.with_name(target.name + "-new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    trainer.call("export_hf", str(source), str(fresh))
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
-
-
-def resolved(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries, for trackers."""
-    return asdict(config)
+    with writing(target):
+        for leftover in (fresh, *target.parent.glob(f".{fresh.name}.*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        trainer.call("export_hf", str(source), str(fresh))
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)

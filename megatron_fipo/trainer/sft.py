@@ -17,11 +17,9 @@ from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batc
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import (
-    Config,
     HeadConfig,
     ModelConfig,
     OptimizerSettings,
-    RolloutConfig,
     SftConfig,
     validate_sft,
 )
@@ -67,7 +65,11 @@ def train(config: SftConfig) -> None:
         raise UserError(f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json.")
     traces = countdown_traces(config, tokenizer)
     rates = [learning_rate(config, step) for step in range(config.steps)]
-    with tempfile.TemporaryDirectory() as folder, ray_cluster(_ray_settings(config)), Progress() as progress:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_cluster(None, workers=config.parallel.world_size, weights_mb=0),
+        Progress() as progress,
+    ):
         initial = Path(folder) / "initial"
         write_random_model(source, initial, config.seed, getattr(torch, config.dtype))
         settings = _rank_settings(config, initial)
@@ -136,8 +138,4 @@ def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
         clip_grad=config.optimizer.clip_grad,
     )
     model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec)
-    return RankSettings(model, config.parallel, HeadConfig(), optimizer, temperature=1.0, seed=config.seed)
-
-
-def _ray_settings(config: SftConfig) -> Config:
-    return Config(parallel=config.parallel, rollout=RolloutConfig(num_engines=0, weight_bucket_mb=0))
+    return RankSettings(model, config.parallel, HeadConfig(), optimizer, temperature=1.0, seed=config.seed, outside_wait_s=0.0)

@@ -9,16 +9,18 @@
 A checkpoint is written under a name that starts with a dot and renamed when it is whole, so every folder that shows is complete.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_fipo.config import Config, differences, load_config, save_config
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, writing
+from megatron_fipo.trainer.metrics_log import read_metrics
 
 PREFIX = "iteration_"
 
@@ -37,40 +39,62 @@ class LoopState:
     """Groups that dynamic sampling finished but did not need."""
 
 
-# A later run may go on longer or watch itself differently; everything else would make it another run.
+# What a later run may change: how long it goes on, how the work is split and watched. Everything else would make it another run.
 FREE_KEYS = (
+    "run_dir",
     "iterations",
     "save_every",
     "evaluation.",
     "tracking.",
     "ray_address",
     "parallel.",
+    "head.",
+    "model.recompute",
+    "model.layer_spec",
     "rollout.num_engines",
     "rollout.timeout_s",
+    "rollout.max_retries",
+    "rollout.weight_bucket_mb",
 )
+MICRO_BATCH_KEY = "batch.max_tokens_per_micro_batch"
+"""Free too, as long as the normalisation does not depend on micro-batches."""
+LOCK = ".lock"
 
 
 class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock_file: IO[str] | None = None
 
     def claim(self, config: Config) -> None:
-        """Make the folder this run's own, or check that it already is. Raises `UserError` when it belongs to another config."""
+        """Make the folder this run's own until the process ends, or check that it already is.
+
+        Raises `UserError` when it belongs to a run with other settings, to another process, or to somebody's files.
+        """
         stored = self.path / "config.yaml"
-        if stored.exists():
-            changed = [key for key in differences(load_config(stored, []), config) if not key.startswith(FREE_KEYS)]
-            if changed:
-                raise UserError(
-                    f"{self.path} belongs to a run with other settings ({', '.join(changed)}); choose another run_dir or restore them."
-                )
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} is not empty and holds no config.yaml; choose another run_dir.")
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            if self.path.exists() and not stored.exists() and any(path.name != LOCK for path in self.path.iterdir()):
+                raise UserError(f"{self.path} is not empty and holds no config.yaml; choose another run_dir")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if stored.exists() and self.started():
+                _refuse_other_settings(self.path, load_config(stored, []), config)
+            self.checkpoints.mkdir(exist_ok=True)
             save_config(config, stored)
-        except OSError as error:
-            raise UserError(f"cannot write {stored}: {error.strerror}.") from error
+
+    def _lock(self) -> None:
+        if self._lock_file is not None:
+            return
+        self._lock_file = open(self.path / LOCK, "w")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {self.path}; wait for it or choose another run_dir") from None
+
+    def started(self) -> bool:
+        """Whether anything that depends on the settings has come of the run: a checkpoint, or an iteration in the log."""
+        return self.latest() is not None or any(record.kind == "iteration" for record in read_metrics(self.path))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -81,8 +105,10 @@ class RunDirectory:
         return LoopState(**json.loads((checkpoint / "loop.json").read_text()))
 
     def save(self, state: LoopState, write_weights: Callable[[Path], Any]) -> Path:
-        """Write a checkpoint beside the older one, swap, and only then remove the older one."""
+        """Write a checkpoint beside the older one, and only when it shows remove that. One that shows already is left as it is."""
         target = self.checkpoints / f"{PREFIX}{state.iteration:06d}"
+        if target == self.latest():
+            return target
         partial = self.checkpoints / f".{target.name}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -98,9 +124,19 @@ class RunDirectory:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         for older in self.checkpoints.glob(f"{PREFIX}*"):
             if older != target:
                 shutil.rmtree(older)
         return target
+
+
+def _refuse_other_settings(path: Path, stored: Config, config: Config) -> None:
+    free: tuple[str, ...] = FREE_KEYS
+    if config.objective.normalization == "token_mean":
+        free += (MICRO_BATCH_KEY,)
+    changed = [key for key in differences(stored, config) if not key.startswith(free)]
+    if changed:
+        raise UserError(
+            f"{path} belongs to a run with other settings ({', '.join(changed)}); choose another run_dir or restore them"
+        )

@@ -46,7 +46,13 @@ class TrainerWorker(MegatronRank):
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         settings = RankSettings(
-            config.model, config.parallel, config.head, config.optimizer, config.rollout.temperature, config.seed
+            config.model,
+            config.parallel,
+            config.head,
+            config.optimizer,
+            config.rollout.temperature,
+            config.seed,
+            config.rollout.timeout_s,
         )
         super().__init__(rank, world_size, settings)
         self.config = config
@@ -80,22 +86,26 @@ class TrainerWorker(MegatronRank):
             return None, token_weights
         return IterationReport(mini_steps, seconds, difference), token_weights
 
-    def push_weights(self, engines: dict[int, Any], version: int) -> None:
-        """Send the weights to every engine, in Hugging Face names, and compare checksums (collective; rank 0 sends)."""
-        from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
-        from megatron_fipo.rollout.weight_sync import push_weights
+    def push_weights(self, engines: dict[int, Any], version: int) -> tuple[int, str] | None:
+        """Send the weights to every engine, in Hugging Face names, and compare checksums (collective; rank 0 sends).
 
-        self.policy.sync_parameters()
+        Returns None, or on rank 0 the number of an engine that did not take them and why; then no engine counts as updated.
+        """
+        from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
+        from megatron_fipo.rollout.weight_sync import WeightSyncError, push_weights
+
         rollout = self.config.rollout
-        push_weights(
-            iterate_hf_tensors(self.policy.modules), engines, version, rollout.weight_bucket_mb * 2**20, rollout.timeout_s
-        )
+        tensors = iterate_hf_tensors(self.policy.modules)
+        try:
+            push_weights(tensors, engines, version, rollout.weight_bucket_mb * 2**20, rollout.timeout_s)
+        except WeightSyncError as error:
+            return error.engine, error.reason
+        return None
 
     def save(self, folder: str) -> None:
         """Write weights and optimizer as a distributed checkpoint into an existing empty folder (collective)."""
         from megatron_fipo.checkpoint.distributed import save_checkpoint
 
-        self.policy.sync_parameters()
         save_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder))
 
     def load(self, folder: str) -> None:
@@ -136,7 +146,6 @@ class TrainerWorker(MegatronRank):
     def _reference_weights(self) -> Iterator[None]:
         """The initial weights in place of the current ones for a while."""
         assert self.reference is not None
-        self.policy.sync_parameters()
         current = self._snapshot()
         self._place(self.reference)
         try:

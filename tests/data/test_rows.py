@@ -1,7 +1,9 @@
 """Reading rows: prompts through the tokenizer's template, repeats left out, every bad row named."""
 
 import json
-import logging
+import os
+import tempfile
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -34,8 +36,8 @@ def write(path, rows):
     return path
 
 
-def read(path, tokenizer=None, limit=50, deduplicate=True):
-    return read_problems(path, path.suffix[1:], PromptEncoder(tokenizer or build_tokenizer(), limit), deduplicate)
+def read(path, tokenizer=None, limit=50, deduplicate=True, say=print):
+    return read_problems(path, path.suffix[1:], PromptEncoder(tokenizer or build_tokenizer(), limit), deduplicate, say)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
@@ -60,14 +62,15 @@ def test_messages_go_through_the_chat_template_and_a_text_stays_as_it_is(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-def test_repeated_prompts_go_and_are_counted_once(tmp_path, name, caplog):
-    rows = [row(f"{i % 7}+1", "2", f"i{i}") for i in range(100)]
+def test_repeated_prompts_go_and_are_counted_once(tmp_path, name):
+    rows = [row(f"{i % 7}+1", "2", f"i{i}") for i in range(1100)]
     path = write(tmp_path / name, rows)
-    with caplog.at_level(logging.INFO, "megatron_fipo.data.rows"):
-        problems = read(path)
+    said = []
+    problems = read(path, say=said.append)
     assert [p.problem_id for p in problems] == [f"i{i}" for i in range(7)]
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: left out 93 of 100 rows whose prompt came before"]
-    assert len(read(path, deduplicate=False)) == 100
+    assert said == [f"{path}: left out 1,093 of 1,100 rows whose prompt came before"]
+    assert len(read(path, deduplicate=False, say=said.append)) == 1100
+    assert len(said) == 1
 
 
 def test_problem_ids_are_unique_even_where_an_index_comes_again(tmp_path):
@@ -122,6 +125,84 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "a.parquet").write_text("not parquet")
     with pytest.raises(UserError, match=r"a.parquet is not a readable parquet file"):
         read(tmp_path / "a.parquet")
+
+
+def damage(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = damage(write(tmp_path / "a.jsonl", [row(), row("5+5")]), b"5+5", b"5\xe45")
+    with pytest.raises(UserError, match=r"a.jsonl line 2 is not UTF-8 \(byte \d+\)"):
+        read(path)
+
+    for beyond in ("[" * 100_000, "1" * 5000):
+        path.write_text(f"{beyond}\n")
+        with pytest.raises(UserError, match=r"a.jsonl line 1 is beyond what can be read"):
+            read(path)
+
+    def parquet(**options):
+        path = tmp_path / "a.parquet"
+        rows = [row(f"{i}+" * 4, index=str(i)) for i in range(ROWS_AT_ONCE + 50)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=ROWS_AT_ONCE, **options)
+        return path, str(ROWS_AT_ONCE + 20).encode()
+
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    path, late = parquet(**plain)
+    damage(path, late + b"+", b"\xff" * len(late) + b"+")  # text that is not UTF-8
+    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {ROWS_AT_ONCE} on \("):
+        read(path, limit=99)
+    path, late = parquet(**plain)
+    damage(path, b"\x14\x00\x00\x00" + late + b"+", b"\xff\xff\xff\xff" + late + b"+")  # a length beyond the page
+    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {ROWS_AT_ONCE} on \("):
+        read(path, limit=99)
+    path, _ = parquet(compression="snappy")
+    path.write_bytes(path.read_bytes()[:40] + b"\xff" * 400 + path.read_bytes()[440:])
+    with pytest.raises(UserError, match=r"a.parquet is not a readable parquet file"):
+        read(path, limit=99)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_a_file_that_the_system_refuses_is_named(tmp_path, name):
+    memory = Path("/proc/self/mem")  # a file whose first byte even root can't read
+    if not memory.is_file():
+        pytest.skip("needs Linux")
+    (tmp_path / name).symlink_to(memory)
+    with pytest.raises(UserError, match=rf"{name} ") as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("closed", ["file", "folder"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_a_file_without_permission_is_named(name, closed):
+    tokenizer = build_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / name, [row()])
+        path.chmod(0 if closed == "file" else 0o644)
+        Path(folder).chmod(0 if closed == "folder" else 0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            with pytest.raises(UserError, match=rf"cannot read .*{name} \(Permission denied\)"):
+                read(path, tokenizer)
+        finally:
+            os.seteuid(user)
+            Path(folder).chmod(0o755)
+
+
+def test_load_datasets_says_which_rows_of_which_file_went(tmp_path):
+    train = write(tmp_path / "train.parquet", [row("1"), row("1"), row("2")])
+    held_out = write(tmp_path / "test.jsonl", [row("9")] * 4)
+    said = []
+    load_datasets(DataConfig(train_path=str(train), evaluation_path=str(train)), 50, build_tokenizer(), 1, said.append)
+    assert said == [f"{train}: left out 1 of 3 rows whose prompt came before"] * 2
+    load_evaluation(DataConfig(source="jsonl", evaluation_path=str(held_out)), 50, build_tokenizer(), 1, said.append)
+    assert said[2:] == [f"{held_out}: left out 3 of 4 rows whose prompt came before"]
 
 
 def test_load_datasets_from_files(tmp_path):

@@ -39,7 +39,6 @@ def step_and_save(rank, world_size, folder, parallel, target):
     policy, shards = new_policy(folder, parallel)
     for _ in range(2):
         policy.policy_step(shards, FIPO, lr=1e-3)
-    policy.sync_parameters()
     save_checkpoint(policy.modules, policy.optimizer, target)
     return policy.policy_step(shards, FIPO, lr=1e-3).statistics, exported(policy)
 

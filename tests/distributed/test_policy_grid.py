@@ -228,7 +228,6 @@ def train_on_rank(rank, world_size, folder, parallel, old, token_budget):
     trajectories, _ = batch()
     shards = make_shards(policy, parallel, trajectories, old, token_budget)
     results = [policy.policy_step(shards, FIPO, lr=1e-3) for _ in range(2)]
-    policy.sync_parameters()
     return [result.statistics for result in results], exported(policy)
 
 

@@ -69,11 +69,16 @@ def make_trajectories(count: int, seed: int = 0, longest: int = 40) -> list[Traj
 
 
 def settings(
-    folder: Path, parallel: ParallelConfig, lr: float = 1e-2, head: HeadConfig | None = None, clip_grad: float = 1.0
+    folder: Path,
+    parallel: ParallelConfig,
+    lr: float = 1e-2,
+    head: HeadConfig | None = None,
+    clip_grad: float = 1.0,
+    dtype: str = "float32",
 ) -> dict:
     """Arguments of `Policy` without the device."""
     return {
-        "model": ModelConfig(path=str(folder), dtype="float32"),
+        "model": ModelConfig(path=str(folder), dtype=dtype),
         "parallel": parallel,
         "head": head or HeadConfig(chunk_size=16),
         # Adam divides by the gradient's size; with its usual epsilon a gradient of rounding noise alone would count as much as any.

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)  # each run starts a Ray cluster, a trainer and an engine
+
 ROOT = Path(__file__).parents[2]
 TINY = [
     "batch.prompts_per_iteration=4",
@@ -35,7 +37,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-6000:]
     return done
 
@@ -114,13 +116,13 @@ def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path):
     run_dir = tmp_path / "stopped"
     arguments = ("train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", "iterations=1000", "save_every=0")
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not ((run_dir / "metrics.jsonl").exists() and iterations(run_dir)):
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output[-4000:]
     assert "state saved" in output
     done = len(iterations(run_dir))

@@ -9,6 +9,7 @@ import pytest
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.errors import UserError
 from megatron_fipo.trainer.loop import learning_rate
+from megatron_fipo.trainer.metrics_log import MetricsLog
 from megatron_fipo.trainer.state import LoopState, RunDirectory
 
 
@@ -66,16 +67,52 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     directory = RunDirectory(tmp_path)
     first = config(tmp_path)
     directory.claim(first)
+    directory.save(LoopState(iteration=1), write)
     stored = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
         directory.claim(replace(first, seed=2))
     assert (tmp_path / "config.yaml").read_bytes() == stored
 
 
+def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.claim(config(tmp_path))
+    directory.claim(config(tmp_path, seed=2))
+    MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5})
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        directory.claim(config(tmp_path, seed=3))
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first = RunDirectory(tmp_path)
+    first.claim(config(tmp_path))
+    with pytest.raises(UserError, match="another process"):
+        RunDirectory(tmp_path).claim(config(tmp_path))
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        RunDirectory(tmp_path / "file").claim(config(tmp_path))
+
+
+def test_what_a_run_may_change(tmp_path):
+    directory = RunDirectory(tmp_path)
+    first = config(tmp_path)
+    directory.claim(first)
+    directory.save(LoopState(iteration=1), write)
+    smaller = replace(first, batch=replace(first.batch, max_tokens_per_micro_batch=30000))
+    directory.claim(smaller)
+    by_micro_batch = replace(first, objective=replace(first.objective, normalization="reference_micro_batch"))
+    with pytest.raises(UserError, match="max_tokens_per_micro_batch"):
+        directory.claim(by_micro_batch)
+
+
 def test_a_run_may_go_on_for_longer_and_on_other_ranks(tmp_path):
     directory = RunDirectory(tmp_path)
     first = config(tmp_path)
     directory.claim(first)
+    directory.save(LoopState(iteration=1), write)
     directory.claim(replace(first, iterations=900, parallel=replace(first.parallel, tensor_model_parallel_size=2)))
     assert load_config(tmp_path / "config.yaml", []).iterations == 900
 
