@@ -1,3 +1,1 @@
-"""The training loop and the ranks behind it. Importing the package installs the CPU platform, before anything imports Megatron-Core."""
-
-import megatron_fipo.model  # noqa: F401
+"""The training loop, the ranks behind it, and what they leave: metrics, tracking, report. Importing the package imports nothing."""

@@ -8,6 +8,8 @@ Normalisation happens once: the loss function returns a sum and a count (`calcul
 and counts over micro-batches and over the data × context ranks, and divides at the end.
 """
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """What every trainer rank does before its own work: find the others, lay out the parallel groups, build its share of the model."""
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 import socket
 from dataclasses import dataclass
 from datetime import timedelta

@@ -1,5 +1,7 @@
 """The rank of a reinforcement-learning run: old log-probs, optimizer steps, weights out, state in and out."""
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

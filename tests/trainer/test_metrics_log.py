@@ -102,7 +102,7 @@ def test_truncation_that_fails_leaves_the_file_whole(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         log.truncate_after(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
