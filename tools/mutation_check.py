@@ -157,14 +157,14 @@ MUTANTS = (
     Mutant(
         "temperature missing in backward",
         HEAD_FILE,
-        "grad * part.inverse_temperature",
-        "grad",
+        "mul_(-grad_row * part.inverse_temperature)",
+        "mul_(-grad_row)",
         (HEAD, f"{GRID}[1-fipo-False-160"),
     ),
     Mutant(
         "padded vocabulary takes part",
         HEAD_FILE,
-        "        scaled[:, self.valid_columns :] = PADDED_LOGIT\n",
+        "        logits[:, self.valid_columns :] = PADDED_LOGIT\n",
         "",
         (HEAD, f"{GRID}[tp2-fipo"),
     ),
@@ -176,6 +176,20 @@ MUTANTS = (
         (f"{GRID}[tp2-fipo", "distributed/test_policy_grid.py::test_updated_weights_equal_those_of_one_rank[tp2"),
     ),
     Mutant(
+        "norms and biases decayed",
+        POLICY,
+        'self.weight_decay * group.get("wd_mult", 1.0)',
+        "self.weight_decay",
+        ("distributed/test_update.py::test_the_update_is_adamw_without_decay_of_norms_and_biases",),
+    ),
+    Mutant(
+        "gradient not clipped",
+        POLICY,
+        "if self.clip_grad > 0:",
+        "if False:",
+        ("distributed/test_update.py::test_the_gradient_is_clipped_to_the_bound",),
+    ),
+    Mutant(
         "a NaN reaches the loss",
         LOSS_FILE,
         "return torch.where(usable, value, 0.0)",
@@ -185,8 +199,8 @@ MUTANTS = (
     Mutant(
         "a NaN row reaches the head's gradient",
         HEAD_FILE,
-        "grad = torch.where(active, grad * part.inverse_temperature, 0).to(weight.dtype)",
-        "grad = (grad * part.inverse_temperature).to(weight.dtype)",
+        "grad = grad.masked_fill_(~active, 0).to(weight.dtype)",
+        "grad = grad.to(weight.dtype)",
         ("distributed/test_head.py::test_a_row_without_gradient_contains_its_own_nan",),
     ),
     Mutant(

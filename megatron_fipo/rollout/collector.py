@@ -13,7 +13,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.objective.advantages import is_informative, overlong_penalty
 from megatron_fipo.reward.score import Scorer
 from megatron_fipo.rollout.pool import RoundResult
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.rollout.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
 
 Group = list[Trajectory]
 """The responses to one prompt, of one weight version."""
@@ -185,7 +185,7 @@ def _round_progress(progress: Progress | None, rounds: int, before: int) -> Call
 
 def _nothing_informative(counts: CollectCounts) -> str:
     if counts.failed == counts.prompts:
-        return f"all {counts.prompts} rollout requests failed in {counts.rounds} rounds; see the engines' logs"
+        return f"all {counts.prompts} rollout requests failed in {counts.rounds} rounds; see {RAY_LOGS}"
     return (
         f"none of {counts.prompts} prompts in {counts.rounds} generation rounds got both right and wrong answers "
         f"({counts.all_right} all right, {counts.all_wrong} all wrong, {counts.failed} failed), so nothing can be learnt: "

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.dispatch import Dispatcher, NoEngineLeftError
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.rollout.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class EnginePool:
             raise
         except ray.exceptions.GetTimeoutError:
             raise UserError(
-                f"the rollout engines did not load within {self._timeout_s:g} s; raise rollout.timeout_s or look at their logs"
+                f"the rollout engines did not load within {self._timeout_s:g} s; raise rollout.timeout_s or see {RAY_LOGS}"
             ) from None
 
     @property
@@ -220,4 +220,4 @@ def _reason(error: Exception, timeout_s: float) -> str:
 
 
 def _no_engine_left() -> UserError:
-    return UserError("no rollout engine is left: all have died or hung; see their logs, then run the same command to resume")
+    return UserError(f"no rollout engine is left: all have died or hung; see {RAY_LOGS}, then run the same command to resume")

@@ -9,6 +9,9 @@ from typing import Protocol
 
 import torch
 
+RAY_LOGS = "/tmp/ray/session_latest/logs"
+"""Where Ray keeps what its processes print, unless its temporary folder was moved."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:

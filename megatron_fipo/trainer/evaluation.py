@@ -9,7 +9,7 @@ from megatron_fipo.data.problem import Problem
 from megatron_fipo.errors import UserError
 from megatron_fipo.reward.score import Scorer
 from megatron_fipo.rollout.collector import Pool, request_seed
-from megatron_fipo.rollout.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.rollout.protocol import RAY_LOGS, GenerationRequest, SamplingParams
 from megatron_fipo.trainer.evaluation_metrics import EvaluatedResponse, evaluation_values
 
 
@@ -70,6 +70,6 @@ def evaluate(
             )
         responses.append(answered)
     if not responses:
-        raise UserError(f"all {len(problems)} evaluation requests failed; see the engines' logs")
+        raise UserError(f"all {len(problems)} evaluation requests failed; see {RAY_LOGS}")
     values = {f"evaluation/{name}": value for name, value in evaluation_values(responses).items()}
     return Evaluation({**values, "evaluation/failed": float(len(problems) - len(responses))}, table)

@@ -8,9 +8,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_fipo.errors import UserError
-
-RAY_LOGS = "/tmp/ray/session_latest/logs"
-"""Where Ray keeps what its processes print, unless its temporary folder was moved."""
+from megatron_fipo.rollout.protocol import RAY_LOGS
 
 
 class TrainerGroup:

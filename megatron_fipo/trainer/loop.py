@@ -121,6 +121,7 @@ class Loop:
 
         state.iteration += 1
         state.weight_version += 1
+        self.surplus = collected.surplus
         with _clock(seconds, "weight_sync"):
             self._push_weights()
         seconds["total"] = time.perf_counter() - start
@@ -133,7 +134,6 @@ class Loop:
             "weights/version": float(state.weight_version),
             **{f"time/{phase}": duration for phase, duration in seconds.items()},
         }
-        self.surplus = collected.surplus
         self._log("iteration", values)
         parts.console.iteration(state.iteration, values)
         self._log_samples(batch, wanted, [weights for _, part in results for weights in part])
@@ -178,7 +178,11 @@ class Loop:
         pool = self.parts.pool
         self.parts.console.phase("weight sync")
         while True:
-            failures = self.parts.trainer.call("push_weights", pool.check(), self.state.weight_version)
+            try:
+                engines = pool.check()
+            except UserError as error:
+                raise Interrupted from error
+            failures = self.parts.trainer.call("push_weights", engines, self.state.weight_version)
             failure = next((failure for failure in failures if failure is not None), None)
             if failure is None:
                 return

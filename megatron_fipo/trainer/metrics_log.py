@@ -107,7 +107,7 @@ class MetricsLog(JsonLinesLog):
 
 
 class SampleLog(JsonLinesLog):
-    """`run_dir/samples.jsonl`: a few responses per iteration with what training made of each token."""
+    """`run_dir/samples.jsonl`: a few responses of each evaluated iteration, with what training made of each token."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir / SAMPLES_FILE)

@@ -51,6 +51,14 @@ def iterations(run_dir: Path) -> list[dict]:
     return [record["values"] for record in records if record["kind"] == "iteration"]
 
 
+def wait_for_an_iteration(process: subprocess.Popen, run_dir: Path) -> None:
+    deadline = time.monotonic() + 400
+    while not ((run_dir / "metrics.jsonl").exists() and iterations(run_dir)):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def two_iterations(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "one-rank"
@@ -116,11 +124,7 @@ def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path):
     run_dir = tmp_path / "stopped"
     arguments = ("train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", "iterations=1000", "save_every=0")
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 400
-    while not ((run_dir / "metrics.jsonl").exists() and iterations(run_dir)):
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_an_iteration(process, run_dir)
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output[-4000:]
@@ -130,11 +134,30 @@ def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path):
     assert len(iterations(run_dir)) == done + 1
 
 
+def test_an_engine_that_is_killed_does_not_end_the_run(tmp_path):
+    run_dir = tmp_path / "robbed"
+    overrides = (*TINY, f"run_dir={run_dir}", "iterations=4", "rollout.num_engines=2", "evaluation.before_training=false")
+    arguments = command("train", "examples/countdown/fipo.yaml", *overrides)
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_an_iteration(process, run_dir)
+    engines = subprocess.run(["pgrep", "-f", "ray::LocalEngine"], capture_output=True, text=True).stdout.split()
+    assert len(engines) == 2
+    os.kill(int(engines[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-4000:]
+    assert "1 left" in output
+    values = iterations(run_dir)
+    assert [step["weights/version"] for step in values] == [1, 2, 3, 4]
+    assert all(step["groups/used"] == 4 for step in values)
+
+
 def test_evaluate_prints_accuracy_and_writes_every_response(tmp_path):
-    overrides = (*TINY, f"run_dir={tmp_path}", "data.evaluation_size=8")
-    done = run("evaluate", "examples/countdown/base-model", "examples/countdown/fipo.yaml", *overrides)
+    table = tmp_path / "table.jsonl"
+    model, config = "examples/countdown/base-model", "examples/countdown/fipo.yaml"
+    done = run("evaluate", model, config, "--output", table, *TINY, "data.evaluation_size=8")
     assert "avg@1" in done.stdout
-    assert len((tmp_path / "evaluation.jsonl").read_text().splitlines()) == 8
+    assert len(table.read_text().splitlines()) == 8
+    assert list(tmp_path.iterdir()) == [table]
 
 
 @pytest.mark.parametrize(
