@@ -151,6 +151,32 @@ def test_an_engine_that_is_killed_does_not_end_the_run(tmp_path):
     assert all(step["groups/used"] == 4 for step in values)
 
 
+def test_grpo_with_a_kl_term_scores_with_the_initial_weights_and_puts_the_current_ones_back(tmp_path):
+    run_dir = tmp_path / "kl"
+    overrides = ("objective.kl_coefficient=0.1", "iterations=2", "evaluation.before_training=false", f"run_dir={run_dir}")
+    run("train", "examples/countdown/grpo.yaml", *TINY, *overrides)
+    first, second = iterations(run_dir)
+    assert 0 < first["policy/reference_kl"] < second["policy/reference_kl"]
+    for values in (first, second):
+        assert values["policy/sigma_log_ratio"] == 0.0
+        assert values["rollout/log_prob_difference"] < 1e-4
+
+
+def test_sft_makes_a_model_from_nothing_and_overwrites_none(tmp_path):
+    target = tmp_path / "base"
+    arguments = ("sft", "examples/countdown/sft.yaml", "steps=4", "tokens_per_step=300", "optimizer.warmup_steps=1")
+    run(*arguments, f"output_dir={target}", "parallel.data_parallel_size=2")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert AutoTokenizer.from_pretrained(target).eos_token_id == model.config.eos_token_id
+    before = (target / "model.safetensors").read_bytes()
+    done = run(*arguments, f"output_dir={target}", expect=2)
+    assert "already exists" in done.stderr
+    assert (target / "model.safetensors").read_bytes() == before
+
+
 def test_evaluate_prints_accuracy_and_writes_every_response(tmp_path):
     table = tmp_path / "table.jsonl"
     model, config = "examples/countdown/base-model", "examples/countdown/fipo.yaml"
