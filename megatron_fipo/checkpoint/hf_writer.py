@@ -66,6 +66,8 @@ class HFWriter:
             return
         try:
             save_file(self.pending, self.partial / file, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read, whatever the user's umask says.
+            shutil.copymode(self.partial / "config.json", self.partial / file)
         except (OSError, SafetensorError) as error:
             self._fail(error)
         self.pending = {}

@@ -8,6 +8,13 @@ from megatron_fipo.checkpoint.random_weights import write_random_model
 from tests.model.reference import make_reference
 
 
+def test_weights_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
+    (tmp_path / "new").touch()
+    make_reference(tmp_path / "source")
+    write_random_model(tmp_path / "source", tmp_path / "model", seed=1)
+    assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_random_model_is_reproducible_and_loads_in_transformers(tmp_path):
     make_reference(tmp_path / "source")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
