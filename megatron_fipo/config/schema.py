@@ -49,7 +49,7 @@ class ParallelConfig:
     data_parallel_size: int = 1
     """Replicas of all of the above."""
     overlap_communication: bool = False
-    """Overlap gradient reduction and parameter gathering with computation."""
+    """Overlap gradient reduction with the backward pass."""
 
     @property
     def world_size(self) -> int:
