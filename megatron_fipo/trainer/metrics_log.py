@@ -79,19 +79,17 @@ class JsonLinesLog:
             self._rewrite(row for row in _read_rows(self.path) if row["iteration"] <= iteration)
 
     def _append(self, row: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="ascii") as file:
-                file.write(_to_line(row))
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; free space or mend the folder, then resume") from error
+        with writing(self.path), self.path.open("a", encoding="ascii") as file:
+            file.write(_to_line(row))
 
     def _rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with writing(self.path), temporary.open("w", encoding="ascii") as file:
-            file.writelines(_to_line(row) for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        with writing(self.path):
+            with temporary.open("w", encoding="ascii") as file:
+                file.writelines(_to_line(row) for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
 
 
 class MetricsLog(JsonLinesLog):

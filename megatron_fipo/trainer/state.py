@@ -111,20 +111,18 @@ class RunDirectory:
             return target
         partial = self.checkpoints / f".{target.name}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "weights").mkdir(parents=True)
-            write_weights(partial / "weights")
-            with open(partial / "loop.json", "w") as file:
-                json.dump(asdict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot save {target}: {error.strerror}; the previous checkpoint is untouched.") from error
+            with writing(target):
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / "weights").mkdir(parents=True)
+                write_weights(partial / "weights")
+                with open(partial / "loop.json", "w") as file:
+                    json.dump(asdict(state), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        partial.rename(target)
         for older in self.checkpoints.glob(f"{PREFIX}*"):
             if older != target:
                 shutil.rmtree(older)
