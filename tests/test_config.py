@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -102,7 +103,7 @@ class TestLoad:
         [
             ("objective.halflife=3", "unknown key 'objective.halflife'; did you mean 'objective.half_life'?"),
             ("lr=3", "did you mean 'optimizer.lr'?"),
-            ("tensor_parallel_size=2", "did you mean 'parallel.tensor_model_parallel_size'?"),
+            ("tensor_model_parallel=2", "did you mean 'parallel.tensor_model_parallel_size'?"),
             ("optimiser.weight=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
             ("batch.qqq=3", "keys here are: batch.prompts_per_iteration"),
             ("optimizer.lr=fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
@@ -197,7 +198,17 @@ class TestValidate:
             ("batch.responses_per_prompt=1", "at least 2"),
             ("batch.max_tokens_per_micro_batch=143", "raise it to at least 144"),
             ("batch.max_tokens_per_micro_batch=71 parallel.context_parallel_size=2", "raise it to at least 72"),
-            ("rollout.prompts_per_round=10", "can never give"),
+            ("rollout.max_prompts=10", "can never give"),
+            ("rollout.engine_tensor_parallel_size=2", "needs rollout.engine=vllm"),
+            ("rollout.engine=vllm rollout.engine_tensor_parallel_size=3", "does not divide the model's"),
+            ("rollout.placement=colocated", "needs rollout.engine=vllm"),
+            ("rollout.engine=vllm rollout.placement=colocated rollout.mode=one_step_off", "needs rollout.mode=synchronous"),
+            ("rollout.mode=one_step_off rollout.max_staleness=0", "raise rollout.max_staleness"),
+            ("deterministic=true rollout.mode=fully_asynchronous", "deterministic=true needs"),
+            ("deterministic=true rollout.unfinished=continue", "deterministic=true needs"),
+            ("checkpoint.keep_last=0", "checkpoint.keep_last has to be at least 1"),
+            ("max_walltime_minutes=0", "max_walltime_minutes has to be above 0"),
+            ("objective.correction_cap=0", "objective.correction_cap has to be above 0"),
             ("rollout.max_staleness=-1", "rollout.max_staleness has to be at least 0"),
             ("rollout.weight_bucket_mb=0", "rollout.weight_bucket_mb has to be at least 1, not 0"),
             ("rollout.temperature=0", "rollout.temperature has to be above 0"),
@@ -244,6 +255,9 @@ class TestValidate:
             "objective.name=grpo objective.clip_high=2.0 objective.dual_clip=1.5",
             "objective.name=dapo objective.normalization=reference_micro_batch",
             "rollout.num_engines=64",
+            "rollout.engine=vllm rollout.placement=colocated",
+            "rollout.mode=fully_asynchronous rollout.unfinished=continue objective.correction=tis",
+            "deterministic=true rollout.mode=one_step_off",
             "batch.max_tokens_per_micro_batch=144",
             "rollout.max_response_length=496",
         ],
@@ -256,6 +270,13 @@ class TestValidate:
         validate(config, ARCHITECTURE, Machine(cpus=2, gpus=6))
         with pytest.raises(UserError, match=r"`parallel` need 4 ranks .* rollout\.num_engines=2 .* there are 5 GPUs"):
             validate(config, ARCHITECTURE, Machine(cpus=64, gpus=5))
+        config.rollout.engine = "vllm"
+        config.rollout.engine_tensor_parallel_size = 2
+        validate(config, ARCHITECTURE, Machine(cpus=2, gpus=8))
+        with pytest.raises(UserError, match=r"need 4 more GPUs, but there are 7 GPUs"):
+            validate(config, ARCHITECTURE, Machine(cpus=64, gpus=7))
+        config.rollout.placement = "colocated"
+        validate(config, ARCHITECTURE, Machine(cpus=2, gpus=4))
         supervised = load_config(None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig)
         validate_sft(supervised, ARCHITECTURE, Machine(cpus=2, gpus=4))
 
@@ -286,7 +307,8 @@ class TestValidate:
         """A new setting is either given a range or is one of these, which other checks look at."""
         module = __import__(validate_function.__module__, fromlist=["AT_LEAST_ONE"])
         ranged = module.AT_LEAST_ONE | module.AT_LEAST_ZERO | module.ABOVE_ZERO | module.SHARES | module.BELOW_ONE
-        numbers = {key for schema in (Config, SftConfig) for key, kind in leaves(schema) if kind in (int, float)}
+        kinds = (int, float, Optional[float])
+        numbers = {key for schema in (Config, SftConfig) for key, kind in leaves(schema) if kind in kinds}
         assert numbers - ranged == {"batch.responses_per_prompt", "objective.dual_clip"}
         assert ranged <= numbers
 

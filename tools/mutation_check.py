@@ -25,6 +25,9 @@ HEAD = "distributed/test_head.py::test_values_and_gradients_equal_full_logits"
 GRID = "distributed/test_policy_grid.py::test_loss_and_every_gradient_equal_the_oracle"
 FIRST_STEP = "distributed/test_policy_grid.py::test_first_mini_step_reproduces_old_log_probs_bit_for_bit"
 COLLECTIVES = "distributed/test_loss_path.py::test_the_collectives_of_a_micro_batch_and_their_bytes"
+CORRECTION = "objective/test_correction.py"
+WEIGHED = "test_every_token_is_weighed_and_nothing_else_changes"
+SPREAD = "test_statistics_are_their_definitions_however_the_tokens_are_spread"
 NO_ROWS = "distributed/test_loss_path.py::test_ranks_without_rows_take_part_in_every_collective"
 NO_WAIT = "distributed/test_loss_path.py::test_neither_forward_nor_backward_waits_for_the_device"
 MEMORY = "distributed/test_loss_path.py::test_nothing_as_large_as_the_logits_is_made_or_kept"
@@ -43,6 +46,7 @@ class Mutant:
 
 
 FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/policy_loss.py", "objective/scan_plan.py"
+CORRECTION_FILE, STATISTICS = "objective/correction.py", "objective/statistics.py"
 SHARD, HEAD_FILE, POLICY = "batching/shard.py", "model/head.py", "trainer/policy.py"
 
 MUTANTS = (
@@ -195,6 +199,97 @@ MUTANTS = (
         "return torch.where(usable, value, 0.0)",
         "return torch.where(mask, value, 0.0)",
         ("objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",),
+    ),
+    Mutant(
+        "correction: weight not capped",
+        CORRECTION_FILE,
+        "return weight.clamp(max=objective.correction_cap)",
+        "return weight",
+        (f"{CORRECTION}::test_by_hand[tis", f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[1-tis"),
+    ),
+    Mutant(
+        "correction: mask keeps tokens beyond the cap",
+        CORRECTION_FILE,
+        "torch.where(weight <= objective.correction_cap, weight, 0.0)",
+        "weight.clamp(max=objective.correction_cap)",
+        (f"{CORRECTION}::test_by_hand[mis", f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[cp2-mis"),
+    ),
+    Mutant(
+        "correction: trainer and engine exchanged",
+        CORRECTION_FILE,
+        "torch.where(known, old_log_probs - rollout_log_probs, 0.0)",
+        "torch.where(known, rollout_log_probs - old_log_probs, 0.0)",
+        (f"{CORRECTION}::test_by_hand", f"{CORRECTION}::{SPREAD}", LOSS, f"{GRID}[1-tis"),
+    ),
+    Mutant(
+        "correction: weight of the new policy, not of the old",
+        LOSS_FILE,
+        "mismatch=compare(rows.old_log_probs, rows.rollout_log_probs, usable)",
+        "mismatch=compare(log_probs, rows.rollout_log_probs, usable)",
+        (f"{CORRECTION}::{WEIGHED}", f"{CORRECTION}::{SPREAD}", LOSS, f"{GRID}[1-tis"),
+    ),
+    Mutant(
+        "correction: FutureKL and ratio against the engine",
+        LOSS_FILE,
+        "log_ratio = contained(log_probs - rows.old_log_probs)",
+        "log_ratio = contained(log_probs - (rows.rollout_log_probs if objective.corrects else rows.old_log_probs))",
+        (f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[1-tis"),
+    ),
+    Mutant(
+        "correction: KL term weighed too",
+        LOSS_FILE,
+        "    loss = surrogate\n    if objective.kl_coefficient:\n        loss = loss + objective.kl_coefficient * tokens.reference_kl\n",
+        "    loss = surrogate\n    if objective.kl_coefficient:\n"
+        "        weight = correction_factor(tokens.mismatch.weight, objective) if objective.corrects else 1.0\n"
+        "        loss = loss + weight * objective.kl_coefficient * tokens.reference_kl\n",
+        (LOSS,),
+    ),
+    Mutant(
+        "correction: in force without being asked for",
+        LOSS_FILE,
+        "    if objective.corrects:\n        surrogate",
+        "    if rows.rollout_log_probs is not None:\n        surrogate",
+        (f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss", LOSS, f"{GRID}[1-fipo-False-160"),
+    ),
+    Mutant(
+        "correction: denominator leaves masked tokens out",
+        LOSS_FILE,
+        "return kept, kept.sum()",
+        "return kept, (kept * (tokens_within_cap(rows, objective) if objective.corrects else 1)).sum()\n\n\n"
+        "def tokens_within_cap(rows, objective):\n"
+        "    return (rows.old_log_probs - rows.rollout_log_probs).exp() <= objective.correction_cap",
+        (f"{CORRECTION}::test_tokens_left_out_by_the_mask_still_count", f"{CORRECTION}::{WEIGHED}", f"{GRID}[cp2-mis"),
+    ),
+    Mutant(
+        "correction: a NaN of the engine goes unnoticed",
+        LOSS_FILE,
+        "rollout_log_probs = rows.rollout_log_probs if objective.corrects else None",
+        "rollout_log_probs = None",
+        (
+            f"{CORRECTION}::test_a_broken_log_prob_of_the_engine_takes_out_its_response_only",
+            "objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",
+        ),
+    ),
+    Mutant(
+        "correction: a NaN of the engine spoils the report",
+        CORRECTION_FILE,
+        "known = usable & rollout_log_probs.isfinite()",
+        "known = usable",
+        (f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss",),
+    ),
+    Mutant(
+        "correction: the engine's log-prob of the token, not of its label",
+        SHARD,
+        "torch.from_numpy(whole.rollout_log_probs[row_token])",
+        "torch.from_numpy(whole.rollout_log_probs[row_token - 1])",
+        ("batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once", f"{GRID}[1-tis"),
+    ),
+    Mutant(
+        "correction: effective sample size not divided by the tokens",
+        STATISTICS,
+        '_ratio(s["importance"].square(), compared * s["importance_squared"])',
+        '_ratio(s["importance"].square(), s["importance_squared"])',
+        (f"{CORRECTION}::{SPREAD}", f"{CORRECTION}::test_statistics_at_the_ends"),
     ),
     Mutant(
         "a NaN row reaches the head's gradient",

@@ -38,10 +38,8 @@ class PackedShard:
     """int64 [R]: local token of each row, rising."""
     labels: Tensor
     """int64 [R]: the token that follows it."""
-    rollout_log_probs: Tensor
-    """float32 [R]: log-probability of the label under the rollout engine."""
     rows: PolicyRows
-    """What the loss needs. `old_log_probs` are zeros until `with_old_log_probs`."""
+    """What the loss needs, the rollout engine's log-probs included. `old_log_probs` are zeros until `with_old_log_probs`."""
     row_sequence: np.ndarray
     """int64 [R], host: sequence of each row."""
     row_position: np.ndarray
@@ -143,6 +141,7 @@ def build_shard(
         last_row=torch.from_numpy((row_token == last_row[row_sequence]).astype(np.float32)),
         response_length=torch.from_numpy(row_count.astype(np.float32)),
         plan=build_scan_plan(table, context_parallel_rank, row_sequence, row_position),
+        rollout_log_probs=torch.from_numpy(whole.rollout_log_probs[row_token]),
     )
     return PackedShard(
         input_ids=torch.from_numpy(whole.ids[local])[None],
@@ -151,7 +150,6 @@ def build_shard(
         max_seqlen=int(whole.padded.max()),
         row_index=torch.from_numpy(row_index),
         labels=torch.from_numpy(whole.ids[row_token + 1]),
-        rollout_log_probs=torch.from_numpy(whole.rollout_log_probs[row_token]),
         rows=rows,
         row_sequence=row_sequence,
         row_position=row_position,

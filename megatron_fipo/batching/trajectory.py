@@ -5,6 +5,15 @@ from typing import Any
 
 
 @dataclass
+class VersionSpan:
+    """Tokens `start` to `end` (exclusive) of a response were sampled by weights of `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass
 class Trajectory:
     """One response to one prompt, with what sampling and scoring learnt about it.
 
@@ -19,8 +28,8 @@ class Trajectory:
     """1 where the policy chose the token, 0 where a tool did. FutureKL still decays over the zeros."""
     rollout_log_probs: list[float]
     """Natural-log probability under the rollout engine. A health metric; never the loss's old log-probs."""
-    weight_version: int
-    """Version of the weights that sampled this response."""
+    spans: list[VersionSpan]
+    """Which weights sampled which tokens; covers the response without gaps."""
     finish_reason: str
     """`stop` (end-of-sequence token seen) or `length` (cut at the response limit)."""
     reward: float = 0.0
@@ -30,6 +39,11 @@ class Trajectory:
     advantage: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
     """Whatever the reward wants logged, e.g. the extracted answer."""
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the weights that sampled the first token; versions never fall along a response."""
+        return self.spans[0].version
 
     @property
     def length(self) -> int:

@@ -145,7 +145,7 @@ def _nearest_key(key: str, root: Any, siblings: Any, prefix: str) -> str:
     keys = [name for name, _ in leaves(root)] + ([] if prefix else list(siblings))
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf]
-    nearest = same_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    nearest = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
     if not nearest:
         by_leaf = {name.rpartition(".")[2]: name for name in keys}
         nearest = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]

@@ -106,6 +106,11 @@ class ObjectiveSettings:
     """Weight of the k3 estimate of KL to the initial model (grpo only)."""
     entropy_coefficient: float = 0.0
     """Weight of an entropy bonus. 0 holds no memory for its gradient."""
+    correction: str = _choice("none", "tis", "mis")
+    """Off-policy correction by w = exp(old log-prob of the trainer - log-prob of the rollout engine), per token: `tis` multiplies
+    the token's loss by min(w, correction_cap), `mis` by w where w <= correction_cap and by 0 elsewhere."""
+    correction_cap: float = 2.0
+    """Largest importance weight."""
 
 
 @dataclass
@@ -149,9 +154,29 @@ class RolloutConfig:
     """Sampling of responses, and dynamic sampling of groups."""
 
     engine: str = _choice("local", "vllm")
-    """`local` generates with transformers. `vllm` is for --dry-run alone: this version cannot start it."""
+    """`vllm` generates with vLLM; `local` with transformers, for small models and machines without vLLM."""
     num_engines: int = 1
-    """Engine replicas; requests are spread over them. Each takes one GPU where there are any."""
+    """Engine replicas; requests are spread over them."""
+    engine_tensor_parallel_size: int = 1
+    """Ranks that share one engine's model (vllm only). Each takes one GPU where there are any."""
+    placement: str = _choice("separate", "colocated")
+    """`separate` gives engines GPUs of their own. `colocated` lets them share the trainer's: they sleep, their memory given back,
+    while the trainer works (vllm and mode=synchronous only)."""
+    gpu_memory_share: float = 0.85
+    """Share of a GPU's memory that an engine takes for weights and KV cache (vllm on GPUs only)."""
+    mode: str = _choice("synchronous", "one_step_off", "fully_asynchronous")
+    """`synchronous` samples, then trains. `one_step_off` samples the next iteration while this one trains, whole iterations with
+    one weight version. `fully_asynchronous` never stops sampling; new weights reach responses that are half done."""
+    unfinished: str = _choice("drop", "continue")
+    """Responses not finished when an iteration has its groups. `drop` starts only prompts that can still be needed, so nothing is
+    left over. `continue` keeps `prompts_in_flight` prompts going; what is unfinished goes on under the next weights."""
+    prompts_in_flight: int = 1024
+    """Prompts at the engines at one time."""
+    max_prompts: int = 20480
+    """Prompts that dynamic sampling may start for one iteration before it goes on with the groups it has."""
+    max_staleness: int = 1
+    """A group is trained on at most this many weight versions after its oldest token was sampled; older ones are dropped.
+    In `fully_asynchronous` it also bounds how far sampling runs ahead."""
     temperature: float = 1.0
     """Sampling temperature. The head divides logits by the same number."""
     top_p: float = 1.0
@@ -160,18 +185,20 @@ class RolloutConfig:
     """Longer prompts are refused when the dataset is read."""
     max_response_length: int = 20480
     """Generation stops here with finish reason `length`."""
-    prompts_per_round: int = 2048
-    """Prompts sent to the engines per generation round."""
-    max_generation_rounds: int = 10
-    """Rounds of dynamic sampling before an iteration goes on with what it has."""
-    max_staleness: int = 1
-    """Surplus groups are used for at most this many later weight versions; 0 discards them."""
     max_retries: int = 2
     """Times a failed request is sent again before its group is dropped and counted."""
     timeout_s: float = 3600.0
-    """Seconds an engine may take for one round or one weight update."""
+    """Seconds an engine may take to load, to answer one call, or to take new weights."""
+    health_timeout_s: float = 60.0
+    """Seconds an engine may leave a health probe unanswered before it counts as hung."""
+    max_restarts: int = 3
+    """Times an engine is started again after it died, hung or answered garbage; then the others go on without it."""
     weight_bucket_mb: int = 256
     """Size of the pieces in which weights travel to the engines."""
+    check_weight_sync: int = 1
+    """Every so many weight updates, compare a checksum of each tensor on both sides and stop on a difference; 0 for never."""
+    dump_every: int = 0
+    """Iterations between dumps of the trained trajectories to run_dir/rollouts, for `train --replay`; 0 for none."""
 
 
 @dataclass
@@ -221,6 +248,22 @@ class EvaluationConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When the run's state is saved, and which checkpoints stay. The newest complete one always does."""
+
+    every: int = 5
+    """Iterations between checkpoints; 0 saves only at the end and on interruption."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; a writer that fails stops the run with its reason."""
+    keep_last: int = 1
+    """The newest so many checkpoints stay."""
+    keep_best: int = 0
+    """So do this many with the best held-out accuracy (avg@k)."""
+    keep_every: int = 0
+    """So does each whose iteration is a multiple of this; 0 for none."""
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides the console and the run directory."""
 
@@ -247,14 +290,18 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str = "???"
     """Where the run keeps its state, metrics, report and model. An existing run of the same config continues."""
     iterations: int = 500
     """Iterations of rollout and update."""
-    save_every: int = 5
-    """Iterations between checkpoints; 0 saves only at the end and on interruption."""
     seed: int = 1
     """Of data order, sampling and initialisation."""
+    deterministic: bool = False
+    """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died or the run was
+    resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, whose timing decides what is sampled."""
+    max_walltime_minutes: Optional[float] = None
+    """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
     ray_address: Optional[str] = None
     """Address of a running Ray cluster; null starts one on this machine."""
 

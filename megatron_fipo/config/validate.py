@@ -23,11 +23,13 @@ AT_LEAST_ONE = {
     "rollout.num_engines",
     "rollout.max_prompt_length",
     "rollout.max_response_length",
-    "rollout.prompts_per_round",
-    "rollout.max_generation_rounds",
+    "rollout.engine_tensor_parallel_size",
+    "rollout.prompts_in_flight",
+    "rollout.max_prompts",
     "rollout.weight_bucket_mb",
     "data.train_size",
     "data.evaluation_size",
+    "checkpoint.keep_last",
     "evaluation.samples_per_problem",
     "iterations",
     "steps",
@@ -47,7 +49,12 @@ AT_LEAST_ZERO = {
     "reward.overlong_factor",
     "evaluation.every",
     "evaluation.temperature",
-    "save_every",
+    "checkpoint.every",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
+    "rollout.max_restarts",
+    "rollout.check_weight_sync",
+    "rollout.dump_every",
     "seed",
 }
 ABOVE_ZERO = {
@@ -58,8 +65,11 @@ ABOVE_ZERO = {
     "optimizer.adam_eps",
     "rollout.temperature",
     "rollout.timeout_s",
+    "rollout.health_timeout_s",
+    "objective.correction_cap",
+    "max_walltime_minutes",
 }
-SHARES = {"rollout.top_p", "evaluation.top_p"}
+SHARES = {"rollout.gpu_memory_share", "rollout.top_p", "evaluation.top_p"}
 """Above 0 and at most 1."""
 BELOW_ONE = {"objective.clip_low", "optimizer.adam_beta1", "optimizer.adam_beta2"}
 """At least 0 and below 1."""
@@ -81,11 +91,12 @@ def validate(config: Config, architecture: "Architecture | None" = None, machine
     _check_ranges(config)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
-        _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout.num_engines)
+        _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
     _check_objective(config.objective)
+    _check_rollout(config, architecture)
     if config.reward.overlong_buffer >= config.rollout.max_response_length:
         raise UserError(
             f"reward.overlong_buffer={config.reward.overlong_buffer} has to be below "
@@ -122,7 +133,7 @@ def _check_ranges(config: Any) -> None:
     )
     for key, value in leaves(config):
         for keys, meaning, holds in rules:
-            if key in keys and not holds(value):
+            if key in keys and value is not None and not holds(value):
                 raise UserError(f"{key} has to be {meaning}, not {value}")
         if isinstance(value, float) and math.isinf(value) and key != "objective.half_life":
             raise UserError(f"{key} has to be finite, not {value}")
@@ -159,17 +170,23 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
         )
 
 
-def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, engines: int = 0) -> None:
-    """Ranks and rollout engines take a GPU each; on a machine without GPUs the engines share the ranks' cores."""
+def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, rollout: RolloutConfig | None = None) -> None:
+    """Ranks and rollout engines take GPUs of their own, unless colocated; on a machine without GPUs the engines share the ranks' cores."""
     kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
-    engines = engines if machine.gpus else 0
+    apart = rollout is not None and machine.gpus and rollout.placement == "separate"
+    engines = rollout.num_engines * rollout.engine_tensor_parallel_size if rollout is not None and apart else 0
     if parallel.world_size + engines > available:
         ranks = (
             f"the sizes of `parallel` need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
             f"{parallel.data_parallel_size})"
         )
-        more = f" and rollout.num_engines={engines} adds as many engines, each on a GPU of its own" if engines else ""
+        more = (
+            f" and rollout.num_engines={rollout.num_engines} of rollout.engine_tensor_parallel_size="
+            f"{rollout.engine_tensor_parallel_size} need {engines} more GPUs"
+            if rollout is not None and engines
+            else ""
+        )
         raise UserError(f"{ranks}{more}, but there are {available} {kind}; lower one or join a larger Ray cluster (ray_address)")
     if layer_spec == "transformer_engine" and not machine.gpus:
         raise UserError("layer_spec=transformer_engine needs a GPU; use auto or portable here")
@@ -190,10 +207,10 @@ def _check_batch(config: Config) -> None:
             f"{batch.mini_batch_prompts * batch.responses_per_prompt} responses of a mini-batch; lower it or raise "
             "batch.mini_batch_prompts"
         )
-    if rollout.prompts_per_round * rollout.max_generation_rounds < batch.prompts_per_iteration:
+    if rollout.max_prompts < batch.prompts_per_iteration:
         raise UserError(
-            f"rollout.prompts_per_round={rollout.prompts_per_round} times rollout.max_generation_rounds="
-            f"{rollout.max_generation_rounds} can never give batch.prompts_per_iteration={batch.prompts_per_iteration}; raise one"
+            f"rollout.max_prompts={rollout.max_prompts} can never give batch.prompts_per_iteration={batch.prompts_per_iteration}; "
+            "raise it"
         )
     longest = rollout.max_prompt_length + rollout.max_response_length
     padded = -(-longest // parallel.length_multiple) * parallel.length_multiple
@@ -203,6 +220,31 @@ def _check_batch(config: Config) -> None:
             f"a prompt and response may take {padded} padded tokens, but batch.max_tokens_per_micro_batch="
             f"{batch.max_tokens_per_micro_batch} x context_parallel_size={parallel.context_parallel_size} holds {room}; raise it "
             f"to at least {-(-padded // parallel.context_parallel_size)}, or lower rollout.max_response_length"
+        )
+
+
+def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
+    rollout = config.rollout
+    heads = None if architecture is None else architecture.num_attention_heads
+    if heads is not None and heads % rollout.engine_tensor_parallel_size:
+        raise UserError(
+            f"rollout.engine_tensor_parallel_size={rollout.engine_tensor_parallel_size} does not divide the model's {heads} attention "
+            "heads; choose a divisor"
+        )
+    if rollout.engine != "vllm":
+        for key, other in (("engine_tensor_parallel_size", 1), ("placement", "separate")):
+            if getattr(rollout, key) != other:
+                raise UserError(f"rollout.{key}={getattr(rollout, key)} needs rollout.engine=vllm, not {rollout.engine}")
+    if rollout.placement == "colocated" and rollout.mode != "synchronous":
+        raise UserError(
+            f"rollout.placement=colocated needs rollout.mode=synchronous, not {rollout.mode}: engines sleep during updates"
+        )
+    if rollout.mode != "synchronous" and rollout.max_staleness < 1:
+        raise UserError(f"rollout.mode={rollout.mode} trains on groups one version old; raise rollout.max_staleness to 1 or more")
+    if config.deterministic and (rollout.mode == "fully_asynchronous" or rollout.unfinished == "continue"):
+        raise UserError(
+            "deterministic=true needs rollout.mode=synchronous or one_step_off and rollout.unfinished=drop: otherwise timing decides "
+            "which tokens are sampled with which weights"
         )
 
 

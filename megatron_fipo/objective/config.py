@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to ±20 before they are exponentiated; beyond, the gradient is 0."""
 NO_CLIP = (0.0, 10.0)
 """What `influence_clip=None` means: the authors' code still caps the weight at 10."""
 
@@ -67,6 +69,11 @@ class PolicyObjective:
     """Weight of the k3 estimate of KL(policy ‖ reference model); grpo only."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus; 0 needs no gradient of the entropy."""
+    correction: str = "none"
+    """By w = e^(old log-prob − rollout engine's log-prob): `tis` multiplies a token's policy loss by min(w, correction_cap),
+    `mis` by w where w <= correction_cap and by 0 elsewhere."""
+    correction_cap: float = 2.0
+    """Largest importance weight. Also what the reported share of capped tokens refers to."""
 
     def __post_init__(self) -> None:
         if self.name not in ("fipo", "dapo", "grpo"):
@@ -77,12 +84,21 @@ class PolicyObjective:
             raise ValueError(f"kl_coefficient is {self.kl_coefficient}, but {self.name} has no KL term: set it to 0 or use grpo")
         if not self.entropy_coefficient >= 0:
             raise ValueError(f"entropy_coefficient must be 0 or more, not {self.entropy_coefficient}")
+        if self.correction not in ("none", "tis", "mis"):
+            raise ValueError(f"correction must be none, tis or mis, not {self.correction!r}")
+        if not self.correction_cap > 0:
+            raise ValueError(f"correction_cap must be positive, not {self.correction_cap}")
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:
         """Where the ratio is clipped."""
         clip_high = self.settings.clip_low if self.name == "grpo" else self.settings.clip_high
         return 1.0 - self.settings.clip_low, 1.0 + clip_high
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the loss needs the rollout engine's log-probs."""
+        return self.correction != "none"
 
     @property
     def drops(self) -> bool:

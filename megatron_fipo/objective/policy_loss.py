@@ -13,16 +13,14 @@ from typing import Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fipo.objective.config import PolicyObjective
+from megatron_fipo.objective.config import LOG_RATIO_LIMIT, PolicyObjective
+from megatron_fipo.objective.correction import Mismatch, compare, correction_factor, mismatch_statistics
 from megatron_fipo.objective.future_kl import scan_future_kl
 from megatron_fipo.objective.scan_plan import ScanPlan
-from megatron_fipo.objective.statistics import Statistics
+from megatron_fipo.objective.statistics import Statistics, maxima_where, sums_where
 
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to ±20; beyond, the gradient is 0."""
 SAFE_INFLUENCE = (0.8, 1.0)
 """Range of the influence weight where the safety rule holds."""
 
@@ -43,6 +41,8 @@ class PolicyRows:
     """Where the rows lie; knows the sequence of each row."""
     reference_log_probs: Optional[Tensor] = None
     """[R], under the initial model; only for a KL term."""
+    rollout_log_probs: Optional[Tensor] = None
+    """[R], under the rollout engine that sampled: for the off-policy correction, and compared with the old ones where given."""
     mask: Optional[Tensor] = None
     """bool [R]: rows that count. None where every row is a response token, as in packed batches."""
 
@@ -83,6 +83,8 @@ class _Tokens:
     ratio: Tensor
     entropy: Tensor
     reference_kl: Tensor
+    mismatch: Mismatch
+    """Of the old log-probs and the rollout engine's."""
 
 
 def policy_loss(
@@ -103,7 +105,7 @@ def policy_loss(
     """
     _check_inputs(log_probs, entropy, rows, objective)
     settings = objective.settings
-    tokens = _contain_non_finite(log_probs, entropy, rows)
+    tokens = _contain_non_finite(log_probs, entropy, rows, objective)
 
     dual_clipped = (tokens.advantages < 0) & (tokens.ratio > settings.dual_clip)
     in_future_kl = tokens.log_ratio <= math.log(settings.dual_clip)
@@ -121,6 +123,8 @@ def policy_loss(
 
     influence = _influence_weights(future_kl, tokens, objective)
     surrogate = _surrogate(tokens, influence, objective)
+    if objective.corrects:
+        surrogate = correction_factor(tokens.mismatch.weight, objective) * surrogate
     loss = surrogate
     if objective.kl_coefficient:
         loss = loss + objective.kl_coefficient * tokens.reference_kl
@@ -148,7 +152,8 @@ def _check_inputs(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows
     if log_probs.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_probs must be float32 or float64, not {log_probs.dtype}")
     given = {"log_probs": log_probs, "entropy": entropy}
-    given |= {name: getattr(rows, name) for name in ("old_log_probs", "advantages", "last_row", "reference_log_probs", "mask")}
+    per_row = ("old_log_probs", "advantages", "last_row", "reference_log_probs", "rollout_log_probs", "mask")
+    given |= {name: getattr(rows, name) for name in per_row}
     for name, value in given.items():
         if value is not None and value.shape != (rows.plan.num_rows,):
             raise ValueError(f"{name} has shape {list(value.shape)}, but the plan has {rows.plan.num_rows} rows")
@@ -157,14 +162,20 @@ def _check_inputs(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows
         raise ValueError(f"response_length has shape {lengths}, but the plan has {rows.plan.num_sequences} sequences")
     if objective.kl_coefficient and rows.reference_log_probs is None:
         raise ValueError(f"kl_coefficient is {objective.kl_coefficient}, but the rows have no reference_log_probs")
+    if objective.corrects and rows.rollout_log_probs is None:
+        raise ValueError(f"correction is {objective.correction}, but the rows have no rollout_log_probs")
     if objective.entropy_coefficient and entropy is None:
         raise ValueError(f"entropy_coefficient is {objective.entropy_coefficient}, but no entropy was given")
 
 
-def _contain_non_finite(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows) -> _Tokens:
-    """Replace what is masked or not finite by zeros *before* any arithmetic: 0·NaN would bring a NaN back in backward."""
+def _contain_non_finite(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows, objective: PolicyObjective) -> _Tokens:
+    """Replace what is masked or not finite by zeros *before* any arithmetic: 0·NaN would bring a NaN back in backward.
+
+    The rollout engine's log-probs only count as a number of the row where the correction uses them.
+    """
     mask = torch.ones_like(log_probs, dtype=torch.bool) if rows.mask is None else rows.mask
-    inputs = (log_probs, rows.old_log_probs, rows.advantages, rows.reference_log_probs, entropy)
+    rollout_log_probs = rows.rollout_log_probs if objective.corrects else None
+    inputs = (log_probs, rows.old_log_probs, rows.advantages, rows.reference_log_probs, entropy, rollout_log_probs)
     finite = torch.stack([value.detach().isfinite() for value in inputs if value is not None]).all(dim=0)
     usable = mask & finite
 
@@ -181,6 +192,7 @@ def _contain_non_finite(log_probs: Tensor, entropy: Optional[Tensor], rows: Poli
         ratio=log_ratio.exp(),
         entropy=nothing if entropy is None else contained(entropy),
         reference_kl=nothing if rows.reference_log_probs is None else _k3(contained(rows.reference_log_probs - log_probs)),
+        mismatch=compare(rows.old_log_probs, rows.rollout_log_probs, usable),
     )
 
 
@@ -249,8 +261,6 @@ def _token_statistics(
         "influence_at_high": raw_influence >= highest,
         "influence_raw": raw_influence,
     }
-    sums = {name: torch.where(finite, value, 0.0).sum(dtype=torch.float64) for name, value in values.items()}
     extremes = {"influence_max": influence, "influence_negative_min": -influence}
-    # The appended -inf is the maximum of no rows at all.
-    maxima = {n: F.pad(torch.where(finite, v, -torch.inf), (0, 1), value=-torch.inf).amax() for n, v in extremes.items()}
-    return sums | maxima | {"tokens": tokens.mask.sum()}
+    mismatch = mismatch_statistics(tokens.mismatch, finite, objective.correction_cap)
+    return sums_where(finite, values) | maxima_where(finite, extremes) | mismatch | {"tokens": tokens.mask.sum()}

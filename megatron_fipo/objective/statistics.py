@@ -10,6 +10,7 @@ from typing import Optional
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 SUMS = (
@@ -34,8 +35,15 @@ SUMS = (
     "influence_at_low",
     "influence_at_high",
     "influence_raw",
+    "compared_tokens",  # finite tokens whose rollout log-prob is known and finite: what the numbers below are over
+    "rollout_difference",  # log-prob of the trainer's old weights minus that of the rollout engine
+    "rollout_difference_size",
+    "rollout_k3",
+    "importance",  # e^rollout_difference
+    "importance_squared",
+    "importance_capped",
 )
-MAXIMA = ("influence_max", "influence_negative_min")
+MAXIMA = ("influence_max", "influence_negative_min", "rollout_difference_max")
 
 
 @dataclass
@@ -64,7 +72,7 @@ class Statistics:
         return Statistics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
     def reduce(self, group: Optional[dist.ProcessGroup] = None) -> "Statistics":
-        """All ranks together. Two all-reduces over `group` (sum of 168 bytes, maximum of 16 bytes); none without a group."""
+        """All ranks together. Two all-reduces over `group` (sum of 224 bytes, maximum of 24 bytes); none without a group."""
         if group is None:
             return self
         sums, maxima = self.sums.clone(), self.maxima.clone()
@@ -75,8 +83,8 @@ class Statistics:
     def tensors(self) -> dict[str, Tensor]:
         """The reported numbers as 0-d tensors, still on the device. Means over nothing are 0."""
         s = dict(zip(SUMS, self.sums.unbind(), strict=True))
-        highest, negative_lowest = self.maxima.unbind()
-        tokens = s["finite_tokens"]
+        highest, negative_lowest, largest_difference = self.maxima.unbind()
+        tokens, compared = s["finite_tokens"], s["compared_tokens"]
         mean_log_ratio = _ratio(s["log_ratio"], tokens)
         variance = _ratio(s["log_ratio_squared"], tokens) - mean_log_ratio.square()
         token_mean = _ratio(s["token_mean_loss"], s["kept_tokens"])
@@ -104,12 +112,29 @@ class Statistics:
             "influence/share_at_low": _ratio(s["influence_at_low"], tokens),
             "influence/share_at_high": _ratio(s["influence_at_high"], tokens),
             "influence/raw_mean": _ratio(s["influence_raw"], tokens),
+            "rollout/compared_tokens": compared,
+            "rollout/log_prob_difference": _ratio(s["rollout_difference_size"], compared),
+            "rollout/log_prob_difference_max": torch.where(compared > 0, largest_difference, 0.0),
+            "rollout/kl": -_ratio(s["rollout_difference"], compared),
+            "rollout/kl_k3": _ratio(s["rollout_k3"], compared),
+            "rollout/effective_sample_size": _ratio(s["importance"].square(), compared * s["importance_squared"]),
+            "rollout/capped_fraction": _ratio(s["importance_capped"], compared),
         }
 
     def finalize(self) -> dict[str, float]:
         """The reported numbers on the host: the one copy of a mini-step, to be called after `reduce`."""
         named = self.tensors()
         return dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
+
+
+def sums_where(counted: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each value [R] summed over the rows that are `counted` (bool [R]), in float64."""
+    return {name: torch.where(counted, value, 0.0).sum(dtype=torch.float64) for name, value in values.items()}
+
+
+def maxima_where(counted: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each value's [R] largest over the rows that are `counted` (bool [R]); -inf over no rows."""
+    return {n: F.pad(torch.where(counted, v, -torch.inf), (0, 1), value=-torch.inf).amax() for n, v in values.items()}
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ class Work:
 
     responses: int
     """Trained on per iteration."""
-    responses_per_round: int
-    """Generated per round of dynamic sampling."""
+    responses_in_flight: int
+    """At the engines at one time."""
     longest_sequence: int
     """Tokens of prompt and response, padded for the context split."""
     mini_steps: int
@@ -149,7 +149,7 @@ def _work(config: Config) -> Work:
     per_rank = -(-per_mini_step // parallel.data_parallel_size)
     return Work(
         responses=responses,
-        responses_per_round=rollout.prompts_per_round * batch.responses_per_prompt,
+        responses_in_flight=rollout.prompts_in_flight * batch.responses_per_prompt,
         longest_sequence=padded,
         mini_steps=batch.prompts_per_iteration // batch.mini_batch_prompts,
         responses_per_mini_step=per_mini_step,

@@ -42,8 +42,6 @@ def _overview(config: Config, architecture: Architecture, plan: Plan) -> Rendera
     table.add_row("sequence parallel", "yes" if config.parallel.sequence_parallel else "no")
     table.add_row("iterations", f"{config.iterations:,}")
     table.add_row("run directory", config.run_dir)
-    if config.rollout.engine == "vllm":
-        table.add_row("note", "this version cannot start rollout.engine=vllm")
     return table
 
 
@@ -84,8 +82,9 @@ def _iteration(config: Config, plan: Plan) -> RenderableType:
     )
     table.add_row(
         "rollout",
-        f"{work.responses_per_round:,} responses per round, {rollout.max_generation_rounds} rounds, "
-        f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}",
+        f"{work.responses_in_flight:,} responses at a time, {rollout.mode}, "
+        f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}"
+        + (f" x {rollout.engine_tensor_parallel_size} ranks" if rollout.engine_tensor_parallel_size > 1 else ""),
     )
     table.add_row("trained on", f"{work.responses:,} responses, {work.tokens_per_iteration:,} tokens")
     table.add_row(

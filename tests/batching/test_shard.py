@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.batching.shard import build_shard, zigzag_table
-from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.objective.config import PolicyObjective
 from megatron_fipo.objective.policy_loss import policy_loss
 from tests.ranks import run_ranks
@@ -25,7 +25,7 @@ def trajectory(prompt, mask, advantage=1.0, seed=0):
         response_ids=rng.integers(0, 99, len(mask)).tolist(),
         response_mask=list(mask),
         rollout_log_probs=rng.normal(size=len(mask)).astype(np.float32).tolist(),
-        weight_version=0,
+        spans=[VersionSpan(0, 0, len(mask))],
         finish_reason="stop",
         advantage=advantage,
     )
@@ -72,7 +72,7 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
             shard.row_position.tolist(),
             shard.labels.tolist(),
             shard.rows.advantages.tolist(),
-            shard.rollout_log_probs.tolist(),
+            shard.rows.rollout_log_probs.tolist(),
             shard.rows.last_row.tolist(),
             strict=True,
         )
@@ -120,7 +120,7 @@ def test_the_zigzag_evens_out_causal_attention(cp):
 
 
 def loss_of(shard, objective=PolicyObjective()):  # noqa: B008
-    log_probs = shard.rollout_log_probs.double().requires_grad_()
+    log_probs = shard.rows.rollout_log_probs.double().requires_grad_()
     rows = replace(shard.rows, old_log_probs=shard.rows.old_log_probs.double())
     result = policy_loss(log_probs, None, rows, objective)
     result.loss_sum.backward()
@@ -143,7 +143,7 @@ def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
 
 def context_parallel_loss(rank, world_size, batch):
     shard = shards(batch, world_size)[rank]
-    log_probs = shard.rollout_log_probs.clone().requires_grad_()
+    log_probs = shard.rows.rollout_log_probs.clone().requires_grad_()
     result = policy_loss(log_probs, None, shard.rows, PolicyObjective(), torch.distributed.group.WORLD)
     result.loss_sum.backward()
     return result.loss_sum.item(), result.normalizer.item(), shard.scatter_rows(log_probs.grad)

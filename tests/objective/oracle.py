@@ -25,6 +25,7 @@ class Response:
     mask: Tensor
     reference_log_probs: Optional[Tensor] = None
     entropy: Optional[Tensor] = None
+    rollout_log_probs: Optional[Tensor] = None
 
     @property
     def tokens(self) -> list[int]:
@@ -66,7 +67,7 @@ def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tens
     """Loss of each token that counts, F and f of every position, and whether the response is kept."""
     settings = objective.settings
     tokens = response.tokens
-    if not _is_finite(response):
+    if not _is_finite(response, objective):
         nothing = torch.zeros(len(response.mask), dtype=torch.float64)
         return nothing[:0], nothing, nothing, False
     delta = (response.log_probs - response.old_log_probs).clamp(-20, 20)
@@ -93,6 +94,8 @@ def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tens
     advantage = response.advantages * weights
     bounded = ratio.clamp(min=1 - settings.clip_low).clamp(max=settings.dual_clip)
     loss = -advantage * torch.where(advantage >= 0, ratio.clamp(max=1 + clip_high), bounded)
+    if objective.correction != "none":
+        loss = loss * torch.tensor([_correction(response, t, objective) for t in range(len(delta))], dtype=torch.float64)
     if objective.kl_coefficient:
         assert response.reference_log_probs is not None
         gap = response.reference_log_probs - response.log_probs
@@ -103,9 +106,23 @@ def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tens
     return loss[tokens], future_kl, weights, kept
 
 
-def _is_finite(response: Response) -> bool:
+def _correction(response: Response, t: int, objective: PolicyObjective) -> float:
+    """What token t's policy loss is multiplied by: a number, not a function of the policy being trained. 1 for masked tokens."""
+    if not response.mask[t]:
+        return 1.0
+    assert response.rollout_log_probs is not None
+    difference = response.old_log_probs[t].item() - response.rollout_log_probs[t].item()
+    weight = math.exp(min(max(difference, -20.0), 20.0))
+    if objective.correction == "tis":
+        return min(weight, objective.correction_cap)
+    return weight if weight <= objective.correction_cap else 0.0
+
+
+def _is_finite(response: Response, objective: PolicyObjective) -> bool:
     tokens = response.tokens
-    given = (response.log_probs, response.old_log_probs, response.advantages, response.reference_log_probs, response.entropy)
+    given = [response.log_probs, response.old_log_probs, response.advantages, response.reference_log_probs, response.entropy]
+    if objective.correction != "none":
+        given.append(response.rollout_log_probs)
     return all(bool(values[tokens].isfinite().all()) for values in given if values is not None)
 
 

@@ -64,7 +64,9 @@ def packed_rows(
         starts = np.cumsum([0] + [len(v) for v in values[:-1]])
         return torch.from_numpy(np.concatenate(values)[starts[sequence] + token].astype(np.float64))
 
-    with_reference = responses[0].reference_log_probs is not None
+    def if_given(field: str) -> Tensor | None:
+        return None if getattr(responses[0], field) is None else rows(field)
+
     return (
         PolicyRows(
             old_log_probs=rows("old_log_probs"),
@@ -72,15 +74,19 @@ def packed_rows(
             last_row=torch.from_numpy((token == last[sequence]).astype(np.float64)),
             response_length=torch.tensor([float(len(r.tokens)) for r in responses], dtype=torch.float64),
             plan=build_scan_plan(table, rank, sequence, position),
-            reference_log_probs=rows("reference_log_probs") if with_reference else None,
+            reference_log_probs=if_given("reference_log_probs"),
+            rollout_log_probs=if_given("rollout_log_probs"),
         ),
         list(zip(sequence.tolist(), token.tolist(), strict=True)),
     )
 
 
 def random_responses(seed: int, lengths: Sequence[int], *, drift: float = 0.3, outliers: float = 0.02) -> list[Response]:
-    """Responses with holes in the mask, log-ratios of scale `drift`, and a share of outliers beyond the dual clip."""
-    random = torch.Generator().manual_seed(seed)
+    """Responses with holes in the mask, log-ratios of scale `drift`, and a share of outliers beyond the dual clip.
+
+    The rollout engine differs from the old policy by a standard normal number, so a quarter of its weights are above 2.
+    """
+    random, engine = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     responses = []
     for length in lengths:
         old = -torch.rand(length, generator=random, dtype=torch.float64) * 4 - 0.1
@@ -96,6 +102,7 @@ def random_responses(seed: int, lengths: Sequence[int], *, drift: float = 0.3, o
                 mask=mask,
                 reference_log_probs=old + torch.randn(length, generator=random, dtype=torch.float64) * 0.2,
                 entropy=torch.rand(length, generator=random, dtype=torch.float64).requires_grad_(),
+                rollout_log_probs=old - torch.randn(length, generator=engine, dtype=torch.float64),
             )
         )
     return responses

@@ -110,6 +110,9 @@ BAD_SETTINGS = [
     (PolicyObjective, {"name": "grpo", "kl_coefficient": -0.1}),
     (PolicyObjective, {"name": "fipo", "kl_coefficient": 0.1}),
     (PolicyObjective, {"entropy_coefficient": -0.1}),
+    (PolicyObjective, {"correction": "clip"}),
+    (PolicyObjective, {"correction_cap": 0.0}),
+    (PolicyObjective, {"correction_cap": float("nan")}),
 ]
 
 

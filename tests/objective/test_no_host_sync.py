@@ -67,11 +67,16 @@ def test_the_watch_sees_a_sync(bad) -> None:
 
 @pytest.mark.parametrize("name", ["fipo", "dapo", "grpo"])
 @pytest.mark.parametrize("normalization", ["token_mean", "reference_micro_batch"])
-def test_the_packed_loss_never_syncs(name, normalization) -> None:
+@pytest.mark.parametrize("correction", ["none", "tis", "mis"])
+def test_the_packed_loss_never_syncs(name, normalization, correction) -> None:
     rows, _ = packed_rows(random_responses(0, [300, 4]), [5, 6], zigzag([305, 10], 1), 0)
     log_probs = (rows.old_log_probs + 0.1).requires_grad_()
     objective = PolicyObjective(
-        name, FIPOConfig(normalization=normalization), kl_coefficient=0.1 * (name == "grpo"), entropy_coefficient=0.1
+        name,
+        FIPOConfig(normalization=normalization),
+        kl_coefficient=0.1 * (name == "grpo"),
+        entropy_coefficient=0.1,
+        correction=correction,
     )
 
     def loss() -> torch.Tensor:

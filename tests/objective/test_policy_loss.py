@@ -22,6 +22,11 @@ OBJECTIVES = {
     "dapo": PolicyObjective("dapo"),
     "dapo_reference": PolicyObjective("dapo", FIPOConfig(normalization="reference_micro_batch")),
     "grpo_kl": PolicyObjective("grpo", kl_coefficient=0.05, entropy_coefficient=0.01),
+    "fipo_tis": PolicyObjective("fipo", SAFE_7B, correction="tis", correction_cap=1.5, entropy_coefficient=0.01),
+    "fipo_reference_mis": PolicyObjective(
+        "fipo", replace(SAFE_7B, normalization="reference_micro_batch"), correction="mis", correction_cap=1.5
+    ),
+    "grpo_kl_tis": PolicyObjective("grpo", kl_coefficient=0.05, correction="tis"),
 }
 LENGTHS = [1, 5, 37, 64, 3, 130, 90, 2]
 """One token; fewer tokens than chunks; not multiples of 2·cp; more than one block."""
@@ -163,7 +168,7 @@ def test_the_grid_exercises_the_rules(expected) -> None:
     assert np.ptp(losses) > 1e-3
 
 
-def _count_collectives(rank: int, world_size: int, length: int) -> list[tuple[str, int]]:
+def _count_collectives(rank: int, world_size: int, length: int, correction: str) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
 
     def counted(name, function):
@@ -183,27 +188,28 @@ def _count_collectives(rank: int, world_size: int, length: int) -> list[tuple[st
         for name in names:
             if callable(getattr(dist, name)):
                 patch.setattr(dist, name, counted(name, getattr(dist, name)))
-        policy_loss(log_probs, None, rows, PolicyObjective(), dist.group.WORLD).loss_sum.backward()
+        policy_loss(log_probs, None, rows, PolicyObjective(correction=correction), dist.group.WORLD).loss_sum.backward()
     return calls
 
 
-@pytest.mark.parametrize("cp", [2, 4])
-def test_one_all_gather_of_constant_size(cp) -> None:
+@pytest.mark.parametrize(("cp", "correction"), [(2, "none"), (4, "none"), (4, "tis")])
+def test_one_all_gather_of_constant_size(cp, correction) -> None:
     """Forward and backward of a micro-batch of three sequences: one all-gather of 32 bytes per sequence, at any length."""
     for length in (16, 1600):
-        for calls in run_ranks(cp, _count_collectives, length):
+        for calls in run_ranks(cp, _count_collectives, length, correction):
             assert calls == [("all_gather_into_tensor", 3 * 32)]
 
 
 def _poison(rank: int, world_size: int) -> list:
     found = []
     for value in (math.nan, math.inf, -math.inf):
-        for field in ("log_probs", "old_log_probs", "entropy"):
+        for field in ("log_probs", "old_log_probs", "entropy", "rollout_log_probs"):
             members = responses()
             with torch.no_grad():
                 getattr(members[6], field)[33] = value
                 members[6].mask[33] = 1
-            found.append(mini_batch(rank, world_size, members, OBJECTIVES["fipo_entropy_bonus"], MICRO_BATCHES[0]))
+            name = "fipo_tis" if field == "rollout_log_probs" else "fipo_entropy_bonus"
+            found.append((name, mini_batch(rank, world_size, members, OBJECTIVES[name], MICRO_BATCHES[0])))
     return found
 
 
@@ -214,12 +220,12 @@ def test_a_non_finite_number_stays_in_its_response(cp) -> None:
     members[6].mask[33] = 1
     members[6].log_probs.requires_grad_(False)[33] = math.nan
     members[6].log_probs.requires_grad_()
-    expected = Expected.of(members, OBJECTIVES["fipo_entropy_bonus"], MICRO_BATCHES[0])
-    assert expected.result.kept[6] is False
+    expected = {name: Expected.of(members, OBJECTIVES[name], MICRO_BATCHES[0]) for name in ("fipo_entropy_bonus", "fipo_tis")}
+    assert all(oracle.result.kept[6] is False for oracle in expected.values())
     ranks = run_ranks(cp, _poison)
-    for case in range(9):
-        found = [result[case] for result in ranks]
-        assert_same(found, expected)
+    for case in range(12):
+        name, found = ranks[0][case][0], [result[case][1] for result in ranks]
+        assert_same(found, expected[name])
         _, gradients, per_row, statistics = gather(found)
         assert {gradients[6, t] for t in members[6].tokens} == {0.0}
         assert statistics["policy/nonfinite_sequences"] == 1
@@ -238,7 +244,7 @@ def _nothing_kept(rank: int, world_size: int) -> list:
             members[0].log_probs[0] = members[1].log_probs[0] = math.nan
         members[0].mask[0] = members[1].mask[0] = 1
         found.append(mini_batch(rank, world_size, members, OBJECTIVES[name], [[0, 1]]))
-    empty = Response(*torch.zeros(6, 12, dtype=torch.float64).unbind())
+    empty = Response(*torch.zeros(7, 12, dtype=torch.float64).unbind())
     found += [mini_batch(rank, world_size, [empty], OBJECTIVES[name], [[0]]) for name in OBJECTIVES]
     return found
 
@@ -309,6 +315,18 @@ def test_bad_inputs_are_named() -> None:
             PolicyObjective("grpo", kl_coefficient=0.1),
         ),
         "entropy_coefficient is 0.1, but no entropy": (log_probs, None, rows, PolicyObjective(entropy_coefficient=0.1)),
+        r"rollout_log_probs has shape \[1\]": (
+            log_probs,
+            None,
+            replace(rows, rollout_log_probs=log_probs[:1]),
+            PolicyObjective(),
+        ),
+        "correction is mis, but the rows have no rollout_log_probs": (
+            log_probs,
+            None,
+            replace(rows, rollout_log_probs=None),
+            PolicyObjective(correction="mis"),
+        ),
     }
     for message, arguments in cases.items():
         with pytest.raises(ValueError, match=message):
