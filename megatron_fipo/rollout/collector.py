@@ -1,193 +1,311 @@
-"""Dynamic sampling: generate and score groups until enough of them say something; the rest waits for the next iteration."""
+"""Dynamic sampling as a stream: prompts go to the engines, groups are judged as they finish, those that teach something wait for use.
 
-import hashlib
-from collections.abc import Callable, Sequence
+Every prompt gets a serial number, in the order of the dataset; the seeds of its responses come from that number and not from timing.
+`rollout.unfinished` decides between two kinds of admission:
+
+- `drop` starts a prompt only while waiting and unfinished groups together are fewer than an iteration needs. Then exactly the
+  smallest prefix of the dataset's order with `target_groups` informative groups is sampled, whatever the timing, and nothing is left.
+- `continue` keeps `prompts_in_flight` prompts at the engines. Which groups finish first is a matter of timing; what has not finished
+  goes on under the next weights, and what finished too much waits, both for `max_staleness` versions.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.data.dataset import Dataset
-from megatron_fipo.data.problem import Problem
 from megatron_fipo.errors import UserError
-from megatron_fipo.objective.advantages import is_informative, overlong_penalty
-from megatron_fipo.reward.score import Scorer
-from megatron_fipo.rollout.pool import RoundResult
-from megatron_fipo.rollout.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.objective.advantages import is_informative
+from megatron_fipo.rollout.groups import Group, PromptGroup, Response, parse_request_id
+from megatron_fipo.rollout.protocol import RAY_LOGS, GenerationRequest, SamplingParams
 
-Group = list[Trajectory]
-"""The responses to one prompt, of one weight version."""
+if TYPE_CHECKING:
+    from megatron_fipo.rollout.pool import Settled
 
 
 class Pool(Protocol):
     """What the collector needs of `pool.EnginePool`."""
 
-    def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        sampling: SamplingParams,
-        version: int,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> RoundResult: ...
+    def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None: ...
 
+    def poll(self, timeout_s: float) -> "list[Settled]": ...
 
-class Progress(Protocol):
-    def __call__(self, rounds: int, finished_groups: int) -> None:
-        """The current round (from 1) and the groups generated in this iteration so far, informative or not."""
-
-
-@dataclass(frozen=True)
-class GroupScorer:
-    """Turns a problem and its responses into a scored group."""
-
-    scorer: Scorer
-    decode: Callable[[Sequence[int]], str]
-    """Token ids to text, special tokens left out."""
-    max_response_length: int
-    overlong_buffer: int
-    overlong_factor: float
-
-    def __call__(self, problem: Problem, group_id: str, generations: Sequence[Generation]) -> Group:
-        """`reward` is the score plus the overlong penalty; `accuracy` is the score's own."""
-        return [self._trajectory(problem, group_id, generation) for generation in generations]
-
-    def _trajectory(self, problem: Problem, group_id: str, generation: Generation) -> Trajectory:
-        length = len(generation.response_ids)
-        score = self.scorer(self.decode(generation.response_ids), problem, generation.finish_reason)
-        penalty = float(overlong_penalty(length, self.max_response_length, self.overlong_buffer, self.overlong_factor))
-        return Trajectory(
-            group_id=group_id,
-            prompt_ids=list(problem.prompt_ids),
-            response_ids=list(generation.response_ids),
-            response_mask=[1] * length,
-            rollout_log_probs=list(generation.log_probs),
-            weight_version=generation.weight_version,
-            finish_reason=generation.finish_reason,
-            reward=score.reward + penalty,
-            accuracy=score.accuracy,
-            extra={"problem_id": problem.problem_id, "answer": score.answer, **score.extra},
-        )
+    def abort(self) -> "list[Settled]": ...
 
 
 @dataclass
 class CollectCounts:
-    """Where the groups of one iteration went. `prompts` = `informative` + `all_right` + `all_wrong` + `failed`."""
+    """What became of prompts and response tokens since the last `take`.
 
-    rounds: int = 0
-    """Generation rounds used; 0 where the surplus of the last iteration sufficed."""
+    `generated_tokens` and what was carried before = `used_tokens` + `filtered_tokens` + `dropped_tokens` + `carried_tokens`.
+    """
+
     prompts: int = 0
-    """Prompts sent to the engines."""
+    """Prompts started."""
     informative: int = 0
-    """Newly generated groups that dynamic sampling keeps, used now or left as surplus."""
+    """Finished groups whose responses differ in accuracy."""
     all_right: int = 0
     all_wrong: int = 0
     failed: int = 0
     """Groups dropped because a response failed more often than `max_retries` allows; never scored."""
-    retries: int = 0
-    """Requests sent again."""
-    from_surplus: int = 0
-    """Groups of earlier iterations used now."""
     stale: int = 0
-    """Groups of earlier iterations dropped as older than `max_staleness`."""
+    """Groups dropped, finished or not, because the next update would come more than `max_staleness` versions after their oldest token."""
+    from_earlier: int = 0
+    """Groups used now whose prompt was started before the last `take`."""
+    waiting: int = 0
+    """Informative groups left for later."""
+    unfinished: int = 0
+    """Groups in work after this `take`."""
     generated_tokens: int = 0
-    """Response tokens of the newly generated groups."""
+    """Response tokens that came from the engines."""
+    used_tokens: int = 0
+    filtered_tokens: int = 0
+    """Of groups all right or all wrong."""
+    dropped_tokens: int = 0
+    """Of stale and failed groups, and with unfinished=drop of responses cut off by a pause."""
+    carried_tokens: int = 0
+    """Of waiting and unfinished groups, after this `take`."""
+    unused_share: float = 0.0
+    """Responses of informative groups that were dropped as stale / all responses of informative groups, since the run began."""
 
 
 @dataclass
 class Collected:
+    """What one iteration trains on."""
+
     groups: list[Group]
-    """At most `target_groups`, surplus of earlier iterations first; fewer where the rounds ran out."""
-    surplus: list[Group]
-    """Informative groups too many for this iteration, oldest first; the next call takes them."""
+    """At most `target_groups`, in the order of their serials; fewer where `max_prompts` were spent."""
     counts: CollectCounts
 
 
-def collect_iteration(
-    dataset: Dataset,
-    pool: Pool,
-    score_group: Callable[[Problem, str, Sequence[Generation]], Group],
-    config: RolloutConfig,
-    *,
-    target_groups: int,
-    responses_per_prompt: int,
-    surplus: Sequence[Group],
-    version: int,
-    seed: int,
-    progress: Progress | None = None,
-) -> Collected:
-    """Gather the groups that one iteration trains on.
+class Collector:
+    """Collects the groups of one iteration after the other.
 
-    Surplus groups at most `config.max_staleness` versions old are used first. Then rounds of `config.prompts_per_round` prompts
-    follow until `target_groups` groups are informative (their accuracies differ) or `config.max_generation_rounds` are spent.
-    Request seeds are hashes of (run seed, weight version, problem, place in the iteration), so the same call gives the same
-    groups however many engines share the work. Raises `UserError` where not one group is informative.
+    Between `resume` and `pause` requests are at the engines, and `step` has to be called often. Between `pause` and `resume` nothing
+    is, and `state` may be saved. A request's weights are those of the last `resume`; what `take` returns is to be trained next.
     """
-    kept = [group for group in surplus if version - group[0].weight_version <= config.max_staleness]
-    counts = CollectCounts(from_surplus=min(len(kept), target_groups), stale=len(surplus) - len(kept))
-    sampling = SamplingParams(config.temperature, config.top_p, config.max_response_length)
-    while len(kept) < target_groups and counts.rounds < config.max_generation_rounds:
-        counts.rounds += 1
-        problems = dataset.take(config.prompts_per_round)
-        first = counts.prompts
-        group_ids = [f"{version}-{first + place}-{problem.problem_id}" for place, problem in enumerate(problems)]
-        requests = [
-            GenerationRequest(group_id, problem.prompt_ids, responses_per_prompt, request_seed(seed, group_id))
-            for group_id, problem in zip(group_ids, problems, strict=True)
-        ]
-        counts.prompts += len(problems)
-        result = pool.generate(requests, sampling, version, _round_progress(progress, counts.rounds, first))
-        counts.retries += result.retries
-        for problem, group_id, generations in zip(problems, group_ids, result.generations, strict=True):
-            group = None if generations is None else score_group(problem, group_id, generations)
-            if _count(group, counts) and group is not None:
-                kept.append(group)
-    if not kept:
-        raise UserError(_nothing_informative(counts))
-    return Collected(kept[:target_groups], kept[target_groups:], counts)
 
+    def __init__(
+        self,
+        dataset: Dataset,
+        pool: Pool,
+        score_group: Callable[[PromptGroup], Group],
+        rollout: RolloutConfig,
+        *,
+        target_groups: int,
+        responses_per_prompt: int,
+        seed: int,
+    ) -> None:
+        """`score_group` must be pure: groups that wait are saved unscored and scored again by `load_state`."""
+        self.counts = CollectCounts()
+        self._dataset = dataset
+        self._pool = pool
+        self._score_group = score_group
+        self._rollout = rollout
+        self._target = target_groups
+        self._responses_per_prompt = responses_per_prompt
+        self._seed = seed
+        self._sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.max_response_length)
+        self._running = False
+        self._unfinished: dict[int, PromptGroup] = {}
+        self._waiting: dict[int, tuple[PromptGroup, Group]] = {}
+        self._serial = 0
+        self._first_serial = 0
+        """The first serial started after the last `take`."""
+        self._update_version = 0
+        """The weight version that the next `take` is for: that of the last `resume`, or after a `take` the one behind it."""
+        self._informative = 0
+        self._informative_dropped = 0
 
-def request_seed(seed: int, request_id: str) -> int:
-    """A seed in [0, 2^63) that depends on the run's seed and the request's name only."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}|{request_id}".encode(), digest_size=8).digest(), "big") >> 1
+    @property
+    def waiting(self) -> int:
+        """Informative groups that `take` may return."""
+        return len(self._waiting)
 
+    @property
+    def unfinished(self) -> int:
+        """Groups in work."""
+        return len(self._unfinished)
 
-def groups_to_json(groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
-    """Surplus groups as plain JSON values (floats keep every bit), for the saved state of a run."""
-    return [[asdict(trajectory) for trajectory in group] for group in groups]
+    @property
+    def enough(self) -> bool:
+        """Whether `take` may be called: the groups wait, or `max_prompts` are spent and nothing more will come."""
+        return self.waiting >= self._target or (self._spent and not self._unfinished)
 
+    def resume(self, version: int) -> None:
+        """Begin, or go on, under weights `version`: drop what became too old, send the unfinished responses and new prompts."""
+        if self._running:
+            raise RuntimeError("resume() was called twice without pause()")
+        self._update_version = max(self._update_version, version)
+        self._drop_stale(self._update_version, [group for group, _ in self._waiting.values()])
+        # Where the next iteration's groups wait already, what is unfinished is for the one after it at the earliest.
+        self._drop_stale(self._update_version + self.enough, self._unfinished.values())
+        self._running = True
+        for group in self._unfinished.values():
+            self._submit(group)
+        self._refill()
 
-def groups_from_json(state: Sequence[Sequence[dict[str, Any]]]) -> list[Group]:
-    """The inverse of `groups_to_json`."""
-    return [[Trajectory(**fields) for fields in group] for group in state]
+    def step(self, timeout_s: float) -> None:
+        """Handle what the engines have settled (waiting up to `timeout_s` for something), and start the prompts that it makes room for.
 
+        Raises `UserError` where the pool has no engine left.
+        """
+        self._receive(self._pool.poll(timeout_s))
+        self._refill()
 
-def _count(group: Group | None, counts: CollectCounts) -> bool:
-    """Book one generated group (None: failed); True where it is informative."""
-    if group is None:
-        counts.failed += 1
-        return False
-    counts.generated_tokens += sum(trajectory.response_length for trajectory in group)
-    if is_informative([trajectory.accuracy for trajectory in group]):
-        counts.informative += 1
-        return True
-    if group[0].accuracy > 0:
-        counts.all_right += 1
-    else:
-        counts.all_wrong += 1
-    return False
+    def pause(self) -> None:
+        """Take everything back from the engines. With unfinished=continue, responses are kept as far as they are; with drop, a group
+        in work loses them all and its prompt starts anew at `resume`. Does nothing while paused."""
+        if not self._running:
+            return
+        self._receive(self._pool.abort())
+        self._running = False
+        if self._rollout.unfinished == "drop":
+            for group in self._unfinished.values():
+                self.counts.dropped_tokens += group.tokens
+                group.responses = self._new_responses()
 
+    def take(self) -> Collected:
+        """The groups of the next update, oldest serials first. Raises `UserError`, and changes nothing, where not one is informative."""
+        if not self.enough:
+            raise RuntimeError("take() was called before there were enough groups")
+        if not self._waiting:
+            raise UserError(_nothing_informative(self.counts))
+        serials = sorted(self._waiting)[: self._target]
+        taken = [self._waiting.pop(serial) for serial in serials]
+        counts = self.counts
+        counts.used_tokens = sum(group.tokens for group, _ in taken)
+        counts.from_earlier = sum(serial < self._first_serial for serial in serials)
+        self._update_version += 1
+        self._drop_stale(self._update_version, [group for group, _ in self._waiting.values()])
+        counts.waiting, counts.unfinished = self.waiting, self.unfinished
+        counts.carried_tokens = sum(group.tokens for group in self._held())
+        counts.unused_share = self._informative_dropped / self._informative
+        self.counts, self._first_serial = CollectCounts(), self._serial
+        return Collected([trajectories for _, trajectories in taken], counts)
 
-def _round_progress(progress: Progress | None, rounds: int, before: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    return lambda finished: progress(rounds, before + finished)
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on, JSON-able with every bit kept. Only while paused."""
+        if self._running:
+            raise RuntimeError("state() needs pause() first")
+        return {
+            "dataset": self._dataset.state(),
+            "serial": self._serial,
+            "first_serial": self._first_serial,
+            "update_version": self._update_version,
+            "informative": self._informative,
+            "informative_dropped": self._informative_dropped,
+            "counts": asdict(self.counts),
+            "groups": [group.to_json() for group in self._held()],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, with `resume`. Raises `UserError` where it belongs to other data. Only while paused."""
+        if self._running:
+            raise RuntimeError("load_state() needs pause() first")
+        self._dataset.load_state(state["dataset"])
+        self._serial, self._first_serial = state["serial"], state["first_serial"]
+        self._update_version = state["update_version"]
+        self._informative, self._informative_dropped = state["informative"], state["informative_dropped"]
+        self.counts = CollectCounts(**state["counts"])
+        problems = {problem.problem_id: problem for problem in self._dataset.problems}
+        self._unfinished, self._waiting = {}, {}
+        for saved in state["groups"]:
+            responses = [Response.from_json(response) for response in saved["responses"]]
+            group = PromptGroup(saved["serial"], problems[saved["problem_id"]], responses)
+            if group.finished:
+                self._waiting[group.serial] = (group, self._score_group(group))
+            else:
+                self._unfinished[group.serial] = group
+
+    @property
+    def _spent(self) -> bool:
+        return self.counts.prompts >= self._rollout.max_prompts
+
+    def _refill(self) -> None:
+        while self._may_start():
+            problem = self._dataset.take(1)[0]
+            group = PromptGroup(self._serial, problem, self._new_responses())
+            self._unfinished[group.serial] = group
+            self._serial += 1
+            self.counts.prompts += 1
+            self._submit(group)
+
+    def _may_start(self) -> bool:
+        rollout = self._rollout
+        if self._spent or self.unfinished >= rollout.prompts_in_flight:
+            return False
+        if rollout.unfinished == "drop":
+            return self.waiting + self.unfinished < self._target
+        iterations_ahead = rollout.max_staleness if rollout.mode == "fully_asynchronous" else 1
+        return self.waiting < self._target * iterations_ahead
+
+    def _submit(self, group: PromptGroup) -> None:
+        """One call per group: a pool that keeps batches then makes them independent of timing."""
+        self._pool.submit(group.requests(self._seed), self._sampling)
+
+    def _receive(self, settled: "Iterable[Settled]") -> None:
+        for item in settled:
+            serial, place = parse_request_id(item.request_id)
+            group = self._unfinished.get(serial)
+            tokens = 0 if item.generation is None else len(item.generation.response_ids)
+            self.counts.generated_tokens += tokens
+            if group is None:  # it failed by another of its responses
+                self.counts.dropped_tokens += tokens
+            elif item.generation is None:
+                self.counts.failed += 1
+                self._drop(group)
+            else:
+                group.responses[place].add(item.generation)
+                if group.finished:
+                    self._judge(group)
+
+    def _judge(self, group: PromptGroup) -> None:
+        """Score a finished group; it waits where it is informative and not too old, else it goes."""
+        del self._unfinished[group.serial]
+        trajectories = self._score_group(group)
+        if is_informative([trajectory.accuracy for trajectory in trajectories]):
+            self.counts.informative += 1
+            self._informative += 1
+            self._waiting[group.serial] = (group, trajectories)
+            self._drop_stale(self._update_version, [group])
+            return
+        self.counts.filtered_tokens += group.tokens
+        if trajectories[0].accuracy > 0:
+            self.counts.all_right += 1
+        else:
+            self.counts.all_wrong += 1
+
+    def _drop_stale(self, version: int, groups: Iterable[PromptGroup]) -> None:
+        """Drop those of `groups` that an update of weights `version` may not use."""
+        for group in list(groups):
+            oldest = group.oldest_version
+            if oldest is not None and version - oldest > self._rollout.max_staleness:
+                self.counts.stale += 1
+                self._informative_dropped += group.serial in self._waiting
+                self._drop(group)
+
+    def _drop(self, group: PromptGroup) -> None:
+        self._waiting.pop(group.serial, None)
+        self._unfinished.pop(group.serial, None)
+        self.counts.dropped_tokens += group.tokens
+
+    def _held(self) -> list[PromptGroup]:
+        """Waiting and unfinished groups, by serial."""
+        groups = [*(group for group, _ in self._waiting.values()), *self._unfinished.values()]
+        return sorted(groups, key=lambda group: group.serial)
+
+    def _new_responses(self) -> list[Response]:
+        return [Response() for _ in range(self._responses_per_prompt)]
 
 
 def _nothing_informative(counts: CollectCounts) -> str:
-    if counts.failed == counts.prompts:
-        return f"all {counts.prompts} rollout requests failed in {counts.rounds} rounds; see {RAY_LOGS}"
+    judged = counts.all_right + counts.all_wrong
+    if not judged and counts.failed:
+        return f"the requests of all {counts.failed} prompts failed; see {RAY_LOGS}"
     return (
-        f"none of {counts.prompts} prompts in {counts.rounds} generation rounds got both right and wrong answers "
-        f"({counts.all_right} all right, {counts.all_wrong} all wrong, {counts.failed} failed), so nothing can be learnt: "
-        "choose problems nearer to the model's ability, or raise batch.responses_per_prompt or rollout.max_generation_rounds"
+        f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, {counts.all_wrong} all "
+        f"wrong, {counts.failed} failed, {counts.stale} too old), so nothing can be learnt: choose problems nearer to the model's "
+        "ability, or raise batch.responses_per_prompt or rollout.max_prompts"
     )

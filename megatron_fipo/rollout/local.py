@@ -1,13 +1,14 @@
 """The rollout engine on `transformers`: batched decoding with a KV cache, for laptops, tests and models without a vLLM port.
 
 The loop is our own and not `model.generate` for three reasons: finished rows leave the batch at once (lengths are ragged),
-a prompt is computed once for all of its `n` responses, and each response draws from a random stream of its own.
+a prompt is computed once for all of its responses, and each response draws from a random stream of its own.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,101 +16,132 @@ from torch import Tensor
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.rollout.weight_sync import WeightChecksum
+from megatron_fipo.rollout.weight_sync import tensor_checksum
 
-MAX_ROWS = 512
-"""Responses decoded together at most. More per batch gains no speed on a CPU and costs KV cache."""
+NO_WEIGHTS = -1
+"""The version of an engine that has no weights yet."""
 
 
 @dataclass
 class _Row:
-    """One response while it is decoded."""
+    """One response while it is decoded. It starts as an aborted one and becomes what its last token makes of it."""
 
     uniforms: np.ndarray
+    """One number per token that may still come."""
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    finish_reason: str = "length"
+    finish_reason: str = "abort"
 
 
 class LocalEngine:
     """A `RolloutEngine`; one process, one device (the GPU where there is one, else one CPU thread).
 
-    Token `t` of response `i` to a request is drawn by inverse CDF from uniform number `t` of a stream seeded with
-    `(request.seed, i)`, so the draw does not depend on the other requests of the batch, on `n`, or on how many engines serve.
-    What remains is the rounding of the logits, which may differ in the last bits with the shape of the batch: a
-    draw that falls within that distance of a boundary (about one in a million in float32) may go the other way.
+    Token `t` of a response, counted from the beginning of its prefix, is drawn by inverse CDF from uniform number `t` of a stream
+    seeded with `request.seed`. So the draw depends neither on the other requests of the batch, nor on how many engines serve, nor
+    on how often the response was aborted and continued. What remains is the rounding of the logits, which may differ in the last
+    bits with the shape of the batch: a draw that falls within that distance of a boundary (about one in a million in float32) may
+    go the other way.
+
+    Methods may be called from several threads. One call of `generate` or one bucket of weights has the model at a time; `ping` and
+    `abort` never wait.
     """
 
-    def __init__(self, model_path: str, dtype: str, trust_remote_code: bool = False) -> None:
-        """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves."""
+    requests_per_call: ClassVar[int] = 512
+    """More responses decoded together gain no speed on a CPU and cost KV cache."""
+    calls_at_once: ClassVar[int] = 1
+
+    def __init__(self, model_path: str, dtype: str, trust_remote_code: bool = False, load_weights: bool = True) -> None:
+        """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves.
+
+        Without `load_weights` the weights in the folder are not read; the engine serves after its first weight update.
+        """
         self._model_path = model_path
         self._dtype = dtype
-        self._trust_remote_code = trust_remote_code
+        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        self._load_weights = load_weights
         self._model: Any = None
         self._end_ids: frozenset[int] = frozenset()
-        self._version = 0
+        self._version = NO_WEIGHTS
         self._received: set[str] | None = None
+        self._using_model = threading.Lock()
+        self._abort = threading.Event()
 
     def ready(self) -> None:
         """Load the model (once). Raises `UserError` where the folder is unreadable or names no end-of-sequence token."""
-        if self._model is not None:
-            return
+        with self._using_model:
+            if self._model is None:
+                torch.set_num_threads(1)
+                model, self._end_ids = self._load()
+                self._device = "cuda" if torch.cuda.is_available() else "cpu"
+                self._model = model.eval().requires_grad_(False).to(self._device)
+                self._version = 0 if self._load_weights else NO_WEIGHTS
+
+    def ping(self) -> int:
+        """The version served; -1 before there are weights."""
+        return self._version
+
+    def _load(self) -> tuple[Any, frozenset[int]]:
+        """Model and end-of-sequence tokens."""
         path = self._model_path
         if not Path(path, "config.json").is_file():
             raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        torch.set_num_threads(1)
-        options: dict[str, Any] = {"trust_remote_code": self._trust_remote_code, "local_files_only": True}
+        dtype = getattr(torch, self._dtype)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, self._dtype), **options)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            config = AutoConfig.from_pretrained(path, **self._options)
+            if self._load_weights:
+                model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **self._options)
+            else:
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=self._options["trust_remote_code"]
+                )
+            tokenizer = AutoTokenizer.from_pretrained(path, **self._options)
+            has_own = Path(path, "generation_config.json").is_file()
+            defaults = GenerationConfig.from_pretrained(path, **self._options) if has_own else model.generation_config
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the rollout engine can't load model.path {path}: {_first_line(error)}") from error
-        named = _end_of_sequence_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+        named = _end_of_sequence_ids(defaults.eos_token_id, tokenizer.eos_token_id)
         # Some tokenizer classes invent an end token that the folder does not name: its id lies beyond the vocabulary.
-        self._end_ids = frozenset(token for token in named if token < model.config.get_text_config().vocab_size)
-        if not self._end_ids:
+        end_ids = frozenset(token for token in named if token < model.config.get_text_config().vocab_size)
+        if not end_ids:
             raise UserError(
                 f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set eos_token"
             )
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = model.eval().requires_grad_(False).to(self._device)
+        return model, end_ids
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
-        """Sample `n` responses to each request, in order, in batches of at most `MAX_ROWS` responses.
+    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        """Continue each request's response to its end, all in one batch.
 
         Log-probs are of the distribution at `sampling.temperature` over the whole vocabulary, before top-p truncation;
         at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the rows still running, and
         their logits [rows, V] of one step.
         """
-        if self._model is None or self._received is not None:
-            raise RuntimeError("generate() was called before ready() or within a weight update")
-        results: list[list[Generation]] = [[] for _ in requests]
-        for batch in _batches(requests):
-            rows = self._decode([requests[index] for index, _ in batch], [sample for _, sample in batch], sampling)
-            for (index, _), row in zip(batch, rows, strict=True):
-                results[index].append(Generation(tuple(row.tokens), tuple(row.log_probs), row.finish_reason, self._version))
-        return results
+        with self._using_model:
+            if self._version == NO_WEIGHTS or self._received is not None:
+                raise RuntimeError("generate() was called before there were weights or within a weight update")
+            self._abort.clear()
+            rows = self._decode(requests, sampling)
+            return [Generation(tuple(row.tokens), tuple(row.log_probs), row.finish_reason, self._version) for row in rows]
+
+    def abort(self) -> None:
+        self._abort.set()
 
     @torch.inference_mode()
-    def _decode(self, requests: Sequence[GenerationRequest], samples: Sequence[int], sampling: SamplingParams) -> list[_Row]:
-        """Decode one row per (request, sample index); a request may occur several times."""
+    def _decode(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[_Row]:
+        """One row per request. Between any two tokens it may be aborted."""
         limit = sampling.max_new_tokens
-        rows = [
-            _Row(np.random.default_rng([request.seed, sample]).random(limit))
-            for request, sample in zip(requests, samples, strict=True)
-        ]
-        logits, cache, mask = self._prefill(requests)
+        rows = [_Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :]) for request in requests]
+        logits, cache, mask = self._prefill([request.prompt_ids + request.prefix for request in requests])
         running = rows
-        for step in range(limit):
-            uniforms = torch.from_numpy(np.array([row.uniforms[step] for row in running])).to(self._device)
+        while not self._abort.is_set():
+            uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(self._device)
             tokens, log_probs = sample_tokens(logits, uniforms, sampling)
             survivors = self._append(running, tokens.tolist(), log_probs.tolist())
-            if not survivors or step + 1 == limit:
+            if not survivors:
                 break
             if len(survivors) < len(running):
                 index = torch.tensor(survivors, device=self._device)
@@ -123,17 +155,17 @@ class LocalEngine:
             ).logits[:, -1]
         return rows
 
-    def _prefill(self, requests: Sequence[GenerationRequest]) -> tuple[Tensor, Any, Tensor]:
-        """Run each distinct prompt once, left-padded; return logits [rows, V], cache and mask [rows, P] of every row."""
+    def _prefill(self, contexts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
+        """Run each distinct context once, left-padded; return logits [rows, V], cache and mask [rows, P] of every row."""
         from transformers import DynamicCache
 
-        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
-        width = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        place = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
+        width = max(map(len, place))
+        ids = torch.zeros(len(place), width, dtype=torch.long)
+        mask = torch.zeros(len(place), width, dtype=torch.long)
+        for context, row in place.items():
+            ids[row, width - len(context) :] = torch.tensor(context)
+            mask[row, width - len(context) :] = 1
         ids, mask = ids.to(self._device), mask.to(self._device)
         cache = DynamicCache(config=self._model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -145,8 +177,7 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        place = {prompt: row for row, prompt in enumerate(prompts)}
-        index = torch.tensor([place[request.prompt_ids] for request in requests], device=self._device)
+        index = torch.tensor([place[context] for context in contexts], device=self._device)
         cache.batch_select_indices(index)
         return output.logits[index, -1], cache, mask[index]
 
@@ -158,6 +189,8 @@ class LocalEngine:
             row.log_probs.append(log_prob)
             if token in self._end_ids:
                 row.finish_reason = "stop"
+            elif len(row.tokens) == len(row.uniforms):
+                row.finish_reason = "length"
             else:
                 survivors.append(index)
         return survivors
@@ -166,46 +199,57 @@ class LocalEngine:
 
     def begin_weight_update(self) -> None:
         """Until `finish_weight_update`, tensors may come and `generate` is refused. Beginning again forgets a broken update."""
-        self._received = set()
+        with self._using_model:
+            self._received = set()
 
     @torch.no_grad()
     def load_weights(self, bucket: dict[str, Tensor]) -> None:
         """Copy the named tensors into the model. A name, shape or dtype that the model does not have is a `UserError`."""
-        if self._received is None:
-            raise RuntimeError("load_weights() was called outside begin_weight_update() and finish_weight_update()")
-        held = self._held()
-        for name, tensor in bucket.items():
-            if name not in held:
-                raise UserError(
-                    f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
-                )
-            target = held[name]
-            if target.shape != tensor.shape or target.dtype != tensor.dtype:
-                raise UserError(
-                    f"weight {name} is {tuple(target.shape)} {target.dtype} in the rollout engine but {tuple(tensor.shape)} "
-                    f"{tensor.dtype} in the trainer; both must come from the same model.path and model.dtype"
-                )
-            target.copy_(tensor)
-        self._received.update(bucket)
+        with self._using_model:
+            if self._received is None:
+                raise RuntimeError("load_weights() was called outside begin_weight_update() and finish_weight_update()")
+            held = self._held()
+            for name, tensor in bucket.items():
+                if name not in held:
+                    raise UserError(
+                        f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
+                    )
+                target = held[name]
+                if target.shape != tensor.shape or target.dtype != tensor.dtype:
+                    raise UserError(
+                        f"weight {name} is {tuple(target.shape)} {target.dtype} in the rollout engine but {tuple(tensor.shape)} "
+                        f"{tensor.dtype} in the trainer; both must come from the same model.path and model.dtype"
+                    )
+                target.copy_(tensor)
+            self._received.update(bucket)
 
-    def finish_weight_update(self, version: int) -> str:
-        """Adopt `version`; return the `WeightChecksum` of the updated names, read back from the model.
+    def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
+        """Adopt `version`; with `check`, return the checksums of the updated names, read back from the model.
 
         Raises `UserError` where a weight of the model was not updated. Tied weights (`lm_head.weight` and the embedding) count as
         updated by either name.
         """
-        if self._received is None:
-            raise RuntimeError("finish_weight_update() was called without begin_weight_update()")
-        held = self._held()
-        updated = {held[name].data_ptr() for name in self._received}
-        missing = [name for name, tensor in held.items() if tensor.data_ptr() not in updated]
-        if missing:
-            raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
-        checksum = WeightChecksum()
-        for name in self._received:
-            checksum.add(name, held[name])
-        self._version, self._received = version, None
-        return checksum.hexdigest()
+        with self._using_model:
+            if self._received is None:
+                raise RuntimeError("finish_weight_update() was called without begin_weight_update()")
+            held = self._held()
+            updated = {held[name].data_ptr() for name in self._received}
+            missing = [name for name, tensor in held.items() if tensor.data_ptr() not in updated]
+            if missing:
+                raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
+            checksums = {name: tensor_checksum(name, held[name]) for name in self._received} if check else {}
+            self._version, self._received = version, None
+            return checksums
+
+    def sleep(self) -> None:
+        """Move the weights to the host."""
+        with self._using_model:
+            self._model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        with self._using_model:
+            self._model.to(self._device)
 
     def _held(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name; tied ones under each of their names."""
@@ -233,13 +277,6 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) ->
         ranks = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
         tokens = (ranks if order is None else order.gather(-1, ranks)).squeeze(-1)
     return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def _batches(requests: Sequence[GenerationRequest]) -> Iterator[list[tuple[int, int]]]:
-    """(request index, sample index) pairs in order, at most `MAX_ROWS` at a time."""
-    pairs = [(index, sample) for index, request in enumerate(requests) for sample in range(request.n)]
-    for start in range(0, len(pairs), MAX_ROWS):
-        yield pairs[start : start + MAX_ROWS]
 
 
 def _end_of_sequence_ids(*sources: int | list[int] | None) -> set[int]:

@@ -5,7 +5,7 @@ so the engine on `transformers` and the one on vLLM are interchangeable by confi
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -20,45 +20,69 @@ class SamplingParams:
     temperature: float
     top_p: float
     max_new_tokens: int
+    """Length limit of a response, its prefix included."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """`n` responses to one prompt. The same `seed` and weights give the same responses."""
+    """One response to one prompt. The same `seed` and weights give the same response."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    n: int
     seed: int
+    prefix: tuple[int, ...] = ()
+    """The response so far, from an earlier call that was aborted; generation goes on behind it. Shorter than the limit."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One response: token ids with the end-of-sequence token where it was reached, and each token's log-probability.
+    """What one call added to a response: token ids, with the end-of-sequence token where it was reached, and their log-probs.
 
     Log-probs are natural logs of the distribution after temperature and before top-p truncation: at temperature T it is the
     policy that the loss differentiates (the head applies the same temperature).
     """
 
     response_ids: tuple[int, ...]
+    """Without the request's prefix. Empty only after an abort."""
     log_probs: tuple[float, ...]
     finish_reason: str
+    """`stop` (end-of-sequence token seen), `length` (response limit reached) or `abort` (not finished)."""
     weight_version: int
+    """Of all these tokens: weights never change within a call."""
 
 
 class RolloutEngine(Protocol):
-    """An engine. Weights arrive in Hugging Face names, between `begin_weight_update` and `finish_weight_update`."""
+    """An engine. Weights arrive in Hugging Face names, between `begin_weight_update` and `finish_weight_update`.
+
+    `generate` may run `calls_at_once` times concurrently; all other methods answer while it runs. No weight update runs beside it.
+    """
+
+    requests_per_call: ClassVar[int]
+    """How many requests a call of `generate` should carry."""
+    calls_at_once: ClassVar[int]
+    """How many calls of `generate` keep the engine busy."""
 
     def ready(self) -> None:
         """Return once the model is loaded; raises `UserError` when it can't be."""
 
-    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
-        """One list of `n` generations per request, in the order of `requests`."""
+    def ping(self) -> int:
+        """The weight version served, at once, whatever else runs. The health probe."""
+
+    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        """One generation per request, in the order of `requests`."""
+
+    def abort(self) -> None:
+        """Make every running `generate` return soon; unfinished responses come back as they are, with `finish_reason` `abort`."""
 
     def begin_weight_update(self) -> None: ...
 
     def load_weights(self, bucket: dict[str, torch.Tensor]) -> None:
         """Replace the named tensors in place. Raises `UserError` on an unknown name or another shape."""
 
-    def finish_weight_update(self, version: int) -> str:
-        """Adopt `version` and return the checksum of what the engine now holds (see `weight_sync.WeightChecksum`)."""
+    def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
+        """Adopt `version`. With `check`, return the sha256 of each tensor taken (`weight_sync.tensor_checksum`) by name, else {}."""
+
+    def sleep(self) -> None:
+        """Give device memory back (weights and KV cache) until `wake`; weights have to come anew then. Nothing to do on a CPU."""
+
+    def wake(self) -> None: ...

@@ -1,18 +1,46 @@
-"""New weights from the trainer into the engines, in place, with a version number and a checksum that both sides compare."""
+"""New weights from the trainer into the engines, in place, with a version number and checksums that both sides compare.
+
+`push_weights` goes through Ray's object store and serves every engine. Engines on vLLM with GPUs of their own take their weights
+over NCCL instead (`nccl_sync.py`). docs/weight-sync.md has the whole path, its costs and what was left out.
+"""
 
 import hashlib
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
 
-BUCKETS_IN_FLIGHT = 2
-"""Buckets that lie in the object store at one time: one being read by the engines, one being written."""
+BUCKETS_IN_STORE = 3
+"""Buckets that lie in the object store at one time: one that the engines take, the next, and one that an engine may still hold
+because part of a layer came in it."""
+CHECKSUM_THREADS = min(4, os.cpu_count() or 1)
+"""One makes about 1.4 GB/s."""
+
+
+class Transport(StrEnum):
+    """How weights get to the engines, in words for the user."""
+
+    OBJECT_STORE = "Ray's object store"
+    NCCL = "NCCL"
+
+
+def transport_for(engine: str, device: str, placement: str) -> Transport:
+    """The way for `rollout.engine`, the trainer's device type and `rollout.placement`.
+
+    NCCL takes no communicator with two ranks on one GPU, so colocated engines use the object store; `local` engines do since
+    they are for small models.
+    """
+    return Transport.NCCL if (engine, device, placement) == ("vllm", "cuda", "separate") else Transport.OBJECT_STORE
 
 
 class WeightSyncError(RuntimeError):
@@ -27,107 +55,173 @@ class WeightSyncError(RuntimeError):
         return type(self), (self.engine, self.reason)
 
 
-class WeightChecksum:
-    """A fingerprint of named tensors that depends on neither their order nor how they were bucketed.
+def tensor_checksum(name: str, tensor: Tensor) -> str:
+    """sha256, in hex, over name, dtype, shape and bytes. Layout in memory and device do not matter.
 
-    Each tensor gives a sha256 over name, dtype, shape and bytes; the fingerprint is the sum of these numbers modulo 2^256.
-    Memory: one CPU copy of the tensor at hand, none where it already is a contiguous CPU tensor.
+    Memory: one CPU copy of the tensor, none where it already is a contiguous CPU tensor.
     """
-
-    def __init__(self) -> None:
-        self._sum = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        digest = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._sum = (self._sum + int.from_bytes(digest.digest(), "big")) % 2**256
-
-    def hexdigest(self) -> str:
-        return f"{self._sum:064x}"
+    digest = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    digest.update(_as_bytes(tensor).data)
+    return digest.hexdigest()
 
 
 def push_weights(
-    tensors: Iterable[tuple[str, Tensor | None]], engines: Mapping[int, Any], version: int, bucket_bytes: int, timeout_s: float
+    tensors: Iterable[tuple[str, Tensor | None]],
+    engines: Mapping[int, Any],
+    version: int,
+    *,
+    bucket_bytes: int,
+    timeout_s: float,
+    check: bool,
 ) -> None:
-    """Give every engine the tensors and `version`; return once all of them hold exactly what was sent.
+    """Give every engine the tensors and `version`. With `check`, return only once all of them hold exactly what was sent.
 
     Called on every trainer rank: making `tensors` is collective (export gathers the shards), so all ranks exhaust it in the same
     order. Rank 0 gets tensors and sends them to `engines` (actor handles by number); the others get `None` and send nothing.
     Rank 0 exhausts the iterator after a failure too, and raises then, so that no rank is left waiting in a collective.
+    Tensors must keep their values until this returns; they are not copied before they are put into the object store.
 
-    Each bucket goes to the object store once and is read there by all engines of the node. At most `BUCKETS_IN_FLIGHT` buckets
-    are unacknowledged, so memory is bounded by a few times `bucket_bytes` (or the largest tensor, if that is larger).
+    Three things run at one time on rank 0: this thread gathers a bucket, another puts the one before into the object store and
+    sends it, and further ones compute the checksums of that bucket while the engines take it. Each bucket is put once and read
+    in place by all engines of a node. Memory on rank 0: two buckets on the heap (none on a CPU, where tensors are the parameters
+    themselves) and `BUCKETS_IN_STORE` in the object store; a tensor larger than `bucket_bytes` makes a bucket alone.
 
-    Raises `WeightSyncError` where an engine dies, takes longer than `timeout_s` for the whole update, or ends up with other
-    bytes than were sent; `UserError` where the engine's model has other names or shapes.
+    Raises `WeightSyncError` where an engine dies, is not done `timeout_s` after the first bucket was ready, or (with `check`)
+    holds other bytes than were sent, naming the first such tensor; `UserError` where the engine's model has other names or shapes.
     """
-    checksum = WeightChecksum()
-    transfer: _Transfer | None = None
+    update: _Update | None = None
     failure: Exception | None = None
     for bucket in _buckets(tensors, bucket_bytes):
         if failure is not None:
             continue
         try:
-            if transfer is None:
-                transfer = _Transfer(engines, timeout_s)
-            for name, tensor in bucket.items():
-                checksum.add(name, tensor)
-            transfer.send(bucket)
-        except (WeightSyncError, UserError) as error:
+            update = update or _Update(engines, timeout_s, check)
+            update.send(bucket)
+        except Exception as error:
             failure = error
-    if failure is not None:
-        raise failure
-    if transfer is not None:
-        transfer.finish(version, checksum.hexdigest())
+    try:
+        if failure is not None:
+            raise failure
+        if update is not None:
+            update.finish(version)
+    finally:
+        if update is not None:
+            update.close()
 
 
-class _Transfer:
-    """One update in progress, seen from rank 0. Calls to an actor run in the order sent, so only acknowledgements are awaited."""
+class EngineCalls:
+    """Calls of all engines at once, under one deadline for the whole update."""
 
     def __init__(self, engines: Mapping[int, Any], timeout_s: float) -> None:
-        self._engines = engines
+        self.engines = dict(engines)
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._unacknowledged: list[dict[int, Any]] = []
-        self._await({number: engine.begin_weight_update.remote() for number, engine in engines.items()})
+
+    def start(self, method: str, *args: Any) -> dict[int, Future]:
+        """Call a method of every engine; results by engine number."""
+        return {number: getattr(engine, method).remote(*args).future() for number, engine in self.engines.items()}
+
+    def wait(self, calls: Mapping[int, Future]) -> dict[int, Any]:
+        """All results, or the error of the first engine that failed, or of one that was not done at the deadline."""
+        waiting = {call: number for number, call in calls.items()}
+        results = {}
+        while waiting:
+            done, _ = wait(waiting, timeout=max(0.0, self._deadline - time.monotonic()), return_when=FIRST_COMPLETED)
+            if not done:
+                number, *others = waiting.values()
+                also = f", nor did {', '.join(map(str, others))}" if others else ""
+                raise WeightSyncError(number, f"did not take the weights within rollout.timeout_s = {self._timeout_s:g} s{also}")
+            for call in done:
+                number = waiting.pop(call)
+                results[number] = _result(number, call)
+        return results
+
+    def finish(self, version: int, sent: Mapping[str, str] | None) -> None:
+        """End the update on every engine and compare its checksums with those `sent` (None: without a check)."""
+        held = self.wait(self.start("finish_weight_update", version, sent is not None))
+        for number, checksums in held.items():
+            difference = None if sent is None else first_difference(sent, checksums)
+            if difference is not None:
+                raise WeightSyncError(number, f"holds other weights than were sent for version {version}: {difference}")
+
+
+def first_difference(sent: Mapping[str, str], held: Mapping[str, str]) -> str | None:
+    """The first tensor, in the order sent, whose checksum differs or which only one side has, and what is wrong with it."""
+    for name, checksum in sent.items():
+        if name not in held:
+            return f"{name} is missing"
+        if held[name] != checksum:
+            return f"{name} differs"
+    return next((f"{name} was not sent" for name in held if name not in sent), None)
+
+
+class _Update:
+    """One update through the object store, seen from rank 0. The sending thread alone talks to the engines until `finish`."""
+
+    def __init__(self, engines: Mapping[int, Any], timeout_s: float, check: bool) -> None:
+        self._calls = EngineCalls(engines, timeout_s)
+        self._check = check
+        self._checksums: dict[str, Future[str]] = {}
+        self._sender = ThreadPoolExecutor(1, "weight-sender")
+        self._hashers = ThreadPoolExecutor(CHECKSUM_THREADS, "weight-checksum")
+        self._taking: dict[int, Future] = {}
+        self._in_hand: list[Future] = [self._sender.submit(self._begin)]
 
     def send(self, bucket: dict[str, Tensor]) -> None:
-        while len(self._unacknowledged) >= BUCKETS_IN_FLIGHT:
-            self._await(self._unacknowledged.pop(0))
-        reference = ray.put(bucket)
-        self._unacknowledged.append({number: engine.load_weights.remote(reference) for number, engine in self._engines.items()})
+        """Hand a bucket over, once the one before is through: sent to the engines, its checksums known."""
+        for work in self._in_hand:
+            work.result()
+        self._in_hand = [self._sender.submit(self._send, bucket)]
+        if self._check:
+            checksums = {name: self._hashers.submit(tensor_checksum, name, tensor) for name, tensor in bucket.items()}
+            self._checksums |= checksums
+            self._in_hand += checksums.values()
 
-    def finish(self, version: int, expected: str) -> None:
-        while self._unacknowledged:
-            self._await(self._unacknowledged.pop(0))
-        checksums = self._await({number: engine.finish_weight_update.remote(version) for number, engine in self._engines.items()})
-        for number, checksum in checksums.items():
-            if checksum != expected:
-                raise WeightSyncError(
-                    number,
-                    f"holds other weights than were sent for version {version} (checksum {checksum[:12]}, sent {expected[:12]})",
-                )
+    def finish(self, version: int) -> None:
+        for work in self._in_hand:
+            work.result()
+        self._calls.wait(self._taking)
+        sent = {name: checksum.result() for name, checksum in self._checksums.items()} if self._check else None
+        self._calls.finish(version, sent)
 
-    def _await(self, references: Mapping[int, Any]) -> dict[int, Any]:
-        """The result of one call per engine, or the error of the first engine that gave none."""
-        results = {}
-        for number, reference in references.items():
-            try:
-                results[number] = ray.get(reference, timeout=max(0.0, self._deadline - time.monotonic()))
-            except ray.exceptions.GetTimeoutError:
-                reason = f"did not take the weights within rollout.timeout_s = {self._timeout_s:g} s"
-                raise WeightSyncError(number, reason) from None
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                raise WeightSyncError(number, f"failed while taking the weights: {error.cause!r}") from error
-            except ray.exceptions.RayError as error:
-                raise WeightSyncError(number, f"died while taking the weights ({type(error).__name__})") from error
-        return results
+    def close(self) -> None:
+        self._sender.shutdown()
+        self._hashers.shutdown()
+
+    def _begin(self) -> None:
+        self._calls.wait(self._calls.start("begin_weight_update"))
+
+    def _send(self, bucket: dict[str, Tensor]) -> None:
+        """An engine gets one bucket at a time, since calls to an actor with several threads may overtake each other."""
+        reference = ray.put(Bucket(bucket))
+        self._calls.wait(self._taking)
+        self._taking = self._calls.start("load_weights", reference)
+
+
+class Bucket(dict[str, Tensor]):
+    """Named CPU tensors. Pickled, their bytes go out of band: one copy into the object store, none out of it.
+
+    Ray pickles a plain tensor through `torch.save`, several copies on either side. What arrives is a plain dict of tensors
+    that look into the object store, which is read-only: an engine must copy them and not write to them.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, ([(name, tensor.dtype, tuple(tensor.shape), _as_bytes(tensor)) for name, tensor in self.items()],)
+
+
+def _restore(parts: Sequence[tuple[str, torch.dtype, tuple[int, ...], np.ndarray]]) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return {name: torch.from_numpy(data).view(dtype).reshape(shape) for name, dtype, shape, data in parts}
+
+
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes as uint8 [n]; a view where it is a contiguous CPU tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _buckets(tensors: Iterable[tuple[str, Tensor | None]], bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Group CPU copies of the tensors into buckets of at most `bucket_bytes` (a larger tensor goes alone)."""
+    """Group the tensors into buckets of at most `bucket_bytes` (a larger tensor goes alone)."""
     bucket: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -136,8 +230,18 @@ def _buckets(tensors: Iterable[tuple[str, Tensor | None]], bucket_bytes: int) ->
         if bucket and size + tensor.nbytes > bucket_bytes:
             yield bucket
             bucket, size = {}, 0
-        # A fresh tensor: pickling a view would send its whole storage, and the exporter may use its buffer again.
-        bucket[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        bucket[name] = tensor
         size += tensor.nbytes
     if bucket:
         yield bucket
+
+
+def _result(number: int, call: Future) -> Any:
+    try:
+        return call.result()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise WeightSyncError(number, f"failed while taking the weights: {error.cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise WeightSyncError(number, f"died while taking the weights ({type(error).__name__})") from error

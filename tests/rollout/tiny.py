@@ -33,8 +33,12 @@ def save_model(folder: Path, seed: int = 0, tied: bool = True, end_token: bool =
     return folder
 
 
-def some_requests(count: int = 6, n: int = 4) -> list[GenerationRequest]:
-    """Prompts of ragged lengths, two of them equal."""
-    prompts = [tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(count)]
-    prompts[-1] = prompts[0]
-    return [GenerationRequest(f"request-{index}", prompt, n, seed=1000 + index) for index, prompt in enumerate(prompts)]
+def some_requests(prompts: int = 6, n: int = 4) -> list[GenerationRequest]:
+    """`n` requests for each of several prompts of ragged lengths, two of which are equal."""
+    ids = [tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(prompts)]
+    ids[-1] = ids[0]
+    return [
+        GenerationRequest(f"request-{index}/{sample}", prompt, seed=1000 * index + sample)
+        for index, prompt in enumerate(ids)
+        for sample in range(n)
+    ]

@@ -1,0 +1,169 @@
+"""What is known about each engine and what follows from it: a state machine without engines, Ray or a clock.
+
+    STARTING ──loaded──> STALE ──updated──> SERVING ──another version is current──> STALE
+        ^                  │ ^ answer          │ ^ answer
+        │                  v │  slow probe     v │
+        └──── lost ────── SUSPECT ─────────── SUSPECT          lost too often ──> RETIRED
+
+Times are arguments, in seconds of any one clock.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+FAILURES_IN_A_ROW = 3
+"""Calls in a row that bring nothing usable before the engine itself is held to be broken."""
+
+
+class State(Enum):
+    STARTING = "starting"
+    """The process comes up or loads its model."""
+    STALE = "stale"
+    """Loaded, but without the current weights: gets no requests."""
+    SERVING = "serving"
+    SUSPECT = "suspect"
+    """Loaded, and slow to answer a health probe: gets no new requests until it does."""
+    RETIRED = "retired"
+    """Lost more often than `max_restarts`; gone for good."""
+
+
+@dataclass
+class _Engine:
+    deadline: float | None
+    """When the load, or the unanswered probe, is overdue; None while nothing of the kind is awaited."""
+    loaded: bool = False
+    version: int | None = None
+    suspect: bool = False
+    next_probe: float = math.inf
+    failures: int = 0
+    restarts: int = 0
+    retired: bool = False
+
+
+class Fleet:
+    """Engines `0 .. size-1`. The pool reports what happened and does what the methods return."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        max_restarts: int,
+        load_timeout_s: float,
+        health_timeout_s: float,
+        loaded_version: int | None,
+        now: float,
+    ) -> None:
+        """All engines are starting. A loaded engine holds `loaded_version`, or no weights that may serve (None)."""
+        self.version = loaded_version
+        """The current weights. Only engines that hold them serve."""
+        self.max_restarts = max_restarts
+        self._load_timeout_s = load_timeout_s
+        self._health_timeout_s = health_timeout_s
+        self._loaded_version = loaded_version
+        self._engines = [_Engine(deadline=now + load_timeout_s) for _ in range(size)]
+
+    def state(self, number: int) -> State:
+        engine = self._engines[number]
+        if engine.retired:
+            return State.RETIRED
+        if not engine.loaded:
+            return State.STARTING
+        if engine.suspect:
+            return State.SUSPECT
+        return State.SERVING if engine.version is not None and engine.version == self.version else State.STALE
+
+    def numbers(self, *states: State) -> list[int]:
+        """The engines in one of `states`, in order."""
+        return [number for number in range(len(self._engines)) if self.state(number) in states]
+
+    def restarts(self, number: int) -> int:
+        return self._engines[number].restarts
+
+    # -- what happened ------------------------------------------------------------------------------------------------
+
+    def loaded(self, number: int, now: float) -> None:
+        engine = self._engines[number]
+        engine.loaded, engine.version, engine.deadline = True, self._loaded_version, None
+        engine.next_probe = now + self._probe_interval_s
+
+    def updated(self, numbers: Iterable[int], version: int) -> None:
+        """`version` is current, and these engines hold it. All others are stale; one that was restarted meanwhile is, too."""
+        self.version = version
+        for number in numbers:
+            if self._engines[number].loaded:
+                self._engines[number].version = version
+
+    def forgot_weights(self) -> None:
+        """No engine holds weights any more."""
+        for engine in self._engines:
+            engine.version = None
+
+    def answered_probe(self, number: int, now: float) -> None:
+        engine = self._engines[number]
+        engine.deadline, engine.suspect, engine.next_probe = None, False, now + self._probe_interval_s
+
+    def answered_call(self, number: int) -> None:
+        self._engines[number].failures = 0
+
+    def failed_call(self, number: int) -> bool:
+        """A call brought an error or garbage. True where that makes the engine one to be `lost`."""
+        self._engines[number].failures += 1
+        return self._engines[number].failures >= FAILURES_IN_A_ROW
+
+    def lost(self, number: int, now: float) -> bool:
+        """The engine died or has been killed. True where it is to be started again; else it is retired."""
+        restarts = self._engines[number].restarts
+        retired = restarts >= self.max_restarts
+        deadline = None if retired else now + self._load_timeout_s
+        self._engines[number] = _Engine(deadline, restarts=restarts + (not retired), retired=retired)
+        return not retired
+
+    # -- what is due --------------------------------------------------------------------------------------------------
+
+    def probes_due(self, now: float) -> list[int]:
+        """The engines to send a health probe to. One that takes more than a moment to answer it becomes suspect."""
+        due = []
+        for number in self.numbers(State.STALE, State.SERVING):
+            engine = self._engines[number]
+            if engine.deadline is None and engine.next_probe <= now:
+                engine.deadline = now + self._health_timeout_s
+                due.append(number)
+            elif engine.deadline is not None and engine.deadline - self._health_timeout_s + self._probe_interval_s <= now:
+                engine.suspect = True
+        return due
+
+    @property
+    def probing(self) -> list[int]:
+        """The engines whose health probe is not answered yet."""
+        return [number for number, engine in enumerate(self._engines) if engine.loaded and engine.deadline is not None]
+
+    def probe_all(self) -> None:
+        """Make a probe of each loaded engine due at once."""
+        for engine in self._engines:
+            engine.next_probe = -math.inf
+
+    def overdue(self, now: float) -> list[tuple[int, str]]:
+        """(engine, what it failed to do in time), each to be `lost`."""
+        late: list[tuple[int, str]] = []
+        for number, engine in enumerate(self._engines):
+            if engine.deadline is not None and engine.deadline <= now:
+                late.append(
+                    (number, f"left a health probe unanswered for rollout.health_timeout_s = {self._health_timeout_s:g} s")
+                    if engine.loaded
+                    else (number, f"did not load within rollout.timeout_s = {self._load_timeout_s:g} s")
+                )
+        return late
+
+    def next_event(self) -> float:
+        """The time at which a probe is due or something is overdue next; inf where nothing will be."""
+        times = [math.inf]
+        for number in self.numbers(State.STARTING, State.STALE, State.SERVING, State.SUSPECT):
+            engine = self._engines[number]
+            times.append(engine.next_probe if engine.deadline is None else engine.deadline)
+        return min(times)
+
+    @property
+    def _probe_interval_s(self) -> float:
+        return self._health_timeout_s / 4
