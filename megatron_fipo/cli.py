@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import dedent
 
+from megatron_fipo.convert_cli import add_convert
 from megatron_fipo.errors import UserError
 
 Handler = Callable[[argparse.Namespace], int]
@@ -16,7 +17,11 @@ OVERRIDES = "settings that win over the file, for example optimizer.lr=1e-5 obje
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 for a mistake of the user (one sentence on stderr), 130 for Ctrl-C."""
+    """Run one command; returns the exit code.
+
+    0 done · 2 a mistake of the user, one sentence on stderr · 85 stopped by SIGTERM, SIGUSR1 or the time limit with its state saved:
+    run the same command to go on · 130 stopped by Ctrl-C.
+    """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     for word in rest:
@@ -51,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = _add(commands, "report", "rebuild the report of a run", REPORT_HELP, run_report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="the run_dir of a training run, finished or not")
     _add(commands, "doctor", "show which accelerations are installed, and what is lost without each", DOCTOR_HELP, run_doctor)
+    add_convert(commands)
     config = _add(commands, "config", "print every setting with its meaning and default", CONFIG_HELP, run_config)
     config.add_argument("command", nargs="?", choices=("train", "sft"), default="train", help="whose settings (default: train)")
     return parser
@@ -71,12 +77,15 @@ TRAIN_HELP = """\
     combinations are refused before anything starts. Paths start at the current directory.
 
     Results are in the run_dir of the configuration: metrics, checkpoints, report.html, and the trained model in Hugging Face
-    format. Ctrl-C saves the state; the same command again continues from it.
+    format. Ctrl-C saves the state; the same command again continues from it. SIGTERM, SIGUSR1 and max_walltime_minutes do the same
+    and exit with code 85, by which a scheduler knows to start the command again.
 
     examples:
       megatron-fipo train examples/countdown/fipo.yaml
       megatron-fipo train examples/countdown/fipo.yaml parallel.tensor_model_parallel_size=2 run_dir=runs/tp2
       megatron-fipo train examples/qwen2.5-32b/fipo.yaml --dry-run
+      megatron-fipo train mine.yaml optimizer.lr=2e-6 --allow-change optimizer.lr
+      megatron-fipo train mine.yaml run_dir=runs/again --replay runs/mine/rollouts
 """
 
 
@@ -88,6 +97,15 @@ def _add_train(commands) -> None:
         "--dry-run",
         action="store_true",
         help="print the plan (ranks, parameters and memory per rank, tokens per step) and stop; needs only the model's config.json",
+    )
+    command.add_argument(
+        "--allow-change",
+        metavar="KEY[,KEY]",
+        default="",
+        help="settings in which an existing run may go on differently, though they change its mathematics",
+    )
+    command.add_argument(
+        "--replay", metavar="DIR", type=Path, help="train on the responses dumped there (rollout.dump_every), without engines"
     )
 
 
@@ -110,8 +128,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         return 0
     from megatron_fipo.trainer.run import train
 
-    train(config)
-    return 0
+    return train(config, [key for key in arguments.allow_change.split(",") if key], arguments.replay)
 
 
 EVALUATE_HELP = """\

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_fipo.checkpoint.mapping import ModelMap, map_model, shard
+from megatron_fipo.checkpoint.mapping import map_model, shard
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.family import Architecture, Weight
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors that some exporters store though they follow from the config."""
@@ -23,20 +24,20 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path)
     """
     model = map_model(model_chunks)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    with SafetensorsFolder(folder) as source:
-        _check(model, source)
-        for weight, parameter in model.local():
-            values = shard(weight, [source.slice(name) for name in weight.names], model.architecture, rank, size)
-            if values.shape != parameter.shape:
-                raise ValueError(f"{weight.megatron} has shape {tuple(parameter.shape)}, its shard {tuple(values.shape)}")
-            parameter.copy_(values)
+    source = SafetensorsFolder(folder)
+    check_tensors(model.weights, model.architecture, source)
+    for weight, parameter in model.local():
+        values = shard(weight, [source.slice(name) for name in weight.names], model.architecture, rank, size)
+        if values.shape != parameter.shape:
+            raise ValueError(f"{weight.megatron} has shape {tuple(parameter.shape)}, its shard {tuple(values.shape)}")
+        parameter.copy_(values)
 
 
-def _check(model: ModelMap, source: SafetensorsFolder) -> None:
+def check_tensors(weights: Sequence[Weight], architecture: Architecture, source: SafetensorsFolder) -> None:
     """UserError unless the folder holds exactly the model's tensors, in the model's shapes."""
-    expected = {name: shape for weight in model.weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
-    found = {name for name in source.names() if not name.endswith(IGNORED_SUFFIXES)}
-    if model.architecture.share_embeddings_and_output_weights:
+    expected = {name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    found = {name for name in source.tensors if not name.endswith(IGNORED_SUFFIXES)}
+    if architecture.share_embeddings_and_output_weights:
         found.discard("lm_head.weight")
     missing, unexpected = expected.keys() - found, found - expected.keys()
     if missing or unexpected:
@@ -44,6 +45,6 @@ def _check(model: ModelMap, source: SafetensorsFolder) -> None:
         parts += [f"holds {listing(unexpected)} that its config.json does not ask for"] if unexpected else []
         raise UserError(f"model folder {source.folder} {' and '.join(parts)}")
     for name, shape in expected.items():
-        stored = tuple(source.slice(name).get_shape())
+        stored = source.tensors[name].shape
         if stored != shape:
             raise UserError(f"{name} in {source.folder} has shape {list(stored)}; config.json asks for {list(shape)}")

@@ -1,15 +1,15 @@
-"""Writing a Hugging Face folder: sharded safetensors that come one tensor at a time, and the files that belong to them."""
+"""Writing a Hugging Face folder: sharded safetensors that come tensor by tensor, and the files that belong to them."""
 
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_fipo.checkpoint.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from megatron_fipo.errors import UserError
@@ -32,72 +32,129 @@ COMPANIONS = (
     "LICENSE*",
 )
 """What travels with the weights, as glob patterns."""
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+"""As safetensors names them."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes."""
+
+    file: str
+    offset: int
+    """Of its first byte in the file."""
+    dtype: torch.dtype
 
 
 class HFWriter:
-    """Collects tensors into shards and puts the complete folder in place at the end.
+    """Writes each tensor, or some rows of one, to its place as it comes, and puts the complete folder in place at the end.
 
-    `shapes` names all tensors that will be added, in order, so that shard names are known from the start. UserError from any
-    method leaves nothing on disk.
+    `shapes` names all tensors that will be added, so the files' headers are written first and nothing is held in memory.
+    Tensors may come in any order and from several threads. `dtype` is one for all, or that of each. UserError from any method
+    leaves nothing on disk.
     """
 
-    def __init__(self, source: Path, target: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> None:
-        self.target, self.dtype = target.absolute(), dtype
-        self.partial = self.target.with_name(f".{target.name}.{os.getpid()}.incomplete")
-        self.total_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
-        self.files = assign_shards({name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}, SHARD_BYTES)
-        self.waiting = {file: list(self.files.values()).count(file) for file in set(self.files.values())}
-        self.pending: dict[str, torch.Tensor] = {}
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype | Mapping[str, torch.dtype],
+    ) -> None:
+        self.target = target.absolute()
+        self.partial = hidden_name(self.target)
+        dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
+        sizes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+        self.total_bytes = sum(sizes.values())
+        self.files = assign_shards(sizes, SHARD_BYTES)
+        self._missing = dict(sizes)
+        self._lock = threading.Lock()
         if self.target.exists():
             raise UserError(f"{target} exists already; give another folder or remove it")
         config = read_hf_config(source)
         try:
             self.partial.mkdir(parents=True)
-            self._copy_companions(source, config)
+            copy_companions(source, self.partial)
+            self._set_dtype(config, set(dtypes.values()))
+            self._places = self._write_headers({name: (dtypes[name], tuple(shape)) for name, shape in shapes.items()})
         except OSError as error:
             self._fail(error)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take the next tensor; a shard is written when its last tensor has come."""
-        file = self.files[name]
-        self.pending[name] = tensor.to(self.dtype).contiguous()
-        self.waiting[file] -= 1
-        if self.waiting[file]:
-            return
+    def add(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+        """Write a tensor, or the part of it that begins at `first_row`."""
+        place = self._places[name]
+        values = tensor.to(place.dtype).contiguous()
+        row_bytes = prod(values.shape[1:]) * values.itemsize
+        content = values.flatten().view(torch.uint8).numpy().data
         try:
-            save_file(self.pending, self.partial / file, metadata={"format": "pt"})
-            # safetensors makes files that only their owner may read, whatever the user's umask says.
-            shutil.copymode(self.partial / "config.json", self.partial / file)
-        except (OSError, SafetensorError) as error:
+            _write_at(self.partial / place.file, content, place.offset + first_row * row_bytes)
+        except OSError as error:
             self._fail(error)
-        self.pending = {}
+        with self._lock:
+            self._missing[name] -= len(content)
 
     def finish(self) -> None:
-        """Write the index, if there are several shards, and give the folder its name."""
+        """Write the index, if there are several shards, and give the folder its name. ValueError for a tensor that never came."""
+        incomplete = [name for name, missing in self._missing.items() if missing]
+        if incomplete:
+            self.discard()
+            raise ValueError(f"not all of {incomplete[0]} was added, nor of {len(incomplete) - 1} others")
         try:
-            if len(self.waiting) > 1:
+            if len(set(self.files.values())) > 1:
                 index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.files}
                 (self.partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
             self.partial.rename(self.target)
         except OSError as error:
             self._fail(error)
 
-    def _copy_companions(self, source: Path, config: dict) -> None:
-        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-            if path.is_dir():
-                shutil.copytree(path, self.partial / path.name)
-            else:
-                shutil.copyfile(path, self.partial / path.name)
-        # transformers reads weights in the dtype that config.json names: `dtype`, or `torch_dtype` in older files.
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _set_dtype(self, config: dict, dtypes: set[torch.dtype]) -> None:
+        """transformers reads weights in the dtype that config.json names: `dtype`, or `torch_dtype` in older files."""
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        stored = str(self.dtype).removeprefix("torch.")
-        if config.get(key) != stored:
-            (self.partial / "config.json").write_text(json.dumps({**config, key: stored}, indent=2) + "\n")
+        if len(dtypes) == 1:
+            stored = str(dtypes.pop()).removeprefix("torch.")
+            if config.get(key) != stored:
+                (self.partial / "config.json").write_text(json.dumps({**config, key: stored}, indent=2) + "\n")
+
+    def _write_headers(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, _Place]:
+        """Begin each file: the header's length (8 bytes), the header as JSON, and room for the tensors behind it."""
+        places: dict[str, _Place] = {}
+        for file in dict.fromkeys(self.files.values()):
+            # Wide elements first, so that every tensor is aligned to its own.
+            names = sorted((name for name in tensors if self.files[name] == file), key=lambda name: -tensors[name][0].itemsize)
+            entries, starts, filled = {}, {}, 0
+            for name in names:
+                dtype, shape = tensors[name]
+                starts[name], filled = filled, filled + prod(shape) * dtype.itemsize
+                entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], filled]}
+            text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            path, begin = self.partial / file, 8 + len(text)
+            path.write_bytes(len(text).to_bytes(8, "little") + text)
+            os.truncate(path, begin + filled)
+            places.update((name, _Place(file, begin + starts[name], tensors[name][0])) for name in names)
+        return places
 
     def _fail(self, error: Exception) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.pending = {}
+        self.discard()
         raise UserError(f"the model could not be written to {self.target}: {error}") from None
+
+
+def hidden_name(target: Path) -> Path:
+    """Where a folder grows until it is complete: beside it, so that renaming is one step."""
+    return target.with_name(f".{target.name}.{os.getpid()}.incomplete")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy config, tokenizer, generation config, chat template and the like (`COMPANIONS`) into an existing folder. OSError."""
+    for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
 
 
 def assign_shards(sizes: Mapping[str, int], limit: int) -> dict[str, str]:
@@ -112,3 +169,13 @@ def assign_shards(sizes: Mapping[str, int], limit: int) -> dict[str, str]:
     if number == 0:
         return dict.fromkeys(sizes, SINGLE_NAME)
     return {name: f"model-{index + 1:05d}-of-{number + 1:05d}.safetensors" for name, index in numbers.items()}
+
+
+def _write_at(path: Path, content: memoryview, offset: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        while content:
+            written = os.pwrite(descriptor, content, offset)
+            content, offset = content[written:], offset + written
+    finally:
+        os.close(descriptor)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +14,49 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
-class SafetensorsFolder:
-    """The tensors of a folder by name: one `model.safetensors`, or shards with an index. A context manager.
+@dataclass(frozen=True)
+class StoredTensor:
+    file: str
+    """Within the folder."""
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: `BF16`, `F32` and so on."""
 
-    UserError for a missing folder, index, shard or tensor, and for a file that is not readable safetensors.
+
+class SafetensorsFolder:
+    """The tensors of a folder by name: one `model.safetensors`, or shards with an index.
+
+    Making one reads the headers of all files. UserError for a missing folder, index or shard, for tensors that the index lists and
+    the files lack, and for a file that is not readable safetensors.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._stack = ExitStack()
         if not self.folder.is_dir():
             raise UserError(f"model folder {self.folder} does not exist")
-        self._files = self._read_index()
-        missing = sorted({name for name in self._files.values() if not (self.folder / name).is_file()})
-        if missing:
-            raise UserError(f"model folder {self.folder} lacks {listing(missing)}, which its index names; copy it again")
-        try:
-            self._handles = {name: self._open(name) for name in sorted(set(self._files.values()))}
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def __enter__(self) -> "SafetensorsFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def names(self) -> set[str]:
-        """Names of all tensors, as the index (or the single file) lists them."""
-        return set(self._files)
+        index = self._read_index()
+        files = sorted({*index.values()}) if index is not None else [SINGLE_NAME]
+        absent = [file for file in files if not (self.folder / file).is_file()]
+        if absent:
+            raise UserError(f"model folder {self.folder} lacks {listing(absent)}, which its index names; copy it again")
+        found = {name: tensor for file in files for name, tensor in self._read_header(file).items()}
+        if index is not None:
+            lost = [name for name, file in index.items() if name not in found or found[name].file != file]
+            if lost:
+                raise UserError(f"the files in {self.folder} do not hold {listing(lost)}, though {INDEX_NAME} says so")
+            found = {name: found[name] for name in index}
+        self.tensors: dict[str, StoredTensor] = found
+        """By name, as the index (or the single file) lists them."""
 
     def slice(self, name: str) -> Any:
-        """A lazily read tensor: `get_shape()`, and indexing with slices reads just those elements."""
-        try:
-            return self._handles[self._files[name]].get_slice(name)
-        except SafetensorError:
-            raise UserError(f"{self.folder / self._files[name]} does not hold {name}, though the index says so") from None
+        """A lazily read tensor: `get_shape()`, and indexing with slices reads just those elements.
 
-    def _read_index(self) -> dict[str, str]:
+        The file is mapped into memory for as long as the slice lives, so that pages which were read do not pile up.
+        """
+        return self._open(self.tensors[name].file).get_slice(name)
+
+    def _read_index(self) -> dict[str, str] | None:
+        """The file of each tensor; None where a single file says it itself."""
         index = self.folder / INDEX_NAME
         if index.is_file():
             try:
@@ -61,15 +65,18 @@ class SafetensorsFolder:
                 raise UserError(f"{index} is not a readable index of safetensors: {error!r}") from None
         if not (self.folder / SINGLE_NAME).is_file():
             raise UserError(f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read")
-        with self._stack:
-            names = list(self._open(SINGLE_NAME).keys())
-        return dict.fromkeys(names, SINGLE_NAME)
+        return None
 
-    def _open(self, name: str) -> Any:
+    def _read_header(self, file: str) -> dict[str, StoredTensor]:
+        with self._open(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+    def _open(self, file: str) -> Any:
         try:
-            return self._stack.enter_context(safe_open(self.folder / name, framework="pt"))
+            return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name} is not a readable safetensors file (damaged or cut short?): {error}") from None
+            raise UserError(f"{self.folder / file} is not a readable safetensors file (damaged or cut short?): {error}") from None
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:

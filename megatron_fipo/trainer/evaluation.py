@@ -8,9 +8,12 @@ from megatron_fipo.config import EvaluationConfig
 from megatron_fipo.data.problem import Problem
 from megatron_fipo.errors import UserError
 from megatron_fipo.reward.score import Scorer
-from megatron_fipo.rollout.collector import Pool, request_seed
-from megatron_fipo.rollout.protocol import RAY_LOGS, GenerationRequest, SamplingParams
+from megatron_fipo.rollout.groups import request_seed
+from megatron_fipo.rollout.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
 from megatron_fipo.trainer.evaluation_metrics import EvaluatedResponse, evaluation_values
+
+Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Generation | None]]
+"""Answers requests in their order; None where one failed for good."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Evaluation:
 
 
 def evaluate(
-    pool: Pool,
+    generate: Generate,
     problems: Sequence[Problem],
     scorer: Scorer,
     decode: Callable[[Sequence[int]], str],
@@ -30,28 +33,26 @@ def evaluate(
     *,
     max_new_tokens: int,
     seed: int,
-    version: int,
-    on_finished: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Sample every problem `samples_per_problem` times and score. The seed is the same at each evaluation of a run.
+    """Sample every problem `samples_per_problem` times and score. The seeds are the same at each evaluation of a run.
 
-    A problem whose request failed for good is left out and counted (`evaluation/failed`), never scored as wrong.
+    A problem with a request that failed for good is left out and counted (`evaluation/failed`), never scored as wrong.
     """
+    k = settings.samples_per_problem
     requests = [
-        GenerationRequest(
-            problem.problem_id, problem.prompt_ids, settings.samples_per_problem, request_seed(seed, f"evaluation-{place}")
-        )
+        GenerationRequest(f"evaluation-{place}/{sample}", problem.prompt_ids, request_seed(seed, f"evaluation-{place}/{sample}"))
         for place, problem in enumerate(problems)
+        for sample in range(k)
     ]
-    sampling = SamplingParams(settings.temperature, settings.top_p, max_new_tokens)
-    result = pool.generate(requests, sampling, version, on_finished)
+    answers = generate(requests, SamplingParams(settings.temperature, settings.top_p, max_new_tokens))
     responses: list[list[EvaluatedResponse]] = []
     table = []
-    for problem, generations in zip(problems, result.generations, strict=True):
-        if generations is None:
+    for place, problem in enumerate(problems):
+        generations = answers[place * k : (place + 1) * k]
+        if any(generation is None for generation in generations):
             continue
         answered = []
-        for generation in generations:
+        for generation in filter(None, generations):
             text = decode(generation.response_ids)
             score = scorer(text, problem, generation.finish_reason)
             truncated = generation.finish_reason == "length"
@@ -70,6 +71,6 @@ def evaluate(
             )
         responses.append(answered)
     if not responses:
-        raise UserError(f"all {len(problems)} evaluation requests failed; see {RAY_LOGS}")
+        raise UserError(f"every one of the {len(problems)} evaluation problems had a request that failed; see {RAY_LOGS}")
     values = {f"evaluation/{name}": value for name, value in evaluation_values(responses).items()}
     return Evaluation({**values, "evaluation/failed": float(len(problems) - len(responses))}, table)

@@ -1,5 +1,6 @@
 """The trainer's ranks as Ray actors: placed together, called together, ended together."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -39,13 +40,21 @@ class TrainerGroup:
         rendezvous: Any = ray.get(self.actors[0].rendezvous.remote())
         self.call("setup", rendezvous)
 
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Run `method` on every rank and wait for all. Large arguments should be object references."""
+    def call(self, method: str, *arguments: Any, meanwhile: Callable[[], None] | None = None) -> list[Any]:
+        """Run `method` on every rank and wait for all. Large arguments should be object references.
+
+        `meanwhile` is called again and again until all ranks are done; it should take a fraction of a second.
+        """
         pending = {getattr(actor, method).remote(*arguments): rank for rank, actor in enumerate(self.actors)}
         results: dict[int, Any] = {}
         waiting = list(pending)
         while waiting:
-            (done,), waiting = ray.wait(waiting, num_returns=1)
+            finished, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else 0)
+            if not finished:
+                assert meanwhile is not None
+                meanwhile()
+                continue
+            (done,) = finished
             rank = pending[done]
             try:
                 results[rank] = ray.get(done)

@@ -7,40 +7,31 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from megatron_fipo.config import Config
-from megatron_fipo.data.dataset import Dataset
 from megatron_fipo.data.problem import Problem
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.reward.score import Scorer
-from megatron_fipo.rollout.collector import (
-    Collected,
-    Group,
-    GroupScorer,
-    collect_iteration,
-    groups_from_json,
-    groups_to_json,
-)
-from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.dump import write_dump
+from megatron_fipo.rollout.groups import Group
 from megatron_fipo.trainer.console import Console
 from megatron_fipo.trainer.evaluation import evaluate
 from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.iteration import IterationBatch, plan_iteration
 from megatron_fipo.trainer.iteration_values import over_mini_steps, rollout_values
 from megatron_fipo.trainer.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
+from megatron_fipo.trainer.rollouts import Interrupted, LiveRollouts, ReplayRollouts
+from megatron_fipo.trainer.saving import CheckpointSaver
 from megatron_fipo.trainer.state import LoopState, RunDirectory
+from megatron_fipo.trainer.stop import Stop
 from megatron_fipo.trainer.tracking import Trackers
 from megatron_fipo.trainer.worker import TokenWeights
-
-
-class Interrupted(Exception):
-    """The loop has to stop at a point where nothing is half done: the user asked for it, or the cause says why."""
 
 
 @dataclass
@@ -48,18 +39,19 @@ class Parts:
     """What the loop works with; `run.py` puts it together."""
 
     trainer: TrainerGroup
-    pool: EnginePool
-    train_set: Dataset
+    rollouts: LiveRollouts | ReplayRollouts
     held_out: list[Problem]
+    """Empty where nothing is to be evaluated."""
     scorer: Scorer
     decode: Callable[[Sequence[int]], str]
     pad_token_id: int
     console: Console
     trackers: Trackers
+    stop: Stop
 
 
 class Loop:
-    """One run. `stop_requested` may be set at any time (by a signal handler): the loop then ends with its state saved."""
+    """One run, from its last checkpoint or from the start to `config.iterations`."""
 
     def __init__(self, config: Config, directory: RunDirectory, parts: Parts) -> None:
         self.config = config
@@ -68,68 +60,70 @@ class Loop:
         self.metrics = MetricsLog(directory.path)
         self.samples = SampleLog(directory.path)
         self.state = LoopState()
-        self.surplus: list[Group] = []
-        self.stop_requested = False
-        self.score_group = GroupScorer(
-            parts.scorer,
-            parts.decode,
-            config.rollout.max_response_length,
-            config.reward.overlong_buffer,
-            config.reward.overlong_factor,
-        )
+        self.saver = CheckpointSaver(directory, parts.trainer)
 
     def run(self) -> None:
         """Train until `config.iterations`. Raises `Interrupted`, with the state saved, where it has to stop before."""
-        config, console = self.config, self.parts.console
-        if not self.parts.held_out:
-            console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
+        config, parts = self.config, self.parts
         self._resume()
-        self._push_weights()
         try:
+            parts.rollouts.push_weights(self.state.weight_version)
             self._evaluate_if_due()
             while self.state.iteration < config.iterations:
                 self._iterate()
-                self._check_stop()
+                self.saver.finish_if_written()
+                check_stop(parts.stop)
                 self._evaluate_if_due()
-                if self._due(config.save_every):
+                if self._due(config.checkpoint.every):
                     self._save()
-                self._check_stop()
+                check_stop(parts.stop)
         except Interrupted:
             if self.state.iteration == 0:
-                console.note("stopped before the first update, so there is nothing to save")
+                parts.console.note("stopped before the first update, so there is nothing to save")
             else:
                 self._save()
-                console.note(f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on")
+                self.saver.finish()
+                parts.console.note(f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on")
             raise
+        self.saver.finish()
 
     def _iterate(self) -> None:
         config, state, parts = self.config, self.state, self.parts
         seconds: dict[str, float] = {}
         start = time.perf_counter()
 
+        parts.console.phase("rollout")
         with _clock(seconds, "rollout"):
-            collected = self._collect()
-            self._set_advantages(collected.groups)
+            collected = parts.rollouts.groups(state.iteration + 1, state.weight_version)
+            set_advantages(collected.groups)
+        self._dump_if_due(collected.groups)
         batch = plan_iteration(collected.groups, config, parts.pad_token_id)
         lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
         wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
 
         parts.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
-        results = parts.trainer.call("train_iteration", ray.put(batch), lr, wanted)
+        results = parts.trainer.call("train_iteration", ray.put(batch), lr, wanted, meanwhile=parts.rollouts.during_update())
         report = next(report for report, _ in results if report is not None)
         seconds |= report.seconds
 
+        trained_with = state.weight_version
         state.iteration += 1
         state.weight_version += 1
-        self.surplus = collected.surplus
-        with _clock(seconds, "weight_sync"):
-            self._push_weights()
+        state.evaluation = None
+        interrupted: Interrupted | None = None
+        try:
+            with _clock(seconds, "rollout_wait"):
+                parts.rollouts.after_update()
+            with _clock(seconds, "weight_sync"):
+                parts.rollouts.push_weights(state.weight_version)
+        except Interrupted as error:
+            interrupted = error  # the iteration is complete all the same
         seconds["total"] = time.perf_counter() - start
 
         values = {
-            **rollout_values(collected, batch.trajectories),
+            **rollout_values(collected, batch.trajectories, trained_with),
+            **{f"engines/{name}": float(count) for name, count in asdict(parts.rollouts.take_counts()).items()},
             **over_mini_steps(report.mini_steps),
-            "rollout/log_prob_difference": report.rollout_log_prob_difference,
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
             **{f"time/{phase}": duration for phase, duration in seconds.items()},
@@ -137,56 +131,13 @@ class Loop:
         self._log("iteration", values)
         parts.console.iteration(state.iteration, values)
         self._log_samples(batch, wanted, [weights for _, part in results for weights in part])
+        if interrupted is not None:
+            raise interrupted
 
-    def _collect(self) -> Collected:
-        config, parts = self.config, self.parts
-        parts.console.phase("rollout")
-        before = parts.train_set.state()
-
-        def progress(rounds: int, finished_groups: int) -> None:
-            parts.console.phase("rollout", detail=f"round {rounds}, {finished_groups} prompts")
-            self._check_stop()
-
-        try:
-            return collect_iteration(
-                parts.train_set,
-                parts.pool,
-                self.score_group,
-                config.rollout,
-                target_groups=config.batch.prompts_per_iteration,
-                responses_per_prompt=config.batch.responses_per_prompt,
-                surplus=self.surplus,
-                version=self.state.weight_version,
-                seed=config.seed,
-                progress=progress,
-            )
-        except (Interrupted, UserError) as error:
-            # The unfinished rollout will be drawn again: the same problems, the same seeds.
-            parts.train_set.load_state(before)
-            raise Interrupted from error
-
-    def _set_advantages(self, groups: list[Group]) -> None:
-        trajectories = [trajectory for group in groups for trajectory in group]
-        advantages = group_advantages(
-            [trajectory.reward for trajectory in trajectories], [trajectory.group_id for trajectory in trajectories]
-        )
-        for trajectory, advantage in zip(trajectories, advantages, strict=True):
-            trajectory.advantage = float(advantage)
-
-    def _push_weights(self) -> None:
-        """Give all engines the trainer's weights; one that does not take them is retired, and the others are given them again."""
-        pool = self.parts.pool
-        self.parts.console.phase("weight sync")
-        while True:
-            try:
-                engines = pool.check()
-            except UserError as error:
-                raise Interrupted from error
-            failures = self.parts.trainer.call("push_weights", engines, self.state.weight_version)
-            failure = next((failure for failure in failures if failure is not None), None)
-            if failure is None:
-                return
-            pool.retire(*failure)
+    def _dump_if_due(self, groups: Sequence[Group]) -> None:
+        every, iteration = self.config.rollout.dump_every, self.state.iteration + 1
+        if every and iteration % every == 0:
+            write_dump(self.directory.path / "rollouts", iteration, groups, self.config.rollout.temperature)
 
     def _evaluate_if_due(self) -> None:
         """Evaluate the weights as they are, unless that is not due now or was done before the run was last stopped."""
@@ -200,28 +151,31 @@ class Loop:
                 raise Interrupted from error
 
     def _evaluate(self) -> None:
-        config, parts = self.config, self.parts
+        config, parts, version = self.config, self.parts, self.state.weight_version
+        rollouts = parts.rollouts
+        assert isinstance(rollouts, LiveRollouts)
         parts.console.phase("evaluation")
         start = time.perf_counter()
         evaluation = evaluate(
-            parts.pool,
+            lambda requests, sampling: rollouts.generate(requests, sampling, version),
             parts.held_out,
             parts.scorer,
             parts.decode,
             config.evaluation,
             max_new_tokens=config.rollout.max_response_length,
             seed=config.seed,
-            version=self.state.weight_version,
-            on_finished=lambda finished: self._check_stop(),
         )
+        self.state.evaluation = evaluation.values["evaluation/avg_at_k"]
         self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
         parts.console.evaluation(self.state.iteration, evaluation.values)
         write_table(self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl", evaluation.table)
 
     def _save(self) -> None:
-        self.state.dataset = self.parts.train_set.state()
-        self.state.surplus = groups_to_json(self.surplus)
-        self.directory.save(self.state, lambda folder: self.parts.trainer.call("save", str(folder)))
+        self.parts.console.phase("checkpoint")
+        self.state.rollout = self.parts.rollouts.state()
+        self.saver.save(self.state)
+        if not self.config.checkpoint.asynchronous:
+            self.saver.finish()
 
     def _resume(self) -> None:
         checkpoint = self.directory.latest()
@@ -229,13 +183,16 @@ class Loop:
             self.metrics.truncate_after(-1)
             self.samples.truncate_after(-1)
             return
+        self.parts.console.phase("checking and loading the checkpoint")
+        same_layout = self.saver.load(checkpoint)
         self.state = self.directory.load_state(checkpoint)
-        self.surplus = groups_from_json(self.state.surplus)
-        self.parts.train_set.load_state(self.state.dataset)
-        self.parts.trainer.call("load", str(checkpoint / "weights"))
+        self.parts.rollouts.load_state(self.state.rollout)
         self.metrics.truncate_after(self.state.iteration)
         self.samples.truncate_after(self.state.iteration)
-        self.parts.console.note(f"continuing from {checkpoint}")
+        again = (
+            "" if same_layout else "; the parallel layout is another one, so the ranks' random states start anew from the seed"
+        )
+        self.parts.console.note(f"continuing from {checkpoint}{again}")
 
     def _log(self, kind: Any, values: dict[str, float]) -> None:
         self.metrics.log(kind, self.state.iteration, values)
@@ -269,9 +226,21 @@ class Loop:
         done = self.state.iteration + ahead
         return done == self.config.iterations or (every > 0 and done % every == 0)
 
-    def _check_stop(self) -> None:
-        if self.stop_requested:
-            raise Interrupted
+
+def check_stop(stop: Stop) -> None:
+    """Raises `Interrupted` where a signal or the time limit asked for it."""
+    if stop.requested():
+        raise Interrupted
+
+
+def set_advantages(groups: Sequence[Group]) -> None:
+    """Write each response's advantage within its group."""
+    trajectories = [trajectory for group in groups for trajectory in group]
+    advantages = group_advantages(
+        [trajectory.reward for trajectory in trajectories], [trajectory.group_id for trajectory in trajectories]
+    )
+    for trajectory, advantage in zip(trajectories, advantages, strict=True):
+        trajectory.advantage = float(advantage)
 
 
 def learning_rate(lr: float, iteration: int, warmup_iterations: int) -> float:

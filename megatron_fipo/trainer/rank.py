@@ -2,6 +2,7 @@
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
+import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,7 @@ class RankSettings:
     optimizer: OptimizerSettings
     temperature: float
     seed: int
+    deterministic: bool
     outside_wait_s: float
     """Longest time that a rank may wait for something outside the group while the others stand in a collective."""
 
@@ -60,6 +62,8 @@ class MegatronRank:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(1)
+        if self.settings.deterministic:
+            be_deterministic()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             init_method=rendezvous,
@@ -104,3 +108,11 @@ class MegatronRank:
         """The one rank whose statistics go to the log: all ranks of its stage hold the same."""
         first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         return self.policy.is_last_stage and first_replica and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def be_deterministic() -> None:
+    """Make torch and the libraries below it choose algorithms whose result does not vary from run to run, or refuse."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["NCCL_ALGO"] = "Ring"
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)

@@ -1,87 +1,119 @@
 """Put a run together and take it apart: Ray, trainer ranks, engines, data, logs."""
 
 import contextlib
-import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from megatron_fipo.config import Config, Machine, validate
+from megatron_fipo.config import Config, validate
 from megatron_fipo.data.registry import load_datasets, load_evaluation
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.model.families import read_architecture
+from megatron_fipo.model.family import Architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.reward.registry import scorer
-from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.collector import Collector
+from megatron_fipo.rollout.dump import ReplaySource
+from megatron_fipo.rollout.groups import GroupScorer
+from megatron_fipo.trainer.cluster import engine_class, run_cluster, start_engines
 from megatron_fipo.trainer.console import Console
 from megatron_fipo.trainer.evaluation import evaluate as evaluate_problems
 from megatron_fipo.trainer.group import TrainerGroup
-from megatron_fipo.trainer.loop import Interrupted, Loop, Parts, write_table
+from megatron_fipo.trainer.loop import Loop, Parts, check_stop, write_table
 from megatron_fipo.trainer.metrics_log import read_metrics
 from megatron_fipo.trainer.report import write_report
+from megatron_fipo.trainer.rollouts import Interrupted, LiveRollouts, ReplayRollouts
 from megatron_fipo.trainer.state import RunDirectory
+from megatron_fipo.trainer.stop import Stop
 from megatron_fipo.trainer.tracking import Trackers
 from megatron_fipo.trainer.worker import TrainerWorker
 
-OBJECT_STORE_BASE_MB = 128
-"""Room in Ray's object store for trajectories; the weights on their way to the engines come on top."""
-BUCKETS_IN_STORE = 3
-"""Two in flight (`weight_sync.BUCKETS_IN_FLIGHT`) and one being made."""
 
-
-def train(config: Config) -> None:
-    """`megatron-fipo train`: run or continue `config`, then write model and report. Raises `KeyboardInterrupt` when stopped."""
+def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None = None) -> int:
+    """`megatron-fipo train`: run or continue `config`, then write model and report. Returns the exit code (see `stop.Stop`)."""
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
-    engine_class(config.rollout.engine)  # refuses before anything is written
+    if replay is None:
+        engine_class(config.rollout.engine)  # refuses before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    with Console(config.iterations) as console:
-        train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
+    with Console(config.iterations) as console, Stop(config.max_walltime_minutes, console.note) as stop:
         directory = RunDirectory(Path(config.run_dir).resolve())
-        directory.claim(config)
-        console.phase("starting")
-        with run_cluster(config) as machine, contextlib.ExitStack() as stack:
-            validate(config, architecture, machine)
-            trainer = TrainerGroup(
-                TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=with_absolute_paths(config)
-            )
-            stack.callback(trainer.shutdown)
-            pool = start_engines(config, config.model.path, machine)
-            stack.callback(pool.shutdown)
-            trackers = Trackers(config.tracking, directory.path, asdict(config), directory.path.name, say=console.note)
-            stack.callback(trackers.close)
-            stack.callback(report, directory.path, console)
-            parts = Parts(
-                trainer,
-                pool,
-                train_set,
-                held_out,
-                scorer(config.reward.name),
-                decoder(tokenizer),
-                pad_id(tokenizer),
-                console,
-                trackers,
-            )
-            loop = Loop(config, directory, parts)
-            with stop_on_signal(loop, console):
-                run_to_the_end(loop)
-                export_model(trainer, Path(config.model.path).resolve(), directory.path / "model")
+        with contextlib.ExitStack() as stack:
+            parts = assemble(config, architecture, tokenizer, directory, allow_change, replay, console, stop, stack)
+            try:
+                Loop(config, directory, parts).run()
+            except Interrupted as interrupted:
+                if isinstance(interrupted.__cause__, UserError):
+                    raise interrupted.__cause__ from None
+                return stop.exit_code
+            export_model(parts.trainer, Path(config.model.path).resolve(), directory.path / "model")
         summarise(directory.path, console)
+    return 0
 
 
-def run_to_the_end(loop: Loop) -> None:
-    """Run the loop; where it stops early, raise why: the user's Ctrl-C, or the sentence that stopped it."""
-    try:
-        loop.run()
-    except Interrupted as stop:
-        if isinstance(stop.__cause__, UserError):
-            raise stop.__cause__ from None
-        raise KeyboardInterrupt from None
+def assemble(
+    config: Config,
+    architecture: Architecture,
+    tokenizer: Any,
+    directory: RunDirectory,
+    allow_change: Sequence[str],
+    replay: Path | None,
+    console: Console,
+    stop: Stop,
+    stack: contextlib.ExitStack,
+) -> Parts:
+    """Everything a loop works with, started. `stack` ends it again."""
+    problems = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
+    train_set, held_out = problems
+    source = None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
+    directory.claim(config, allow_change)
+    console.phase("starting")
+    machine = stack.enter_context(run_cluster(config))
+    validate(config, architecture, machine)
+    trainer = TrainerGroup(TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=with_absolute_paths(config))
+    stack.callback(trainer.shutdown)
+    rollouts: LiveRollouts | ReplayRollouts
+    if source is not None:
+        console.note(f"training on the responses in {source.folder}; without engines, nothing is evaluated")
+        rollouts, held_out = ReplayRollouts(source), []
+    else:
+        pool = start_engines(config, config.model.path, machine, trainer.placement)
+        stack.callback(pool.shutdown)
+        scored = GroupScorer(
+            scorer(config.reward.name),
+            decoder(tokenizer),
+            config.rollout.max_response_length,
+            config.reward.overlong_buffer,
+            config.reward.overlong_factor,
+        )
+        collector = Collector(
+            train_set,
+            pool,
+            scored,
+            config.rollout,
+            target_groups=config.batch.prompts_per_iteration,
+            responses_per_prompt=config.batch.responses_per_prompt,
+            seed=config.seed,
+        )
+        rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
+        if not held_out:
+            console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
+    trackers = Trackers(config.tracking, directory.path, asdict(config), directory.path.name, say=console.note)
+    stack.callback(trackers.close)
+    stack.callback(report, directory.path, console)
+    return Parts(
+        trainer,
+        rollouts,
+        held_out,
+        scorer(config.reward.name),
+        decoder(tokenizer),
+        pad_id(tokenizer),
+        console,
+        trackers,
+        stop,
+    )
 
 
 def report(run_dir: Path, console: Console) -> None:
@@ -111,14 +143,13 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
             pool = start_engines(config, model_dir, machine)
             stack.callback(pool.shutdown)
             evaluation = evaluate_problems(
-                pool,
+                pool.generate,
                 held_out,
                 scorer(config.reward.name),
                 decoder(tokenizer),
                 config.evaluation,
                 max_new_tokens=config.rollout.max_response_length,
                 seed=config.seed,
-                version=0,
             )
         console.evaluation(0, evaluation.values)
         write_table(output, evaluation.table)
@@ -154,76 +185,6 @@ def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 def pad_id(tokenizer: Any) -> int:
     """Padding never reaches the loss; any valid id will do."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def engine_class(name: str) -> type:
-    """The class behind `rollout.engine`."""
-    if name == "vllm":
-        raise UserError("rollout.engine=vllm is not part of this version; use rollout.engine=local")
-    from megatron_fipo.rollout.local import LocalEngine
-
-    return LocalEngine
-
-
-def start_engines(config: Config, model_path: str, machine: Machine) -> EnginePool:
-    """The configured engines with the weights of `model_path`, loaded."""
-    rollout, model = config.rollout, config.model
-    return EnginePool(
-        engine_class(rollout.engine),
-        {"model_path": str(Path(model_path).resolve()), "dtype": model.dtype, "trust_remote_code": model.trust_remote_code},
-        rollout.num_engines,
-        max_retries=rollout.max_retries,
-        timeout_s=rollout.timeout_s,
-        gpus_per_engine=int(machine.gpus > 0),
-    )
-
-
-def run_cluster(config: Config) -> contextlib.AbstractContextManager[Machine]:
-    """The Ray cluster that a run of `config` needs."""
-    workers = config.parallel.world_size + config.rollout.num_engines
-    return ray_cluster(config.ray_address, workers=workers, weights_mb=BUCKETS_IN_STORE * config.rollout.weight_bucket_mb)
-
-
-@contextlib.contextmanager
-def ray_cluster(address: str | None, *, workers: int, weights_mb: int) -> Iterator[Machine]:
-    """Join the cluster at `address`, or start one on this machine that is just large enough and ends with the run.
-
-    Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
-    """
-    machine = this_machine()
-    # One connection keeps CUDA's order of launches, by which Megatron-Core overlaps tensor-parallel communication with products.
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
-    if address:
-        ray.init(address=address, **options)
-        resources = ray.cluster_resources()
-        machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
-    else:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        store = (OBJECT_STORE_BASE_MB + weights_mb) * 2**20
-        ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=store, **options)
-    try:
-        yield machine
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def stop_on_signal(loop: Loop, console: Console) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks the loop to save and stop, the second stops at once."""
-
-    def handle(number: int, _frame: Any) -> None:
-        if loop.stop_requested:
-            raise KeyboardInterrupt
-        loop.stop_requested = True
-        console.note("stopping at the next safe point (again to stop at once, losing the work since the last checkpoint)")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def export_model(trainer: TrainerGroup, source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 
 from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
-from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import (
     HeadConfig,
@@ -29,7 +29,8 @@ from megatron_fipo.model.families import read_architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
-from megatron_fipo.trainer.run import load_tokenizer, pad_id, ray_cluster
+from megatron_fipo.trainer.cluster import ray_cluster
+from megatron_fipo.trainer.run import load_tokenizer, pad_id
 
 STEPS_PER_CALL = 20
 """Optimizer steps per message to the ranks."""
@@ -98,7 +99,7 @@ def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajector
             response = tokenizer.encode(supervised_trace(problem, rng), add_special_tokens=False)  # type: ignore[attr-defined]
             response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
             ones = [1] * len(response)
-            yield Trajectory(str(problem), prompt, response, ones, [0.0] * len(response), 0, "stop")
+            yield Trajectory(str(problem), prompt, response, ones, [0.0] * len(response), [VersionSpan(0, 0, len(response))], "stop")
 
 
 def learning_rate(config: SftConfig, step: int) -> float:
@@ -138,4 +139,13 @@ def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
         clip_grad=config.optimizer.clip_grad,
     )
     model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec)
-    return RankSettings(model, config.parallel, HeadConfig(), optimizer, temperature=1.0, seed=config.seed, outside_wait_s=0.0)
+    return RankSettings(
+        model,
+        config.parallel,
+        HeadConfig(),
+        optimizer,
+        temperature=1.0,
+        seed=config.seed,
+        deterministic=False,
+        outside_wait_s=0.0,
+    )

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard
+from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
+from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
+from megatron_fipo.checkpoint.rng import load_rng, save_rng
 from megatron_fipo.config import Config
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
 from megatron_fipo.trainer.iteration import IterationBatch
@@ -29,8 +31,6 @@ class IterationReport:
     """Statistics of each optimizer step, `policy/grad_norm` included."""
     seconds: dict[str, float]
     """Wall time of `old_log_probs` and `update` on this rank."""
-    rollout_log_prob_difference: float
-    """Mean |trainer - engine| log-probability of the sampled tokens: how far the rollout numerics are from training's."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class TrainerWorker(MegatronRank):
             config.optimizer,
             config.rollout.temperature,
             config.seed,
+            config.deterministic,
             config.rollout.timeout_s,
         )
         super().__init__(rank, world_size, settings)
@@ -62,6 +63,7 @@ class TrainerWorker(MegatronRank):
     def build(self) -> None:
         super().build()
         self.reference = self._snapshot() if self.config.objective.kl_coefficient else None
+        self.writer = CheckpointWriter()
 
     def train_iteration(
         self, batch: IterationBatch, lr: float, samples: list[int]
@@ -74,7 +76,7 @@ class TrainerWorker(MegatronRank):
         seconds: dict[str, float] = {}
         steps = [self._shards(batch, step) for step in range(len(batch.mini_batches))]
         with _clock(seconds, "old_log_probs"):
-            steps, difference = self._with_old_log_probs(steps)
+            steps = self._with_old_log_probs(steps)
         objective = policy_objective(self.config)
         mini_steps, token_weights = [], []
         with _clock(seconds, "update"):
@@ -86,10 +88,10 @@ class TrainerWorker(MegatronRank):
                 token_weights += self._token_weights(batch, step, shards, result.influence_weights, samples)
         if not self.reports:
             return None, token_weights
-        return IterationReport(mini_steps, seconds, difference), token_weights
+        return IterationReport(mini_steps, seconds), token_weights
 
-    def push_weights(self, engines: dict[int, Any], version: int) -> tuple[int, str] | None:
-        """Send the weights to every engine, in Hugging Face names, and compare checksums (collective; rank 0 sends).
+    def push_weights(self, engines: dict[int, Any], version: int, check: bool) -> tuple[int, str] | None:
+        """Send the weights to these engines, in Hugging Face names (collective; rank 0 sends). `check` compares checksums.
 
         Returns None, or on rank 0 the number of an engine that did not take them and why; then no engine counts as updated.
         """
@@ -97,42 +99,52 @@ class TrainerWorker(MegatronRank):
         from megatron_fipo.rollout.weight_sync import WeightSyncError, push_weights
 
         rollout = self.config.rollout
-        tensors = iterate_hf_tensors(self.policy.modules)
         try:
-            push_weights(tensors, engines, version, rollout.weight_bucket_mb * 2**20, rollout.timeout_s)
+            push_weights(
+                iterate_hf_tensors(self.policy.modules),
+                engines,
+                version,
+                bucket_bytes=rollout.weight_bucket_mb * 2**20,
+                timeout_s=rollout.timeout_s,
+                check=check,
+            )
         except WeightSyncError as error:
             return error.engine, error.reason
         return None
 
-    def save(self, folder: str) -> None:
-        """Write weights and optimizer as a distributed checkpoint into an existing empty folder (collective)."""
-        from megatron_fipo.checkpoint.distributed import save_checkpoint
+    def start_save(self, folder: str) -> None:
+        """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""
+        save_rng(Path(folder), self.rank)
+        asynchronous = self.config.checkpoint.asynchronous
+        self.writer.start(self.policy.modules, self.policy.optimizer, Path(folder) / "weights", asynchronous)
 
-        save_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder))
+    def save_finished(self, blocking: bool) -> bool:
+        """Whether all of it is on disk (collective). UserError with the writer's reason where it failed."""
+        return self.writer.finished(blocking)
 
-    def load(self, folder: str) -> None:
-        """Continue from a distributed checkpoint (collective)."""
-        from megatron_fipo.checkpoint.distributed import load_checkpoint
+    def hash_files(self, folder: str) -> dict[str, FileRecord]:
+        """Size and checksum of this rank's share of a checkpoint's files."""
+        return hash_files(Path(folder), self.rank, self.world_size)
 
-        load_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder))
+    def check_files(self, folder: str) -> list[str]:
+        """What is damaged in this rank's share of a checkpoint's files, a sentence each."""
+        return check_files(Path(folder), read_manifest(Path(folder)), self.rank, self.world_size)
+
+    def load(self, folder: str) -> bool:
+        """Continue from a checkpoint (collective). False where the layout differs, so that random states start anew from the seed."""
+        load_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder) / "weights")
+        return load_rng(Path(folder), self.rank, self.world_size)
 
     def _shards(self, batch: IterationBatch, step: int) -> list[PackedShard]:
         return self.shards(batch.micro_batches(step, parallel_state.get_data_parallel_rank()), batch.pad_token_id)
 
-    def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> tuple[list[list[PackedShard]], float]:
-        """The same shards scored by the weights before the first update (and by the reference), and the gap to the engines."""
+    def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> list[list[PackedShard]]:
+        """The same shards scored by the weights before the first update, and by the reference."""
         scored = [self._score(shards, PackedShard.with_old_log_probs) for shards in steps]
         if self.reference is not None:
             with self._reference_weights():
                 scored = [self._score(shards, PackedShard.with_reference_log_probs) for shards in scored]
-        difference = torch.zeros(2, device=self.device)
-        if self.policy.is_last_stage:
-            for shard in (shard for shards in scored for shard in shards):
-                gap = (shard.rows.old_log_probs - shard.rollout_log_probs).abs().sum()
-                difference += torch.stack((gap, torch.full_like(gap, shard.rollout_log_probs.numel())))
-            dist.all_reduce(difference, group=self.policy.statistics_group)
-        total, count = difference.tolist()
-        return scored, total / max(count, 1.0)
+        return scored
 
     def _score(self, shards: list[PackedShard], place: Callable[[PackedShard, torch.Tensor], PackedShard]) -> list[PackedShard]:
         """`shards` with log-probs put in by `place`; as they are on pipeline stages that see no log-probs."""
@@ -195,6 +207,8 @@ def policy_objective(config: Config) -> PolicyObjective:
         ),
         kl_coefficient=settings.kl_coefficient,
         entropy_coefficient=settings.entropy_coefficient,
+        correction=settings.correction,
+        correction_cap=settings.correction_cap,
     )
 
 

@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_nothing_and_every_rank_is_told(untied, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf_writer, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(hf_writer, "save_file", full)
+    monkeypatch.setattr(hf_writer, "_write_at", full)
 
     def body(rank, world):
         chunks = build(untied, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))

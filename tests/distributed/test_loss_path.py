@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo.batching.shard import PackedShard, build_shard
-from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.head import HeadRequest, response_log_probs
@@ -37,6 +37,8 @@ OBJECTIVES = {
     "fipo-reference-bonus": PolicyObjective("fipo", FIPOConfig(normalization="reference_micro_batch"), entropy_coefficient=0.1),
     "dapo": PolicyObjective("dapo"),
     "grpo-bonus": PolicyObjective("grpo", entropy_coefficient=0.1),
+    "fipo-tis": PolicyObjective("fipo", correction="tis"),
+    "fipo-mis": PolicyObjective("fipo", correction="mis"),
 }
 
 
@@ -48,7 +50,7 @@ def trajectory(prompt: int, response: int, seed: int = 0, mask: int = 1) -> Traj
         response_ids=rng.integers(0, VOCABULARY, response).tolist(),
         response_mask=[mask] * response,
         rollout_log_probs=[0.0] * response,
-        weight_version=0,
+        spans=[VersionSpan(0, 0, response)],
         finish_reason="stop",
         advantage=float(rng.normal()) + 0.1,
     )

@@ -54,6 +54,12 @@ def batch():
     return trajectories, offsets
 
 
+def engine_log_probs(index: int, old_log_probs: np.ndarray) -> np.ndarray:
+    """What the rollout engine reported for response `index`: the old log-probs, float32, with noise that often exceeds the cap."""
+    noise = np.random.default_rng(index).normal(scale=0.5, size=len(old_log_probs))
+    return old_log_probs + noise.astype(np.float32)
+
+
 def hf_log_probs(folder: Path, trajectories, temperature: float):
     """transformers in float64: the model, and per trajectory log-probs and entropies [response length] with gradient."""
     from transformers import AutoModelForCausalLM
@@ -78,6 +84,8 @@ def truth(folders):
         for key, objective in {
             "fipo": FIPO,
             "grpo": PolicyObjective("grpo", FIPO.settings, entropy_coefficient=0.05),
+            "tis": replace(FIPO, correction="tis", correction_cap=1.3),
+            "mis": replace(FIPO, correction="mis", correction_cap=1.3),
         }.items():
             model, scored = hf_log_probs(folder, trajectories, settings(folder, ParallelConfig())["temperature"])
             responses, old = [], []
@@ -85,8 +93,9 @@ def truth(folders):
                 old_log_probs = log_probs.detach() + torch.from_numpy(offsets[index, : len(log_probs)])
                 mask = torch.tensor(trajectory.response_mask, dtype=torch.float64)
                 advantages = torch.full_like(mask, trajectory.advantage)
-                responses.append(Response(log_probs, old_log_probs, advantages, mask, entropy=entropy))
                 old.append(old_log_probs.float().numpy())
+                engine = torch.from_numpy(engine_log_probs(index, old[-1])).double()
+                responses.append(Response(log_probs, old_log_probs, advantages, mask, entropy=entropy, rollout_log_probs=engine))
             result: OracleResult = oracle_loss(responses, objective)
             result.loss.backward()
             gradients = {weight: parameter.grad for weight, parameter in model.named_parameters()}
@@ -95,7 +104,11 @@ def truth(folders):
 
 
 def make_shards(policy: Policy, parallel: ParallelConfig, trajectories, old, token_budget: int):
-    """This rank's shards of the whole batch, with the given old log-probs in their rows."""
+    """This rank's shards of the whole batch, with the given old log-probs and those of the engine in their rows."""
+    trajectories = [
+        replace(trajectory, rollout_log_probs=engine_log_probs(index, old[index][: trajectory.response_length]).tolist())
+        for index, trajectory in enumerate(trajectories)
+    ]
     multiple = parallel.length_multiple
     plan = plan_micro_batches(
         [trajectory.length for trajectory in trajectories],
@@ -166,6 +179,8 @@ CASES = [
     ("dp2", "fipo", False, 56, HeadConfig(7, 1)),
     *((layout, "fipo", True, 160, HeadConfig(16)) for layout in ("1", "tp2-sp", "pp2", "tp2-sp-pp2", "cp2-dp2")),
     *((layout, "grpo", False, 160, HeadConfig(16, 1)) for layout in ("1", "tp2-sp-cp2", "pp2", "dp2")),
+    *((layout, "tis", False, 160, HeadConfig(16)) for layout in ("1", "cp2-dp2", "pp2")),
+    *((layout, "mis", False, 160, HeadConfig(16)) for layout in ("cp2", "dp2")),
 ]
 
 
@@ -198,7 +213,7 @@ def check_step(folders, truth, name, layout, key, token_budget, head):
         assert grad_norm == pytest.approx(norm, rel=1e-5)
         if statistics:
             assert statistics["policy/loss"] == pytest.approx(loss, rel=1e-5)
-            if key == "fipo":
+            if objective.name == "fipo":
                 assert statistics["policy/dropped_sequences"] == 1 == kept.count(False)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 
 VOCABULARY = 61
@@ -60,7 +60,7 @@ def make_trajectories(count: int, seed: int = 0, longest: int = 40) -> list[Traj
                 response_ids=rng.integers(0, VOCABULARY, response).tolist(),
                 response_mask=mask.tolist(),
                 rollout_log_probs=[0.0] * response,
-                weight_version=0,
+                spans=[VersionSpan(0, 0, response)],
                 finish_reason="stop",
                 advantage=float(rng.normal()),
             )

@@ -21,9 +21,10 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One cluster per session; 6 logical CPUs, whatever the machine has."""
+    """One cluster per session; 6 logical CPUs and 2 logical GPUs, whatever the machine has."""
     ray.init(
         num_cpus=6,
+        num_gpus=2,
         include_dashboard=False,
         object_store_memory=80 * 2**20,
         log_to_driver=False,

@@ -1,266 +1,365 @@
-"""Engine pool and weight push with real actors: faults cost work, never correctness."""
+"""The engine pool with real actors: faults cost work, never correctness."""
 
+import asyncio
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load_file
 
 from megatron_fipo.config import RolloutConfig
-from megatron_fipo.data.dataset import Dataset
-from megatron_fipo.data.problem import Problem
 from megatron_fipo.errors import UserError
-from megatron_fipo.reward.score import Score
-from megatron_fipo.rollout.collector import Collected, Group, GroupScorer, collect_iteration
+from megatron_fipo.rollout import actors
+from megatron_fipo.rollout.actors import EngineActors
 from megatron_fipo.rollout.local import LocalEngine
-from megatron_fipo.rollout.pool import EnginePool, StaleWeightsError
+from megatron_fipo.rollout.pool import EnginePool, PoolCounts, Settled
 from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.rollout.weight_sync import WeightSyncError, push_weights
+from megatron_fipo.rollout.weight_sync import push_weights
 from tests.rollout.tiny import save_model, some_requests
 
 SAMPLING = SamplingParams(1.0, 1.0, 24)
+HEALTH_S = 4.0
 
 
 class TroubledEngine(LocalEngine):
-    """A local engine that has the troubles which files in the folder `troubles` name.
+    """A local engine that has the troubles it is told to have, so many times."""
 
-    `slow` and `poison` last while their file is there; the others take it away, so they strike one call of one engine.
-    """
-
-    def __init__(self, model_path: str, troubles: str) -> None:
-        super().__init__(model_path, "float32")
-        self.troubles = Path(troubles)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.troubles: dict[str, int] = {}
+        self.tokens = 0
 
     def pid(self) -> int:
         return os.getpid()
 
+    def cause(self, trouble: str, times: int) -> None:
+        self.troubles[trouble] = times
+        self.tokens = 0
+
+    def progress(self) -> int:
+        """Tokens of each response since the last `cause`."""
+        return self.tokens
+
     def _strikes(self, trouble: str) -> bool:
-        try:
-            (self.troubles / trouble).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        self.troubles[trouble] = self.troubles.get(trouble, 0) - 1
+        return self.troubles[trouble] >= 0
 
-    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[list[Generation]]:
-        if (self.troubles / "slow").exists():
-            time.sleep(1.5)
-        if self._strikes("raise"):
-            raise ArithmeticError("an unlucky call")
-        if self._strikes("garbage"):
-            return [[] for _ in requests]
-        if (self.troubles / "poison").exists() and any(request.request_id == "request-2" for request in requests):
+    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        if self._strikes("slow"):
+            time.sleep(1.5 * HEALTH_S)
+        if any("poison" in request.request_id for request in requests):
             raise ArithmeticError("never works")
-        return super().generate(requests, sampling)
+        reply = super().generate(requests, sampling)
+        if self._strikes("other weights"):
+            return [replace(generation, weight_version=99) for generation in reply]
+        if self._strikes("garbage"):
+            return [replace(generation, log_probs=(float("nan"),) * len(generation.log_probs)) for generation in reply]
+        return reply
 
-    def load_weights(self, bucket: dict[str, torch.Tensor]) -> None:
-        if self._strikes("slow_load"):
-            time.sleep(600)
-        super().load_weights(bucket)
-        if self._strikes("corrupt"):
-            next(iter(self._held().values())).view(-1)[0] += 1
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("troubles")
+    def _append(self, *args: Any) -> list[int]:
+        if self._strikes("slow steps"):
+            time.sleep(0.1)
+        self.tokens += 1
+        return super()._append(*args)
 
 
 @pytest.fixture(scope="module")
-def pool(cluster: None, model_folder: Path, troubles: Path) -> Iterator[EnginePool]:
-    """Three engines for all tests, since each takes seconds to start. The tests run in order: engine 2 dies in the first of them,
-    then weight versions only move on, and the last two tests lose the other engines."""
-    kwargs = {"model_path": str(model_folder), "troubles": str(troubles)}
-    pool = EnginePool(TroubledEngine, kwargs, 3, max_retries=2, timeout_s=240.0)
-    yield pool
-    pool.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def no_trouble_is_left_over(troubles: Path) -> Iterator[None]:
-    yield
-    for trouble in troubles.iterdir():
-        trouble.unlink()
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models that differ in their weights."""
+    return [save_model(tmp_path_factory.mktemp("model"), seed) for seed in (0, 9)]
 
 
 @pytest.fixture(scope="module")
-def expected(model_folder: Path) -> list[list[tuple[int, ...]]]:
-    """What one engine in this process answers."""
-    engine = LocalEngine(str(model_folder), "float32")
-    engine.ready()
-    return tokens(engine.generate(some_requests(), SAMPLING))
+def answers(folders: list[Path]) -> list[dict[str, Generation]]:
+    """What one engine in this process answers with the weights of each folder."""
+    result = []
+    for folder in folders:
+        engine = LocalEngine(str(folder), "float32")
+        engine.ready()
+        requests = some_requests()
+        replies = engine.generate(requests, SAMPLING)
+        result.append({request.request_id: reply for request, reply in zip(requests, replies, strict=True)})
+    return result
 
 
-def tokens(results: Sequence[list[Generation] | None]) -> list[list[tuple[int, ...]]]:
-    return [[generation.response_ids for generation in answer] for answer in results if answer is not None]
-
-
-def test_a_round_of_dynamic_sampling_survives_a_killed_engine(pool, troubles):
-    (troubles / "slow").touch()
-    problems = [Problem(f"p{index}", request.prompt_ids, "", "", "test") for index, request in enumerate(some_requests(12))]
-    score_group = GroupScorer(
-        lambda text, problem, reason: Score(float(len(text) % 2), float(len(text) % 2), text),
-        lambda ids: "x" * len(ids),
-        SAMPLING.max_new_tokens,
-        overlong_buffer=0,
-        overlong_factor=1.0,
-    )
-    config = RolloutConfig(prompts_per_round=8, max_generation_rounds=3, max_response_length=SAMPLING.max_new_tokens)
-
-    def collect() -> Collected:
-        return collect_iteration(
-            Dataset(problems, seed=1),
-            pool,
-            score_group,
-            config,
-            target_groups=10,
-            responses_per_prompt=4,
-            surplus=[],
-            version=0,
-            seed=1,
-        )
-
-    killer = threading.Timer(0.5, ray.kill, (pool.engines[2],))
-    killer.start()
-    struck = collect()
-    assert list(pool.engines) == [0, 1]
-    counts = struck.counts
-    assert counts.prompts == counts.informative + counts.all_right + counts.all_wrong + counts.failed
-    assert counts.informative == len(struck.groups) + len(struck.surplus)
-    assert (counts.failed, counts.retries) == (0, 3)
-
-    calm = collect()
-    assert calm.counts.retries == 0
-    assert responses(struck.groups) == responses(calm.groups)
-    assert responses(struck.surplus) == responses(calm.surplus)
-
-
-def responses(groups: list[Group]) -> list[list[list[int]]]:
-    return [[trajectory.response_ids for trajectory in group] for group in groups]
-
-
-def test_two_engines_answer_as_one(pool, expected):
-    heard: list[int] = []
-    result = pool.generate(some_requests(), SAMPLING, version=0, on_finished=heard.append)
-    assert tokens(result.generations) == expected
-    assert result.retries == 0
-    assert heard[-1] == 6
-
-
-@pytest.mark.parametrize("trouble", ["raise", "garbage"])
-def test_a_failed_call_is_made_again(pool, troubles, expected, trouble):
-    (troubles / trouble).touch()
-    result = pool.generate(some_requests(), SAMPLING, version=0)
-    assert tokens(result.generations) == expected
-    assert result.retries == 3
-    assert len(pool.engines) == 2
-
-
-def test_a_request_that_never_works_is_given_up_alone(pool, troubles, expected):
-    (troubles / "poison").touch()
-    result = pool.generate(some_requests(), SAMPLING, version=0)
-    assert [index for index, answer in enumerate(result.generations) if answer is None] == [2]
-    assert tokens(result.generations) == expected[:2] + expected[3:]
-
-
-def test_answers_of_other_weights_are_refused(pool):
-    with pytest.raises(StaleWeightsError, match=r"engine \d answered with weight version 0, not 99"):
-        pool.generate(some_requests(), SAMPLING, version=99)
-
-
-def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
-    with pytest.raises(UserError, match=r"no folder with a config\.json"):
-        EnginePool(LocalEngine, {"model_path": str(tmp_path), "dtype": "float32"}, 1, max_retries=0, timeout_s=60.0)
+def tokens(generations: dict[str, Generation]) -> dict[str, tuple[int, ...]]:
+    return {request_id: generation.response_ids for request_id, generation in generations.items()}
 
 
 class TrainerRank:
     """Stands where the trainer's rank 0 stands: an actor that holds new weights and pushes them."""
 
-    def __init__(self, folder: str) -> None:
-        self.weights = load_file(Path(folder, "model.safetensors"))
-        self.exported = 0
-
-    def push(self, engines: dict, version: int, timeout_s: float, drop: str | None = None) -> None:
-        push_weights(self._export(drop), engines, version, bucket_bytes=10_000, timeout_s=timeout_s)
-
-    def _export(self, drop: str | None) -> Iterator[tuple[str, torch.Tensor | None]]:
-        self.exported = 0
-        for name, tensor in self.weights.items():
-            self.exported += 1
-            if name != drop:
-                yield name, tensor
-
-    def exported_all(self) -> bool:
-        return self.exported == len(self.weights)
+    def push(self, folder: str, engines: dict, version: int) -> None:
+        weights = load_file(Path(folder, "model.safetensors"))
+        push_weights(iter(weights.items()), engines, version, bucket_bytes=10_000, timeout_s=60.0, check=True)
 
 
 @pytest.fixture(scope="module")
-def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("new"), seed=9)
-
-
-@pytest.fixture(scope="module")
-def trainer(cluster: None, new_folder: Path) -> Iterator:
-    actor: Any = ray.remote(TrainerRank).options(num_cpus=1).remote(str(new_folder))
+def trainer(cluster: None) -> Iterator[Any]:
+    remote: Any = ray.remote(TrainerRank)
+    actor = remote.options(num_cpus=1).remote()
     yield actor
     ray.kill(actor)
 
 
-def push(trainer, *args) -> None:
+@pytest.fixture(scope="module")
+def shared_pool(cluster: None, folders: list[Path]) -> Iterator[EnginePool]:
+    """Two engines for most tests, since each takes seconds to start. They begin without weights."""
+    rollout = RolloutConfig(num_engines=2, max_retries=3, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=20)
+    kwargs = {"model_path": str(folders[0]), "dtype": "float32", "load_weights": False}
+    pool = EnginePool(TroubledEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False)
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture
+def pool(shared_pool: EnginePool, trainer: Any, folders: list[Path]) -> EnginePool:
+    """Both engines serve the second folder's weights as version 2, and nothing is outstanding."""
+    shared_pool.loaded(wait=True)
+    push(shared_pool, trainer, shared_pool.stale(), folders[1], 2)
+    shared_pool.take_counts()
+    assert shared_pool.outstanding == 0
+    return shared_pool
+
+
+def push(pool: EnginePool, trainer: Any, engines: dict[int, Any], folder: Path, version: int) -> None:
+    if engines:
+        ray.get(trainer.push.remote(str(folder), engines, version))
+    pool.updated(engines, version)
+
+
+def texts(answers: list[Generation | None]) -> list[tuple[int, ...]]:
+    return [generation.response_ids for generation in answers if generation is not None]
+
+
+def rest(pool: EnginePool) -> dict[str, Generation]:
+    """Poll until nothing is outstanding."""
+    settled: list[Settled] = []
+    while pool.outstanding:
+        settled += pool.poll(1.0)
+    return by_id(settled)
+
+
+def by_id(settled: list[Settled]) -> dict[str, Generation]:
+    assert len({one.request_id for one in settled}) == len(settled)
+    return {one.request_id: one.generation for one in settled if one.generation is not None}
+
+
+def submit_to_both(pool: EnginePool) -> None:
+    """All requests, half of them at each engine; returns while they work."""
+    pool.submit(some_requests(), SAMPLING)
+    assert pool.poll(0.0) == []
+    assert pool._dispatcher.busy == [0, 1]
+
+
+def wait_for_tokens(engines: dict[int, Any]) -> None:
+    while min(ray.get([engine.progress.remote() for engine in engines.values()])) < 3:
+        time.sleep(0.05)
+
+
+def cause(pool: EnginePool, trouble: str, times: int = 1) -> None:
+    ray.get([engine.cause.remote(trouble, times) for engine in pool.loaded(wait=False).values()])
+
+
+def pid(pool: EnginePool, number: int) -> int:
+    process_id: int = ray.get(pool.loaded(wait=False)[number].pid.remote())
+    return process_id
+
+
+def test_engines_serve_the_weights_pushed_and_answer_as_one(shared_pool, trainer, folders, answers):
+    pool = shared_pool
+    pool.submit(some_requests(), SAMPLING)
+    assert set(pool.loaded(wait=True)) == set(pool.stale()) == {0, 1}
+    assert pool.poll(0.2) == []
+    push(pool, trainer, pool.stale(), folders[0], 1)
+    assert pool.stale() == {}
+    first = rest(pool)
+    assert tokens(first) == tokens(answers[0])
+    assert {generation.weight_version for generation in first.values()} == {1}
+    pool.sleep()
+    pool.wake()
+    assert set(pool.stale()) == {0, 1}
+    push(pool, trainer, pool.loaded(wait=True), folders[1], 2)
+    heard: list[int] = []
+    again = pool.generate(some_requests(), SAMPLING, heard.append)
+    assert texts(again) == list(tokens(answers[1]).values())
+    assert heard[-1] == len(again)
+    assert pool.take_counts() == PoolCounts()
+
+
+def test_a_killed_engine_costs_its_work_and_serves_again_once_it_has_weights(pool, trainer, folders, answers, caplog):
+    victim = pid(pool, 0)
+    cause(pool, "slow")
+    submit_to_both(pool)
+    os.kill(victim, signal.SIGKILL)
+    assert tokens(rest(pool)) == tokens(answers[1])
+    assert pool.take_counts() == PoolCounts(retries=12, restarts=1, deaths=1)
+    assert caplog.text.count("rollout engine 0 died") == 1
+    assert "is started again" in caplog.text
+    assert set(pool.loaded(wait=True)) == {0, 1}
+    assert set(pool.stale()) == {0}
+    push(pool, trainer, pool.stale(), folders[1], 2)
+    submit_to_both(pool)
+    assert tokens(rest(pool)) == tokens(answers[1])
+
+
+def test_a_stopped_engine_is_taken_for_hung_and_a_busy_one_is_not(pool, answers):
+    victim = pid(pool, 0)
+    cause(pool, "slow")
+    submit_to_both(pool)
+    os.kill(victim, signal.SIGSTOP)
+    assert tokens(rest(pool)) == tokens(answers[1])
+    assert pool.take_counts() == PoolCounts(retries=12, restarts=1, hangs=1)
+
+
+def test_abort_returns_unfinished_responses_which_go_on_as_if_nothing_had_been(pool, answers):
+    cause(pool, "slow steps", 10_000)
+    requests = some_requests()
+    submit_to_both(pool)
+    pool.submit([replace(requests[0], request_id="late")], SAMPLING)
+    wait_for_tokens(pool.loaded(wait=False))
+    first = by_id(pool.abort())
+    assert pool.outstanding == 0
+    assert first.pop("late") == Generation((), (), "abort", 2)
+    unfinished = [request for request in requests if first[request.request_id].finish_reason == "abort"]
+    assert any(first[request.request_id].response_ids for request in unfinished)
+    assert all(first[r.request_id].response_ids == answers[1][r.request_id].response_ids for r in requests if r not in unfinished)
+    cause(pool, "slow steps", 0)
+    pool.submit([replace(r, prefix=first[r.request_id].response_ids) for r in unfinished], SAMPLING)
+    continued = rest(pool)
+    assert {i: first[i].response_ids + g.response_ids for i, g in continued.items()} == {
+        r.request_id: answers[1][r.request_id].response_ids for r in unfinished
+    }
+    assert pool.abort() == []
+    assert pool.take_counts() == PoolCounts()
+
+
+def test_an_engine_that_does_not_stop_is_started_again(pool):
+    victim = pid(pool, 1)
+    cause(pool, "slow steps", 10_000)
+    submit_to_both(pool)
+    wait_for_tokens(pool.loaded(wait=False))
+    os.kill(victim, signal.SIGSTOP)
+    back = by_id(pool.abort())
+    assert len(back) == 24
+    assert sum(generation == Generation((), (), "abort", 2) for generation in back.values()) >= 12
+    assert any(generation.response_ids for generation in back.values())
+    assert pool.take_counts() == PoolCounts(restarts=1, hangs=1)
+
+
+def test_an_engine_that_keeps_answering_garbage_is_started_again(pool, answers):
+    ray.get(pool.loaded(wait=False)[0].cause.remote("garbage", 3))
+    counts: list[PoolCounts] = []
+    while not counts or not counts[-1].restarts:
+        pool.submit(some_requests(), SAMPLING)
+        assert tokens(rest(pool)) == tokens(answers[1])
+        counts.append(pool.take_counts())
+    assert sum(count.malformed for count in counts) == 3
+
+
+def test_answers_of_other_weights_are_never_used(pool, answers, caplog):
+    ray.get(pool.loaded(wait=False)[1].cause.remote("other weights", 1))
+    pool.submit(some_requests(), SAMPLING)
+    assert tokens(rest(pool)) == tokens(answers[1])
+    assert pool.take_counts() == PoolCounts(retries=12, restarts=1, malformed=1)
+    assert "rollout engine 1 answered with weight version 99, not 2" in caplog.text
+
+
+def test_a_request_that_never_works_is_given_up_alone(pool, answers):
+    pool.submit(some_requests(), SAMPLING)
+    pool.submit([GenerationRequest("poison", (3, 4), 0)], SAMPLING)
+    results = rest(pool)
+    assert tokens(results) == tokens(answers[1])
+
+
+def test_an_engine_that_did_not_take_its_weights_is_started_again(pool):
+    pool.failed(1, "did not take the weights")
+    assert set(pool.loaded(wait=False)) == {0}
+    pool.failed(1, "is said to have failed twice")
+    assert pool.take_counts() == PoolCounts(restarts=1)
+
+
+class AsyncEngine(LocalEngine):
+    """An asyncio actor, as engines around asynchronous libraries are."""
+
+    requests_per_call = 3
+    calls_at_once = 4
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:  # type: ignore[override]
+        return await asyncio.to_thread(super().generate, requests, sampling)
+
+
+def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_sentence(cluster, folders, answers):
+    rollout = RolloutConfig(num_engines=1, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=0)
+    kwargs = {"model_path": str(folders[1]), "dtype": "float32"}
+    pool = EnginePool(AsyncEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False, loaded_weights_serve=True)
     try:
-        ray.get(trainer.push.remote(*args))
-    except ray.exceptions.RayTaskError as error:
-        assert ray.get(trainer.exported_all.remote()), "the collective export was left halfway"
-        raise error.cause from None
+        result = pool.generate(some_requests(), SAMPLING)
+        assert texts(result) == list(tokens(answers[1]).values())
+        os.kill(pid(pool, 0), signal.SIGKILL)
+        pool.submit(some_requests(), SAMPLING)
+        with pytest.raises(UserError, match=r"no rollout engine is left .* engine 0 died \(ActorDiedError\)"):
+            rest(pool)
+        with pytest.raises(UserError, match="no rollout engine is left"):
+            pool.loaded(wait=True)
+        assert len(by_id(pool.abort())) == 24
+        assert pool.outstanding == 0
+    finally:
+        pool.shutdown()
 
 
-def test_pushed_weights_serve_as_a_fresh_engine_does(pool, trainer, new_folder):
-    push(trainer, pool.engines, 3, 60.0)
-    fresh = LocalEngine(str(new_folder), "float32")
-    fresh.ready()
-    for sampling in (SAMPLING, SamplingParams(0.0, 1.0, 24)):
-        result = pool.generate(some_requests(), sampling, version=3)
-        assert tokens(result.generations) == tokens(fresh.generate(some_requests(), sampling))
+def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
+    kwargs = {"model_path": str(tmp_path), "dtype": "float32"}
+    pool = EnginePool(LocalEngine, kwargs, RolloutConfig(num_engines=1), gpus_per_engine=0, keep_batches=False)
+    try:
+        with pytest.raises(UserError, match=r"no folder with a config\.json"):
+            pool.loaded(wait=True)
+    finally:
+        pool.shutdown()
 
 
-def test_a_push_that_ends_in_other_weights_is_said(pool, troubles, trainer):
-    (troubles / "corrupt").touch()
-    with pytest.raises(WeightSyncError, match=r"rollout engine \d holds other weights than were sent for version 4"):
-        push(trainer, pool.engines, 4, 60.0)
+def test_a_cluster_without_room_is_said(cluster, monkeypatch):
+    monkeypatch.setattr(actors, "PLACEMENT_TIMEOUT_S", 1.0)
+    with pytest.raises(UserError, match=r"no room for 50 rollout engines .* lower rollout\.num_engines"):
+        EnginePool(LocalEngine, {}, RolloutConfig(num_engines=50), gpus_per_engine=0, keep_batches=False)
 
 
-def test_an_incomplete_push_is_refused(pool, trainer):
-    with pytest.raises(UserError, match=r"lacks 1 of the engine's tensors, the first is model\.norm\.weight"):
-        push(trainer, pool.engines, 5, 60.0, "model.norm.weight")
+class Where:
+    """Tells the GPU it was given."""
+
+    calls_at_once = 1
+
+    def gpu(self) -> str:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
-def test_a_push_to_a_dead_engine_names_it(pool, trainer):
-    os.kill(ray.get(pool.engines[0].pid.remote()), signal.SIGKILL)
-    with pytest.raises(WeightSyncError, match="rollout engine 0 died while taking the weights") as caught:
-        push(trainer, pool.engines, 6, 60.0)
-    assert caught.value.engine == 0
-    assert list(pool.check()) == [1]
-
-
-def test_a_hanging_engine_misses_its_deadlines(pool, troubles, trainer, caplog):
-    """First in a push; then, as it hangs on, in a round, and as it is the last one the run stops with a sentence."""
-    (troubles / "slow_load").touch()
-    started = time.monotonic()
-    with pytest.raises(WeightSyncError, match=r"engine 1 did not take the weights within rollout\.timeout_s = 2 s"):
-        push(trainer, pool.engines, 7, 2.0)
-    pool._timeout_s = 2.0
-    with pytest.raises(UserError, match="no rollout engine is left"):
-        pool.generate(some_requests(), SAMPLING, version=3)
-    assert caplog.text.count("rollout engine 1 gave no answer within 2 s and is killed; 0 left") == 1
-    assert time.monotonic() - started < 60
+def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
+    placement = placement_group([{"CPU": 1, "GPU": 1}] * 2)
+    try:
+        remote: Any = ray.remote(Where)
+        ranks = [
+            remote.options(num_gpus=0.4, scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index)).remote()
+            for index in range(2)
+        ]
+        engines = EngineActors(Where, {}, 2, gpus_per_engine=1, trainer_placement=placement, gpu_share=0.6)
+        for number in range(2):
+            engines.start(number)
+        gpus = [ray.get(rank.gpu.remote()) for rank in ranks]
+        assert sorted(ray.get(engines[number].gpu.remote(), timeout=60) for number in range(2)) == sorted(gpus)
+        assert len(set(gpus)) == 2
+        engines.shutdown()
+        with pytest.raises(UserError, match="3 engines of 1 GPUs do not fit 2 ranks"):
+            EngineActors(Where, {}, 3, gpus_per_engine=1, trainer_placement=placement)
+    finally:
+        remove_placement_group(placement)

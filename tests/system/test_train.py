@@ -22,7 +22,7 @@ TINY = [
     "batch.responses_per_prompt=4",
     "batch.mini_batch_prompts=2",
     "batch.max_tokens_per_micro_batch=512",
-    "rollout.prompts_per_round=8",
+    "rollout.prompts_in_flight=8",
     "rollout.max_response_length=64",
     "data.evaluation_size=8",
     "evaluation.samples_per_problem=1",
@@ -49,6 +49,15 @@ def train(run_dir: Path, *overrides: str, expect: int = 0) -> subprocess.Complet
 def iterations(run_dir: Path) -> list[dict]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [record["values"] for record in records if record["kind"] == "iteration"]
+
+
+def same_numbers(one: dict, other: dict) -> bool:
+    """Bit for bit, but for what a clock measured."""
+    return {k: v for k, v in one.items() if not k.startswith("time/")} == {k: v for k, v in other.items() if not k.startswith("time/")}
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "model/model.safetensors").read_bytes()
 
 
 def wait_for_an_iteration(process: subprocess.Popen, run_dir: Path) -> None:
@@ -91,14 +100,15 @@ def test_a_longer_run_continues_where_it_stopped(two_iterations, tmp_path):
     train(two_iterations, "iterations=3", "evaluation.before_training=true")
     straight, resumed = iterations(whole), iterations(two_iterations)
     assert len(straight) == len(resumed) == 3
-    exact = [name for name in straight[2] if not name.startswith("time/")]
-    assert {name: resumed[2][name] for name in exact} == {name: straight[2][name] for name in exact}
+    assert same_numbers(straight[2], resumed[2])
+    assert weights(whole) == weights(two_iterations)
 
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(two_iterations):
     before = (two_iterations / "config.yaml").read_bytes()
     done = train(two_iterations, "iterations=4", "objective.half_life=64", expect=2)
     assert "objective.half_life" in done.stderr
+    assert "--allow-change" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (two_iterations / "config.yaml").read_bytes() == before
 
@@ -120,35 +130,67 @@ def test_another_split_gives_the_same_first_iteration(two_iterations, tmp_path, 
         assert divided[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
-def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path):
-    run_dir = tmp_path / "stopped"
-    arguments = ("train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", "iterations=1000", "save_every=0")
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)], ids=["ctrl-c", "preempted"])
+def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(tmp_path, signal_number, code):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    exact = ("deterministic=true", "evaluation.before_training=false")
+    arguments = ("train", "examples/countdown/fipo.yaml", *TINY, *exact, f"run_dir={stopped}", "iterations=1000", "checkpoint.every=0")
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_an_iteration(process, run_dir)
-    os.kill(process.pid, signal.SIGINT)
+    wait_for_an_iteration(process, stopped)
+    os.kill(process.pid, signal_number)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output[-4000:]
+    assert process.returncode == code, output[-4000:]
     assert "state saved" in output
-    done = len(iterations(run_dir))
-    train(run_dir, f"iterations={done + 1}", "save_every=0", "evaluation.before_training=true")
-    assert len(iterations(run_dir)) == done + 1
+    done = len(iterations(stopped))
+    train(stopped, *exact, f"iterations={done + 1}", "checkpoint.every=0")
+    train(whole, *exact, f"iterations={done + 1}", "checkpoint.every=0")
+    assert all(same_numbers(*pair) for pair in zip(iterations(stopped), iterations(whole), strict=True))
+    assert weights(stopped) == weights(whole)
 
 
-def test_an_engine_that_is_killed_does_not_end_the_run(tmp_path):
-    run_dir = tmp_path / "robbed"
-    overrides = (*TINY, f"run_dir={run_dir}", "iterations=4", "rollout.num_engines=2", "evaluation.before_training=false")
-    arguments = command("train", "examples/countdown/fipo.yaml", *overrides)
+def test_the_time_limit_saves_and_says_so(tmp_path):
+    done = train(tmp_path / "short", "iterations=1000", "max_walltime_minutes=0.05", "evaluation.before_training=false", expect=85)
+    assert "max_walltime_minutes=0.05 has passed" in done.stdout
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_an_engine_that_is_killed_is_replaced_and_leaves_no_trace_in_the_numbers(tmp_path, engines):
+    exact = ("deterministic=true", "iterations=4", f"rollout.num_engines={engines}", "evaluation.before_training=false")
+    robbed, whole = tmp_path / "robbed", tmp_path / "whole"
+    arguments = command("train", "examples/countdown/fipo.yaml", *TINY, *exact, f"run_dir={robbed}")
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_an_iteration(process, run_dir)
-    engines = subprocess.run(["pgrep", "-f", "ray::LocalEngine"], capture_output=True, text=True).stdout.split()
-    assert len(engines) == 2
-    os.kill(int(engines[0]), signal.SIGKILL)
+    wait_for_an_iteration(process, robbed)
+    found = subprocess.run(["pgrep", "-f", "ray::LocalEngine"], capture_output=True, text=True).stdout.split()
+    assert len(found) == engines
+    os.kill(int(found[0]), signal.SIGKILL)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-4000:]
-    assert "1 left" in output
-    values = iterations(run_dir)
-    assert [step["weights/version"] for step in values] == [1, 2, 3, 4]
+    robbed_values = iterations(robbed)
+    assert sum(step["engines/deaths"] for step in robbed_values) == 1
+    train(whole, *exact)
+    for one, other in zip(robbed_values, iterations(whole), strict=True):
+        assert same_numbers(*({k: v for k, v in step.items() if not k.startswith("engines/")} for step in (one, other)))
+    assert weights(robbed) == weights(whole)
+
+
+@pytest.mark.parametrize("mode", ["one_step_off", "fully_asynchronous"])
+def test_sampling_ahead_trains_on_older_groups(tmp_path, mode):
+    overrides = (f"rollout.mode={mode}", "rollout.unfinished=continue", "objective.correction=tis", "iterations=3")
+    train(tmp_path / mode, *overrides, "evaluation.before_training=false")
+    values = iterations(tmp_path / mode)
+    assert values[0]["rollout/staleness_max"] == 0
+    assert 0 < max(step["rollout/staleness_max"] for step in values) <= 1
     assert all(step["groups/used"] == 4 for step in values)
+
+
+def test_a_replay_of_dumped_responses_gives_the_same_weights(tmp_path):
+    exact = ("deterministic=true", "iterations=2", "rollout.dump_every=1")
+    train(tmp_path / "live", *exact, "evaluation.before_training=false")
+    train(tmp_path / "again", *exact[:2], "--replay", str(tmp_path / "live/rollouts"))
+    assert weights(tmp_path / "again") == weights(tmp_path / "live")
+    for one, other in zip(iterations(tmp_path / "live"), iterations(tmp_path / "again"), strict=True):
+        assert one["policy/loss"] == other["policy/loss"]
+        assert one["policy/grad_norm"] == other["policy/grad_norm"]
 
 
 def test_grpo_with_a_kl_term_scores_with_the_initial_weights_and_puts_the_current_ones_back(tmp_path):

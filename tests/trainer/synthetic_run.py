@@ -65,7 +65,7 @@ def _iteration(iteration: int, progress: float, objective: str, rng: random.Rand
 
     mean = about(30 + 33 * progress, 0.04)
     accuracy = 0.28 + 0.24 * progress + rng.gauss(0, 0.02)
-    rounds = rng.choice((1, 1, 2))
+    prompts = rng.randint(36, 60)
     values = {
         "reward/mean": 2 * accuracy - 1 - 0.05 * progress,
         "accuracy/mean": accuracy,
@@ -74,8 +74,19 @@ def _iteration(iteration: int, progress: float, objective: str, rng: random.Rand
         "groups/all_wrong": float(rng.randint(3, 8)),
         "groups/surplus": float(rng.randint(0, 4)),
         "groups/failed": 0.0,
-        "rollout/rounds": float(rounds),
-        "rollout/generated_tokens": about(rounds * 36 * 16 * mean, 0.02),
+        "groups/stale": float(rng.randint(0, 1)),
+        "rollout/prompts": float(prompts),
+        "rollout/unused_share": about(0.02),
+        "tokens/generated": about(prompts * 16 * mean, 0.02),
+        "tokens/used": 24 * 16 * mean,
+        "tokens/filtered": about((prompts - 28) * 16 * mean, 0.02),
+        "tokens/dropped": about(2 * 16 * mean, 0.02),
+        "tokens/carried": about(2 * 16 * mean, 0.02),
+        "staleness/mean": about(0.1),
+        "staleness/max": 1.0,
+        "staleness/tokens_age_0": 0.9,
+        "staleness/tokens_age_1": 0.1,
+        "staleness/tokens_older": 0.0,
         "rollout/truncated": about(0.004 + 0.07 * progress**2),
         "rollout/log_prob_difference": about(2e-4),
         "length/min": 12.0 + rng.randint(0, 3),

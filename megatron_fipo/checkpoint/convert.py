@@ -1,0 +1,364 @@
+"""Hugging Face folder <-> Megatron checkpoint folder, offline: one process, no GPU, piece by piece.
+
+A piece is one Megatron parameter of one layer, or some rows of a vocabulary. A few threads each read one, turn it over
+(`mapping.shard`, `mapping.join`) and write it, so memory follows the largest weight and not the model. The checkpoint folder is
+the one that a run writes (`manifest.json`, `weights/`, `hf/`), and reads: `to_hf` takes a run's checkpoints too.
+
+Dtypes: tensors keep the dtype they are stored in, bit for bit, unless another is asked for. What Megatron cannot hold (float16;
+layers of one parameter in different dtypes) is refused with what a cast would lose, never rounded in silence.
+"""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from megatron_fipo.checkpoint.hf_import import check_tensors
+from megatron_fipo.checkpoint.hf_writer import HFWriter, copy_companions, hidden_name
+from megatron_fipo.checkpoint.manifest import NAME as MANIFEST
+from megatron_fipo.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    check_files,
+    hash_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
+from megatron_fipo.checkpoint.mapping import join, shard
+from megatron_fipo.checkpoint.megatron_checkpoint import (
+    WEIGHTS,
+    Piece,
+    WeightsReader,
+    extra_state_keys,
+    in_parallel,
+    piece_of,
+    stacked_key,
+    write_weights,
+)
+from megatron_fipo.checkpoint.name_map import megatron_shape
+from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
+from megatron_fipo.errors import UserError, writing
+from megatron_fipo.model.families import read_model_config
+from megatron_fipo.model.family import Architecture, Layout, Weight
+
+HF = "hf"
+"""The folder of config, tokenizer and the like within a checkpoint."""
+VOCABULARY_BYTES = 256_000_000
+"""Vocabularies are the largest weights; they are cut into pieces of about this size."""
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""By safetensors' names: what a cast can start from. Quantised formats are not among them."""
+MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+KEEP = "keep"
+DTYPES = (KEEP, "bfloat16", "float32")
+SHARES = 64
+"""Steps in which progress shows while files are hashed."""
+
+Result = TypeVar("Result")
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, bytes done, bytes in all), from one thread at a time."""
+
+
+@dataclass
+class Summary:
+    """What a conversion did."""
+
+    tensors: int
+    """Hugging Face tensors."""
+    bytes: int
+    """Of their values, as written."""
+    rounded: set[str] = field(default_factory=set)
+    """Tensors that lost bits in a cast that was asked for: Megatron's names, in the whole model."""
+
+
+def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> Summary:
+    """Convert a Hugging Face folder to a checkpoint folder at `target`, which appears only when it is complete.
+
+    UserError: unknown architecture; shards, tensors or shapes that are not what config.json asks for; a dtype that cannot be kept;
+    `source` of another kind; `target` exists or cannot be written.
+    """
+    _refuse_other_kind(source, "to-megatron")
+    _refuse_existing(target)
+    family, architecture = read_model_config(source)
+    folder = SafetensorsFolder(source)
+    weights = list(family.weights(architecture))
+    check_tensors(weights, architecture, folder)
+    dtypes = _megatron_dtypes(weights, folder, dtype)
+    pieces = [(piece, weight) for weight in weights for piece in _cut(weight, architecture, dtypes[stacked_key(weight)])]
+    summary = Summary(
+        sum(len(weight.names) for weight in weights), sum(prod(piece.size) * dtypes[piece.key].itemsize for piece, _ in pieces)
+    )
+    meter = _Meter("converting", summary.bytes, progress)
+    owners = dict(pieces)
+
+    def read(piece: Piece) -> torch.Tensor:
+        weight = owners[piece]
+        values, cast = _read_hf(piece, weight, architecture, folder), dtypes[piece.key]
+        result = _cast(values, cast, weight.megatron, summary)
+        meter.add(result.nbytes)
+        return result
+
+    with _staged(target) as partial:
+        for name in (WEIGHTS, HF):
+            (partial / name).mkdir(parents=True)
+        copy_companions(source, partial / HF)
+        wanted = [(piece, dtypes[piece.key]) for piece, _ in pieces]
+        extra_states = extra_state_keys(weights, architecture.num_layers)
+        write_weights(partial / WEIGHTS, wanted, extra_states, {"architecture": asdict(architecture)}, read)
+        files = _hash(partial, progress)
+        write_manifest(partial, files, {"converted_from": source.absolute().name, "family": family.name})
+    return summary
+
+
+def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary:
+    """Convert a checkpoint folder (converted, or of a run) to a Hugging Face folder at `target`; of a run only the model is read.
+
+    UserError: files that are not what the manifest says; tensors or shapes that are not what hf/config.json asks for; `source` of
+    another kind; `target` exists or cannot be written.
+    """
+    _refuse_other_kind(source, "to-hf")
+    _refuse_existing(target)
+    manifest = read_manifest(source)
+    family, architecture = read_model_config(source / HF)
+    reader = WeightsReader(source / WEIGHTS)
+    weights = list(family.weights(architecture))
+    _check_stored(weights, architecture, reader)
+    dtypes = {
+        name: _target_dtype(reader.tensors[stacked_key(weight)].properties.dtype, dtype, name)
+        for weight in weights
+        for name in weight.names
+    }
+    _check_manifest(source, manifest, progress)
+    pieces = [(piece, weight) for weight in weights for piece in _stored_pieces(weight, architecture, reader)]
+    shapes = {name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    writer = HFWriter(source / HF, target, shapes, dtypes)
+    summary = Summary(len(shapes), writer.total_bytes)
+    meter = _Meter("converting", writer.total_bytes, progress)
+
+    def convert(item: tuple[Piece, Weight]) -> None:
+        piece, weight = item
+        first = piece.offset[-len(weight.shapes[0])]
+        values = reader.read(piece).reshape(piece.size[-len(weight.shapes[0]) :])
+        parts = [values] if weight.layout is Layout.VOCABULARY else join(weight, [values], architecture)
+        for name, part in zip(weight.names, parts, strict=True):
+            cast = _cast(part, dtypes[name], weight.megatron, summary)
+            writer.add(name, cast, first)
+            meter.add(cast.nbytes)
+
+    try:
+        in_parallel(convert, pieces)
+        writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
+    return summary
+
+
+# What is read and written
+
+
+def _cut(weight: Weight, architecture: Architecture, dtype: torch.dtype) -> Iterator[Piece]:
+    """A whole parameter, or a vocabulary by rows."""
+    whole = megatron_shape(weight)
+    step = whole[0]
+    if weight.layout is Layout.VOCABULARY:
+        step = max(1, VOCABULARY_BYTES // (prod(whole[1:]) * dtype.itemsize))
+    for first in range(0, whole[0], step):
+        yield piece_of(weight, architecture, whole, first, min(first + step, whole[0]))
+
+
+def _read_hf(piece: Piece, weight: Weight, architecture: Architecture, folder: SafetensorsFolder) -> torch.Tensor:
+    """The piece's values from the Hugging Face tensors; rows behind the vocabulary's end are zero."""
+    parts = [folder.slice(name) for name in weight.names]
+    if weight.layout is not Layout.VOCABULARY:
+        return shard(weight, parts, architecture, 0, 1)
+    first, rows = piece.offset[0], piece.size[0]
+    values = parts[0][first : first + rows]
+    return torch.cat((values, values.new_zeros(rows - len(values), values.shape[1]))) if len(values) < rows else values
+
+
+def _stored_pieces(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[Piece]:
+    """A whole parameter, or a vocabulary by the rows that were stored together; its padding is left out."""
+    stored = reader.tensors[stacked_key(weight)]
+    if weight.layout is not Layout.VOCABULARY:
+        whole = megatron_shape(weight)
+        yield piece_of(weight, architecture, whole, 0, whole[0])
+        return
+    rows = architecture.vocab_size
+    for first, stored_rows in sorted({(chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks}):
+        if first < rows:
+            yield piece_of(weight, architecture, tuple(stored.size), first, min(first + stored_rows, rows))
+
+
+def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader: WeightsReader) -> None:
+    """UserError unless the checkpoint holds exactly the model's tensors; its optimizer's may be there too."""
+    found = {key for key in reader.tensors if not key.startswith("optimizer.")}
+    expected = {stacked_key(weight): weight for weight in weights}
+    missing, unexpected = expected.keys() - found, found - expected.keys()
+    if missing or unexpected:
+        parts = [f"lacks {listing(missing)}"] if missing else []
+        parts += [f"holds {listing(unexpected)} that its hf/config.json does not ask for"] if unexpected else []
+        raise UserError(f"checkpoint {reader.folder} {' and '.join(parts)}")
+    for key, weight in expected.items():
+        stored, whole = tuple(reader.tensors[key].size), megatron_shape(weight)
+        wanted = whole if weight.layer is None else (architecture.num_layers, *whole)
+        if weight.layout is Layout.VOCABULARY and stored[0] >= architecture.vocab_size:
+            wanted = (stored[0], *wanted[1:])
+        if stored != wanted:
+            raise UserError(f"{key} in {reader.folder} has shape {list(stored)}; hf/config.json asks for {list(wanted)}")
+
+
+# Dtypes
+
+
+def _megatron_dtypes(weights: Sequence[Weight], folder: SafetensorsFolder, wanted: str) -> dict[str, torch.dtype]:
+    """By stacked key. Megatron keeps one dtype for all layers of a parameter."""
+    dtypes: dict[str, torch.dtype] = {}
+    first: dict[str, str] = {}
+    for weight in weights:
+        key = stacked_key(weight)
+        for name in weight.names:
+            stored = folder.tensors[name].dtype
+            if stored not in STORED_DTYPES:
+                raise UserError(f"{name} in {folder.folder} is stored as {stored}; convert it to bfloat16 or float32 first")
+            dtype = _target_dtype(STORED_DTYPES[stored], wanted, name)
+            if dtypes.setdefault(key, dtype) is not dtype:
+                raise UserError(
+                    f"{name} in {folder.folder} is stored as {_name(dtype)} and {first[key]} as {_name(dtypes[key])}, but in Megatron "
+                    "they are one tensor; --dtype float32 keeps every bit, --dtype bfloat16 rounds"
+                )
+            first.setdefault(key, name)
+    return dtypes
+
+
+def _target_dtype(stored: torch.dtype, wanted: str, name: str) -> torch.dtype:
+    """What a tensor becomes. UserError where it could not be kept and no cast was asked for."""
+    if wanted != KEEP:
+        return getattr(torch, wanted)
+    if stored in (torch.bfloat16, torch.float32):
+        return stored
+    losses = []
+    for choice in (torch.float32, torch.bfloat16):
+        lost = max(0, MANTISSA_BITS[stored] - MANTISSA_BITS[choice])
+        losses.append(
+            f"--dtype {_name(choice)} " + (f"drops {lost} of {MANTISSA_BITS[stored]} mantissa bits" if lost else "is exact")
+        )
+    raise UserError(f"{name} is stored as {_name(stored)}, which models here do not have; {', '.join(losses)}")
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype, name: str, summary: Summary) -> torch.Tensor:
+    """The values in `dtype`; noted in the summary where that rounds them."""
+    result = values.to(dtype)
+    if MANTISSA_BITS[values.dtype] > MANTISSA_BITS[dtype] and not torch.equal(result.to(values.dtype), values):
+        summary.rounded.add(name)
+    return result
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Folders
+
+
+def _refuse_other_kind(source: Path, command: str) -> None:
+    """UserError that says what the source is, where it is not what the command takes."""
+    takes_hf = command == "to-megatron"
+    wanted = "a Hugging Face folder (config.json and safetensors)" if takes_hf else f"a checkpoint folder (with {MANIFEST})"
+    if not source.is_dir():
+        raise UserError(f"there is no folder {source}; {command} takes {wanted}")
+    is_hf, is_checkpoint = (source / "config.json").is_file(), (source / MANIFEST).is_file()
+    if is_hf if takes_hf else is_checkpoint:
+        return
+    if is_checkpoint:
+        found = "a Megatron checkpoint already; convert to-hf goes the other way"
+    elif is_hf:
+        found = "a Hugging Face folder already; convert to-megatron goes the other way"
+    elif (source / WEIGHTS).is_dir():
+        found = f"a checkpoint without {MANIFEST}, so it was not written to its end"
+    elif (source / "checkpoints").is_dir():
+        found = (
+            f"a run's folder; give one of {source / 'checkpoints'}"
+            if not takes_hf
+            else f"a run's folder; give {source / 'model'}"
+        )
+    else:
+        found = "neither a Hugging Face folder nor a checkpoint"
+    raise UserError(f"{command} takes {wanted}, and {source} is {found}")
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target} exists already; give another folder or remove it")
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `target` at the end, or is removed."""
+    target = target.absolute()
+    partial = hidden_name(target)
+    try:
+        with writing(target):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _hash(folder: Path, progress: Progress) -> dict[str, FileRecord]:
+    sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
+    files: dict[str, FileRecord] = {}
+    for found in _in_shares("hashing", sizes, lambda share, shares: hash_files(folder, share, shares), progress):
+        files.update(found)
+    return files
+
+
+def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> None:
+    """UserError listing files that are not what the manifest says. Reads every byte."""
+    sizes = dict.fromkeys(list_files(source), 0) | {name: record.size for name, record in manifest.files.items()}
+    found = _in_shares("checking", sizes, lambda share, shares: check_files(source, manifest, share, shares), progress)
+    problems = [problem for problems in found for problem in problems]
+    if problems:
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"{source} is damaged: {'; '.join(problems[:20])}{more}; copy it again or take another checkpoint")
+
+
+def _in_shares(what: str, sizes: Mapping[str, int], work: Callable[[int, int], Result], progress: Progress) -> list[Result]:
+    """Work that `manifest.py` does on shares of the files, in parallel. `sizes` are those of all files that it looks at."""
+    in_order = [sizes[name] for name in sorted(sizes)]
+    shares = min(len(in_order), SHARES)
+    meter = _Meter(what, sum(in_order), progress)
+
+    def share(index: int) -> Result:
+        result = work(index, shares)
+        meter.add(sum(in_order[index::shares]))
+        return result
+
+    return in_parallel(share, range(shares))
+
+
+class _Meter:
+    """Counts bytes from several threads."""
+
+    def __init__(self, what: str, total: int, progress: Progress) -> None:
+        self.what, self.total, self.progress = what, total, progress
+        self.done = 0
+        self._lock = threading.Lock()
+        progress(what, 0, total)
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            self.progress(self.what, self.done, self.total)
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """For callers that show nothing."""

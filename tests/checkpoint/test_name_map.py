@@ -1,0 +1,165 @@
+"""The map says truly where every tensor goes: for published models on shapes alone, and for small ones against real ranks."""
+
+import json
+from collections import Counter
+from math import prod
+
+import pytest
+import torch
+
+from megatron_fipo.checkpoint.mapping import map_model, shard
+from megatron_fipo.checkpoint.name_map import MappedTensor, describe_map, hf_box, name_map
+from megatron_fipo.cli import main
+from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.model import parallel as model_parallel
+from megatron_fipo.model.build import build_model
+from megatron_fipo.model.families import find_family
+from megatron_fipo.model.family import Layout, Weight
+from tests.checkpoint.test_mapping import architecture
+from tests.checkpoint.test_public_configs import CONFIGS, PARAMETERS, read
+from tests.model.reference import FAMILIES, VOCAB
+from tests.ranks import run_ranks
+
+TP8_PP4 = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)
+
+
+def assert_tiles(tensor: MappedTensor) -> None:
+    """The ranks' boxes cover the tensor and do not overlap; of a replicated one each is the whole."""
+    if tensor.weight.layout is Layout.REPLICATED:
+        assert all(box == tuple((0, length) for length in tensor.shape) for box in tensor.boxes)
+        return
+    assert sum(prod(last - first for first, last in box) for box in tensor.boxes) == prod(tensor.shape)
+    cut = 1 if tensor.weight.layout is Layout.ROW else 0
+    ends = [0]
+    for box in tensor.boxes:
+        assert all(box[d] == (0, length) for d, length in enumerate(tensor.shape) if d != cut)
+        assert box[cut][0] == ends[-1] <= box[cut][1]
+        ends.append(box[cut][1])
+    assert ends[-1] == tensor.shape[cut]
+
+
+@pytest.mark.parametrize("virtual", [None, 2])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shards_tile_every_tensor_of_published_models(name, virtual):
+    family, model = read(name)
+    parallel = ParallelConfig(8, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=virtual)
+    mapped = name_map(family, model, parallel)
+    assert sum(prod(tensor.shape) for tensor in mapped) == PARAMETERS[name]
+    assert len({tensor.name for tensor in mapped}) == len(mapped)
+    for tensor in mapped:
+        assert len(tensor.boxes) == 8
+        assert_tiles(tensor)
+        assert prod(tensor.shard_shape) == tensor.weight.parameters_per_rank(8)
+    layers = {tensor.weight.layer: tensor.stages for tensor in mapped if tensor.weight.layer is not None}
+    assert {len(stages) for stages in layers.values()} == {1}
+    held = Counter((stages[0].pipeline, stages[0].chunk) for stages in layers.values())
+    assert held == {
+        (stage, chunk): model.num_layers // (4 * (virtual or 1)) for stage in range(4) for chunk in range(virtual or 1)
+    }
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_rank_s_box_holds_what_its_shard_is_made_of(layout, size):
+    model = architecture(groups=4, queries_per_group=2, head=2, vocab=13)
+    shapes = {
+        Layout.QKV: ((16, 3), (8, 3), (8, 3)),
+        Layout.GATE_UP: ((8, 3), (8, 3)),
+        Layout.VOCABULARY: ((13, 3),),
+        Layout.ROW: ((3, 8),),
+        Layout.COLUMN: ((8, 3),),
+        Layout.REPLICATED: ((5,),),
+    }[layout]
+    weight = Weight("w", layout, tuple(map(str, range(len(shapes)))), shapes)
+    numbers = iter(range(1, 1000))
+    parts = [torch.tensor([next(numbers) for _ in range(prod(shape))]).view(shape) for shape in shapes]
+    for rank in range(size):
+        boxes = [hf_box(layout, shape, rank, size) for shape in shapes]
+        held = [part[tuple(slice(*edge) for edge in box)].flatten() for part, box in zip(parts, boxes, strict=True)]
+        found = shard(weight, parts, model, rank, size).flatten()
+        assert sorted(torch.cat(held).tolist()) == sorted(found[found > 0].tolist())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_hold_what_the_map_says(tmp_path, family, tied):
+    """TP 2 x PP 2 x VPP 2: the names and shapes of each rank's parameters."""
+    config_class, variant = FAMILIES[family]
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config_class(
+        vocab_size=VOCAB,
+        tie_word_embeddings=tied,
+        architectures=[f"{family.title()}ForCausalLM"],
+        max_position_embeddings=64,
+        **{**sizes, **variant},
+    ).save_pretrained(tmp_path)
+    parallel = ParallelConfig(2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+
+    def body(rank, world):
+        model_parallel.initialize(parallel, seed=1)
+        chunks = build_model(tmp_path, ModelConfig(path=str(tmp_path), dtype="float32"), parallel)
+        return [{name: tuple(value.shape) for name, value in map_model([chunk]).parameters.items()} for chunk in chunks]
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    model = find_family(config).translate(config)
+    mapped = name_map(find_family(config), model, parallel)
+    for rank, chunks in enumerate(run_ranks(4, body)):
+        for number, found in enumerate(chunks):
+            expected = {
+                tensor.weight.megatron: tensor.shard_shape
+                for tensor in mapped
+                if any((at.pipeline, at.chunk) == (rank // 2, number) for at in tensor.stages)
+            }
+            if tied and (rank // 2, number) == (1, 1):
+                expected["output_layer.weight"] = expected.pop("embedding.word_embeddings.weight")
+            assert found == expected
+
+
+def test_the_dry_run_prints_every_tensor_and_needs_config_json_only(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((CONFIGS / "qwen2.5-32b.json").read_bytes())
+    flags = ["--tensor-parallel", "8", "--pipeline-parallel", "4"]
+    assert main(["convert", "to-megatron", str(tmp_path), "--dry-run", *flags]) == 0
+    printed = capsys.readouterr().out
+    family, model = read("qwen2.5-32b")
+    for weight in family.weights(model):
+        assert all(f"\n{name} " in printed for name in weight.names)
+    assert "32,763,876,352 parameters" in printed
+    assert "columns 0:640 640:1280" in printed
+    assert "133504:152064" in printed
+    assert "pipeline stage 3 (ranks 24-31): 1,073,007,616 parameters on each rank" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--tensor-parallel", "3"], "does not divide the model's 40 attention heads"),
+        (["--pipeline-parallel", "5"], "64 layers do not"),
+    ],
+)
+def test_a_split_that_does_not_divide_is_refused(tmp_path, capsys, flags, reason):
+    (tmp_path / "config.json").write_bytes((CONFIGS / "qwen2.5-32b.json").read_bytes())
+    assert main(["convert", "to-megatron", str(tmp_path), "--dry-run", *flags]) == 2
+    output = capsys.readouterr()
+    assert reason in output.err
+    assert not output.out
+
+
+def test_virtual_chunks_show_as_stage_and_chunk():
+    family, model = read("llama-3.1-70b")
+    parallel = ParallelConfig(8, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    lines = [line.split() for line in describe_map(family, model, parallel)]
+    stage = {line[0]: line[5] for line in lines if line and line[0].endswith("down_proj.weight")}
+    assert [stage[f"model.layers.{layer}.mlp.down_proj.weight"] for layer in (0, 10, 39, 40, 79)] == [
+        "0.0",
+        "1.0",
+        "3.0",
+        "0.1",
+        "3.1",
+    ]

@@ -1,0 +1,107 @@
+"""`tools/kill_drill.py`: it sees every difference between two runs, finds the processes of its own run only, and passes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_fipo.trainer.metrics_log import MetricsLog
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/kill_drill.py"
+
+# A family like a run's: the title of a process is its first argument, as Ray sets it.
+FAMILY = """
+import subprocess, sys, time
+code = "import os, sys, time; os.fork() if 'TrainerWorker' in sys.argv[1] else None; time.sleep(60)"
+for title in ("raylet", "ray::TrainerWorker.train_iteration", "ray::TrainerWorker", "ray::LocalEngine.generate", "ray::IDLE"):
+    subprocess.Popen([title, "-c", code, title], executable=sys.executable)
+time.sleep(60)
+"""
+ADOPT = """
+import json, subprocess, sys, time
+sys.path.insert(0, "tools")
+import kill_drill
+kill_drill.adopt_orphans()
+
+driver = subprocess.Popen([sys.executable, "-c", sys.argv[2]])
+deadline = time.monotonic() + 30
+while len(kill_drill.descendants()) < 8 and time.monotonic() < deadline:
+    time.sleep(0.05)
+found = {victim: len(kill_drill.find(victim, driver.pid)) for victim in kill_drill.VICTIMS}
+driver.kill()
+driver.wait()
+found["orphans"] = len(kill_drill.descendants())
+kill_drill.end_descendants()
+found["left"] = len(kill_drill.descendants())
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kill_drill", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kill_drill"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def finished(folder: Path, weights: bytes = b"weights", loss: float = 0.1, seconds: float = 1.0, iterations: int = 2) -> Path:
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/model.safetensors").write_bytes(weights)
+    log = MetricsLog(folder)
+    for iteration in range(1, iterations + 1):
+        log.log("iteration", iteration, {"policy/loss": loss, "policy/nan": float("nan"), "time/total": seconds})
+    return folder
+
+
+def test_every_difference_is_seen_and_times_are_none(tool, tmp_path):
+    one = finished(tmp_path / "one")
+    assert tool.differences(one, finished(tmp_path / "same", seconds=2.0)) == []
+    assert tool.differences(one, finished(tmp_path / "bit", weights=b"weightt")) == ["model/model.safetensors differs"]
+    assert tool.differences(one, finished(tmp_path / "ulp", loss=0.10000000000000002)) == [
+        f"iteration {iteration} differs in policy/loss" for iteration in (1, 2)
+    ]
+    assert tool.differences(one, finished(tmp_path / "short", iterations=1)) == ["iteration 2 is in one log only"]
+    (tmp_path / "empty").mkdir()
+    assert "no weights to compare" in tool.differences(tmp_path / "empty", tmp_path / "empty")
+
+
+def test_victims_and_orphans_are_found_and_strangers_left_alone():
+    stranger = subprocess.Popen(["ray::TrainerWorker", "-c", "import time; time.sleep(60)"], executable=sys.executable)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ADOPT, str(stranger.pid), FAMILY], cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == {
+            "driver": 1,
+            "trainer rank": 2,
+            "rollout engine": 1,
+            "checkpoint writer": 2,
+            "orphans": 7,
+            "left": 0,
+        }
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_runs_that_lost_a_process_end_with_the_same_bits(tmp_path):
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, TOOL, "5", "--seed", "3", "--folder", tmp_path], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same bits") == 5, f"{done.stdout} after {time.monotonic() - start:.0f} s"

@@ -1,0 +1,271 @@
+"""A simulation of dynamic sampling: what each policy of `rollout.mode` and `rollout.unfinished` wastes, and how long it takes.
+
+    python tools/bench/surplus.py            # some minutes; prints a table for docs/benchmarks.md
+
+The collector is the real one; engines, trainer and clock are simulated, so these are no measurements of any hardware:
+
+- Response lengths are log-normal, with one factor per prompt and one per response, cut at 20,480 tokens; counted in blocks of 64.
+- A prompt is informative with probability 0.4, whatever its length.
+- All engines decode in step; a step takes longer the more responses they hold. Prompts, also of continued responses, cost nothing.
+- The trainer takes a fixed time per token and has devices of its own. Weight pushes cost nothing.
+
+The reference policy is the authors': rounds of 2,048 prompts, wait for all, train on the first 512 informative groups, discard the rest.
+"""
+
+import argparse
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.data.dataset import Dataset
+from megatron_fipo.data.problem import Problem
+from megatron_fipo.rollout.collector import Collector
+from megatron_fipo.rollout.groups import Group, PromptGroup, Response
+from megatron_fipo.rollout.pool import Settled
+from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.trainer.iteration_values import staleness_values
+
+BLOCK = 64
+MAX_BLOCKS = 20_480 // BLOCK
+MEDIAN_LENGTH, PROMPT_SPREAD, RESPONSE_SPREAD = 3_500, 0.6, 0.6
+INFORMATIVE = 0.4
+TARGET, RESPONSES, ROUND = 512, 16, 2_048
+ENGINES, SLOTS_PER_ENGINE = 32, 256
+STEP_S, STEP_S_PER_RESPONSE = 0.012, 0.00006
+"""A decode step of an engine, and what each response on it adds."""
+TRAIN_S_PER_TOKEN = 15e-6
+
+
+@dataclass
+class Engines:
+    """A pool with a clock. All engines advance together, one block of every running response at a time."""
+
+    version: int = 0
+    now: float = 0.0
+    """Seconds."""
+    blocks: float = 0.0
+    """Blocks that a response running since the start would have."""
+    busy: float = 0.0
+    """Slot-seconds in use."""
+    _queue: deque[GenerationRequest] = field(default_factory=deque)
+    _running: list[tuple[float, int, float, GenerationRequest]] = field(default_factory=list)
+    """A heap of (blocks at the end, order, blocks at the start, request)."""
+    _order: int = 0
+
+    def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None:
+        self._queue.extend(requests)
+        self._fill()
+
+    def poll(self, timeout_s: float) -> list[Settled]:
+        """The next response to finish, unless that takes longer than `timeout_s`."""
+        if not self._running:
+            self.now += 0.0 if math.isinf(timeout_s) else timeout_s
+            return []
+        seconds_per_block = BLOCK * (STEP_S + STEP_S_PER_RESPONSE * len(self._running) / ENGINES)
+        seconds = (self._running[0][0] - self.blocks) * seconds_per_block
+        passed = min(seconds, timeout_s)
+        self.now += passed
+        self.busy += passed * len(self._running)
+        if seconds > timeout_s:
+            self.blocks += timeout_s / seconds_per_block
+            return []
+        self.blocks, _, _, request = heapq.heappop(self._running)
+        self._fill()
+        return [self._settled(request, length(request) - len(request.prefix), "stop")]
+
+    def abort(self) -> list[Settled]:
+        settled = [self._settled(r, int(self.blocks - start), "abort") for _, _, start, r in self._running]
+        settled += [self._settled(request, 0, "abort") for request in self._queue]
+        self._running.clear()
+        self._queue.clear()
+        return settled
+
+    def _fill(self) -> None:
+        while self._queue and len(self._running) < ENGINES * SLOTS_PER_ENGINE:
+            request = self._queue.popleft()
+            end = self.blocks + length(request) - len(request.prefix)
+            heapq.heappush(self._running, (end, self._order, self.blocks, request))
+            self._order += 1
+
+    def _settled(self, request: GenerationRequest, blocks: int, reason: str) -> Settled:
+        return Settled(request.request_id, Generation((0,) * blocks, (0.0,) * blocks, reason, self.version))
+
+
+def length(request: GenerationRequest) -> int:
+    """Blocks of the whole response, from its seed and its prompt."""
+    difficulty = random.Random(request.prompt_ids[0]).gauss(0, PROMPT_SPREAD)
+    tokens = MEDIAN_LENGTH * math.exp(difficulty + random.Random(request.seed).gauss(0, RESPONSE_SPREAD))
+    return min(max(round(tokens / BLOCK), 1), MAX_BLOCKS)
+
+
+def score(group: PromptGroup) -> Group:
+    informative = random.Random(f"informative {group.group_id}").random() < INFORMATIVE
+    return [
+        Trajectory(group.group_id, [0], r.token_ids, r.token_ids, r.log_probs, r.spans, "stop", accuracy=float(informative and i == 0))
+        for i, r in enumerate(group.responses)
+    ]
+
+
+@dataclass
+class Iteration:
+    """Tokens are in blocks. `seconds` include the training, as far as nothing runs beside it."""
+
+    groups: list[Group]
+    prompts: int
+    generated: int
+    filtered: int
+    unused_share: float
+    """Of the responses of informative groups."""
+    version: int
+    end: float = 0.0
+    busy: float = 0.0
+
+
+Policy = Callable[[Engines, int], list[Iteration]]
+
+
+def reference(engines: Engines, iterations: int) -> list[Iteration]:
+    """Rounds until there are enough groups, the rest discarded, then the update."""
+    done, serial = [], 0
+    for version in range(iterations):
+        kept: list[Group] = []
+        prompts = generated = filtered = 0
+        while len(kept) < TARGET:
+            groups = {}
+            for serial in range(serial, serial + ROUND):  # noqa: B020 (serials go on over rounds)
+                group = PromptGroup(serial, Problem(str(serial), (serial,), "", "", ""), [Response() for _ in range(RESPONSES)])
+                groups[serial] = group
+                engines.submit(group.requests(seed=1), SamplingParams(1.0, 1.0, MAX_BLOCKS))
+            serial += 1
+            for _ in range(ROUND * RESPONSES):
+                for settled in engines.poll(math.inf):
+                    name, _, place = settled.request_id.rpartition("/")
+                    assert settled.generation is not None
+                    groups[int(name.partition("-")[0])].responses[int(place)].add(settled.generation)
+            prompts += ROUND
+            for group in groups.values():
+                scored = score(group)
+                generated += group.tokens
+                if scored[0].accuracy:
+                    kept.append(scored)
+                else:
+                    filtered += group.tokens
+        unused = 1 - TARGET / len(kept)
+        done.append(Iteration(kept[:TARGET], prompts, generated, filtered, unused, version))
+        _wait(engines, kept[:TARGET])
+        done[-1].end, done[-1].busy = engines.now, engines.busy
+    return done
+
+
+def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness: int) -> Policy:
+    """The collector, driven as the training loop does in each mode."""
+
+    def run(engines: Engines, iterations: int) -> list[Iteration]:
+        problems = [Problem(str(index), (index,), str(index), "", "") for index in range(40_000)]
+        config = RolloutConfig(
+            mode=mode, unfinished=unfinished, prompts_in_flight=prompts_in_flight, max_staleness=max_staleness
+        )
+        collector = Collector(
+            Dataset(problems, 1), engines, score, config, target_groups=TARGET, responses_per_prompt=RESPONSES, seed=1
+        )
+        done = []
+        for version in range(iterations):
+            engines.version = version
+            collector.resume(version)
+            while not collector.enough:
+                collector.step(math.inf)
+            result = collector.take()
+            counts = result.counts
+            done.append(
+                Iteration(
+                    result.groups, counts.prompts, counts.generated_tokens, counts.filtered_tokens, counts.unused_share, version
+                )
+            )
+            if mode == "synchronous":
+                collector.pause()
+                _wait(engines, result.groups)
+            else:
+                update_ends = engines.now + _update_seconds(result.groups)
+                while engines.now < update_ends:
+                    collector.step(update_ends - engines.now)
+                while mode == "one_step_off" and not collector.enough:
+                    collector.step(math.inf)
+                collector.pause()
+            done[-1].end, done[-1].busy = engines.now, engines.busy
+        return done
+
+    return run
+
+
+def _update_seconds(groups: Sequence[Group]) -> float:
+    return sum(t.response_length for group in groups for t in group) * BLOCK * TRAIN_S_PER_TOKEN
+
+
+def _wait(engines: Engines, groups: Sequence[Group]) -> None:
+    engines.now += _update_seconds(groups)
+
+
+POLICIES: dict[str, Policy] = {
+    "reference: rounds of 2,048, surplus discarded": reference,
+    "synchronous, drop": collected("synchronous", "drop", 1_024, 1),
+    "one_step_off, drop": collected("one_step_off", "drop", 1_024, 1),
+    **{
+        f"synchronous, continue, {in_flight:,} in flight, staleness {staleness}": collected(
+            "synchronous", "continue", in_flight, staleness
+        )
+        for in_flight in (512, 1_024, 2_048)
+        for staleness in (1, 3)
+    },
+    "one_step_off, continue, 512 in flight, staleness 3": collected("one_step_off", "continue", 512, 3),
+    **{
+        f"fully_asynchronous, continue, 512 in flight, staleness {staleness}": collected(
+            "fully_asynchronous", "continue", 512, staleness
+        )
+        for staleness in (1, 2, 4)
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=4, help="first iterations, left out of the table")
+    arguments = parser.parse_args()
+    print("A simulation, not a measurement. Means per iteration; time relative to the reference policy.\n")
+    print(
+        "| policy | time | prompts | unused informative responses | tokens generated / used | of them neither used nor filtered "
+        "| slots busy | mean length used | staleness mean | tokens of age >= 1 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    reference_seconds = None
+    for name, policy in POLICIES.items():
+        engines = Engines()
+        done = policy(engines, arguments.iterations)
+        first, rest = done[arguments.warmup - 1], done[arguments.warmup :]
+        seconds = (rest[-1].end - first.end) / len(rest)
+        reference_seconds = reference_seconds or seconds
+        used = sum(t.response_length for i in rest for group in i.groups for t in group)
+        responses = sum(len(group) for i in rest for group in i.groups)
+        generated, filtered = sum(i.generated for i in rest), sum(i.filtered for i in rest)
+        stale = [staleness_values([t for group in i.groups for t in group], i.version) for i in rest]
+        busy = (rest[-1].busy - first.busy) / (rest[-1].end - first.end) / (ENGINES * SLOTS_PER_ENGINE)
+        print(
+            f"| {name} | {seconds / reference_seconds:.2f} ({seconds / 60:.0f} min) | {sum(i.prompts for i in rest) / len(rest):,.0f} "
+            f"| {rest[-1].unused_share:.1%} | {generated / used:.2f} | {1 - (used + filtered) / generated:.1%} | {busy:.0%} "
+            f"| {used * BLOCK / responses:,.0f} | {_mean(stale, 'staleness/mean'):.2f} "
+            f"| {1 - _mean(stale, 'staleness/tokens_age_0'):.0%} |",
+            flush=True,
+        )
+
+
+def _mean(values: Sequence[dict[str, float]], name: str) -> float:
+    return sum(value[name] for value in values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
