@@ -338,4 +338,6 @@ def _by_rank(reasons: dict[int, str], limit: int = 3) -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # its own text is a traceback
+        error = next((reason for reason, _ in error.failures.values()), error)
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

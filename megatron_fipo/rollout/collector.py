@@ -147,10 +147,11 @@ class Collector:
         self._refill()
 
     def step(self, timeout_s: float) -> None:
-        """Handle what the engines have settled (waiting up to `timeout_s` for something), and start the prompts that it makes room for.
+        """Handle what the engines have settled (waiting up to `timeout_s` for something), and start the prompts there is room for.
 
         Raises `UserError` where the pool has no engine left.
         """
+        self._refill()  # a `take` made room
         self._receive(self._pool.poll(timeout_s))
         self._refill()
 

@@ -114,9 +114,9 @@ class TrainerWorker(MegatronRank):
 
     def start_save(self, folder: str) -> None:
         """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""
-        save_rng(Path(folder), self.rank)
         asynchronous = self.config.checkpoint.asynchronous
         self.writer.start(self.policy.modules, self.policy.optimizer, Path(folder) / "weights", asynchronous)
+        save_rng(Path(folder), self.rank)
 
     def save_finished(self, blocking: bool) -> bool:
         """Whether all of it is on disk (collective). UserError with the writer's reason where it failed."""

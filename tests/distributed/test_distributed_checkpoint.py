@@ -1,6 +1,7 @@
 """Weights and optimizer saved under one layout go on under another; what does not fit or is damaged is one sentence on every rank."""
 
 import multiprocessing
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -247,5 +248,7 @@ def test_damaged_data_are_one_sentence_on_every_rank(model, saved, tmp_path, dam
     else:
         largest.unlink()
     for [(message, _)] in run_ranks(2, try_loading, model, LAYOUTS["dp2"], [tmp_path / "copy"]):
-        assert message.startswith(f"checkpoint {tmp_path / 'copy'} is damaged: rank ")
+        # The same file holds the common state, read first, from Megatron-Core 0.18 on.
+        assert re.match(f"checkpoint {tmp_path / 'copy'} (is damaged|cannot be read): rank ", message)
+        assert "Traceback" not in message
         assert "\n" not in message

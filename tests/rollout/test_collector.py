@@ -205,7 +205,9 @@ def test_prompts_in_flight_are_kept_until_there_is_enough(mode):
 
 
 @timing_varies
-@given(outcome_lists, orders, st.sampled_from(MODES), st.sampled_from(["drop", "continue"]), st.integers(0, 3), st.integers(1, 12))
+@given(
+    outcome_lists, orders, st.sampled_from(MODES), st.sampled_from(["drop", "continue"]), st.integers(0, 3), st.integers(1, 12)
+)
 def test_no_group_is_older_than_allowed_and_tokens_add_up(outcomes, order, mode, unfinished, max_staleness, prompts_in_flight):
     if mode != "synchronous":
         max_staleness += 1
@@ -330,9 +332,7 @@ def test_calls_out_of_turn_are_refused():
 
 def test_other_data_are_refused():
     collector = make(ToyPool(["mixed"]))
-    other = Collector(
-        dataset(7), ToyPool([]), SCORE_GROUP, RolloutConfig(), target_groups=1, responses_per_prompt=N, seed=1
-    )
+    other = Collector(dataset(7), ToyPool([]), SCORE_GROUP, RolloutConfig(), target_groups=1, responses_per_prompt=N, seed=1)
     with pytest.raises(UserError, match="training set"):
         other.load_state(collector.state())
 

@@ -93,7 +93,9 @@ class ToyPool:
         return Settled(request.request_id, Generation(tuple(tokens[:end]), tuple(log_probs[:end]), "abort", self.version))
 
     def _rest(self, request: GenerationRequest) -> tuple[list[int], list[float]]:
-        tokens, log_probs = whole_response(request.request_id, request.seed, self._outcome(parse_request_id(request.request_id)[0]))
+        tokens, log_probs = whole_response(
+            request.request_id, request.seed, self._outcome(parse_request_id(request.request_id)[0])
+        )
         start = len(request.prefix)
         assert tuple(tokens[:start]) == request.prefix
         return tokens[start:], log_probs[start:]

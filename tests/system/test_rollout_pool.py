@@ -170,8 +170,8 @@ def cause(pool: EnginePool, trouble: str, times: int = 1) -> None:
 
 
 def pid(pool: EnginePool, number: int) -> int:
-    process_id: int = ray.get(pool.loaded(wait=False)[number].pid.remote())
-    return process_id
+    engine: Any = pool.loaded(wait=False)[number]
+    return int(ray.get(engine.pid.remote()))
 
 
 def test_engines_serve_the_weights_pushed_and_answer_as_one(shared_pool, trainer, folders, answers):
@@ -335,16 +335,15 @@ def test_a_cluster_without_room_is_said(cluster, monkeypatch):
         EnginePool(LocalEngine, {}, RolloutConfig(num_engines=50), gpus_per_engine=0, keep_batches=False)
 
 
-class Where:
-    """Tells the GPU it was given."""
-
-    calls_at_once = 1
-
-    def gpu(self) -> str:
-        return os.environ["CUDA_VISIBLE_DEVICES"]
-
-
 def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
+    class Where:
+        """Tells the GPU it was given. A local class reaches the actors without importing torch there."""
+
+        calls_at_once = 1
+
+        def gpu(self) -> str:
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+
     placement = placement_group([{"CPU": 1, "GPU": 1}] * 2)
     try:
         remote: Any = ray.remote(Where)

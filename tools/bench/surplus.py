@@ -106,7 +106,9 @@ def length(request: GenerationRequest) -> int:
 def score(group: PromptGroup) -> Group:
     informative = random.Random(f"informative {group.group_id}").random() < INFORMATIVE
     return [
-        Trajectory(group.group_id, [0], r.token_ids, r.token_ids, r.log_probs, r.spans, "stop", accuracy=float(informative and i == 0))
+        Trajectory(
+            group.group_id, [0], r.token_ids, r.token_ids, r.log_probs, r.spans, "stop", accuracy=float(informative and i == 0)
+        )
         for i, r in enumerate(group.responses)
     ]
 
@@ -118,7 +120,8 @@ class Iteration:
     groups: list[Group]
     prompts: int
     generated: int
-    filtered: int
+    dropped: int
+    """Of informative groups never trained on, or unfinished ones."""
     unused_share: float
     """Of the responses of informative groups."""
     version: int
@@ -133,8 +136,9 @@ def reference(engines: Engines, iterations: int) -> list[Iteration]:
     """Rounds until there are enough groups, the rest discarded, then the update."""
     done, serial = [], 0
     for version in range(iterations):
+        engines.version = version
         kept: list[Group] = []
-        prompts = generated = filtered = 0
+        prompts = generated = 0
         while len(kept) < TARGET:
             groups = {}
             for serial in range(serial, serial + ROUND):  # noqa: B020 (serials go on over rounds)
@@ -153,10 +157,8 @@ def reference(engines: Engines, iterations: int) -> list[Iteration]:
                 generated += group.tokens
                 if scored[0].accuracy:
                     kept.append(scored)
-                else:
-                    filtered += group.tokens
-        unused = 1 - TARGET / len(kept)
-        done.append(Iteration(kept[:TARGET], prompts, generated, filtered, unused, version))
+        dropped = sum(t.response_length for group in kept[TARGET:] for t in group)
+        done.append(Iteration(kept[:TARGET], prompts, generated, dropped, 1 - TARGET / len(kept), version))
         _wait(engines, kept[:TARGET])
         done[-1].end, done[-1].busy = engines.now, engines.busy
     return done
@@ -167,9 +169,7 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
 
     def run(engines: Engines, iterations: int) -> list[Iteration]:
         problems = [Problem(str(index), (index,), str(index), "", "") for index in range(40_000)]
-        config = RolloutConfig(
-            mode=mode, unfinished=unfinished, prompts_in_flight=prompts_in_flight, max_staleness=max_staleness
-        )
+        config = RolloutConfig(mode=mode, unfinished=unfinished, prompts_in_flight=prompts_in_flight, max_staleness=max_staleness)
         collector = Collector(
             Dataset(problems, 1), engines, score, config, target_groups=TARGET, responses_per_prompt=RESPONSES, seed=1
         )
@@ -183,7 +183,7 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
             counts = result.counts
             done.append(
                 Iteration(
-                    result.groups, counts.prompts, counts.generated_tokens, counts.filtered_tokens, counts.unused_share, version
+                    result.groups, counts.prompts, counts.generated_tokens, counts.dropped_tokens, counts.unused_share, version
                 )
             )
             if mode == "synchronous":
@@ -238,8 +238,8 @@ def main() -> None:
     arguments = parser.parse_args()
     print("A simulation, not a measurement. Means per iteration; time relative to the reference policy.\n")
     print(
-        "| policy | time | prompts | unused informative responses | tokens generated / used | of them neither used nor filtered "
-        "| slots busy | mean length used | staleness mean | tokens of age >= 1 |"
+        "| policy | time | prompts | unused informative responses | tokens generated / used | of them dropped | slots busy "
+        "| mean length used | staleness mean | tokens of age >= 1 |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     reference_seconds = None
@@ -251,12 +251,12 @@ def main() -> None:
         reference_seconds = reference_seconds or seconds
         used = sum(t.response_length for i in rest for group in i.groups for t in group)
         responses = sum(len(group) for i in rest for group in i.groups)
-        generated, filtered = sum(i.generated for i in rest), sum(i.filtered for i in rest)
+        generated, dropped = sum(i.generated for i in rest), sum(i.dropped for i in rest)
         stale = [staleness_values([t for group in i.groups for t in group], i.version) for i in rest]
         busy = (rest[-1].busy - first.busy) / (rest[-1].end - first.end) / (ENGINES * SLOTS_PER_ENGINE)
         print(
             f"| {name} | {seconds / reference_seconds:.2f} ({seconds / 60:.0f} min) | {sum(i.prompts for i in rest) / len(rest):,.0f} "
-            f"| {rest[-1].unused_share:.1%} | {generated / used:.2f} | {1 - (used + filtered) / generated:.1%} | {busy:.0%} "
+            f"| {rest[-1].unused_share:.1%} | {generated / used:.2f} | {dropped / generated:.1%} | {busy:.0%} "
             f"| {used * BLOCK / responses:,.0f} | {_mean(stale, 'staleness/mean'):.2f} "
             f"| {1 - _mean(stale, 'staleness/tokens_age_0'):.0%} |",
             flush=True,

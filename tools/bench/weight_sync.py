@@ -1,15 +1,16 @@
 """Weights into rollout engines through Ray's object store, against a plain copy of the same bytes; and how engines start.
 
-    python tools/bench/weight_sync.py     # about five minutes; prints the tables of docs/benchmarks.md
+    python tools/bench/weight_sync.py     # about three minutes on an idle machine; prints the tables of docs/benchmarks.md
 
 A Qwen2-shaped model with random bfloat16 weights lies in one process, as on a trainer's rank 0, and is pushed into local engines,
-which are Ray actors as in a run. Every row is measured in turn, several times over, and the best counts. The plain copy is made in
-the sending process just before each push. Memory is the growth of a process during a push, sampled every 5 ms: its own pages, and
-the object store's pages that it has touched.
+which are Ray actors as in a run. Every row is measured in turn, several times over; the shortest time and the largest memory count. The
+plain copy is made in the sending process just before each push. Memory is sampled every 5 ms during a push: what a process's own
+pages grow by, and how much of the object store the trainer has touched.
 """
 
 import argparse
 import importlib.util
+import logging
 import os
 import platform
 import tempfile
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,14 @@ from megatron_fipo.rollout.local import LocalEngine
 from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE, push_weights
 
 BUCKET_BYTES = 128 * 2**20
-ROUNDS = 3
+PUSHES, STARTS = 12, 3
 GB = 1e9
 
 
 def write_model(folder: Path) -> Path:
     """A folder with 0.39 billion random parameters, tied embeddings, and a tokenizer with an end token."""
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
     config = Qwen2Config(
         vocab_size=32_000,
         hidden_size=896,
@@ -55,16 +58,14 @@ def write_model(folder: Path) -> Path:
         bos_token_id=None,
         dtype="bfloat16",
     )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder
 
 
 class Memory:
-    """Growth of this process beyond what it held at the start, in bytes: its own pages, and shared ones."""
-
-    FIELDS = ("RssAnon", "RssShmem")
+    """Of this process at its peak, in bytes: its own pages beyond those it had at the start, and the shared ones it has touched."""
 
     def start(self) -> None:
         self._before = self._most = self._now()
@@ -72,18 +73,20 @@ class Memory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def stop(self) -> tuple[int, ...]:
+    def stop(self) -> tuple[int, int]:
         self._stop.set()
         self._thread.join()
-        return tuple(most - before for most, before in zip(self._most, self._before, strict=True))
+        (own, shared), (own_before, _) = self._most, self._before
+        return own - own_before, shared
 
     def _sample(self) -> None:
         while not self._stop.wait(0.005):
-            self._most = tuple(map(max, self._most, self._now()))
+            own, shared = self._now()
+            self._most = max(self._most[0], own), max(self._most[1], shared)
 
-    def _now(self) -> tuple[int, ...]:
+    def _now(self) -> tuple[int, int]:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(int(lines[field].split()[0]) * 1024 for field in self.FIELDS)
+        return int(lines["RssAnon"].split()[0]) * 1024, int(lines["RssShmem"].split()[0]) * 1024
 
 
 class Trainer:
@@ -105,7 +108,7 @@ class Trainer:
             target[name].copy_(tensor)
         return time.perf_counter() - start
 
-    def push(self, engines: dict[int, Any], version: int, check: bool) -> tuple[float, tuple[int, ...]]:
+    def push(self, engines: dict[int, Any], version: int, check: bool) -> tuple[float, tuple[int, int]]:
         """Seconds, and memory."""
         self.memory.start()
         start = time.perf_counter()
@@ -120,8 +123,23 @@ class Engine(LocalEngine):
         self.memory = Memory()
         self.memory.start()
 
-    def watched(self) -> tuple[int, ...]:
+    def watched(self) -> tuple[int, int]:
         return self.memory.stop()
+
+
+@dataclass(frozen=True)
+class Push:
+    """Seconds, and bytes: growth of the trainer's own memory and of an engine's, and what the trainer touched of the store."""
+
+    seconds: float
+    trainer: int
+    engine: int
+    store: int
+
+    def with_extremes(self, other: "Push") -> "Push":
+        """The shorter time and the larger memory."""
+        memory = (max(getattr(self, field), getattr(other, field)) for field in ("trainer", "engine", "store"))
+        return Push(min(self.seconds, other.seconds), *memory)
 
 
 def measure_pushes(folder: Path) -> list[str]:
@@ -130,9 +148,9 @@ def measure_pushes(folder: Path) -> list[str]:
     engines = {number: start_engine(Engine, folder, load_weights=False) for number in range(2)}
     ray.get([engine.ready.remote() for engine in engines.values()])
     size, count = ray.get(trainer.size.remote())
-    found: dict[tuple[int, bool], dict[str, Any]] = {}
+    found: dict[tuple[int, bool], Push] = {}
     copies: list[float] = []
-    for version in range(1, ROUNDS + 1):
+    for version in range(1, PUSHES + 1):
         for engine_count, check in [(1, False), (1, True), (2, False), (2, True)]:
             chosen = {number: engines[number] for number in range(engine_count)}
             copies.append(ray.get(trainer.copy.remote()))
@@ -140,26 +158,29 @@ def measure_pushes(folder: Path) -> list[str]:
             seconds, memory = ray.get(trainer.push.remote(chosen, version, check))
             engine_memory = ray.get(engines[0].watched.remote())
             ray.get([engine.watched.remote() for number, engine in chosen.items() if number])
-            new = {"seconds": seconds, "trainer": memory, "engine": engine_memory}
-            old = found.setdefault((engine_count, check), new)
-            if seconds < old["seconds"]:
-                found[engine_count, check] = new
+            new = Push(seconds, memory[0], engine_memory[0], memory[1])
+            found[engine_count, check] = new.with_extremes(found.get((engine_count, check), new))
     for actor in (trainer, *engines.values()):
         ray.kill(actor)
     copy = min(copies)
     lines = [
-        f"{size / GB:.2f} GB in {count} tensors, buckets of {BUCKET_BYTES // 2**20} MiB",
+        f"{size / GB:.2f} GB in {count} tensors, buckets of {BUCKET_BYTES // 2**20} MiB, best of {PUSHES}",
         "",
         "| | time | per GB | time / copy | trainer's own memory | engine's own memory | object store touched |",
         "|---|---|---|---|---|---|---|",
         f"| plain copy, one thread | {copy:.2f} s | {copy / size * GB:.2f} s | 1.0 | | | |",
     ]
-    for (engine_count, check), row in found.items():
-        lines.append(
-            f"| push to {engine_count} engine{'s' * (engine_count > 1)}, {'with' if check else 'without'} check "
-            f"| {row['seconds']:.2f} s | {row['seconds'] / size * GB:.2f} s | {row['seconds'] / copy:.1f} "
-            f"| +{row['trainer'][0] / 2**20:,.0f} MiB | +{row['engine'][0] / 2**20:,.0f} MiB | {row['trainer'][1] / 2**20:,.0f} MiB |"
-        )
+    for (engine_count, check), push in found.items():
+        cells = [
+            f"push to {engine_count} engine{'s' * (engine_count > 1)}, {'with' if check else 'without'} check",
+            f"{push.seconds:.2f} s",
+            f"{push.seconds / size * GB:.2f} s",
+            f"{push.seconds / copy:.1f}",
+            f"+{push.trainer / 2**20:,.0f} MiB",
+            f"+{push.engine / 2**20:,.0f} MiB",
+            f"{push.store / 2**20:,.0f} MiB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -178,10 +199,10 @@ def measure_starts(folder: Path) -> list[str]:
             VLLMEngine,
             {"max_model_len": 512, "tensor_parallel_size": 1, "gpu_memory_share": 0.5, "deterministic": False},
         )
-    lines = ["| engine | weights of the folder | process | model | both |", "|---|---|---|---|---|"]
+    lines = [f"best of {STARTS}", "", "| engine | weights of the folder | process | model | both |", "|---|---|---|---|---|"]
     for name, (engine_class, arguments) in classes.items():
         for load_weights in (True, False):
-            times = [_start(engine_class, folder, load_weights=load_weights, **arguments) for _ in range(ROUNDS)]
+            times = [_start(engine_class, folder, load_weights=load_weights, **arguments) for _ in range(STARTS)]
             process, model = min(times, key=sum)
             lines.append(
                 f"| {name} | {'loaded' if load_weights else 'not read'} | {process:.1f} s | {model:.1f} s | {process + model:.1f} s |"
@@ -216,7 +237,7 @@ def cluster() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=BUCKETS_IN_STORE * BUCKET_BYTES + 128 * 2**20,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )
     try:
@@ -226,12 +247,16 @@ def cluster() -> Iterator[None]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(f"{date.today()}, {_machine()}, best of {ROUNDS}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=TABLES, help="one of the tables")
+    only = parser.parse_args().only
     with tempfile.TemporaryDirectory() as scratch, cluster():
         folder = write_model(Path(scratch))
-        print(*measure_pushes(folder), sep="\n", end="\n\n")
-        print(*measure_starts(folder), sep="\n")
+        for name in [only] if only else TABLES:
+            print(f"{date.today()}, {_machine()}\n", *TABLES[name](folder), sep="\n", end="\n\n", flush=True)
+
+
+TABLES = {"pushes": measure_pushes, "starts": measure_starts}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,242 @@
+"""The engine on the real vLLM against a teacher-forced pass of `transformers`, and against itself."""
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.rollout.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.rollout.vllm_engine import VLLMEngine
+from megatron_fipo.rollout.weight_sync import tensor_checksum
+from tests.vllm.model import END, largest_difference, save_model, some_requests, weights
+
+PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=24)
+
+
+@pytest.fixture
+def engine(shared_engine, model_folder, run) -> VLLMEngine:
+    """The session's engine with the weights of `model_folder`, whatever the test before did to it."""
+    if shared_engine._version != 0:
+        run(push(shared_engine, weights(model_folder), 0))
+    return shared_engine
+
+
+async def push(engine: VLLMEngine, tensors: dict[str, torch.Tensor], version: int, buckets: int = 3) -> dict[str, str]:
+    await engine.begin_weight_update()
+    for start in range(buckets):
+        await engine.load_weights(dict(list(tensors.items())[start::buckets]))
+    return await engine.finish_weight_update(version, check=True)
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6), (0.7, 0.6), (0.0, 1.0)])
+def test_log_probs_are_those_before_truncation(engine, model_folder, run, temperature, top_p):
+    requests = some_requests()
+    generations = run(engine.generate(requests, SamplingParams(temperature, top_p, 40)))
+    assert largest_difference(model_folder, requests, generations, temperature or 1.0) < 1e-4
+
+
+def test_top_p_truncates(engine, model_folder, run):
+    """Only tokens of the nucleus are drawn, and others than the likeliest are."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    prompt = some_requests(1)[0].prompt_ids
+    probs = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1).detach()
+    ordered, order = probs.sort(descending=True)
+    nucleus = set(order[: int((ordered.cumsum(0) < 0.5).sum()) + 1].tolist())
+    requests = [GenerationRequest(f"{index}", prompt, index) for index in range(200)]
+    drawn = {generation.response_ids[0] for generation in run(engine.generate(requests, SamplingParams(1.0, 0.5, 1)))}
+    assert 1 < len(drawn) <= len(nucleus) < 20
+    assert drawn <= nucleus
+
+
+def test_greedy_takes_the_most_likely_token(engine, model_folder, run):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    request = some_requests(1)[0]
+    ids = list(request.prompt_ids)
+    for token in run(engine.generate([request], GREEDY))[0].response_ids:
+        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+
+
+def test_a_response_depends_on_its_own_seed_only(engine, run):
+    requests = some_requests()
+    together = run(engine.generate(requests, PLAIN))
+    assert [g.response_ids for g in run(engine.generate(requests, PLAIN))] == [g.response_ids for g in together]
+    alone = [run(engine.generate([request], PLAIN))[0].response_ids for request in requests]
+    assert alone == [g.response_ids for g in together]
+    others = run(engine.generate([replace(request, seed=request.seed + 50) for request in requests], PLAIN))
+    assert all(other.response_ids != generation.response_ids for other, generation in zip(others, together, strict=True))
+
+
+def test_finish_reasons(engine, run):
+    seen: Counter[str] = Counter()
+    for generation in run(engine.generate(some_requests(64), replace(PLAIN, max_new_tokens=25))):
+        seen[generation.finish_reason] += 1
+        assert len(generation.log_probs) == len(generation.response_ids) <= 25
+        assert END not in generation.response_ids[:-1]
+        assert (generation.response_ids[-1] == END) == (generation.finish_reason == "stop")
+        if generation.finish_reason == "length":
+            assert len(generation.response_ids) == 25
+        assert generation.weight_version == 0
+    assert min(seen["stop"], seen["length"]) > 5
+
+
+def test_a_prefix_is_continued(engine, model_folder, run):
+    whole = run(engine.generate(some_requests(32), PLAIN))
+    cut = [
+        replace(r, prefix=g.response_ids[:10]) for r, g in zip(some_requests(32), whole, strict=True) if len(g.response_ids) > 10
+    ]
+    rest = run(engine.generate(cut, PLAIN))
+    assert largest_difference(model_folder, cut, rest, 1.0) < 1e-4
+    assert {len(generation.response_ids) for generation in rest if generation.finish_reason == "length"} == {30}
+    assert len({generation.response_ids[0] for generation in rest}) > 3
+
+
+def test_abort_returns_partial_responses(engine, model_folder, run):
+    requests = some_requests(300)
+
+    async def interrupted() -> list:
+        calls = [asyncio.create_task(engine.generate(requests[start : start + 100], PLAIN)) for start in (0, 100, 200)]
+        await asyncio.sleep(0.15)
+        await engine.abort()
+        return [generation for call in calls for generation in await asyncio.wait_for(call, 5)]
+
+    generations = run(interrupted())
+    partial = [generation for generation in generations if generation.finish_reason == "abort"]
+    assert len(partial) > 100
+    assert all(len(generation.response_ids) < 40 for generation in partial)
+    assert largest_difference(model_folder, requests[:40], generations[:40], 1.0) < 1e-4
+    assert {generation.finish_reason for generation in run(engine.generate(requests[:4], PLAIN))} <= {"stop", "length"}
+
+
+def test_abort_strikes_calls_that_have_just_begun(engine, run):
+    async def interrupted() -> list:
+        call = asyncio.create_task(engine.generate(some_requests(50), PLAIN))
+        await asyncio.sleep(0)
+        await engine.abort()
+        return await asyncio.wait_for(call, 5)
+
+    generations = run(interrupted())
+    assert len(generations) == 50
+    assert {generation.finish_reason for generation in generations} == {"abort"}
+
+
+def test_a_prompt_beyond_the_length_limit(engine, run):
+    with pytest.raises(UserError, match=r"request long has a prompt of 30 tokens, .* response of 40 exceeds the engine's 64"):
+        run(engine.generate([GenerationRequest("long", (5,) * 30, 1)], PLAIN))
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_pushed_weights_generate_as_transformers_does(engine, other_folder, model_folder, run):
+    """After both the greedy outputs before, so that cached keys and values of the old weights would show."""
+    requests = some_requests()
+    before = run(engine.generate(requests, GREEDY))
+    tensors = weights(other_folder)
+    assert run(push(engine, tensors, 7)) == {name: tensor_checksum(name, tensor) for name, tensor in tensors.items()}
+    assert run(engine.ping()) == 7
+    after = run(engine.generate(requests, GREEDY))
+    assert {generation.weight_version for generation in after} == {7}
+    assert largest_difference(other_folder, requests, after, 1.0) < 1e-4
+    assert [g.response_ids for g in after] != [g.response_ids for g in before]
+    model = AutoModelForCausalLM.from_pretrained(other_folder, dtype=torch.float32)
+    for request, generation in zip(requests, after, strict=True):
+        context = torch.tensor([[*request.prompt_ids, *generation.response_ids]])
+        likeliest = model(context).logits[0, len(request.prompt_ids) - 1 : -1].argmax(-1)
+        assert likeliest.tolist() == list(generation.response_ids)
+
+
+def test_generation_stops_for_an_update(engine, model_folder, run):
+    async def both() -> list:
+        call = asyncio.create_task(engine.generate(some_requests(200), PLAIN))
+        await asyncio.sleep(0.1)
+        await engine.begin_weight_update()
+        generations = await asyncio.wait_for(call, 5)
+        with pytest.raises(RuntimeError, match="within a weight update"):
+            await engine.generate(some_requests(1), PLAIN)
+        return generations
+
+    assert "abort" in {generation.finish_reason for generation in run(both())}
+    run(push(engine, weights(model_folder), 1))
+
+
+@pytest.mark.parametrize("how", ["abandoned", "failed"])
+def test_an_update_after_a_broken_one(engine, model_folder, other_folder, run, how):
+    """Layers that the broken update filled in part take the new weights whole."""
+    broken = {name: tensor + 1 for name, tensor in weights(model_folder).items()}
+
+    async def break_it() -> None:
+        await engine.begin_weight_update()
+        await engine.load_weights(dict(list(broken.items())[::2]))
+        if how == "failed":
+            with pytest.raises(Exception, match="No such file"):
+                await engine._update_workers({"names": [], "dtype_names": [], "shapes": [], "path": "/nowhere", "check": True})
+
+    run(break_it())
+    run(push(engine, weights(other_folder), 3))
+    requests = some_requests()
+    assert largest_difference(other_folder, requests, run(engine.generate(requests, PLAIN)), 1.0) < 1e-4
+
+
+def test_tied_weights_may_come_under_both_names(engine, other_folder, run):
+    tensors = weights(other_folder)
+    run(push(engine, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, 4))
+    requests = some_requests()
+    assert largest_difference(other_folder, requests, run(engine.generate(requests, PLAIN)), 1.0) < 1e-4
+
+
+def test_weights_that_do_not_fit(engine, model_folder, run):
+    tensors = weights(model_folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    async def update(*buckets: dict[str, torch.Tensor]) -> None:
+        await engine.begin_weight_update()
+        for bucket in buckets:
+            await engine.load_weights(bucket)
+        await engine.finish_weight_update(9, check=False)
+
+    for buckets, message in (
+        ([{"model.layers.2.mlp.down_proj.weight": tensors[name]}], r"no weight model\.layers\.2\.mlp\.down_proj\.weight"),
+        ([{name: tensors[name][1:]}], rf"{name} is \(128, 192\) torch\.float32 in the rollout engine but \(127, 192\)"),
+        ([{name: tensors[name].bfloat16()}], rf"{name} is .* but \(128, 192\) torch\.bfloat16"),
+        ([tensors, {name: tensors[name]}], rf"{name} came twice"),
+        ([{other: tensor for other, tensor in tensors.items() if other != name}], rf"lacks 1 of .* {name}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(update(*buckets))
+    run(push(engine, tensors, 5))
+    requests = some_requests()
+    assert largest_difference(model_folder, requests, run(engine.generate(requests, PLAIN)), 1.0) < 1e-4
+
+
+# -- start ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_path": "/nowhere"}, "no folder with a config.json"),
+        ({"tensor_parallel_size": 3}, "engine_tensor_parallel_size=3 does not divide the 4 attention heads"),
+        ({"max_model_len": 257}, r"max_prompt_length \+ rollout.max_response_length.*256"),
+    ],
+)
+def test_refusals_at_start(model_folder, run, change, message):
+    arguments = {"model_path": str(model_folder), "dtype": "float32", "max_model_len": 64} | change
+    with pytest.raises(UserError, match=message):
+        run(VLLMEngine(**arguments).ready())
+
+
+def test_an_unknown_architecture(tmp_path, run):
+    folder = save_model(tmp_path, seed=0)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"qwen2"', '"quux"'))
+    with pytest.raises(UserError, match=r"can't read model\.path .*quux"):
+        run(VLLMEngine(str(folder), "float32", max_model_len=64).ready())

@@ -1,0 +1,83 @@
+"""The engine as the pool runs it: an asynchronous Ray actor."""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from megatron_fipo.rollout.protocol import SamplingParams
+from megatron_fipo.rollout.vllm_engine import VLLMEngine
+from megatron_fipo.rollout.weight_sync import push_weights
+from tests.vllm.model import MAX_MODEL_LEN, largest_difference, some_requests, weights
+
+PLAIN = SamplingParams(0.7, 1.0, 40)
+
+
+class ObservedEngine(VLLMEngine):
+    async def processes(self) -> list[int]:
+        """vLLM's engine process and whatever else this one started."""
+        me = os.getpid()
+        return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == me]
+
+
+def _parent(pid: str) -> int:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return -1
+
+
+@pytest.fixture(scope="module")
+def actor(cluster, model_folder) -> Iterator[Any]:
+    """Deterministic, without weights of its own."""
+    handle = (
+        ray.remote(ObservedEngine)
+        .options(max_concurrency=VLLMEngine.calls_at_once + 4)
+        .remote(str(model_folder), "float32", max_model_len=MAX_MODEL_LEN, load_weights=False, deterministic=True)
+    )
+    assert ray.get(handle.ping.remote(), timeout=120) == -1  # the actor is up
+    ready = handle.ready.remote()
+    while not ray.wait([ready], timeout=1)[0]:
+        assert ray.get(handle.ping.remote(), timeout=20) == -1, "the probe is answered while vLLM starts"
+    ray.get(ready)
+    yield handle
+    ray.kill(handle)
+
+
+def test_generate_needs_weights(actor):
+    with pytest.raises(RuntimeError, match="before there were weights"):
+        ray.get(actor.generate.remote(some_requests(1), PLAIN))
+
+
+def test_push_generate_and_die(actor, other_folder):
+    push_weights(weights(other_folder).items(), {0: actor}, 1, bucket_bytes=2**17, timeout_s=60, check=True)
+    calls = [some_requests(16, seed) for seed in (0, 100, 200)]
+    first = ray.get([actor.generate.remote(call, PLAIN) for call in calls], timeout=60)
+    again = [ray.get(actor.generate.remote(call, PLAIN), timeout=60) for call in reversed(calls)][::-1]
+    assert first == again, "a call gives the same bits, whatever runs beside it"
+    assert largest_difference(other_folder, calls[1], first[1], 0.7) < 1e-4
+
+    running = actor.generate.remote(some_requests(500), PLAIN)
+    assert ray.get(actor.ping.remote(), timeout=5) == 1
+    ray.get(actor.abort.remote(), timeout=5)
+    assert len(ray.get(running, timeout=10)) == 500
+
+    processes = ray.get(actor.processes.remote())
+    assert processes
+    ray.kill(actor)
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") and _state(pid) != "Z" for pid in processes):
+        assert time.monotonic() < deadline, "vLLM's engine process outlived its actor"
+        time.sleep(0.1)
+
+
+def _state(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
