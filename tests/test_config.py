@@ -203,6 +203,7 @@ class TestValidate:
             ("rollout.engine=vllm rollout.engine_tensor_parallel_size=3", "does not divide the model's"),
             ("rollout.placement=colocated", "needs rollout.engine=vllm"),
             ("rollout.engine=vllm rollout.placement=colocated rollout.mode=one_step_off", "needs rollout.mode=synchronous"),
+            ("rollout.engine=vllm rollout.placement=colocated rollout.num_engines=2", "do not fit"),
             ("rollout.mode=one_step_off rollout.max_staleness=0", "raise rollout.max_staleness"),
             ("deterministic=true rollout.mode=fully_asynchronous", "deterministic=true needs"),
             ("deterministic=true rollout.unfinished=continue", "deterministic=true needs"),
@@ -276,6 +277,7 @@ class TestValidate:
         with pytest.raises(UserError, match=r"need 4 more GPUs, but there are 7 GPUs"):
             validate(config, ARCHITECTURE, Machine(cpus=64, gpus=7))
         config.rollout.placement = "colocated"
+        config.rollout.engine_tensor_parallel_size = 1
         validate(config, ARCHITECTURE, Machine(cpus=2, gpus=4))
         supervised = load_config(None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig)
         validate_sft(supervised, ARCHITECTURE, Machine(cpus=2, gpus=4))

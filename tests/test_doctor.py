@@ -26,9 +26,16 @@ def test_everything_absent_says_what_is_lost():
 
 
 def test_present_packages_show_their_version():
-    found = row(replace(BARE, versions=BARE.versions | {"vllm": "0.28.1"}), "vllm")
-    assert (found.state, found.severity) == ("0.28.1", "ok")
-    assert "cannot start it" in found.note
+    found = row(replace(BARE, versions=BARE.versions | {"vllm": "0.32.1"}), "vllm")
+    assert (found.state, found.severity) == ("0.32.1", "ok")
+    assert "rollout.engine=vllm" in found.note
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "unknown version"])
+def test_a_vllm_that_cannot_be_used(version):
+    found = row(replace(BARE, versions=BARE.versions | {"vllm": version}), "vllm")
+    assert (found.state, found.severity) == (version, "optional")
+    assert ">=0.32,<0.33" in found.note
 
 
 @pytest.mark.parametrize(

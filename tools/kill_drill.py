@@ -158,7 +158,7 @@ def disturbed(run: Run, victim: str, undisturbed: Path, duration: float, rng: ra
     killed, after_s = time.time(), time.monotonic() - begin
     reasons: list[str] = []
     while (ended := run.wait())[0] != 0:
-        reasons.append(f"start {len(reasons) + 1} ended with exit code {ended[0]}: {ended[1]}")
+        reasons.append(f"start {len(reasons) + 1} ended with exit code {ended[0]}: {ended[1]}".rstrip(": "))
         if len(reasons) == STARTS:
             return Drill(victim, after_s, time.time() - killed, reasons, [f"not done after {STARTS} starts"])
         run.start()
@@ -188,10 +188,10 @@ def find(victim: str, driver: int) -> list[psutil.Process]:
     ranks = {process.pid for process, title in titles.items() if title.startswith("ray::TrainerWorker")}
     if victim == "rollout engine":
         return [process for process, title in titles.items() if title.startswith("ray::") and "Engine" in title]
-    with_parents = [(process, title, parent_of(process)) for process, title in titles.items()]
+    with_parents = [(process, parent_of(process)) for process in titles if process.pid in ranks]
     if victim == "trainer rank":
-        return [process for process, _, parent in with_parents if process.pid in ranks and parent not in ranks]
-    return [process for process, title, parent in with_parents if parent in ranks and "resource_tracker" not in title]
+        return [process for process, parent in with_parents if parent not in ranks]
+    return [process for process, parent in with_parents if parent in ranks]
 
 
 def title_of(process: psutil.Process) -> str | None:

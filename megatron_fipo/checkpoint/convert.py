@@ -1,8 +1,8 @@
 """Hugging Face folder <-> Megatron checkpoint folder, offline: one process, no GPU, piece by piece.
 
-A piece is one Megatron parameter of one layer, or some rows of a vocabulary. A few threads each read one, turn it over
-(`mapping.shard`, `mapping.join`) and write it, so memory follows the largest weight and not the model. The checkpoint folder is
-the one that a run writes (`manifest.json`, `weights/`, `hf/`), and reads: `to_hf` takes a run's checkpoints too.
+The model is cut into pieces (`moves.py`), and a few threads each read one and write it, so memory does not grow with the
+model. The checkpoint folder is the one that a run writes (`manifest.json`, `weights/`, `hf/`), and reads: `to_hf` takes a run's
+checkpoints too.
 
 Dtypes: tensors keep the dtype they are stored in, bit for bit, unless another is asked for. What Megatron cannot hold (float16;
 layers of one parameter in different dtypes) is refused with what a cast would lose, never rounded in silence.
@@ -38,10 +38,10 @@ from megatron_fipo.checkpoint.megatron_checkpoint import (
     WeightsReader,
     extra_state_keys,
     in_parallel,
-    piece_of,
     stacked_key,
     write_weights,
 )
+from megatron_fipo.checkpoint.moves import Move, moves_to_hf, moves_to_megatron
 from megatron_fipo.checkpoint.name_map import megatron_shape
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
 from megatron_fipo.errors import UserError, writing
@@ -50,8 +50,6 @@ from megatron_fipo.model.family import Architecture, Layout, Weight
 
 HF = "hf"
 """The folder of config, tokenizer and the like within a checkpoint."""
-VOCABULARY_BYTES = 256_000_000
-"""Vocabularies are the largest weights; they are cut into pieces of about this size."""
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By safetensors' names: what a cast can start from. Quantised formats are not among them."""
 MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
@@ -90,17 +88,18 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
     weights = list(family.weights(architecture))
     check_tensors(weights, architecture, folder)
     dtypes = _megatron_dtypes(weights, folder, dtype)
-    pieces = [(piece, weight) for weight in weights for piece in _cut(weight, architecture, dtypes[stacked_key(weight)])]
-    summary = Summary(
-        sum(len(weight.names) for weight in weights), sum(prod(piece.size) * dtypes[piece.key].itemsize for piece, _ in pieces)
-    )
-    meter = _Meter("converting", summary.bytes, progress)
-    owners = dict(pieces)
+    moves = {
+        move.piece: move
+        for weight in weights
+        for move in moves_to_megatron(weight, architecture, dtypes[stacked_key(weight)].itemsize)
+    }
+    size = sum(prod(piece.size) * dtypes[piece.key].itemsize for piece in moves)
+    summary = Summary(sum(len(weight.names) for weight in weights), size)
+    meter = _Meter("converting", size, progress)
 
     def read(piece: Piece) -> torch.Tensor:
-        weight = owners[piece]
-        values, cast = _read_hf(piece, weight, architecture, folder), dtypes[piece.key]
-        result = _cast(values, cast, weight.megatron, summary)
+        values = _read_hf(moves[piece], architecture, folder)
+        result = _cast(values, dtypes[piece.key], moves[piece].weight.megatron, summary)
         meter.add(result.nbytes)
         return result
 
@@ -108,7 +107,7 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
         for name in (WEIGHTS, HF):
             (partial / name).mkdir(parents=True)
         copy_companions(source, partial / HF)
-        wanted = [(piece, dtypes[piece.key]) for piece, _ in pieces]
+        wanted = [(piece, dtypes[piece.key]) for piece in moves]
         extra_states = extra_state_keys(weights, architecture.num_layers)
         write_weights(partial / WEIGHTS, wanted, extra_states, {"architecture": asdict(architecture)}, read)
         files = _hash(partial, progress)
@@ -135,24 +134,20 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
         for name in weight.names
     }
     _check_manifest(source, manifest, progress)
-    pieces = [(piece, weight) for weight in weights for piece in _stored_pieces(weight, architecture, reader)]
     shapes = {name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
     writer = HFWriter(source / HF, target, shapes, dtypes)
     summary = Summary(len(shapes), writer.total_bytes)
     meter = _Meter("converting", writer.total_bytes, progress)
 
-    def convert(item: tuple[Piece, Weight]) -> None:
-        piece, weight = item
-        first = piece.offset[-len(weight.shapes[0])]
-        values = reader.read(piece).reshape(piece.size[-len(weight.shapes[0]) :])
-        parts = [values] if weight.layout is Layout.VOCABULARY else join(weight, [values], architecture)
-        for name, part in zip(weight.names, parts, strict=True):
-            cast = _cast(part, dtypes[name], weight.megatron, summary)
-            writer.add(name, cast, first)
-            meter.add(cast.nbytes)
+    def convert(move: Move) -> None:
+        values = reader.read(move.piece).reshape(move.shape)
+        for name, part in _hf_parts(move, values, architecture):
+            result = _cast(part, dtypes[name], move.weight.megatron, summary)
+            writer.add(name, result, move.first_row)
+            meter.add(result.nbytes)
 
     try:
-        in_parallel(convert, pieces)
+        in_parallel(convert, [move for weight in weights for move in _stored_moves(weight, architecture, reader)])
         writer.finish()
     except BaseException:
         writer.discard()
@@ -163,37 +158,26 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
 # What is read and written
 
 
-def _cut(weight: Weight, architecture: Architecture, dtype: torch.dtype) -> Iterator[Piece]:
-    """A whole parameter, or a vocabulary by rows."""
-    whole = megatron_shape(weight)
-    step = whole[0]
-    if weight.layout is Layout.VOCABULARY:
-        step = max(1, VOCABULARY_BYTES // (prod(whole[1:]) * dtype.itemsize))
-    for first in range(0, whole[0], step):
-        yield piece_of(weight, architecture, whole, first, min(first + step, whole[0]))
+def _read_hf(move: Move, architecture: Architecture, folder: SafetensorsFolder) -> torch.Tensor:
+    """A piece's values from the Hugging Face tensors; rows behind a vocabulary's end are zero."""
+    if move.name is None:
+        return shard(move.weight, [folder.slice(name) for name in move.weight.names], architecture, 0, 1)
+    last = min(move.first_row + move.rows, folder.tensors[move.name].shape[0])
+    values = folder.slice(move.name)[move.first_row : last]
+    missing = move.rows - len(values)
+    return torch.cat((values, values.new_zeros(missing, *values.shape[1:]))) if missing else values
 
 
-def _read_hf(piece: Piece, weight: Weight, architecture: Architecture, folder: SafetensorsFolder) -> torch.Tensor:
-    """The piece's values from the Hugging Face tensors; rows behind the vocabulary's end are zero."""
-    parts = [folder.slice(name) for name in weight.names]
-    if weight.layout is not Layout.VOCABULARY:
-        return shard(weight, parts, architecture, 0, 1)
-    first, rows = piece.offset[0], piece.size[0]
-    values = parts[0][first : first + rows]
-    return torch.cat((values, values.new_zeros(rows - len(values), values.shape[1]))) if len(values) < rows else values
-
-
-def _stored_pieces(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[Piece]:
-    """A whole parameter, or a vocabulary by the rows that were stored together; its padding is left out."""
+def _stored_moves(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[Move]:
     stored = reader.tensors[stacked_key(weight)]
-    if weight.layout is not Layout.VOCABULARY:
-        whole = megatron_shape(weight)
-        yield piece_of(weight, architecture, whole, 0, whole[0])
-        return
-    rows = architecture.vocab_size
-    for first, stored_rows in sorted({(chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks}):
-        if first < rows:
-            yield piece_of(weight, architecture, tuple(stored.size), first, min(first + stored_rows, rows))
+    yield from moves_to_hf(weight, architecture, tuple(stored.size)[0 if weight.layer is None else 1 :], stored.chunks)
+
+
+def _hf_parts(move: Move, values: torch.Tensor, architecture: Architecture) -> list[tuple[str, torch.Tensor]]:
+    """What a stored piece is in Hugging Face tensors."""
+    if move.name is not None:
+        return [(move.name, values)]
+    return list(zip(move.weight.names, join(move.weight, [values], architecture), strict=True))
 
 
 def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader: WeightsReader) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.family import Architecture, Weight
+from megatron_fipo.model.family import Weight
 
 WEIGHTS = "weights"
 """The folder of these files within a checkpoint."""
@@ -49,19 +49,6 @@ class Piece:
     whole: tuple[int, ...]
     offset: tuple[int, ...]
     size: tuple[int, ...]
-
-
-def piece_of(weight: Weight, architecture: Architecture, whole: tuple[int, ...], first: int, last: int) -> Piece:
-    """Rows `first` to `last` of a parameter whose whole shape is `whole`, among the stacked layers."""
-    rest = (0,) * (len(whole) - 1)
-    if weight.layer is None:
-        return Piece(weight.megatron, whole, (first, *rest), (last - first, *whole[1:]))
-    return Piece(
-        stacked_key(weight),
-        (architecture.num_layers, *whole),
-        (weight.layer, first, *rest),
-        (1, last - first, *whole[1:]),
-    )
 
 
 def stacked_key(weight: Weight) -> str:

@@ -239,6 +239,14 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
         raise UserError(
             f"rollout.placement=colocated needs rollout.mode=synchronous, not {rollout.mode}: engines sleep during updates"
         )
+    if rollout.placement == "colocated" and (
+        rollout.engine_tensor_parallel_size > 1 or rollout.num_engines > config.parallel.world_size
+    ):
+        raise UserError(
+            f"rollout.placement=colocated puts each engine on the GPU of one of the {config.parallel.world_size} trainer ranks, so "
+            f"rollout.num_engines={rollout.num_engines} of rollout.engine_tensor_parallel_size="
+            f"{rollout.engine_tensor_parallel_size} do not fit; lower them or choose separate"
+        )
     if rollout.mode != "synchronous" and rollout.max_staleness < 1:
         raise UserError(f"rollout.mode={rollout.mode} trains on groups one version old; raise rollout.max_staleness to 1 or more")
     if config.deterministic and (rollout.mode == "fully_asynchronous" or rollout.unfinished == "continue"):

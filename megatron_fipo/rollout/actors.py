@@ -10,6 +10,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_fipo.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 60.0
+COLOCATED_GPU_SHARE = 0.5
+"""Of a GPU, for Ray's bookkeeping, that a colocated engine takes and the trainer rank beside it leaves. Memory is another matter."""
 CONTROL_CALLS = 4
 """Calls besides `generate` that an engine takes at one time: a health probe, an abort, two buckets of weights."""
 
@@ -25,12 +27,11 @@ class EngineActors:
         *,
         gpus_per_engine: int,
         trainer_placement: PlacementGroup | None = None,
-        gpu_share: float = 0.5,
     ) -> None:
         """Reserve the places (1 CPU and `gpus_per_engine` GPUs each); nothing is started yet.
 
         With `trainer_placement` (one bundle with one GPU per trainer rank) engines live in the trainer's bundles instead, each
-        with `gpu_share` of the GPU there, which the rank has to leave free. Raises `UserError` where there is no room.
+        with `COLOCATED_GPU_SHARE` of the GPU there, which the rank has to leave free. Raises `UserError` where there is no room.
         """
         self._arguments = engine_kwargs
         self._own_placement = None
@@ -48,7 +49,7 @@ class EngineActors:
                     f"{gpus_per_engine} GPUs do not fit {len(self._bundles)} ranks; lower rollout.num_engines or "
                     "rollout.engine_tensor_parallel_size, or choose rollout.placement=separate"
                 )
-            self._options |= {"num_cpus": 0, "num_gpus": gpu_share if gpus_per_engine else 0}
+            self._options |= {"num_cpus": 0, "num_gpus": COLOCATED_GPU_SHARE if gpus_per_engine else 0}
         self._actor_class: Any = ray.remote(engine_class)
         self._handles: dict[int, ActorHandle] = {}
 

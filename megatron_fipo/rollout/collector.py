@@ -137,10 +137,10 @@ class Collector:
         """Begin, or go on, under weights `version`: drop what became too old, send the unfinished responses and new prompts."""
         if self._running:
             raise RuntimeError("resume() was called twice without pause()")
-        self._update_version = max(self._update_version, version)
-        self._drop_stale(self._update_version, [group for group, _ in self._waiting.values()])
+        self._update_version = version
+        self._drop_stale(version, [group for group, _ in self._waiting.values()])
         # Where the next iteration's groups wait already, what is unfinished is for the one after it at the earliest.
-        self._drop_stale(self._update_version + self.enough, self._unfinished.values())
+        self._drop_stale(version + self.enough, self._unfinished.values())
         self._running = True
         for group in self._unfinished.values():
             self._submit(group)
@@ -194,7 +194,6 @@ class Collector:
             "dataset": self._dataset.state(),
             "serial": self._serial,
             "first_serial": self._first_serial,
-            "update_version": self._update_version,
             "informative": self._informative,
             "informative_dropped": self._informative_dropped,
             "counts": asdict(self.counts),
@@ -207,7 +206,6 @@ class Collector:
             raise RuntimeError("load_state() needs pause() first")
         self._dataset.load_state(state["dataset"])
         self._serial, self._first_serial = state["serial"], state["first_serial"]
-        self._update_version = state["update_version"]
         self._informative, self._informative_dropped = state["informative"], state["informative_dropped"]
         self.counts = CollectCounts(**state["counts"])
         problems = {problem.problem_id: problem for problem in self._dataset.problems}

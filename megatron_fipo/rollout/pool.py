@@ -83,13 +83,12 @@ class EnginePool:
         keep_batches: bool,
         loaded_weights_serve: bool = False,
         trainer_placement: PlacementGroup | None = None,
-        gpu_share: float = 0.5,
     ) -> None:
         """Find room for the engines and start them; they load while the caller goes on.
 
         `keep_batches`: the requests of one `submit` travel in one call, also when sent again. `loaded_weights_serve`: engines
-        serve what they load, as version 0; else none gets a request before its first weights arrive. `trainer_placement` and
-        `gpu_share` colocate them with the trainer (`EngineActors`). Raises `UserError` where there is no room.
+        serve what they load, as version 0; else none gets a request before its first weights arrive. `trainer_placement` puts
+        them beside the trainer's ranks (`EngineActors`). Raises `UserError` where there is no room.
         """
         self._rollout = rollout
         engines: Any = engine_class
@@ -119,7 +118,6 @@ class EnginePool:
             rollout.num_engines,
             gpus_per_engine=gpus_per_engine,
             trainer_placement=trainer_placement,
-            gpu_share=gpu_share,
         )
         for number in range(rollout.num_engines):
             self._start(number)

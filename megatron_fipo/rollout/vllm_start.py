@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
 
 from megatron_fipo.errors import UserError
 
@@ -80,7 +81,11 @@ def installed_vllm() -> str | None:
 
 
 def is_supported(version: str) -> bool:
-    return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
+    """False also for what is no version at all."""
+    try:
+        return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 def check_vllm() -> None:
@@ -184,7 +189,12 @@ def prepare_environment(gpu: bool) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
 
 
 def engine_arguments(settings: Settings, gpu: bool) -> dict[str, Any]:

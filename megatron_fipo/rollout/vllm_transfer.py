@@ -50,6 +50,7 @@ class BucketTransfer(NCCLWeightTransferEngine):
     """The backend `megatron_fipo`, in one worker. The path over NCCL is written against vLLM 0.32 and has not run on hardware."""
 
     update_info_cls = BucketInfo
+    model: Any
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -74,11 +75,11 @@ class BucketTransfer(NCCLWeightTransferEngine):
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         assert isinstance(update_info, BucketInfo)
-        model = _Checked(self.model, self.checksums) if update_info.check else self.model
+        model: Any = _Checked(self.model, self.checksums) if update_info.check else self.model
         if update_info.path is not None:
             model.load_weights(read_bucket(update_info.path, update_info.names, update_info.dtype_names, update_info.shapes))
             return
-        target = self.model
+        target: Any = self.model
         self.model = model
         try:
             super().receive_weights(update_info)

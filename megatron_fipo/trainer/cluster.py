@@ -54,6 +54,7 @@ def start_engines(config: Config, model_path: str, machine: Machine, trainer: Pl
         gpus_per_engine=rollout.engine_tensor_parallel_size if machine.gpus else 0,
         keep_batches=config.deterministic,
         loaded_weights_serve=trainer is None,
+        trainer_placement=trainer if rollout.placement == "colocated" else None,
     )
 
 

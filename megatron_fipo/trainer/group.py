@@ -18,7 +18,10 @@ class TrainerGroup:
     A rank that dies leaves the others waiting inside a collective, so the first failure kills the whole group and is raised.
     """
 
-    def __init__(self, worker_class: type, world_size: int, gpus_per_rank: int, **worker_arguments: Any) -> None:
+    def __init__(
+        self, worker_class: type, world_size: int, gpus_per_rank: int, gpu_share: float = 1.0, **worker_arguments: Any
+    ) -> None:
+        """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them, leaving the rest to a colocated engine."""
         bundle = {"CPU": 1, "GPU": gpus_per_rank} if gpus_per_rank else {"CPU": 1}
         self.placement: PlacementGroup = placement_group([bundle] * world_size, strategy="PACK")
         try:
@@ -32,7 +35,7 @@ class TrainerGroup:
         self.actors: list[ActorHandle] = [
             remote.options(
                 num_cpus=1,
-                num_gpus=gpus_per_rank,
+                num_gpus=gpus_per_rank * gpu_share,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=bundle_index),
             ).remote(rank=rank, world_size=world_size, **worker_arguments)
             for rank, bundle_index in enumerate(_node_by_node(self.placement))

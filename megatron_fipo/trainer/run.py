@@ -14,6 +14,7 @@ from megatron_fipo.model.families import read_architecture
 from megatron_fipo.model.family import Architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.reward.registry import scorer
+from megatron_fipo.rollout.actors import COLOCATED_GPU_SHARE
 from megatron_fipo.rollout.collector import Collector
 from megatron_fipo.rollout.dump import ReplaySource
 from megatron_fipo.rollout.groups import GroupScorer
@@ -72,7 +73,10 @@ def assemble(
     console.phase("starting")
     machine = stack.enter_context(run_cluster(config))
     validate(config, architecture, machine)
-    trainer = TrainerGroup(TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), config=with_absolute_paths(config))
+    share = 1 - COLOCATED_GPU_SHARE if config.rollout.placement == "colocated" else 1.0
+    trainer = TrainerGroup(
+        TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), gpu_share=share, config=with_absolute_paths(config)
+    )
     stack.callback(trainer.shutdown)
     rollouts: LiveRollouts | ReplayRollouts
     if source is not None:

@@ -27,9 +27,9 @@ from megatron_fipo.data.countdown import generate_problems, supervised_trace
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.families import read_architecture
 from megatron_fipo.plan.machine import this_machine
+from megatron_fipo.trainer.cluster import ray_cluster
 from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
-from megatron_fipo.trainer.cluster import ray_cluster
 from megatron_fipo.trainer.run import load_tokenizer, pad_id
 
 STEPS_PER_CALL = 20
@@ -99,7 +99,9 @@ def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajector
             response = tokenizer.encode(supervised_trace(problem, rng), add_special_tokens=False)  # type: ignore[attr-defined]
             response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
             ones = [1] * len(response)
-            yield Trajectory(str(problem), prompt, response, ones, [0.0] * len(response), [VersionSpan(0, 0, len(response))], "stop")
+            yield Trajectory(
+                str(problem), prompt, response, ones, [0.0] * len(response), [VersionSpan(0, 0, len(response))], "stop"
+            )
 
 
 def learning_rate(config: SftConfig, step: int) -> float:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.checkpoint import convert, hf_writer, megatron_checkpoint
+from megatron_fipo.checkpoint import convert, hf_writer, megatron_checkpoint, moves
 from megatron_fipo.checkpoint.convert import no_progress, to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
 from megatron_fipo.checkpoint.hf_writer import copy_companions
@@ -52,13 +52,13 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoints(sources, tmp_path_factory):
-    """The same, converted, with the vocabulary in several pieces."""
+    """The same, converted, with most weights in several pieces."""
 
     @cache
     def make(family: str, tied: str) -> Path:
         target = tmp_path_factory.mktemp(f"{family}-{tied}") / "converted"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(convert, "VOCABULARY_BYTES", 7000)
+            patch.setattr(moves, "PIECE_BYTES", 7000)
             to_megatron(sources(family, tied), target, "keep", no_progress)
         return target
 
@@ -206,7 +206,7 @@ def test_logits_of_a_loaded_checkpoint_equal_those_of_transformers(sources, chec
 def test_a_vocabulary_that_is_padded_comes_back_without_its_padding(tmp_path, monkeypatch):
     """1,100 rows: 1,152 in the checkpoint, as Megatron pads for one rank; 1,280 in memory for two."""
     monkeypatch.setattr(reference, "VOCAB", 1100)
-    monkeypatch.setattr(convert, "VOCABULARY_BYTES", 100_000)
+    monkeypatch.setattr(moves, "PIECE_BYTES", 100_000)
     model = make_reference(tmp_path / "source")
     to_megatron(tmp_path / "source", tmp_path / "checkpoint", "keep", no_progress)
     stored = FileSystemReader(tmp_path / "checkpoint" / "weights").read_metadata().state_dict_metadata

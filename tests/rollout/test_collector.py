@@ -265,6 +265,56 @@ def test_a_restored_collector_goes_on_as_the_original(outcomes, order, mode, unf
     assert collector.state() == other.state()
 
 
+def holding_back_the_first(mode: str) -> tuple[Collector, ToyPool]:
+    """Iteration 0 is taken; group 0 has tokens of version 0 and is not finished."""
+    pool = ToyPool(["mixed"], slots=100)
+    pool.held_back = {0}
+    collector = make(pool, target=2, mode=mode, unfinished="continue", max_staleness=1, prompts_in_flight=3)
+    collector.resume(0)
+    until_enough(collector)
+    assert 0 not in serials(collector.take())
+    if mode == "one_step_off":
+        until_enough(collector)
+    collector.pause()
+    pool.version = 1
+    first = collector.state()["groups"][0]
+    assert first["serial"] == 0
+    assert any(response["spans"] for response in first["responses"])
+    assert any(response["finish_reason"] is None for response in first["responses"])
+    return collector, pool
+
+
+def test_what_only_the_iteration_after_the_next_could_use_too_late_is_not_sent_again():
+    collector, pool = holding_back_the_first("one_step_off")
+    collector.resume(1)
+    counts = collector.take().counts
+    assert (counts.stale, counts.unused_share) == (1, 0.0)
+    sent_for = [requests[0].request_id.partition("-")[0] for requests in pool.submitted]
+    assert sent_for.count("0") == 1
+
+
+def test_a_group_that_finishes_too_late_does_not_wait():
+    collector, pool = holding_back_the_first("fully_asynchronous")
+    collector.resume(1)
+    until_enough(collector)
+    assert 0 not in serials(collector.take())
+    pool.held_back = set()
+    while collector.counts.stale == 0:
+        collector.step(0.0)
+    collector.pause()
+    assert 0 not in [group["serial"] for group in collector.state()["groups"]]
+
+
+def test_sampling_ahead_begins_at_once():
+    pool = ToyPool(["mixed"])
+    collector = make(pool, mode="one_step_off")
+    collector.resume(0)
+    until_enough(collector)
+    collector.take()
+    collector.step(0.0)
+    assert collector.counts.generated_tokens > 0
+
+
 # -- counting and refusing -----------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,8 @@ class ToyPool:
         """Every call of `submit`."""
         self.most_groups = 0
         """Most groups outstanding at a time."""
+        self.held_back: set[int] = set()
+        """Serials of groups that are at work but don't finish."""
         self._rng = random.Random(order)
         self._outstanding: dict[str, GenerationRequest] = {}
 
@@ -67,14 +69,14 @@ class ToyPool:
         self.most_groups = max(self.most_groups, len({parse_request_id(name)[0] for name in self._outstanding}))
 
     def poll(self, timeout_s: float) -> list[Settled]:
-        running = list(self._outstanding)[: self.slots]
+        running = [n for n in list(self._outstanding)[: self.slots] if parse_request_id(n)[0] not in self.held_back]
         settled = self._rng.sample(running, self._rng.randint(min(1, len(running)), len(running)))
         return [self._finish(self._outstanding.pop(name)) for name in settled]
 
     def abort(self) -> list[Settled]:
         """Running requests come back part done, now and then whole; queued ones empty."""
         running = [self._outstanding.pop(name) for name in list(self._outstanding)[: self.slots]]
-        results = [self._finish(r) if self._rng.random() < 0.1 else self._cut(r) for r in running]
+        results = [self._cut(r) if self._rng.random() < 0.9 else self._finish(r) for r in running]
         results += [Settled(name, Generation((), (), "abort", self.version)) for name in self._outstanding]
         self._outstanding.clear()
         self._rng.shuffle(results)

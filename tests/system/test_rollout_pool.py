@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout import actors
-from megatron_fipo.rollout.actors import EngineActors
+from megatron_fipo.rollout.actors import COLOCATED_GPU_SHARE, EngineActors
 from megatron_fipo.rollout.local import LocalEngine
 from megatron_fipo.rollout.pool import EnginePool, PoolCounts, Settled
 from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
@@ -348,10 +348,12 @@ def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
     try:
         remote: Any = ray.remote(Where)
         ranks = [
-            remote.options(num_gpus=0.4, scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index)).remote()
+            remote.options(
+                num_gpus=1 - COLOCATED_GPU_SHARE, scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index)
+            ).remote()
             for index in range(2)
         ]
-        engines = EngineActors(Where, {}, 2, gpus_per_engine=1, trainer_placement=placement, gpu_share=0.6)
+        engines = EngineActors(Where, {}, 2, gpus_per_engine=1, trainer_placement=placement)
         for number in range(2):
             engines.start(number)
         gpus = [ray.get(rank.gpu.remote()) for rank in ranks]

@@ -53,7 +53,9 @@ def iterations(run_dir: Path) -> list[dict]:
 
 def same_numbers(one: dict, other: dict) -> bool:
     """Bit for bit, but for what a clock measured."""
-    return {k: v for k, v in one.items() if not k.startswith("time/")} == {k: v for k, v in other.items() if not k.startswith("time/")}
+    return {k: v for k, v in one.items() if not k.startswith("time/")} == {
+        k: v for k, v in other.items() if not k.startswith("time/")
+    }
 
 
 def weights(run_dir: Path) -> bytes:
@@ -134,7 +136,15 @@ def test_another_split_gives_the_same_first_iteration(two_iterations, tmp_path, 
 def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(tmp_path, signal_number, code):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     exact = ("deterministic=true", "evaluation.before_training=false")
-    arguments = ("train", "examples/countdown/fipo.yaml", *TINY, *exact, f"run_dir={stopped}", "iterations=1000", "checkpoint.every=0")
+    arguments = (
+        "train",
+        "examples/countdown/fipo.yaml",
+        *TINY,
+        *exact,
+        f"run_dir={stopped}",
+        "iterations=1000",
+        "checkpoint.every=0",
+    )
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_an_iteration(process, stopped)
     os.kill(process.pid, signal_number)
@@ -149,7 +159,9 @@ def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(tmp_path, signal
 
 
 def test_the_time_limit_saves_and_says_so(tmp_path):
-    done = train(tmp_path / "short", "iterations=1000", "max_walltime_minutes=0.05", "evaluation.before_training=false", expect=85)
+    done = train(
+        tmp_path / "short", "iterations=1000", "max_walltime_minutes=0.05", "evaluation.before_training=false", expect=85
+    )
     assert "max_walltime_minutes=0.05 has passed" in done.stdout
 
 

@@ -19,7 +19,7 @@ import torch._dynamo  # imported once, before the ranks are forked
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
 from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest, write_manifest
 from megatron_fipo.checkpoint.rng import load_rng, save_rng
-from megatron_fipo.config import Config, load_config
+from megatron_fipo.config import Config, load_config, save_config
 from megatron_fipo.errors import UserError
 from megatron_fipo.trainer.state import LoopState, PendingSave, RunDirectory
 from tests.distributed.test_distributed_checkpoint import new_policy
@@ -102,7 +102,9 @@ def made(tmp_path_factory) -> Made:
 
 @pytest.fixture
 def run_dir(made, tmp_path) -> Path:
-    return Path(shutil.copytree(made.run_dir, tmp_path / "run", symlinks=True))
+    copy = shutil.copytree(made.run_dir, tmp_path / "run", symlinks=True)
+    save_config(settings(made.model, copy), copy / "config.yaml")
+    return copy
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

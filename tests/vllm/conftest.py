@@ -51,6 +51,7 @@ def shared_engine(model_folder: Path, run: Callable[..., Any]) -> Iterator[VLLME
     run(engine.ready())
     yield engine
     engine._llm.shutdown()
+    engine._llm = None  # its destructor fails once the interpreter shuts down
 
 
 @pytest.fixture(scope="session")

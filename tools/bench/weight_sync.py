@@ -34,10 +34,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo.rollout.actors import CONTROL_CALLS
 from megatron_fipo.rollout.local import LocalEngine
-from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE, push_weights
+from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE, push_weights, tensor_checksum
 
 BUCKET_BYTES = 128 * 2**20
-PUSHES, STARTS = 12, 3
+PUSHES, STARTS = 12, 2
 GB = 1e9
 
 
@@ -108,6 +108,13 @@ class Trainer:
             target[name].copy_(tensor)
         return time.perf_counter() - start
 
+    def hash(self) -> float:
+        """Seconds of one thread's checksum of every tensor."""
+        start = time.perf_counter()
+        for name, tensor in self.weights.items():
+            tensor_checksum(name, tensor)
+        return time.perf_counter() - start
+
     def push(self, engines: dict[int, Any], version: int, check: bool) -> tuple[float, tuple[int, int]]:
         """Seconds, and memory."""
         self.memory.start()
@@ -150,7 +157,9 @@ def measure_pushes(folder: Path) -> list[str]:
     size, count = ray.get(trainer.size.remote())
     found: dict[tuple[int, bool], Push] = {}
     copies: list[float] = []
+    hashes: list[float] = []
     for version in range(1, PUSHES + 1):
+        hashes.append(ray.get(trainer.hash.remote()))
         for engine_count, check in [(1, False), (1, True), (2, False), (2, True)]:
             chosen = {number: engines[number] for number in range(engine_count)}
             copies.append(ray.get(trainer.copy.remote()))
@@ -162,13 +171,14 @@ def measure_pushes(folder: Path) -> list[str]:
             found[engine_count, check] = new.with_extremes(found.get((engine_count, check), new))
     for actor in (trainer, *engines.values()):
         ray.kill(actor)
-    copy = min(copies)
+    copy, sha256 = min(copies), min(hashes)
     lines = [
         f"{size / GB:.2f} GB in {count} tensors, buckets of {BUCKET_BYTES // 2**20} MiB, best of {PUSHES}",
         "",
         "| | time | per GB | time / copy | trainer's own memory | engine's own memory | object store touched |",
         "|---|---|---|---|---|---|---|",
         f"| plain copy, one thread | {copy:.2f} s | {copy / size * GB:.2f} s | 1.0 | | | |",
+        f"| sha256, one thread | {sha256:.2f} s | {sha256 / size * GB:.2f} s | {sha256 / copy:.1f} | | | |",
     ]
     for (engine_count, check), push in found.items():
         cells = [
