@@ -170,13 +170,22 @@ def disturbed(run: Run, victim: str, undisturbed: Path, duration: float, rng: ra
 def kill(victim: str, run: Run, moment: float, pick: float) -> bool:
     """From `moment` on wait until there is such a process, and kill it (which of several: `pick` in [0, 1)). False where there is none."""
     while run.driver.poll() is None:
-        found = find(victim, run.driver.pid) if time.monotonic() >= moment else []
-        if found:
-            with suppress(psutil.NoSuchProcess):
-                found[int(pick * len(found))].kill()
-                return True
-        elif time.monotonic() < moment:
+        if time.monotonic() < moment:
             time.sleep(0.01)
+            continue
+        found = find(victim, run.driver.pid)
+        if found and end_alive(found[int(pick * len(found))]):
+            return True
+    return False
+
+
+def end_alive(process: psutil.Process) -> bool:
+    """Kill a process, unless it had come to its own end before: stopped, it cannot do so between the look and the kill."""
+    with suppress(psutil.NoSuchProcess):
+        process.suspend()
+        if process.status() != psutil.STATUS_ZOMBIE:
+            process.kill()
+            return True
     return False
 
 

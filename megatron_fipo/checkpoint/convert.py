@@ -4,8 +4,7 @@ The model is cut into pieces (`moves.py`), and a few threads each read one and w
 model. The checkpoint folder is the one that a run writes (`manifest.json`, `weights/`, `hf/`), and reads: `to_hf` takes a run's
 checkpoints too.
 
-Dtypes: tensors keep the dtype they are stored in, bit for bit, unless another is asked for. What Megatron cannot hold (float16;
-layers of one parameter in different dtypes) is refused with what a cast would lose, never rounded in silence.
+Tensors keep the dtype they are stored in, bit for bit, unless another is asked for (`dtypes.py`).
 """
 
 import shutil
@@ -19,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from megatron_fipo.checkpoint.dtypes import cast, dtypes_in_megatron, target_dtype
 from megatron_fipo.checkpoint.hf_import import check_tensors
 from megatron_fipo.checkpoint.hf_writer import HFWriter, copy_companions, hidden_name
 from megatron_fipo.checkpoint.manifest import NAME as MANIFEST
@@ -50,11 +50,6 @@ from megatron_fipo.model.family import Architecture, Layout, Weight
 
 HF = "hf"
 """The folder of config, tokenizer and the like within a checkpoint."""
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""By safetensors' names: what a cast can start from. Quantised formats are not among them."""
-MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
-KEEP = "keep"
-DTYPES = (KEEP, "bfloat16", "float32")
 SHARES = 64
 """Steps in which progress shows while files are hashed."""
 
@@ -87,7 +82,7 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
     folder = SafetensorsFolder(source)
     weights = list(family.weights(architecture))
     check_tensors(weights, architecture, folder)
-    dtypes = _megatron_dtypes(weights, folder, dtype)
+    dtypes = dtypes_in_megatron(weights, folder, dtype)
     moves = {
         move.piece: move
         for weight in weights
@@ -99,7 +94,9 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
 
     def read(piece: Piece) -> torch.Tensor:
         values = _read_hf(moves[piece], architecture, folder)
-        result = _cast(values, dtypes[piece.key], moves[piece].weight.megatron, summary)
+        result, changed = cast(values, dtypes[piece.key])
+        if changed:
+            summary.rounded.add(moves[piece].weight.megatron)
         meter.add(result.nbytes)
         return result
 
@@ -129,7 +126,7 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
     weights = list(family.weights(architecture))
     _check_stored(weights, architecture, reader)
     dtypes = {
-        name: _target_dtype(reader.tensors[stacked_key(weight)].properties.dtype, dtype, name)
+        name: target_dtype(reader.tensors[stacked_key(weight)].properties.dtype, dtype, name)
         for weight in weights
         for name in weight.names
     }
@@ -142,7 +139,9 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
     def convert(move: Move) -> None:
         values = reader.read(move.piece).reshape(move.shape)
         for name, part in _hf_parts(move, values, architecture):
-            result = _cast(part, dtypes[name], move.weight.megatron, summary)
+            result, changed = cast(part, dtypes[name])
+            if changed:
+                summary.rounded.add(move.weight.megatron)
             writer.add(name, result, move.first_row)
             meter.add(result.nbytes)
 
@@ -196,56 +195,6 @@ def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader:
             wanted = (stored[0], *wanted[1:])
         if stored != wanted:
             raise UserError(f"{key} in {reader.folder} has shape {list(stored)}; hf/config.json asks for {list(wanted)}")
-
-
-# Dtypes
-
-
-def _megatron_dtypes(weights: Sequence[Weight], folder: SafetensorsFolder, wanted: str) -> dict[str, torch.dtype]:
-    """By stacked key. Megatron keeps one dtype for all layers of a parameter."""
-    dtypes: dict[str, torch.dtype] = {}
-    first: dict[str, str] = {}
-    for weight in weights:
-        key = stacked_key(weight)
-        for name in weight.names:
-            stored = folder.tensors[name].dtype
-            if stored not in STORED_DTYPES:
-                raise UserError(f"{name} in {folder.folder} is stored as {stored}; convert it to bfloat16 or float32 first")
-            dtype = _target_dtype(STORED_DTYPES[stored], wanted, name)
-            if dtypes.setdefault(key, dtype) is not dtype:
-                raise UserError(
-                    f"{name} in {folder.folder} is stored as {_name(dtype)} and {first[key]} as {_name(dtypes[key])}, but in Megatron "
-                    "they are one tensor; --dtype float32 keeps every bit, --dtype bfloat16 rounds"
-                )
-            first.setdefault(key, name)
-    return dtypes
-
-
-def _target_dtype(stored: torch.dtype, wanted: str, name: str) -> torch.dtype:
-    """What a tensor becomes. UserError where it could not be kept and no cast was asked for."""
-    if wanted != KEEP:
-        return getattr(torch, wanted)
-    if stored in (torch.bfloat16, torch.float32):
-        return stored
-    losses = []
-    for choice in (torch.float32, torch.bfloat16):
-        lost = max(0, MANTISSA_BITS[stored] - MANTISSA_BITS[choice])
-        losses.append(
-            f"--dtype {_name(choice)} " + (f"drops {lost} of {MANTISSA_BITS[stored]} mantissa bits" if lost else "is exact")
-        )
-    raise UserError(f"{name} is stored as {_name(stored)}, which models here do not have; {', '.join(losses)}")
-
-
-def _cast(values: torch.Tensor, dtype: torch.dtype, name: str, summary: Summary) -> torch.Tensor:
-    """The values in `dtype`; noted in the summary where that rounds them."""
-    result = values.to(dtype)
-    if MANTISSA_BITS[values.dtype] > MANTISSA_BITS[dtype] and not torch.equal(result.to(values.dtype), values):
-        summary.rounded.add(name)
-    return result
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # Folders

@@ -71,7 +71,7 @@ def save_hf(
 
     All but the weights is copied from `source_folder`. `dtype` None keeps the parameters' dtype. The folder appears under
     its name only when it is complete. Collective, with the communication of `iterate_hf_tensors` and two small broadcasts;
-    global rank 0 writes, holding one shard in memory.
+    global rank 0 writes each tensor as it comes.
     UserError on every rank if the target exists or cannot be written (disk full); then nothing is left behind.
     """
     model = map_model(model_chunks)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,7 @@ class HFWriter:
 
 def hidden_name(target: Path) -> Path:
     """Where a folder grows until it is complete: beside it, so that renaming is one step."""
-    return target.with_name(f".{target.name}.{os.getpid()}.incomplete")
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.incomplete")
 
 
 def copy_companions(source: Path, folder: Path) -> None:

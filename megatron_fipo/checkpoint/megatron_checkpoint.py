@@ -33,7 +33,7 @@ from megatron_fipo.model.family import Weight
 
 WEIGHTS = "weights"
 """The folder of these files within a checkpoint."""
-FILE_BYTES = 4_000_000_000
+FILE_BYTES = 2_000_000_000
 WORKERS = min(4, os.cpu_count() or 1)
 """Threads that convert; each holds one piece."""
 
@@ -102,7 +102,7 @@ def write_weights(
     """Write a checkpoint folder that `dist_checkpointing.load` reads under any layout, calling `read` once for each piece.
 
     `content` is what `dist_checkpointing.load_content_metadata` will give. At most `WORKERS` pieces are in memory at one time.
-    A file holds one tensor, or 4 GB of one. Raises OSError.
+    A file holds one tensor, or 2 GB of one. Raises OSError.
     """
     by_index = {MetadataIndex(piece.key, piece.offset): piece for piece, _ in pieces}
     plans = [SavePlan([_write_item(piece, dtype) for piece, dtype in group]) for group in _by_file(pieces)]

@@ -63,6 +63,7 @@ class LocalEngine:
         self._end_ids: frozenset[int] = frozenset()
         self._version = NO_WEIGHTS
         self._received: set[str] | None = None
+        self._check = False
         self._using_model = threading.Lock()
         self._abort = threading.Event()
 
@@ -87,6 +88,7 @@ class LocalEngine:
             raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers.initialization import no_init_weights
 
         dtype = getattr(torch, self._dtype)
         try:
@@ -94,9 +96,11 @@ class LocalEngine:
             if self._load_weights:
                 model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **self._options)
             else:
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=self._options["trust_remote_code"]
-                )
+                with no_init_weights():
+                    model = AutoModelForCausalLM.from_config(
+                        config, dtype=dtype, trust_remote_code=self._options["trust_remote_code"]
+                    )
+                model.tie_weights()
             tokenizer = AutoTokenizer.from_pretrained(path, **self._options)
             has_own = Path(path, "generation_config.json").is_file()
             defaults = GenerationConfig.from_pretrained(path, **self._options) if has_own else model.generation_config
@@ -197,10 +201,10 @@ class LocalEngine:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    def begin_weight_update(self) -> None:
+    def begin_weight_update(self, check: bool) -> None:
         """Until `finish_weight_update`, tensors may come and `generate` is refused. Beginning again forgets a broken update."""
         with self._using_model:
-            self._received = set()
+            self._received, self._check = set(), check
 
     @torch.no_grad()
     def load_weights(self, bucket: dict[str, Tensor]) -> None:
@@ -223,8 +227,8 @@ class LocalEngine:
                 target.copy_(tensor)
             self._received.update(bucket)
 
-    def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
-        """Adopt `version`; with `check`, return the checksums of the updated names, read back from the model.
+    def finish_weight_update(self, version: int) -> dict[str, str]:
+        """Adopt `version`; where the update began with `check`, return the checksums of the updated names, read back from the model.
 
         Raises `UserError` where a weight of the model was not updated. Tied weights (`lm_head.weight` and the embedding) count as
         updated by either name.
@@ -237,7 +241,7 @@ class LocalEngine:
             missing = [name for name, tensor in held.items() if tensor.data_ptr() not in updated]
             if missing:
                 raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
-            checksums = {name: tensor_checksum(name, held[name]) for name in self._received} if check else {}
+            checksums = {name: tensor_checksum(name, held[name]) for name in self._received} if self._check else {}
             self._version, self._received = version, None
             return checksums
 

@@ -84,7 +84,7 @@ class NcclSync:
             return
         self._source.begin_pass(check)
         try:
-            self._broadcast(engines, timeout_s)
+            self._broadcast(engines, timeout_s, check)
         except (WeightSyncError, UserError):
             self._source.exhaust()
             self.close()
@@ -98,13 +98,13 @@ class NcclSync:
             self._trainer.shutdown()
         self._trainer, self._client = None, None
 
-    def _broadcast(self, engines: Mapping[int, Any], timeout_s: float) -> None:
+    def _broadcast(self, engines: Mapping[int, Any], timeout_s: float, check: bool) -> None:
         """Send in a thread, so that neither a lost engine nor the deadline leaves this one waiting."""
         if self._client is None or self._client.engines != dict(engines):
             self.close()
             self._client = _Client(engines, self._workers_per_engine)
         client = self._client
-        client.begin_round(timeout_s)
+        client.begin_round(timeout_s, check)
         sending = _in_thread(self._send, client)
         wait((sending, client.failure), timeout=timeout_s + GRACE_S, return_when=FIRST_COMPLETED)
         wait((sending,), timeout=GRACE_S)
@@ -205,7 +205,8 @@ class _Client:
         self.engines = dict(engines)
         self._offsets = rank_offsets(self.engines, workers_per_engine)
 
-    def begin_round(self, timeout_s: float) -> None:
+    def begin_round(self, timeout_s: float, check: bool) -> None:
+        self._check = check
         self.calls = EngineCalls(self.engines, timeout_s)
         self.failure: Future[None] = Future()
 
@@ -214,7 +215,7 @@ class _Client:
         self._wait({number: engine.nccl_init.remote(infos[number]).future() for number, engine in self.engines.items()})
 
     def start_weight_update(self) -> None:
-        self._wait(self.calls.start("begin_weight_update"))
+        self._wait(self.calls.start("begin_weight_update", self._check))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._wait(self.calls.start("nccl_update", update_info))

@@ -74,13 +74,15 @@ class RolloutEngine(Protocol):
     def abort(self) -> None:
         """Make every running `generate` return soon; unfinished responses come back as they are, with `finish_reason` `abort`."""
 
-    def begin_weight_update(self) -> None: ...
+    def begin_weight_update(self, check: bool) -> None:
+        """Take tensors until `finish_weight_update`, and checksums of them with `check`. Beginning again forgets a broken update."""
 
     def load_weights(self, bucket: dict[str, torch.Tensor]) -> None:
         """Replace the named tensors in place. Raises `UserError` on an unknown name or another shape."""
 
-    def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
-        """Adopt `version`. With `check`, return the sha256 of each tensor taken (`weight_sync.tensor_checksum`) by name, else {}."""
+    def finish_weight_update(self, version: int) -> dict[str, str]:
+        """Adopt `version`. If the update began with `check`, return the sha256 of each tensor taken, by name
+        (`weight_sync.tensor_checksum`), else {}."""
 
     def sleep(self) -> None:
         """Give device memory back (weights and KV cache) until `wake`; weights have to come anew then. Nothing to do on a CPU."""

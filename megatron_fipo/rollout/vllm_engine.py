@@ -197,7 +197,7 @@ class VLLMEngine:
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    async def begin_weight_update(self, check: bool = True) -> None:
+    async def begin_weight_update(self, check: bool) -> None:
         """Stop generation and forget every cached key and value. Without `check`, no checksums are computed.
 
         Beginning again forgets a broken update.
@@ -244,8 +244,8 @@ class VLLMEngine:
             self._worker_updating = False  # vLLM ends an update that failed
             raise
 
-    async def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
-        """Adopt `version`; with `check`, return the checksums that the workers computed from the buffers they loaded from.
+    async def finish_weight_update(self, version: int) -> dict[str, str]:
+        """Adopt `version`; where the update began with `check`, return the checksums that the workers computed from the buffers they loaded from.
 
         UserError where a weight of the model did not come; tied weights may come under either name.
         """
@@ -254,7 +254,7 @@ class VLLMEngine:
         if missing:
             raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
         checksums: dict[str, str] = {}
-        if check:
+        if update.check:
             checksums, *others = await self._llm.collective_rpc("received_checksums")
             for worker, other in enumerate(others, start=1):
                 for name in checksums:

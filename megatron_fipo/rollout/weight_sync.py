@@ -138,7 +138,7 @@ class EngineCalls:
 
     def finish(self, version: int, sent: Mapping[str, str] | None) -> None:
         """End the update on every engine and compare its checksums with those `sent` (None: without a check)."""
-        held = self.wait(self.start("finish_weight_update", version, sent is not None))
+        held = self.wait(self.start("finish_weight_update", version))
         for number, checksums in held.items():
             difference = None if sent is None else first_difference(sent, checksums)
             if difference is not None:
@@ -189,7 +189,7 @@ class _Update:
         self._hashers.shutdown()
 
     def _begin(self) -> None:
-        self._calls.wait(self._calls.start("begin_weight_update"))
+        self._calls.wait(self._calls.start("begin_weight_update", self._check))
 
     def _send(self, bucket: dict[str, Tensor]) -> None:
         """An engine gets one bucket at a time, since calls to an actor with several threads may overtake each other."""

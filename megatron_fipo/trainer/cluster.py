@@ -12,11 +12,10 @@ from ray.util.placement_group import PlacementGroup
 from megatron_fipo.config import Config, Machine
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.rollout.pool import EnginePool
+from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE
 
 OBJECT_STORE_BASE_MB = 128
 """Room in Ray's object store for trajectories; the weights on their way to the engines come on top."""
-BUCKETS_IN_STORE = 3
-"""Two in flight (`weight_sync.BUCKETS_IN_FLIGHT`) and one being made."""
 
 
 def engine_class(name: str) -> type:

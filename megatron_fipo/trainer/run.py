@@ -18,6 +18,7 @@ from megatron_fipo.rollout.actors import COLOCATED_GPU_SHARE
 from megatron_fipo.rollout.collector import Collector
 from megatron_fipo.rollout.dump import ReplaySource
 from megatron_fipo.rollout.groups import GroupScorer
+from megatron_fipo.rollout.weight_sync import transport_for
 from megatron_fipo.trainer.cluster import engine_class, run_cluster, start_engines
 from megatron_fipo.trainer.console import Console
 from megatron_fipo.trainer.evaluation import evaluate as evaluate_problems
@@ -39,7 +40,8 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     if replay is None:
         engine_class(config.rollout.engine)  # refuses before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    with Console(config.iterations) as console, Stop(config.max_walltime_minutes, console.note) as stop:
+    with Console(config.iterations) as console:
+        stop = Stop(config.max_walltime_minutes, console.note)
         directory = RunDirectory(Path(config.run_dir).resolve())
         with contextlib.ExitStack() as stack:
             parts = assemble(config, architecture, tokenizer, directory, allow_change, replay, console, stop, stack)
@@ -72,6 +74,7 @@ def assemble(
     directory.claim(config, allow_change)
     console.phase("starting")
     machine = stack.enter_context(run_cluster(config))
+    stack.enter_context(stop)  # after Ray, which puts handlers of its own in place
     validate(config, architecture, machine)
     share = 1 - COLOCATED_GPU_SHARE if config.rollout.placement == "colocated" else 1.0
     trainer = TrainerGroup(
@@ -83,6 +86,8 @@ def assemble(
         console.note(f"training on the responses in {source.folder}; without engines, nothing is evaluated")
         rollouts, held_out = ReplayRollouts(source), []
     else:
+        transport = transport_for(config.rollout.engine, "cuda" if machine.gpus else "cpu", config.rollout.placement)
+        console.note(f"{config.rollout.engine} engines: {config.rollout.num_engines}; they get their weights through {transport}")
         pool = start_engines(config, config.model.path, machine, trainer.placement)
         stack.callback(pool.shutdown)
         scored = GroupScorer(

@@ -15,10 +15,13 @@ from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
+from megatron_fipo.checkpoint.hf_export import describe_hf_tensors, iterate_hf_tensors
 from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
 from megatron_fipo.checkpoint.rng import load_rng, save_rng
 from megatron_fipo.config import Config
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
+from megatron_fipo.rollout.nccl_sync import NcclSync
+from megatron_fipo.rollout.weight_sync import Transport, WeightSyncError, push_weights, transport_for
 from megatron_fipo.trainer.iteration import IterationBatch
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
 
@@ -64,6 +67,7 @@ class TrainerWorker(MegatronRank):
         super().build()
         self.reference = self._snapshot() if self.config.objective.kl_coefficient else None
         self.writer = CheckpointWriter()
+        self.nccl = self._nccl_sync()
 
     def train_iteration(
         self, batch: IterationBatch, lr: float, samples: list[int]
@@ -95,22 +99,32 @@ class TrainerWorker(MegatronRank):
 
         Returns None, or on rank 0 the number of an engine that did not take them and why; then no engine counts as updated.
         """
-        from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
-        from megatron_fipo.rollout.weight_sync import WeightSyncError, push_weights
-
-        rollout = self.config.rollout
+        modules, rollout = self.policy.modules, self.config.rollout
         try:
-            push_weights(
-                iterate_hf_tensors(self.policy.modules),
-                engines,
-                version,
-                bucket_bytes=rollout.weight_bucket_mb * 2**20,
-                timeout_s=rollout.timeout_s,
-                check=check,
-            )
+            if self.nccl is not None:
+                # Its TransferStuckError is not caught: the ranks hang in a collective then and have to be ended.
+                self.nccl.push(engines, version, timeout_s=rollout.timeout_s, check=check)
+            else:
+                bucket_bytes = rollout.weight_bucket_mb * 2**20
+                tensors = iterate_hf_tensors(modules)
+                push_weights(tensors, engines, version, bucket_bytes=bucket_bytes, timeout_s=rollout.timeout_s, check=check)
         except WeightSyncError as error:
             return error.engine, error.reason
         return None
+
+    def _nccl_sync(self) -> NcclSync | None:
+        """The way over NCCL where it is the transport, made on all ranks."""
+        modules, rollout = self.policy.modules, self.config.rollout
+        if transport_for(rollout.engine, self.device.type, rollout.placement) is not Transport.NCCL:
+            return None
+        return NcclSync(
+            lambda: iterate_hf_tensors(modules, to_host=False),
+            describe_hf_tensors(modules),
+            rank=self.rank,
+            device=self.device,
+            workers_per_engine=rollout.engine_tensor_parallel_size,
+            buffer_bytes=rollout.weight_bucket_mb * 2**20,
+        )
 
     def start_save(self, folder: str) -> None:
         """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""

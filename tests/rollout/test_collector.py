@@ -225,7 +225,7 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(outcomes, order, mode,
         judged = counts.informative + counts.all_right + counts.all_wrong + counts.failed
         assert judged <= in_work + counts.prompts - counts.unfinished <= judged + counts.stale
         in_work = counts.unfinished
-        assert pool.most_groups <= prompts_in_flight + outcomes.count("failed") * 10
+        assert pool.most_groups <= prompts_in_flight or "failed" in outcomes  # whose other responses run on
 
 
 @timing_varies
@@ -245,14 +245,21 @@ def test_one_step_off_has_its_groups_before_the_next_weights(outcomes, order, ma
 
 
 @timing_varies
-@given(outcome_lists, orders, st.sampled_from(MODES), st.sampled_from(["drop", "continue"]), st.integers(1, 3))
-def test_a_restored_collector_goes_on_as_the_original(outcomes, order, mode, unfinished, saved_after):
+@given(outcome_lists, orders, st.sampled_from(MODES), st.sampled_from(["drop", "continue"]), st.integers(1, 3), st.integers(0, 5))
+def test_a_restored_collector_goes_on_as_the_original(outcomes, order, mode, unfinished, saved_after, steps):
+    """Saved between iterations or, with `steps`, within one."""
     options = {"mode": mode, "unfinished": unfinished, "max_staleness": 2, "prompts_in_flight": 6}
     pool = ToyPool(outcomes, order)
     collector = make(pool, **options)
     timing = random.Random(order)
     before = [collected for _, collected in zip(range(saved_after), train(collector, pool, mode, range(6), timing), strict=False)]
     assert len(before) == saved_after
+    if steps:
+        pool.version = saved_after
+        collector.resume(saved_after)
+        for _ in range(steps):
+            collector.step(0.0)
+        collector.pause()
     saved = json.loads(json.dumps(collector.state()))
     other_pool, other_timing = copy.deepcopy(pool), copy.deepcopy(timing)
     other = make(other_pool, **options)
@@ -288,7 +295,8 @@ def test_what_only_the_iteration_after_the_next_could_use_too_late_is_not_sent_a
     collector, pool = holding_back_the_first("one_step_off")
     collector.resume(1)
     counts = collector.take().counts
-    assert (counts.stale, counts.unused_share) == (1, 0.0)
+    assert counts.stale > 0
+    assert counts.unused_share == 0  # none of them was known to be informative
     sent_for = [requests[0].request_id.partition("-")[0] for requests in pool.submitted]
     assert sent_for.count("0") == 1
 
@@ -303,6 +311,20 @@ def test_a_group_that_finishes_too_late_does_not_wait():
         collector.step(0.0)
     collector.pause()
     assert 0 not in [group["serial"] for group in collector.state()["groups"]]
+
+
+def test_what_new_weights_make_too_old_is_dropped_before_anything_is_sent():
+    pool = ToyPool(["mixed"], slots=100)
+    collector = make(pool, unfinished="continue", max_staleness=2)
+    collector.resume(0)
+    while not collector.waiting:
+        collector.step(0.0)
+    collector.pause()
+    begun = sum(any(response["spans"] for response in group["responses"]) for group in collector.state()["groups"])
+    pool.submitted.clear()
+    collector.resume(3)
+    assert (collector.counts.stale, collector.waiting) == (begun, 0)
+    assert not any(request.prefix for requests in pool.submitted for request in requests)
 
 
 def test_sampling_ahead_begins_at_once():

@@ -180,13 +180,13 @@ def test_updated_weights_generate_as_a_fresh_engine_does(tmp_path, tied):
     requests = some_requests()
     before, wanted = engine.generate(requests, PLAIN), fresh.generate(requests, PLAIN)
     assert tokens(before) != tokens(wanted)
-    engine.begin_weight_update()
+    engine.begin_weight_update(check=True)
     weights = list(AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32).named_parameters())
     assert ("lm_head.weight" in dict(weights)) is not tied
     for name, tensor in weights:
         engine.load_weights({name: tensor})
     assert engine.ping() == 0
-    assert engine.finish_weight_update(7, check=True) == {name: tensor_checksum(name, tensor) for name, tensor in weights}
+    assert engine.finish_weight_update(7) == {name: tensor_checksum(name, tensor) for name, tensor in weights}
     assert engine.ping() == 7
     engine.sleep()
     engine.wake()
@@ -196,9 +196,9 @@ def test_updated_weights_generate_as_a_fresh_engine_does(tmp_path, tied):
 def test_tied_weights_may_come_by_either_name(tmp_path):
     engine = loaded(save_model(tmp_path))
     weights = {name: tensor.clone() for name, tensor in engine._held().items() if name != "model.embed_tokens.weight"}
-    engine.begin_weight_update()
+    engine.begin_weight_update(check=False)
     engine.load_weights(weights)
-    assert engine.finish_weight_update(1, check=False) == {}
+    assert engine.finish_weight_update(1) == {}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -211,9 +211,9 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
     assert engine.ping() == -1
     with pytest.raises(RuntimeError, match="before there were weights"):
         engine.generate(some_requests(1), PLAIN)
-    engine.begin_weight_update()
+    engine.begin_weight_update(check=True)
     engine.load_weights(dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters()))
-    engine.finish_weight_update(0, check=False)
+    engine.finish_weight_update(0)
     # Not to the bit: tensors read from a file lie elsewhere in memory, and kernels round by alignment.
     for got, wanted in zip(engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True):
         assert got.response_ids == wanted.response_ids
@@ -223,10 +223,10 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
 def test_half_an_update_serves_nothing(tmp_path):
     engine = loaded(save_model(tmp_path))
     name, tensor = next(iter(engine._held().items()))
-    engine.begin_weight_update()
+    engine.begin_weight_update(check=True)
     engine.load_weights({name: tensor.clone()})
     with pytest.raises(UserError, match=r"lacks \d+ of the engine's tensors"):
-        engine.finish_weight_update(1, check=True)
+        engine.finish_weight_update(1)
     with pytest.raises(RuntimeError, match="within a weight update"):
         engine.generate(some_requests(1), PLAIN)
 
@@ -241,7 +241,7 @@ def test_half_an_update_serves_nothing(tmp_path):
 )
 def test_unfit_weights_are_refused(tmp_path, bucket, message):
     engine = loaded(save_model(tmp_path))
-    engine.begin_weight_update()
+    engine.begin_weight_update(check=True)
     with pytest.raises(UserError, match=message):
         engine.load_weights(bucket)
 

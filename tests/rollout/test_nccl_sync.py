@@ -115,7 +115,7 @@ def test_wrong_bytes_are_named(monkeypatch):
 
 def test_a_failure_before_the_broadcast_leaves_no_rank_behind(monkeypatch):
     class Dead(WireEngine):
-        def begin_weight_update(self) -> None:
+        def begin_weight_update(self, check: bool) -> None:
             raise ray.exceptions.ActorDiedError
 
     with handles(WireEngine(), Dead()) as actors:

@@ -195,7 +195,7 @@ def test_slow_engines_bound_what_is_in_memory(engines):
     most_at_once = 0
 
     class SlowEngine:
-        def begin_weight_update(self) -> None: ...
+        def begin_weight_update(self, check: bool) -> None: ...
 
         def load_weights(self, bucket: dict[str, torch.Tensor]) -> None:
             nonlocal taking, most_at_once
@@ -205,7 +205,7 @@ def test_slow_engines_bound_what_is_in_memory(engines):
             time.sleep(0.02)
             taking -= 1
 
-        def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
+        def finish_weight_update(self, version: int) -> dict[str, str]:
             return self.held
 
     engine = SlowEngine()

@@ -21,16 +21,16 @@ class WireEngine:
     def nccl_init(self, info: dict[str, Any]) -> None:
         self.inits.append(info)
 
-    def begin_weight_update(self) -> None:
-        self.held = {}
+    def begin_weight_update(self, check: bool) -> None:
+        self.held, self.check = {}, check
 
     def nccl_update(self, info: dict[str, Any]) -> None:
         for name, shape in zip(info["names"], info["shapes"], strict=True):
             self.held[name] = self.wire.get(timeout=30).view(tuple(shape))
 
-    def finish_weight_update(self, version: int, check: bool) -> dict[str, str]:
+    def finish_weight_update(self, version: int) -> dict[str, str]:
         self.version = version
-        return {name: tensor_checksum(name, tensor) for name, tensor in self.held.items()} if check else {}
+        return {name: tensor_checksum(name, tensor) for name, tensor in self.held.items()} if self.check else {}
 
 
 def broadcast(pairs: Iterable[tuple[str, Tensor]], engines: Mapping[int, WireEngine]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from megatron_fipo.rollout.protocol import Generation, GenerationRequest
 
 TOKENIZER = Path(__file__).parents[2] / "examples/countdown/base-model"
 END = 1
-MAX_MODEL_LEN = 64
+MAX_MODEL_LEN = 200
 
 
 def save_model(folder: Path, seed: int) -> Path:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.rollout.protocol import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.vllm_engine import VLLMEngine
+from megatron_fipo.rollout.vllm_engine import VLLMEngine, _seed
 from megatron_fipo.rollout.weight_sync import tensor_checksum
 from tests.vllm.model import END, largest_difference, save_model, some_requests, weights
 
@@ -27,10 +27,10 @@ def engine(shared_engine, model_folder, run) -> VLLMEngine:
 
 
 async def push(engine: VLLMEngine, tensors: dict[str, torch.Tensor], version: int, buckets: int = 3) -> dict[str, str]:
-    await engine.begin_weight_update()
+    await engine.begin_weight_update(check=True)
     for start in range(buckets):
         await engine.load_weights(dict(list(tensors.items())[start::buckets]))
-    return await engine.finish_weight_update(version, check=True)
+    return await engine.finish_weight_update(version)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -97,6 +97,7 @@ def test_a_prefix_is_continued(engine, model_folder, run):
     assert largest_difference(model_folder, cut, rest, 1.0) < 1e-4
     assert {len(generation.response_ids) for generation in rest if generation.finish_reason == "length"} == {30}
     assert len({generation.response_ids[0] for generation in rest}) > 3
+    assert _seed(cut[0]) not in (_seed(replace(cut[0], prefix=())), _seed(replace(cut[0], prefix=cut[0].prefix[:5])))
 
 
 def test_abort_returns_partial_responses(engine, model_folder, run):
@@ -129,15 +130,15 @@ def test_abort_strikes_calls_that_have_just_begun(engine, run):
 
 
 def test_a_prompt_beyond_the_length_limit(engine, run):
-    with pytest.raises(UserError, match=r"request long has a prompt of 30 tokens, .* response of 40 exceeds the engine's 64"):
-        run(engine.generate([GenerationRequest("long", (5,) * 30, 1)], PLAIN))
+    with pytest.raises(UserError, match=r"request long has a prompt of 161 tokens, .* response of 40 exceeds the engine's 200"):
+        run(engine.generate([GenerationRequest("long", (5,) * 161, 1)], PLAIN))
+    run(engine.generate([GenerationRequest("long", (5,) * 160, 1)], PLAIN))
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
 def test_pushed_weights_generate_as_transformers_does(engine, other_folder, model_folder, run):
-    """After both the greedy outputs before, so that cached keys and values of the old weights would show."""
     requests = some_requests()
     before = run(engine.generate(requests, GREEDY))
     tensors = weights(other_folder)
@@ -154,11 +155,19 @@ def test_pushed_weights_generate_as_transformers_does(engine, other_folder, mode
         assert likeliest.tolist() == list(generation.response_ids)
 
 
+def test_no_cached_keys_and_values_survive_an_update(engine, other_folder, run):
+    """The prompt is longer than a block of the cache (128 tokens), so the second request for it would find its first block."""
+    request = GenerationRequest("long", tuple(2 + 11 * place % 30 for place in range(150)), 1)
+    run(engine.generate([request], PLAIN))
+    run(push(engine, weights(other_folder), 2))
+    assert largest_difference(other_folder, [request], run(engine.generate([request], PLAIN)), 1.0) < 1e-4
+
+
 def test_generation_stops_for_an_update(engine, model_folder, run):
     async def both() -> list:
         call = asyncio.create_task(engine.generate(some_requests(200), PLAIN))
         await asyncio.sleep(0.1)
-        await engine.begin_weight_update()
+        await engine.begin_weight_update(check=True)
         generations = await asyncio.wait_for(call, 5)
         with pytest.raises(RuntimeError, match="within a weight update"):
             await engine.generate(some_requests(1), PLAIN)
@@ -174,7 +183,7 @@ def test_an_update_after_a_broken_one(engine, model_folder, other_folder, run, h
     broken = {name: tensor + 1 for name, tensor in weights(model_folder).items()}
 
     async def break_it() -> None:
-        await engine.begin_weight_update()
+        await engine.begin_weight_update(check=True)
         await engine.load_weights(dict(list(broken.items())[::2]))
         if how == "failed":
             with pytest.raises(Exception, match="No such file"):
@@ -198,10 +207,10 @@ def test_weights_that_do_not_fit(engine, model_folder, run):
     name = "model.layers.1.mlp.down_proj.weight"
 
     async def update(*buckets: dict[str, torch.Tensor]) -> None:
-        await engine.begin_weight_update()
+        await engine.begin_weight_update(check=True)
         for bucket in buckets:
             await engine.load_weights(bucket)
-        await engine.finish_weight_update(9, check=False)
+        await engine.finish_weight_update(9)
 
     for buckets, message in (
         ([{"model.layers.2.mlp.down_proj.weight": tensors[name]}], r"no weight model\.layers\.2\.mlp\.down_proj\.weight"),

@@ -22,11 +22,12 @@ from datetime import date
 from pathlib import Path
 
 ROUNDS = 3
+HIDDEN, VOCABULARY = 1536, 151_936
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_act": "silu",
-    "hidden_size": 1536,
+    "hidden_size": HIDDEN,
     "intermediate_size": 8960,
     "max_position_embeddings": 131072,
     "num_attention_heads": 12,
@@ -34,7 +35,7 @@ CONFIG = {
     "rms_norm_eps": 1e-06,
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
-    "vocab_size": 151936,
+    "vocab_size": VOCABULARY,
 }
 
 
@@ -48,7 +49,8 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
         return {"seconds": time.perf_counter() - start}
     from megatron_fipo.checkpoint import convert
 
-    before, marks = _resident("VmRSS"), {}
+    before = _resident("VmRSS")
+    marks: dict[str, tuple[float, float]] = {}
 
     def progress(what: str, done: int, total: int) -> None:
         begun, _ = marks.get(what, (time.perf_counter(), 0.0))
@@ -119,7 +121,7 @@ def main() -> None:
 
         write_random_model(folder / "config", folder / "hf", seed=1, dtype=torch.bfloat16)
         size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
-        largest = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2  # type: ignore[operator]
+        largest = 2 * VOCABULARY * HIDDEN
         print(f"{date.today()}, {_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n")
         found = _measure_all(folder)
         print("| | time / cp, synced | time | rate | of which | peak memory |\n|---|---|---|---|---|---|")

@@ -14,6 +14,7 @@ The reference policy is the authors': rounds of 2,048 prompts, wait for all, tra
 
 import argparse
 import heapq
+import itertools
 import math
 import random
 from collections import deque
@@ -25,7 +26,7 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.data.dataset import Dataset
 from megatron_fipo.data.problem import Problem
 from megatron_fipo.rollout.collector import Collector
-from megatron_fipo.rollout.groups import Group, PromptGroup, Response
+from megatron_fipo.rollout.groups import Group, PromptGroup, Response, parse_request_id
 from megatron_fipo.rollout.pool import Settled
 from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.trainer.iteration_values import staleness_values
@@ -34,7 +35,7 @@ BLOCK = 64
 MAX_BLOCKS = 20_480 // BLOCK
 MEDIAN_LENGTH, PROMPT_SPREAD, RESPONSE_SPREAD = 3_500, 0.6, 0.6
 INFORMATIVE = 0.4
-TARGET, RESPONSES, ROUND = 512, 16, 2_048
+TARGET, RESPONSES = 512, 16
 ENGINES, SLOTS_PER_ENGINE = 32, 256
 STEP_S, STEP_S_PER_RESPONSE = 0.012, 0.00006
 """A decode step of an engine, and what each response on it adds."""
@@ -115,7 +116,7 @@ def score(group: PromptGroup) -> Group:
 
 @dataclass
 class Iteration:
-    """Tokens are in blocks. `seconds` include the training, as far as nothing runs beside it."""
+    """Tokens are in blocks; `end` and `busy` are the clock and the used slot-seconds when it ended."""
 
     groups: list[Group]
     prompts: int
@@ -125,43 +126,52 @@ class Iteration:
     unused_share: float
     """Of the responses of informative groups."""
     version: int
-    end: float = 0.0
-    busy: float = 0.0
+    end: float
+    busy: float
 
 
 Policy = Callable[[Engines, int], list[Iteration]]
 
 
-def reference(engines: Engines, iterations: int) -> list[Iteration]:
+def rounds(prompts_per_round: int) -> Policy:
     """Rounds until there are enough groups, the rest discarded, then the update."""
-    done, serial = [], 0
-    for version in range(iterations):
-        engines.version = version
-        kept: list[Group] = []
-        prompts = generated = 0
-        while len(kept) < TARGET:
-            groups = {}
-            for serial in range(serial, serial + ROUND):  # noqa: B020 (serials go on over rounds)
-                group = PromptGroup(serial, Problem(str(serial), (serial,), "", "", ""), [Response() for _ in range(RESPONSES)])
-                groups[serial] = group
-                engines.submit(group.requests(seed=1), SamplingParams(1.0, 1.0, MAX_BLOCKS))
-            serial += 1
-            for _ in range(ROUND * RESPONSES):
-                for settled in engines.poll(math.inf):
-                    name, _, place = settled.request_id.rpartition("/")
-                    assert settled.generation is not None
-                    groups[int(name.partition("-")[0])].responses[int(place)].add(settled.generation)
-            prompts += ROUND
-            for group in groups.values():
-                scored = score(group)
-                generated += group.tokens
-                if scored[0].accuracy:
-                    kept.append(scored)
-        dropped = sum(t.response_length for group in kept[TARGET:] for t in group)
-        done.append(Iteration(kept[:TARGET], prompts, generated, dropped, 1 - TARGET / len(kept), version))
-        _wait(engines, kept[:TARGET])
-        done[-1].end, done[-1].busy = engines.now, engines.busy
-    return done
+
+    def run(engines: Engines, iterations: int) -> list[Iteration]:
+        done: list[Iteration] = []
+        serials = itertools.count()
+        for version in range(iterations):
+            engines.version = version
+            informative: list[Group] = []
+            prompts = generated = 0
+            while len(informative) < TARGET:
+                groups = _round(engines, list(itertools.islice(serials, prompts_per_round)))
+                prompts += prompts_per_round
+                generated += sum(group.tokens for group in groups)
+                informative += [scored for scored in map(score, groups) if scored[0].accuracy]
+            used, surplus = informative[:TARGET], informative[TARGET:]
+            dropped = sum(t.response_length for group in surplus for t in group)
+            _wait(engines, used)
+            unused_share = len(surplus) / len(informative)
+            done.append(Iteration(used, prompts, generated, dropped, unused_share, version, engines.now, engines.busy))
+        return done
+
+    return run
+
+
+def _round(engines: Engines, serials: Sequence[int]) -> list[PromptGroup]:
+    """Generate all responses to these prompts."""
+    groups = {
+        serial: PromptGroup(serial, Problem(str(serial), (serial,), "", "", ""), [Response() for _ in range(RESPONSES)])
+        for serial in serials
+    }
+    for group in groups.values():
+        engines.submit(group.requests(seed=1), SamplingParams(1.0, 1.0, MAX_BLOCKS))
+    for _ in range(len(groups) * RESPONSES):
+        for settled in engines.poll(math.inf):
+            serial, place = parse_request_id(settled.request_id)
+            assert settled.generation is not None
+            groups[serial].responses[place].add(settled.generation)
+    return list(groups.values())
 
 
 def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness: int) -> Policy:
@@ -180,12 +190,6 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
             while not collector.enough:
                 collector.step(math.inf)
             result = collector.take()
-            counts = result.counts
-            done.append(
-                Iteration(
-                    result.groups, counts.prompts, counts.generated_tokens, counts.dropped_tokens, counts.unused_share, version
-                )
-            )
             if mode == "synchronous":
                 collector.pause()
                 _wait(engines, result.groups)
@@ -196,7 +200,11 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
                 while mode == "one_step_off" and not collector.enough:
                     collector.step(math.inf)
                 collector.pause()
-            done[-1].end, done[-1].busy = engines.now, engines.busy
+            counts = result.counts
+            tokens = counts.generated_tokens, counts.dropped_tokens
+            done.append(
+                Iteration(result.groups, counts.prompts, *tokens, counts.unused_share, version, engines.now, engines.busy)
+            )
         return done
 
     return run
@@ -211,7 +219,8 @@ def _wait(engines: Engines, groups: Sequence[Group]) -> None:
 
 
 POLICIES: dict[str, Policy] = {
-    "reference: rounds of 2,048, surplus discarded": reference,
+    "reference: rounds of 2,048, surplus discarded": rounds(2_048),
+    "rounds of 1,408, surplus discarded": rounds(1_408),
     "synchronous, drop": collected("synchronous", "drop", 1_024, 1),
     "one_step_off, drop": collected("one_step_off", "drop", 1_024, 1),
     **{
@@ -233,8 +242,8 @@ POLICIES: dict[str, Policy] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=4, help="first iterations, left out of the table")
+    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3, help="first iterations, left out of the table")
     arguments = parser.parse_args()
     print("A simulation, not a measurement. Means per iteration; time relative to the reference policy.\n")
     print(

@@ -1,6 +1,6 @@
 """Weights into rollout engines through Ray's object store, against a plain copy of the same bytes; and how engines start.
 
-    python tools/bench/weight_sync.py     # about three minutes on an idle machine; prints the tables of docs/benchmarks.md
+    python tools/bench/weight_sync.py     # about three minutes on an idle machine; prints the tables of docs/weight-sync.md
 
 A Qwen2-shaped model with random bfloat16 weights lies in one process, as on a trainer's rank 0, and is pushed into local engines,
 which are Ray actors as in a run. Every row is measured in turn, several times over; the shortest time and the largest memory count. The
