@@ -170,10 +170,8 @@ def disturbed(run: Run, victim: str, undisturbed: Path, duration: float, rng: ra
 def kill(victim: str, run: Run, moment: float, pick: float) -> bool:
     """From `moment` on wait until there is such a process, and kill it (which of several: `pick` in [0, 1)). False where there is none."""
     while run.driver.poll() is None:
-        if time.monotonic() < moment:
-            time.sleep(0.01)
-            continue
-        found = find(victim, run.driver.pid)
+        time.sleep(0.01)
+        found = find(victim, run.driver.pid) if time.monotonic() >= moment else []
         if found and end_alive(found[int(pick * len(found))]):
             return True
     return False

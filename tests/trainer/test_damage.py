@@ -1,122 +1,18 @@
-"""What happens to a run's folder behind its back: each damage is refused with its reason, and nothing older is touched.
-
-The checkpoints are real: two ranks train a small model and write weights, optimizer and random states.
-"""
+"""What happens to a run's folder behind its back: each damage is refused with its reason, and nothing older is touched."""
 
 import json
-import resource
 import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # imported once, before the ranks are forked
 
-from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
-from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest, write_manifest
-from megatron_fipo.checkpoint.rng import load_rng, save_rng
-from megatron_fipo.config import Config, load_config, save_config
+from megatron_fipo.checkpoint.manifest import hash_files, read_manifest, write_manifest
 from megatron_fipo.errors import UserError
-from megatron_fipo.trainer.state import LoopState, PendingSave, RunDirectory
-from tests.distributed.test_distributed_checkpoint import new_policy
-from tests.distributed.test_policy_grid import FIPO, LAYOUTS, exported
-from tests.distributed.tiny import write_model
+from megatron_fipo.trainer.state import LoopState, RunDirectory
 from tests.ranks import run_ranks
-
-LAYOUT = LAYOUTS["tp2"]
-RANKS = 2
-NEWEST, OLDER = "iteration_000002", "iteration_000001"
-
-
-# --- a run ---------------------------------------------------------------------------------------------------------------------
-
-
-def settings(model: Path, run_dir: Path, *overrides: str) -> Config:
-    fixed = ("parallel.tensor_model_parallel_size=2", "checkpoint.keep_last=2")
-    return load_config(None, [f"model.path={model}", f"run_dir={run_dir}", *fixed, *overrides])
-
-
-def train_and_write(rank: int, world_size: int, model: Path, steps: int, folder: Path) -> tuple[dict[str, FileRecord], dict]:
-    policy, shards = new_policy(model, LAYOUT)
-    for _ in range(steps):
-        policy.policy_step(shards, FIPO, lr=1e-3)
-    save_rng(folder, rank)
-    CheckpointWriter().start(policy.modules, policy.optimizer, folder / "weights", asynchronous=False)
-    return hash_files(folder, rank, world_size), exported(policy)
-
-
-def save(directory: RunDirectory, model: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """A checkpoint as the run makes it; returns the weights in it."""
-    pending = directory.begin_save(LoopState(iteration, iteration, rollout={"position": iteration}))
-    written = run_ranks(RANKS, train_and_write, model, iteration, pending.partial)
-    directory.commit(pending, {name: record for part, _ in written for name, record in part.items()})
-    return written[0][1]
-
-
-def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
-    """What a run does before it loads anything, and then the process ends."""
-    directory = RunDirectory(run_dir)
-    try:
-        directory.claim(settings(model, run_dir))
-        checkpoint = directory.latest()
-        assert checkpoint is not None
-        manifest = read_manifest(checkpoint)
-        directory.refuse_damaged(checkpoint, [p for rank in range(RANKS) for p in check_files(checkpoint, manifest, rank, RANKS)])
-        return checkpoint, directory.load_state(checkpoint)
-    finally:
-        unlock(directory)
-
-
-def unlock(directory: RunDirectory) -> None:
-    if directory._lock_file is not None:
-        directory._lock_file.close()
-
-
-def load_into_ranks(rank: int, world_size: int, model: Path, checkpoint: Path) -> tuple[bool, dict[str, torch.Tensor]]:
-    policy, _ = new_policy(model, LAYOUT)
-    load_checkpoint(policy.modules, policy.optimizer, checkpoint / "weights")
-    return load_rng(checkpoint, rank, world_size), exported(policy)
-
-
-@dataclass
-class Made:
-    model: Path
-    run_dir: Path
-    weights: dict[int, dict[str, torch.Tensor]]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Made:
-    """A run of two iterations, both saved. Tests work on copies."""
-    folder = tmp_path_factory.mktemp("made")
-    model = write_model(folder / "model", layers=2)
-    (model / "tokenizer.json").write_text("{}")
-    directory = RunDirectory(folder / "run")
-    directory.claim(settings(model, folder / "run"))
-    return Made(model, folder / "run", {iteration: save(directory, model, iteration) for iteration in (1, 2)})
-
-
-@pytest.fixture
-def run_dir(made, tmp_path) -> Path:
-    copy = shutil.copytree(made.run_dir, tmp_path / "run", symlinks=True)
-    save_config(settings(made.model, copy), copy / "config.yaml")
-    return copy
-
-
-def contents(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder but the lock, which belongs to whoever looks."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            found[str(path)] = str(path.readlink())
-        elif path.name != ".lock":
-            found[str(path)] = path.read_bytes() if path.is_file() else "folder"
-    return found
-
+from tests.trainer.saved_run import NEWEST, OLDER, RANKS, contents, load_into_ranks, resume, settings
 
 # --- damages to the newest checkpoint ------------------------------------------------------------------------------------------
 
@@ -236,19 +132,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def test_an_undamaged_run_goes_on_from_its_newest_checkpoint(made, run_dir):
+def test_an_undamaged_run_goes_on_from_its_newest_checkpoint(saved_run, run_dir):
     newest = run_dir / "checkpoints" / NEWEST
-    assert resume(made.model, run_dir) == (newest, LoopState(2, 2, rollout={"position": 2}))
+    assert resume(saved_run.model, run_dir) == (newest, LoopState(2, 2, rollout={"position": 2}))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(made, run_dir, name):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(saved_run, run_dir, name):
     damage, reason = DAMAGES[name]
     newest, older = run_dir / "checkpoints" / NEWEST, run_dir / "checkpoints" / OLDER
     damage(newest)
     before = contents(run_dir)
     with pytest.raises(UserError, match=reason) as caught:
-        resume(made.model, run_dir)
+        resume(saved_run.model, run_dir)
     message = str(caught.value)
     assert str(newest) in message
     assert f"remove that folder to go on from {OLDER}" in message
@@ -258,83 +154,83 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(made, run_di
         shutil.rmtree(newest)
     else:
         newest.unlink()
-    assert resume(made.model, run_dir) == (older, LoopState(1, 1, rollout={"position": 1}))
+    assert resume(saved_run.model, run_dir) == (older, LoopState(1, 1, rollout={"position": 1}))
     assert (run_dir / "checkpoints/latest").resolve() == older
 
 
-def test_the_checkpoint_before_loads_to_the_bits_it_was_saved_with(made, run_dir):
+def test_the_checkpoint_before_loads_to_the_bits_it_was_saved_with(saved_run, run_dir):
     shutil.rmtree(run_dir / "checkpoints" / NEWEST)
-    checkpoint, _ = resume(made.model, run_dir)
-    (same_layout, weights), _ = run_ranks(RANKS, load_into_ranks, made.model, checkpoint)
+    checkpoint, _ = resume(saved_run.model, run_dir)
+    (same_layout, weights), _ = run_ranks(RANKS, load_into_ranks, saved_run.model, checkpoint)
     assert same_layout
-    assert weights.keys() == made.weights[1].keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in made.weights[1].items())
-    assert any(not torch.equal(tensor, made.weights[2][name]) for name, tensor in made.weights[1].items())
+    assert weights.keys() == saved_run.weights[1].keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved_run.weights[1].items())
+    assert any(not torch.equal(tensor, saved_run.weights[2][name]) for name, tensor in saved_run.weights[1].items())
 
 
-def test_a_checkpoint_without_an_older_one_says_so(made, run_dir):
+def test_a_checkpoint_without_an_older_one_says_so(saved_run, run_dir):
     shutil.rmtree(run_dir / "checkpoints" / OLDER)
     flip(shard(run_dir / "checkpoints" / NEWEST))
     with pytest.raises(UserError, match="to start the run again, since there is no older checkpoint"):
-        resume(made.model, run_dir)
+        resume(saved_run.model, run_dir)
 
 
-def test_an_older_damaged_checkpoint_is_not_offered(made, run_dir):
+def test_an_older_damaged_checkpoint_is_not_offered(saved_run, run_dir):
     truncate(run_dir / "checkpoints" / OLDER / "manifest.json", 0)
-    assert resume(made.model, run_dir)[1].iteration == 2
+    assert resume(saved_run.model, run_dir)[1].iteration == 2
     flip(shard(run_dir / "checkpoints" / NEWEST))
     with pytest.raises(UserError, match="there is no older checkpoint"):
-        resume(made.model, run_dir)
+        resume(saved_run.model, run_dir)
 
 
-def test_a_checkpoint_of_another_run_is_refused(made, run_dir):
+def test_a_checkpoint_of_another_run_is_refused(saved_run, run_dir):
     foreign = shutil.copytree(run_dir / "checkpoints" / NEWEST, run_dir / "checkpoints/iteration_000003")
     replace_in(foreign / "loop.json", '"iteration": 2', '"iteration": 3')
     replace_in(foreign / "config.yaml", "seed: 1", "seed: 9")
     write_manifest(foreign, hash_files(foreign), {})
     before = contents(run_dir)
     with pytest.raises(UserError, match=r"iteration_000003 belongs to a run with other settings \(seed was 9 and is 1\)"):
-        resume(made.model, run_dir)
+        resume(saved_run.model, run_dir)
     assert contents(run_dir) == before
     shutil.rmtree(foreign)
-    assert resume(made.model, run_dir)[1].iteration == 2
+    assert resume(saved_run.model, run_dir)[1].iteration == 2
 
 
 # --- things in the way ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_latest_that_points_to_nowhere_is_put_right(made, run_dir):
+def test_a_latest_that_points_to_nowhere_is_put_right(saved_run, run_dir):
     link = run_dir / "checkpoints/latest"
     link.unlink()
     link.symlink_to("iteration_000777")
-    assert resume(made.model, run_dir)[0].name == NEWEST
+    assert resume(saved_run.model, run_dir)[0].name == NEWEST
     assert link.resolve().name == NEWEST
 
 
 @pytest.mark.parametrize("name", ["checkpoints/latest", ".lock", "checkpoints/.latest"])
-def test_a_folder_in_the_way_is_refused_and_nothing_lost(made, run_dir, name):
+def test_a_folder_in_the_way_is_refused_and_nothing_lost(saved_run, run_dir, name):
     (run_dir / name).unlink(missing_ok=True)
     (run_dir / name).mkdir()
     (run_dir / name / "file").write_text("precious")
     before = contents(run_dir)
     with pytest.raises(UserError, match="cannot write"):
-        resume(made.model, run_dir)
+        resume(saved_run.model, run_dir)
     after = contents(run_dir)
     assert before.items() <= after.items()
     shutil.rmtree(run_dir / name)
-    assert resume(made.model, run_dir)[1].iteration == 2
+    assert resume(saved_run.model, run_dir)[1].iteration == 2
 
 
-def test_a_file_where_the_checkpoints_belong_is_refused(made, run_dir):
+def test_a_file_where_the_checkpoints_belong_is_refused(saved_run, run_dir):
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
-        RunDirectory(run_dir).claim(settings(made.model, run_dir))
+        RunDirectory(run_dir).claim(settings(saved_run.model, run_dir))
 
 
-def test_a_folder_that_appears_while_saving_is_left_alone(made, run_dir):
+def test_a_folder_that_appears_while_saving_is_left_alone(saved_run, run_dir):
     directory = RunDirectory(run_dir)
-    directory.claim(settings(made.model, run_dir))
+    directory.claim(settings(saved_run.model, run_dir))
     pending = directory.begin_save(LoopState(3, 3))
     (pending.target).mkdir()
     (pending.target / "notes").write_text("precious")
@@ -342,114 +238,3 @@ def test_a_folder_that_appears_while_saving_is_left_alone(made, run_dir):
         directory.commit(pending, {})
     assert (pending.target / "notes").read_text() == "precious"
     assert not pending.partial.exists()
-
-
-# --- disks that refuse ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(made, tmp_path) -> Iterator[Path]:
-    """A disk of 40 MiB with a copy of the run on it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]).returncode != 0:
-        pytest.skip("mounting a small disk is not permitted here")
-    try:
-        shutil.copytree(made.run_dir, disk / "run", symlinks=True)
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
-
-
-def fill(disk: Path, leave_bytes: int) -> Path:
-    filler = disk / "filler"
-    with open(filler, "wb") as file:
-        file.write(bytes(max(0, shutil.disk_usage(disk).free - leave_bytes)))
-    return filler
-
-
-def write_as_ranks(pending: PendingSave) -> dict[str, FileRecord]:
-    (pending.partial / "weights/__0_0.distcp").write_bytes(bytes(100_000))
-    return hash_files(pending.partial)
-
-
-def write_or_say_why(rank: int, world_size: int, model: Path, folder: Path) -> str:
-    try:
-        train_and_write(rank, world_size, model, 3, folder)
-    except UserError as error:
-        return str(error)
-    return "written"
-
-
-def assert_intact(directory: RunDirectory) -> None:
-    """Both checkpoints as they were, and no trace of a third."""
-    assert sorted(path.name for path in directory.checkpoints.iterdir()) == [OLDER, NEWEST, "latest"]
-    for name in (OLDER, NEWEST):
-        folder = directory.checkpoints / name
-        assert check_files(folder, read_manifest(folder)) == []
-
-
-@pytest.mark.parametrize("moment", ["begin", "ranks", "manifest"])
-def test_a_full_disk_costs_the_new_checkpoint_only(made, small_disk, moment):
-    directory = RunDirectory(small_disk / "run")
-    directory.claim(settings(made.model, small_disk / "run"))
-    if moment == "begin":
-        filler = fill(small_disk, 0)
-        with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
-            directory.begin_save(LoopState(3, 3))
-    elif moment == "ranks":
-        filler = fill(small_disk, 2**20)
-        pending = directory.begin_save(LoopState(3, 3))
-        for message in run_ranks(RANKS, write_or_say_why, made.model, pending.partial):
-            assert "cannot write the checkpoint" in message
-            assert "No space left on device" in message
-        directory.abandon(pending)
-    else:
-        pending = directory.begin_save(LoopState(3, 3))
-        records = write_as_ranks(pending)
-        filler = fill(small_disk, 0)
-        with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
-            directory.commit(pending, records)
-    assert_intact(directory)
-    filler.unlink()
-    pending = directory.begin_save(LoopState(3, 3))
-    directory.commit(pending, write_as_ranks(pending))
-    assert directory.latest().name == "iteration_000003"
-
-
-def test_a_read_only_disk_is_one_sentence(made, small_disk):
-    directory = RunDirectory(small_disk / "run")
-    directory.claim(settings(made.model, small_disk / "run"))
-    unlock(directory)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    before = contents(small_disk)
-    for attempt in (lambda: directory.begin_save(LoopState(3, 3)), lambda: resume(made.model, small_disk / "run")):
-        with pytest.raises(UserError, match=r"cannot write .*Read-only file system"):
-            attempt()
-    assert contents(small_disk) == before
-    assert_intact(directory)
-
-
-def save_under_a_limit(rank: int, world_size: int, model: Path, run_dir: Path, limit: int, pending: PendingSave | None) -> str:
-    """Where the operating system lets no file grow beyond `limit` bytes."""
-    directory = RunDirectory(run_dir)
-    directory.claim(settings(model, run_dir))
-    if pending is None and limit > 1000:
-        pending = directory.begin_save(LoopState(3, 3))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        directory.commit(pending, {}) if pending else directory.begin_save(LoopState(3, 3))
-    except UserError as error:
-        return str(error)
-    return "saved"
-
-
-@pytest.mark.parametrize("limit", [10, 1001], ids=["begin", "manifest"])
-def test_a_file_that_cannot_grow_costs_the_new_checkpoint_only(made, run_dir, limit):
-    (message,) = run_ranks(1, save_under_a_limit, made.model, run_dir, limit, None)
-    assert message.startswith(f"cannot write {run_dir}")
-    assert "File too large" in message
-    directory = RunDirectory(run_dir)
-    directory.claim(settings(made.model, run_dir))
-    assert_intact(directory)

@@ -3,7 +3,8 @@
     python tools/bench/conversion.py [--layers 28] [--folder DIR]      # a few minutes; prints the table of docs/benchmarks.md
 
 The model has the shape of Qwen2.5-1.5B with an output layer of its own, random weights, bfloat16. Every measurement runs in a
-process of its own and the whole list runs three times; time is the best, without starting Python and importing. Files are in
+process of its own and the whole list runs three times; time is the best, without starting Python and importing; CPU time
+(of all threads) is what a busy machine changes least. Files are in
 the page cache beforehand where it is large enough, for all alike. `cp, synced` waits until the copy is on the disk, as
 to-megatron does. Memory is the process's peak (VmHWM), with what it held before converting beside it. Peaks are the highest
 of the runs.
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -46,7 +48,7 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
         subprocess.run(["cp", "-r", source, target], check=True)
         if method == "cp, synced":
             subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": time.perf_counter() - start, "cpu": _cpu(resource.RUSAGE_CHILDREN)}
     from megatron_fipo.checkpoint import convert
 
     before = _resident("VmRSS")
@@ -57,11 +59,17 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
         marks[what] = (begun, time.perf_counter())
 
     Path("/proc/self/clear_refs").write_text("5")
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _cpu(resource.RUSAGE_SELF)
     getattr(convert, method)(source, target, "keep", progress)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, _cpu(resource.RUSAGE_SELF) - cpu
     phases = {what: end - begun for what, (begun, end) in marks.items()}
-    return {"seconds": seconds, "before": before, "peak": _resident("VmHWM"), **phases}
+    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": _resident("VmHWM"), **phases}
+
+
+def _cpu(who: int) -> float:
+    """Seconds of processor time, of all threads, in user and system mode."""
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _resident(field: str) -> int:
@@ -89,6 +97,7 @@ def _measure_all(folder: Path) -> dict[str, dict[str, float]]:
             new = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
             old = found.get(method, new)
             best = new if new["seconds"] < old["seconds"] else old
+            best = {**best, "cpu": min(new["cpu"], old["cpu"])}
             found[method] = {**best, **{key: max(new[key], old[key]) for key in ("before", "peak") if key in new}}
     return found
 
@@ -97,7 +106,15 @@ def _row(name: str, found: dict[str, float], reference: float, size: int) -> str
     phases = ", ".join(f"{what} {found[what]:.1f} s" for what in ("checking", "converting", "hashing") if what in found)
     memory = f"{found['peak'] / 2**20:,.0f} MiB ({found['before'] / 2**20:,.0f} before)" if "peak" in found else "–"
     seconds = found["seconds"]
-    cells = (name, f"{seconds / reference:.2f}", f"{seconds:.1f} s", f"{size / seconds / 1e9:.2f} GB/s", phases or "–", memory)
+    cells = (
+        name,
+        f"{seconds / reference:.2f}",
+        f"{seconds:.1f} s",
+        f"{size / seconds / 1e9:.2f} GB/s",
+        f"{found['cpu']:.1f} s",
+        phases or "–",
+        memory,
+    )
     return "| " + " | ".join(cells) + " |"
 
 
@@ -124,7 +141,7 @@ def main() -> None:
         largest = 2 * VOCABULARY * HIDDEN
         print(f"{date.today()}, {_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n")
         found = _measure_all(folder)
-        print("| | time / cp, synced | time | rate | of which | peak memory |\n|---|---|---|---|---|---|")
+        print("| | time / cp, synced | time | rate | CPU time | of which | peak memory |\n|---|---|---|---|---|---|---|")
         reference = found["cp, synced"]["seconds"]
         print(*(_row(method, figures, reference, size) for method, figures in found.items()), sep="\n")
 
