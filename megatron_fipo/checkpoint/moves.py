@@ -14,7 +14,8 @@ from megatron_fipo.checkpoint.megatron_checkpoint import Piece, stacked_key
 from megatron_fipo.checkpoint.name_map import megatron_shape
 from megatron_fipo.model.family import Architecture, Layout, Weight
 
-PIECE_BYTES = 64_000_000
+PIECE_BYTES = 8_000_000
+"""Small enough that the allocator uses memory again; larger blocks are mapped anew each time, which costs more than copying."""
 
 
 @dataclass(frozen=True)

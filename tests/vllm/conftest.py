@@ -4,7 +4,6 @@ One engine for the whole session, since starting one takes longer than all tests
 """
 
 import asyncio
-import gc
 import os
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -52,9 +51,6 @@ def shared_engine(model_folder: Path, run: Callable[..., Any]) -> Iterator[VLLME
     run(engine.ready())
     yield engine
     engine._llm.shutdown()
-    run(asyncio.sleep(0.1))
-    engine._llm = None
-    gc.collect()  # vLLM's destructor fails once the interpreter shuts down
 
 
 @pytest.fixture(scope="session")

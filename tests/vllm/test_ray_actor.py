@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,11 @@ def test_push_generate_and_die(actor, other_folder):
     again = [ray.get(actor.generate.remote(call, PLAIN), timeout=60) for call in reversed(calls)][::-1]
     assert first == again, "a call gives the same bits, whatever runs beside it"
     assert largest_difference(other_folder, calls[1], first[1], 0.7) < 1e-4
+
+    long = actor.generate.remote(some_requests(64), replace(PLAIN, max_new_tokens=150))
+    short = actor.generate.remote(some_requests(1), replace(PLAIN, max_new_tokens=1))
+    assert ray.wait([long, short])[0] == [long], "one call at a time: the batches do not depend on when calls come in"
+    ray.get(short)
 
     running = actor.generate.remote(some_requests(500), PLAIN)
     assert ray.get(actor.ping.remote(), timeout=5) == 1

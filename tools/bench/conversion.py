@@ -3,11 +3,10 @@
     python tools/bench/conversion.py [--layers 28] [--folder DIR]      # a few minutes; prints the table of docs/benchmarks.md
 
 The model has the shape of Qwen2.5-1.5B with an output layer of its own, random weights, bfloat16. Every measurement runs in a
-process of its own and the whole list runs three times; time is the best, without starting Python and importing; CPU time
-(of all threads) is what a busy machine changes least. Files are in
-the page cache beforehand where it is large enough, for all alike. `cp, synced` waits until the copy is on the disk, as
-to-megatron does. Memory is the process's peak (VmHWM), with what it held before converting beside it. Peaks are the highest
-of the runs.
+process of its own and the whole list runs three times; time is the best, without starting Python and importing; CPU time (of
+all threads) is what a busy machine changes least. Files are in the page cache beforehand where it is large enough, for all
+alike. `cp, synced` waits until the copy is on the disk, as to-megatron does. Memory is the process's peak (VmHWM), with what it
+held before converting beside it; the highest of the runs.
 """
 
 import argparse
