@@ -1,0 +1,78 @@
+"""Engines are killed, stopped and answer garbage over a whole run; what is learnt is what would have been learnt without.
+
+This is stronger than that the run survives: a row scored as zero, a response of other weights, a prompt left out or drawn twice would
+each change the final weights.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_fipo.rollout.dump import read_dump
+from tests.system.test_train import ROOT, TINY, iterations, train, weights
+
+ITERATIONS = 20
+EXACT = (
+    "deterministic=true",
+    f"iterations={ITERATIONS}",
+    "evaluation.before_training=false",
+    "rollout.num_engines=2",
+    "rollout.dump_every=1",
+)
+
+
+def disturb(run: psutil.Process, rng: random.Random) -> str | None:
+    """Kill or stop an engine of this run; None where there is none at the moment."""
+    engines = [child for child in run.children(recursive=True) if any("GarblingEngine" in word for word in child.cmdline())]
+    if not engines:
+        return None
+    number = rng.choice([signal.SIGKILL, signal.SIGSTOP])
+    os.kill(rng.choice(engines).pid, number)
+    return number.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_chaos_among_the_engines_leaves_no_trace_in_the_weights(tmp_path: Path):
+    calm, chaos = tmp_path / "calm", tmp_path / "chaos"
+    train(calm, *EXACT)
+    overrides = [
+        *TINY,
+        *EXACT,
+        f"run_dir={chaos}",
+        "rollout.max_restarts=1000",
+        "rollout.max_retries=50",
+        "rollout.health_timeout_s=8",
+    ]
+    command = [sys.executable, "-m", "tests.system.garbling_run", "train", "examples/countdown/fipo.yaml", *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rng, done = random.Random(1), []
+    while process.poll() is None:
+        time.sleep(rng.uniform(5, 25))
+        try:
+            done.append(disturb(psutil.Process(process.pid), rng))
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-6000:]
+
+    steps = iterations(chaos)
+    totals = {name: sum(step[f"engines/{name}"] for step in steps) for name in ("deaths", "hangs", "malformed", "retries")}
+    print(f"{done.count('SIGKILL')} killed, {done.count('SIGSTOP')} stopped; the run counted {totals}")
+    assert all(totals.values())
+    assert weights(chaos) == weights(calm)
+    for number, step in enumerate(steps, start=1):
+        assert step["groups/failed"] == 0
+        assert step["tokens/generated"] == step["tokens/used"] + step["tokens/filtered"]
+        for trajectory in (
+            trajectory for group in read_dump(chaos / f"rollouts/iteration_{number:06d}.parquet") for trajectory in group
+        ):
+            assert [span.version for span in trajectory.spans] == [number - 1]
+            assert trajectory.response_ids
