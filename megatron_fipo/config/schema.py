@@ -168,15 +168,18 @@ class RolloutConfig:
     """`synchronous` samples, then trains. `one_step_off` samples the next iteration while this one trains, whole iterations with
     one weight version. `fully_asynchronous` never stops sampling; new weights reach responses that are half done."""
     unfinished: str = _choice("drop", "continue")
-    """Responses not finished when an iteration has its groups. `drop` starts only prompts that can still be needed, so nothing is
-    left over. `continue` keeps `prompts_in_flight` prompts going; what is unfinished goes on under the next weights."""
+    """Responses not finished when an iteration has its groups. `drop`: an iteration gets the first informative groups in the order of
+    their prompts, whichever finish first; what was started beyond them is dropped. `continue` keeps `prompts_in_flight` prompts going;
+    what is unfinished goes on under the next weights."""
     prompts_in_flight: int = 1024
-    """Prompts at the engines at one time."""
+    """Prompts at the engines at one time. With `drop` so many are started at once: batch.prompts_per_iteration wastes nothing and waits
+    for replacements of uninformative groups; a little more than that / (share of informative groups) is faster and wastes a few percent."""
     max_prompts: int = 20480
     """Prompts that dynamic sampling may start for one iteration before it goes on with the groups it has."""
     max_staleness: int = 1
-    """A group is trained on at most this many weight versions after its oldest token was sampled; older ones are dropped.
-    In `fully_asynchronous` it also bounds how far sampling runs ahead."""
+    """A group is trained on at most this many weight versions after its oldest token was sampled; older ones are dropped. With
+    `continue`, 2 or 3 keep long responses from being dropped more often than short ones. In `fully_asynchronous` it also bounds how
+    far sampling runs ahead."""
     temperature: float = 1.0
     """Sampling temperature. The head divides logits by the same number."""
     top_p: float = 1.0

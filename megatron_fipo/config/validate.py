@@ -249,6 +249,21 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
         )
     if rollout.mode != "synchronous" and rollout.max_staleness < 1:
         raise UserError(f"rollout.mode={rollout.mode} trains on groups one version old; raise rollout.max_staleness to 1 or more")
+    if rollout.mode == "fully_asynchronous" and rollout.unfinished == "drop":
+        raise UserError(
+            "rollout.mode=fully_asynchronous needs rollout.unfinished=continue: new weights come while responses are half done"
+        )
+    least = 2 if rollout.mode == "one_step_off" else 1
+    if rollout.unfinished == "continue" and rollout.max_staleness < least:
+        raise UserError(
+            f"rollout.unfinished=continue with rollout.mode={rollout.mode} needs rollout.max_staleness of at least {least}, not "
+            f"{rollout.max_staleness}: what goes on under new weights would be dropped as too old"
+        )
+    if config.objective.correction != "none" and rollout.top_p < 1:
+        raise UserError(
+            f"objective.correction={config.objective.correction} compares whole distributions, but rollout.top_p={rollout.top_p} samples "
+            "from a part; set rollout.top_p=1 or objective.correction=none"
+        )
     if config.deterministic and (rollout.mode == "fully_asynchronous" or rollout.unfinished == "continue"):
         raise UserError(
             "deterministic=true needs rollout.mode=synchronous or one_step_off and rollout.unfinished=drop: otherwise timing decides "

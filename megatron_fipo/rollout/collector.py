@@ -3,12 +3,14 @@
 Every prompt gets a serial number, in the order of the dataset; the seeds of its responses come from that number and not from timing.
 `rollout.unfinished` decides between two kinds of admission:
 
-- `drop` starts a prompt only while waiting and unfinished groups together are fewer than an iteration needs. Then exactly the
-  smallest prefix of the dataset's order with `target_groups` informative groups is sampled, whatever the timing, and nothing is left.
+- `drop` uses exactly the smallest prefix of the dataset's order with `target_groups` informative groups, whatever the timing. It starts
+  `prompts_in_flight` prompts at once and then one only while waiting and unfinished groups together are fewer than needed. What was
+  started beyond the prefix is dropped; with no more `prompts_in_flight` than `target_groups` there is no such thing.
 - `continue` keeps `prompts_in_flight` prompts at the engines. Which groups finish first is a matter of timing; what has not finished
   goes on under the next weights, and what finished too much waits, both for `max_staleness` versions.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -63,11 +65,19 @@ class CollectCounts:
     filtered_tokens: int = 0
     """Of groups all right or all wrong."""
     dropped_tokens: int = 0
-    """Of stale and failed groups, and with unfinished=drop of responses cut off by a pause."""
+    """Of stale and failed groups, and with unfinished=drop of what was started but not needed."""
     carried_tokens: int = 0
     """Of waiting and unfinished groups, after this `take`."""
     unused_share: float = 0.0
-    """Responses of informative groups that were dropped as stale / all responses of informative groups, since the run began."""
+    """Responses of informative groups that were dropped / all responses of informative groups, since the run began."""
+
+    def leave_out(self, why: str, tokens: int, times: int = 1) -> None:
+        """Count a group that is of no use: `why` is `all_right`, `all_wrong` or `failed`. `times` -1 takes it back."""
+        setattr(self, why, getattr(self, why) + times)
+        if why == "failed":
+            self.dropped_tokens += times * tokens
+        else:
+            self.filtered_tokens += times * tokens
 
 
 @dataclass
@@ -84,6 +94,10 @@ class Collector:
 
     Between `resume` and `pause` requests are at the engines, and `step` has to be called often. Between `pause` and `resume` nothing
     is, and `state` may be saved. A request's weights are those of the last `resume`; what `take` returns is to be trained next.
+
+    With unfinished=drop groups count in the order of their serials, not in the order in which they finish: an iteration gets the
+    first `target_groups` informative ones, and when `pause` comes, everything behind them is forgotten and the dataset wound back.
+    So timing decides how many tokens are wasted and nothing else.
     """
 
     def __init__(
@@ -113,6 +127,12 @@ class Collector:
         self._serial = 0
         self._first_serial = 0
         """The first serial started after the last `take`."""
+        self._base = 0
+        """The first serial behind those of the last `take`: where a collection begins and, with drop, may be wound back to."""
+        self._places: dict[int, dict[str, Any]] = {0: dataset.state()}
+        """Where the dataset stood before the prompt of each serial, from `_base` on."""
+        self._filtered: dict[int, tuple[str, int]] = {}
+        """Why each group from `_base` on was left out (a field of `counts`), and its tokens."""
         self._update_version = 0
         """The weight version that the next `take` is for: that of the last `resume`, or after a `take` the one behind it."""
         self._informative = 0
@@ -131,7 +151,7 @@ class Collector:
     @property
     def enough(self) -> bool:
         """Whether `take` may be called: the groups wait, or `max_prompts` are spent and nothing more will come."""
-        return self.waiting >= self._target or (self._spent and not self._unfinished)
+        return len(self._ready()) >= self._target or (self._spent and not self._unfinished)
 
     def resume(self, version: int) -> None:
         """Begin, or go on, under weights `version`: drop what became too old, send the unfinished responses and new prompts."""
@@ -156,16 +176,21 @@ class Collector:
         self._refill()
 
     def pause(self) -> None:
-        """Take everything back from the engines. With unfinished=continue, responses are kept as far as they are; with drop, a group
-        in work loses them all and its prompt starts anew at `resume`. Does nothing while paused."""
+        """Take everything back from the engines. Does nothing while paused.
+
+        With unfinished=continue, responses are kept as far as they are. With drop, the groups that make it `enough` are kept and the
+        rest is undone; all is where there is not enough.
+        """
         if not self._running:
             return
         self._receive(self._pool.abort())
         self._running = False
         if self._rollout.unfinished == "drop":
-            for group in self._unfinished.values():
-                self.counts.dropped_tokens += group.tokens
-                group.responses = self._new_responses()
+            ready = self._ready()
+            if len(ready) >= self._target:
+                self._wind_back(ready[self._target - 1] + 1)
+            elif not self.enough:
+                self._wind_back(self._base)
 
     def take(self) -> Collected:
         """The groups of the next update, oldest serials first. Raises `UserError`, and changes nothing, where not one is informative."""
@@ -173,17 +198,20 @@ class Collector:
             raise RuntimeError("take() was called before there were enough groups")
         if not self._waiting:
             raise UserError(_nothing_informative(self.counts))
-        serials = sorted(self._waiting)[: self._target]
+        serials = self._ready()[: self._target]
         taken = [self._waiting.pop(serial) for serial in serials]
         counts = self.counts
         counts.used_tokens = sum(group.tokens for group, _ in taken)
         counts.from_earlier = sum(serial < self._first_serial for serial in serials)
         self._update_version += 1
         self._drop_stale(self._update_version, [group for group, _ in self._waiting.values()])
-        counts.waiting, counts.unfinished = self.waiting, self.unfinished
-        counts.carried_tokens = sum(group.tokens for group in self._held())
-        counts.unused_share = self._informative_dropped / self._informative
         self.counts, self._first_serial = CollectCounts(), self._serial
+        self._begin_at(serials[-1] + 1 if len(serials) == self._target else self._serial)
+        if self._rollout.unfinished == "drop":
+            self._hand_on(counts)
+        counts.waiting, counts.unfinished = self.waiting, self.unfinished
+        counts.carried_tokens += sum(group.tokens for group in self._held())
+        counts.unused_share = self._informative_dropped / self._informative
         return Collected([trajectories for _, trajectories in taken], counts)
 
     def state(self) -> dict[str, Any]:
@@ -194,6 +222,9 @@ class Collector:
             "dataset": self._dataset.state(),
             "serial": self._serial,
             "first_serial": self._first_serial,
+            "base": self._base,
+            "places": {str(serial): place for serial, place in self._places.items()},
+            "filtered": {str(serial): list(why) for serial, why in self._filtered.items()},
             "informative": self._informative,
             "informative_dropped": self._informative_dropped,
             "counts": asdict(self.counts),
@@ -205,7 +236,9 @@ class Collector:
         if self._running:
             raise RuntimeError("load_state() needs pause() first")
         self._dataset.load_state(state["dataset"])
-        self._serial, self._first_serial = state["serial"], state["first_serial"]
+        self._serial, self._first_serial, self._base = state["serial"], state["first_serial"], state["base"]
+        self._places = {int(serial): place for serial, place in state["places"].items()}
+        self._filtered = {int(serial): (why, tokens) for serial, (why, tokens) in state["filtered"].items()}
         self._informative, self._informative_dropped = state["informative"], state["informative_dropped"]
         self.counts = CollectCounts(**state["counts"])
         problems = {problem.problem_id: problem for problem in self._dataset.problems}
@@ -224,6 +257,7 @@ class Collector:
 
     def _refill(self) -> None:
         while self._may_start():
+            self._places[self._serial] = self._dataset.state()
             problem = self._dataset.take(1)[0]
             group = PromptGroup(self._serial, problem, self._new_responses())
             self._unfinished[group.serial] = group
@@ -236,7 +270,8 @@ class Collector:
         if self._spent or self.unfinished >= rollout.prompts_in_flight:
             return False
         if rollout.unfinished == "drop":
-            return self.waiting + self.unfinished < self._target
+            begun = self._serial - self._base
+            return begun < rollout.prompts_in_flight or self.waiting + self.unfinished < self._target
         iterations_ahead = rollout.max_staleness if rollout.mode == "fully_asynchronous" else 1
         return self.waiting < self._target * iterations_ahead
 
@@ -253,8 +288,7 @@ class Collector:
             if group is None:  # it failed by another of its responses
                 self.counts.dropped_tokens += tokens
             elif item.generation is None:
-                self.counts.failed += 1
-                self._drop(group)
+                self._leave_out(group, "failed")
             else:
                 group.responses[place].add(item.generation)
                 if group.finished:
@@ -270,11 +304,53 @@ class Collector:
             self._waiting[group.serial] = (group, trajectories)
             self._drop_stale(self._update_version, [group])
             return
-        self.counts.filtered_tokens += group.tokens
-        if trajectories[0].accuracy > 0:
-            self.counts.all_right += 1
-        else:
-            self.counts.all_wrong += 1
+        self._leave_out(group, "all_right" if trajectories[0].accuracy > 0 else "all_wrong")
+
+    def _leave_out(self, group: PromptGroup, why: str) -> None:
+        """Note that a group is done and of no use; `why` is a field of `counts`."""
+        self._unfinished.pop(group.serial, None)
+        self._filtered[group.serial] = (why, group.tokens)
+        self.counts.leave_out(why, group.tokens)
+
+    def _ready(self) -> list[int]:
+        """Serials that `take` may return: of the informative groups that wait, with drop only those with no unfinished one before."""
+        serials = sorted(self._waiting)
+        if self._rollout.unfinished == "continue" or not self._unfinished:
+            return serials
+        return serials[: bisect_left(serials, min(self._unfinished))]
+
+    def _wind_back(self, serial: int) -> None:
+        """Undo every group from `serial` on: as if its prompt had not been drawn, but for the tokens that it cost."""
+        for group in [group for group in self._held() if group.serial >= serial]:
+            if group.serial in self._waiting:
+                self.counts.informative -= 1
+                self._informative_dropped += 1
+            self._drop(group)
+        for later in [later for later in self._filtered if later >= serial]:
+            why, tokens = self._filtered.pop(later)
+            self.counts.leave_out(why, tokens, -1)
+            self.counts.dropped_tokens += tokens
+        if serial < self._serial:
+            self._dataset.load_state(self._places[serial])
+            self.counts.prompts -= self._serial - serial
+            self._serial = serial
+            self._first_serial = min(self._first_serial, serial)
+
+    def _hand_on(self, counts: CollectCounts) -> None:
+        """Move what a `take` found beyond its last group from its `counts` to those of the next one, which it belongs to."""
+        for other, times in ((counts, -1), (self.counts, 1)):
+            other.prompts += times * (self._serial - self._base)
+            other.informative += times * self.waiting
+            for why, tokens in self._filtered.values():
+                other.leave_out(why, tokens, times)
+        counts.carried_tokens += sum(tokens for _, tokens in self._filtered.values())
+
+    def _begin_at(self, serial: int) -> None:
+        """A collection begins: nothing before `serial` will be wound back."""
+        self._base = serial
+        self._places[self._serial] = self._dataset.state()
+        self._places = {later: place for later, place in self._places.items() if later >= serial}
+        self._filtered = {later: why for later, why in self._filtered.items() if later >= serial}
 
     def _drop_stale(self, version: int, groups: Iterable[PromptGroup]) -> None:
         """Drop those of `groups` that an update of weights `version` may not use."""

@@ -76,19 +76,15 @@ class LiveRollouts:
 
     def groups(self, iteration: int, version: int) -> Collected:
         self._last_iteration = iteration >= self.config.iterations
-        before = self.collector.state()
         try:
             self.collector.resume(version)
             self._until_enough(version)
+            if not self._ahead or self._last_iteration:
+                self.collector.pause()
             collected = self.collector.take()
         except (Interrupted, UserError) as error:
             self.collector.pause()
-            if self.config.rollout.unfinished == "drop":
-                # Drawn again from the start: the same problems and seeds, so that stopping leaves no trace in the numbers.
-                self.collector.load_state(before)
             raise Interrupted from error
-        if not self._ahead or self._last_iteration:
-            self.collector.pause()
         if self._colocated:
             self.pool.sleep()
         return collected

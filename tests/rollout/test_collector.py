@@ -46,6 +46,8 @@ def train(collector: Collector, pool: ToyPool, mode: str, versions: Sequence[int
             if timing.random() < 0.1:  # as for an evaluation
                 collector.pause()
                 collector.resume(version)
+        if mode == "synchronous":
+            collector.pause()
         collected = collector.take()
         if mode != "synchronous":
             for _ in range(timing.randrange(6)):
@@ -75,7 +77,7 @@ def responses(runs: Sequence[Collected]) -> list[list[tuple[str, list[int]]]]:
 
 @timing_varies
 @given(outcome_lists, orders, st.integers(1, 40), st.integers(1, 20), st.integers(1, 6))
-def test_drop_samples_the_smallest_prefix_whatever_the_timing(outcomes, order, slots, prompts_in_flight, target):
+def test_drop_uses_the_smallest_prefix_whatever_the_timing(outcomes, order, slots, prompts_in_flight, target):
     pool = ToyPool(outcomes, order, slots)
     collector = make(pool, target, prompts_in_flight=prompts_in_flight)
     informative = (serial for serial in itertools.count() if outcomes[serial % len(outcomes)] == "mixed")
@@ -84,15 +86,17 @@ def test_drop_samples_the_smallest_prefix_whatever_the_timing(outcomes, order, s
         pool.version = version
         collector.resume(version)
         until_enough(collector)
+        collector.pause()
         counts = collector.take().counts
         wanted = list(itertools.islice(informative, target))
         assert counts.prompts == wanted[-1] + 1 - started
         started = wanted[-1] + 1
         assert counts.prompts == counts.informative + counts.all_right + counts.all_wrong + counts.failed
         assert (counts.waiting, counts.unfinished, counts.carried_tokens, counts.stale) == (0, 0, 0, 0)
-        collector.pause()
-    names = [requests[0].request_id.partition("-")[0] for requests in pool.submitted]
-    assert names == [str(serial) for serial in range(started)]
+    names = [int(requests[0].request_id.partition("-")[0]) for requests in pool.submitted]
+    assert {*range(started)} <= {*names} <= {*range(started + prompts_in_flight)}
+    if prompts_in_flight <= target:
+        assert names == [*range(started)], "nothing is sampled in vain"
     assert all(len(requests) == N for requests in pool.submitted)
 
 
@@ -116,6 +120,7 @@ def test_drop_forgets_half_done_responses_at_a_pause_but_no_prompt():
     until_enough(collector)
     result = collector.take()
     assert serials(result) == [0, 2, 4, 6]
+    assert all(span.version == 1 for group in result.groups for t in group for span in t.spans)
     assert result.counts.dropped_tokens > 0
     assert all(not request.prefix for requests in pool.submitted for request in requests)
 
@@ -218,7 +223,10 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(outcomes, order, mode,
         assert counts.generated_tokens + carried == ends
         carried = counts.carried_tokens
         judged = counts.informative + counts.all_right + counts.all_wrong + counts.failed
-        assert judged <= in_work + counts.prompts - counts.unfinished <= judged + counts.stale
+        if unfinished == "drop":
+            assert judged == counts.prompts
+        else:
+            assert judged <= in_work + counts.prompts - counts.unfinished <= judged + counts.stale
         in_work = counts.unfinished
         assert pool.most_groups <= prompts_in_flight or "failed" in outcomes  # whose other responses run on
 

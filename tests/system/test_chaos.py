@@ -70,7 +70,7 @@ def test_chaos_among_the_engines_leaves_no_trace_in_the_weights(tmp_path: Path):
     assert weights(chaos) == weights(calm)
     for number, step in enumerate(steps, start=1):
         assert step["groups/failed"] == 0
-        assert step["tokens/generated"] == step["tokens/used"] + step["tokens/filtered"]
+        assert step["tokens/generated"] == step["tokens/used"] + step["tokens/filtered"] + step["tokens/dropped"]
         for trajectory in (
             trajectory for group in read_dump(chaos / f"rollouts/iteration_{number:06d}.parquet") for trajectory in group
         ):

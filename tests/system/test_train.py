@@ -51,11 +51,14 @@ def iterations(run_dir: Path) -> list[dict]:
     return [record["values"] for record in records if record["kind"] == "iteration"]
 
 
-def same_numbers(one: dict, other: dict) -> bool:
-    """Bit for bit, but for what a clock measured."""
-    return {k: v for k, v in one.items() if not k.startswith("time/")} == {
-        k: v for k, v in other.items() if not k.startswith("time/")
-    }
+BY_TIMING = ("time/", "tokens/generated", "tokens/dropped", "rollout/unused_share")
+"""What may differ between equal runs: clocks, and how far prompts had come that were started in vain."""
+
+
+def same_numbers(one: dict, other: dict, *but: str) -> bool:
+    """Bit for bit, but for what depends on timing."""
+    one, other = ({k: v for k, v in values.items() if not k.startswith((*BY_TIMING, *but))} for values in (one, other))
+    return one == other
 
 
 def weights(run_dir: Path) -> bytes:
@@ -181,17 +184,23 @@ def test_an_engine_that_is_killed_is_replaced_and_leaves_no_trace_in_the_numbers
     assert sum(step["engines/deaths"] for step in robbed_values) == 1
     train(whole, *exact)
     for one, other in zip(robbed_values, iterations(whole), strict=True):
-        assert same_numbers(*({k: v for k, v in step.items() if not k.startswith("engines/")} for step in (one, other)))
+        assert same_numbers(one, other, "engines/")
     assert weights(robbed) == weights(whole)
 
 
 @pytest.mark.parametrize("mode", ["one_step_off", "fully_asynchronous"])
 def test_sampling_ahead_trains_on_older_groups(tmp_path, mode):
-    overrides = (f"rollout.mode={mode}", "rollout.unfinished=continue", "objective.correction=tis", "iterations=3")
+    overrides = (
+        f"rollout.mode={mode}",
+        "rollout.unfinished=continue",
+        "rollout.max_staleness=2",
+        "objective.correction=tis",
+        "iterations=3",
+    )
     train(tmp_path / mode, *overrides, "evaluation.before_training=false")
     values = iterations(tmp_path / mode)
-    assert values[0]["rollout/staleness_max"] == 0
-    assert 0 < max(step["rollout/staleness_max"] for step in values) <= 1
+    assert values[0]["staleness/max"] == 0
+    assert 0 < max(step["staleness/max"] for step in values) <= 2
     assert all(step["groups/used"] == 4 for step in values)
 
 

@@ -233,17 +233,28 @@ COST = Section(
             stacked=True,
         ),
         Panel(
-            "Generation rounds",
-            "Rounds of dynamic sampling until an iteration had its groups. Growth means that the problems have become too easy or stay "
-            "too hard.",
-            (Line("rollout/rounds", "rounds"),),
+            "Prompts",
+            "Prompts that dynamic sampling needed until an iteration had its groups. Growth means that the problems have become too easy "
+            "or stay too hard.",
+            (Line("rollout/prompts", "prompts"),),
+            from_zero=True,
+        ),
+        Panel(
+            "Staleness",
+            "Weight versions between a token's sampling and its update, mean over responses. 0 in synchronous runs that drop what is "
+            "unfinished.",
+            (Line("staleness/mean", "mean"), Line("staleness/max", "largest", "grey")),
             from_zero=True,
         ),
         Panel(
             "Generated tokens",
-            "Response tokens sampled per iteration, filtered groups included: the part of the cost that dynamic sampling adds.",
-            (Line("rollout/generated_tokens", "tokens"),),
-            from_zero=True,
+            "Response tokens per iteration: trained on, of filtered groups, and dropped because they were not needed or too old.",
+            (
+                Line("tokens/used", "used"),
+                Line("tokens/filtered", "filtered", "orange"),
+                Line("tokens/dropped", "dropped", "magenta"),
+            ),
+            stacked=True,
         ),
     ),
 )
