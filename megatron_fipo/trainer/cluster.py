@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from megatron_fipo.config import Config, Machine
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.rollout.pool import EnginePool
-from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE
+from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE, transport_for
 
 OBJECT_STORE_BASE_MB = 128
 """Room in Ray's object store for trajectories; the weights on their way to the engines come on top."""
@@ -30,9 +30,15 @@ def engine_class(name: str) -> type:
     return LocalEngine
 
 
-def start_engines(config: Config, model_path: str, machine: Machine, trainer: PlacementGroup | None = None) -> EnginePool:
+def start_engines(
+    config: Config, model_path: str, machine: Machine, say: Callable[[str], None], trainer: PlacementGroup | None = None
+) -> EnginePool:
     """The configured engines. Without a `trainer` to send them weights they serve those of `model_path`."""
     rollout, model = config.rollout, config.model
+    source = "Hugging Face folder"
+    if trainer is not None:
+        source = transport_for(rollout.engine, "cuda" if machine.gpus else "cpu", rollout.placement)
+    say(f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}")
     arguments: dict[str, Any] = {
         "model_path": str(Path(model_path).resolve()),
         "dtype": model.dtype,

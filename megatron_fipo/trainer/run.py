@@ -7,18 +7,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import Config, validate
+from megatron_fipo.config import Config, Machine, validate
+from megatron_fipo.data.dataset import Dataset
 from megatron_fipo.data.registry import load_datasets, load_evaluation
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.model.families import read_architecture
-from megatron_fipo.model.family import Architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.reward.registry import scorer
 from megatron_fipo.rollout.actors import COLOCATED_GPU_SHARE
 from megatron_fipo.rollout.collector import Collector
 from megatron_fipo.rollout.dump import ReplaySource
 from megatron_fipo.rollout.groups import GroupScorer
-from megatron_fipo.rollout.weight_sync import transport_for
+from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.trainer.cluster import engine_class, run_cluster, start_engines
 from megatron_fipo.trainer.console import Console
 from megatron_fipo.trainer.evaluation import evaluate as evaluate_problems
@@ -34,94 +34,77 @@ from megatron_fipo.trainer.worker import TrainerWorker
 
 
 def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None = None) -> int:
-    """`megatron-fipo train`: run or continue `config`, then write model and report. Returns the exit code (see `stop.Stop`)."""
+    """`megatron-fipo train`: run or continue `config`, then write model and report. Returns the exit code (see `trainer/stop.py`)."""
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
-    if replay is None:
+    source = None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
+    if source is None:
         engine_class(config.rollout.engine)  # refuses before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
-        stop = Stop(config.max_walltime_minutes, console.note)
+        train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
         directory = RunDirectory(Path(config.run_dir).resolve())
-        with contextlib.ExitStack() as stack:
-            parts = assemble(config, architecture, tokenizer, directory, allow_change, replay, console, stop, stack)
+        for change in directory.claim(config, allow_change):
+            console.note(change)
+        console.phase("starting")
+        with run_cluster(config) as machine, contextlib.ExitStack() as stack:
+            validate(config, architecture, machine)
+            stop = stack.enter_context(
+                Stop(config.max_walltime_minutes, console.note)
+            )  # after Ray, which has handlers of its own
+            trainer = start_trainer(config, machine)
+            stack.callback(trainer.shutdown)
+            rollouts: LiveRollouts | ReplayRollouts
+            if source is not None:
+                console.note(f"training on the responses in {source.folder}; without engines, nothing is evaluated")
+                rollouts, held_out = ReplayRollouts(source), []
+            else:
+                pool = start_engines(config, config.model.path, machine, console.note, trainer.placement)
+                stack.callback(pool.shutdown)
+                collector = make_collector(config, train_set, pool, tokenizer)
+                rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
+                if not held_out:
+                    console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
+            trackers = Trackers(config.tracking, directory.path, asdict(config), directory.path.name, say=console.note)
+            stack.callback(trackers.close)
+            stack.callback(report, directory.path, console)
+            score, text = scorer(config.reward.name), decoder(tokenizer)
+            parts = Parts(trainer, rollouts, held_out, score, text, pad_id(tokenizer), console, trackers, stop)
             try:
                 Loop(config, directory, parts).run()
             except Interrupted as interrupted:
                 if isinstance(interrupted.__cause__, UserError):
                     raise interrupted.__cause__ from None
                 return stop.exit_code
-            export_model(parts.trainer, Path(config.model.path).resolve(), directory.path / "model")
+            export_model(trainer, Path(config.model.path).resolve(), directory.path / "model")
         summarise(directory.path, console)
     return 0
 
 
-def assemble(
-    config: Config,
-    architecture: Architecture,
-    tokenizer: Any,
-    directory: RunDirectory,
-    allow_change: Sequence[str],
-    replay: Path | None,
-    console: Console,
-    stop: Stop,
-    stack: contextlib.ExitStack,
-) -> Parts:
-    """Everything a loop works with, started. `stack` ends it again."""
-    problems = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
-    train_set, held_out = problems
-    source = None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
-    directory.claim(config, allow_change)
-    console.phase("starting")
-    machine = stack.enter_context(run_cluster(config))
-    stack.enter_context(stop)  # after Ray, which puts handlers of its own in place
-    validate(config, architecture, machine)
+def start_trainer(config: Config, machine: Machine) -> TrainerGroup:
+    """The trainer's ranks with the model built and loaded."""
     share = 1 - COLOCATED_GPU_SHARE if config.rollout.placement == "colocated" else 1.0
-    trainer = TrainerGroup(
-        TrainerWorker, config.parallel.world_size, int(machine.gpus > 0), gpu_share=share, config=with_absolute_paths(config)
-    )
-    stack.callback(trainer.shutdown)
-    rollouts: LiveRollouts | ReplayRollouts
-    if source is not None:
-        console.note(f"training on the responses in {source.folder}; without engines, nothing is evaluated")
-        rollouts, held_out = ReplayRollouts(source), []
-    else:
-        transport = transport_for(config.rollout.engine, "cuda" if machine.gpus else "cpu", config.rollout.placement)
-        console.note(f"{config.rollout.engine} engines: {config.rollout.num_engines}; they get their weights through {transport}")
-        pool = start_engines(config, config.model.path, machine, trainer.placement)
-        stack.callback(pool.shutdown)
-        scored = GroupScorer(
-            scorer(config.reward.name),
-            decoder(tokenizer),
-            config.rollout.max_response_length,
-            config.reward.overlong_buffer,
-            config.reward.overlong_factor,
-        )
-        collector = Collector(
-            train_set,
-            pool,
-            scored,
-            config.rollout,
-            target_groups=config.batch.prompts_per_iteration,
-            responses_per_prompt=config.batch.responses_per_prompt,
-            seed=config.seed,
-        )
-        rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
-        if not held_out:
-            console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
-    trackers = Trackers(config.tracking, directory.path, asdict(config), directory.path.name, say=console.note)
-    stack.callback(trackers.close)
-    stack.callback(report, directory.path, console)
-    return Parts(
-        trainer,
-        rollouts,
-        held_out,
+    gpus = int(machine.gpus > 0)
+    return TrainerGroup(TrainerWorker, config.parallel.world_size, gpus, gpu_share=share, config=with_absolute_paths(config))
+
+
+def make_collector(config: Config, train_set: Dataset, pool: EnginePool, tokenizer: Any) -> Collector:
+    """Dynamic sampling of the training problems, scored by the configured reward."""
+    score_group = GroupScorer(
         scorer(config.reward.name),
         decoder(tokenizer),
-        pad_id(tokenizer),
-        console,
-        trackers,
-        stop,
+        config.rollout.max_response_length,
+        config.reward.overlong_buffer,
+        config.reward.overlong_factor,
+    )
+    return Collector(
+        train_set,
+        pool,
+        score_group,
+        config.rollout,
+        target_groups=config.batch.prompts_per_iteration,
+        responses_per_prompt=config.batch.responses_per_prompt,
+        seed=config.seed,
     )
 
 
@@ -149,7 +132,7 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
         held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
         console.phase("evaluation")
         with run_cluster(config) as machine, contextlib.ExitStack() as stack:
-            pool = start_engines(config, model_dir, machine)
+            pool = start_engines(config, model_dir, machine, console.note)
             stack.callback(pool.shutdown)
             evaluation = evaluate_problems(
                 pool.generate,

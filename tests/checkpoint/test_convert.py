@@ -1,24 +1,21 @@
-"""Conversion loses nothing and is readable under any layout; bad input is one sentence and leaves nothing behind."""
+"""Conversion loses nothing, is readable under any layout, and holds little in memory. Bad input: test_convert_errors.py."""
 
 import json
 import logging
 import re
-import resource
-import shutil
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo  # imported once, before ranks are forked
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.checkpoint import convert, hf_writer, megatron_checkpoint, moves
+from megatron_fipo.checkpoint import hf_writer, megatron_checkpoint, moves
 from megatron_fipo.checkpoint.convert import no_progress, to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
 from megatron_fipo.checkpoint.hf_writer import copy_companions
@@ -30,52 +27,13 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.build import build_model
 from megatron_fipo.trainer.policy import Policy
+from tests.checkpoint.test_convert_errors import change
 from tests.distributed.tiny import settings, write_model
 from tests.model import reference
 from tests.model.reference import FAMILIES, gather_logits, logits_of_rank, make_reference, sequences
 from tests.ranks import run_ranks
 
 CASES = [(family, tied) for family in FAMILIES for tied in ("untied", "tied")]
-
-
-def write_source(folder: Path, family: str, tied: str) -> Path:
-    make_reference(folder, tied == "tied", family)
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    (folder / "optimizer.pt").write_text("not wanted")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """By family and whether embeddings are tied: a float32 model folder with companions, and one file that should not travel."""
-    return cache(lambda family, tied: write_source(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(sources, tmp_path_factory):
-    """The same, converted, with most weights in several pieces."""
-
-    @cache
-    def make(family: str, tied: str) -> Path:
-        target = tmp_path_factory.mktemp(f"{family}-{tied}") / "converted"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(moves, "PIECE_BYTES", 7000)
-            to_megatron(sources(family, tied), target, "keep", no_progress)
-        return target
-
-    return make
-
-
-@pytest.fixture
-def source(sources, tmp_path) -> Path:
-    """A copy that may be damaged."""
-    return Path(shutil.copytree(sources("qwen2", "untied"), tmp_path / "source"))
-
-
-@pytest.fixture
-def checkpoint(checkpoints, tmp_path) -> Path:
-    return Path(shutil.copytree(checkpoints("qwen2", "untied"), tmp_path / "checkpoint"))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,12 +45,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, tensor in expected.items():
         assert found[name].dtype is tensor.dtype
         assert torch.equal(found[name], tensor), name
-
-
-def change(folder: Path, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 # Nothing is lost
@@ -330,163 +282,6 @@ def test_a_dtype_that_cannot_be_kept_is_refused_with_what_would_be_lost(source, 
 def test_float16_becomes_float32_exactly_when_asked_for(source, tmp_path):
     change(source, half("model.norm.weight"))
     assert to_megatron(source, tmp_path / "converted", "float32", no_progress).rounded == set()
-
-
-# Bad input
-
-
-def remove(*names: str):
-    def edit(folder: Path) -> None:
-        change(folder, lambda tensors: [tensors.pop(name) for name in names])
-
-    return edit
-
-
-def set_config(**values):
-    def edit(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        (remove("model.norm.weight", "lm_head.weight"), "lacks lm_head.weight, model.norm.weight$"),
-        (
-            lambda folder: change(folder, lambda tensors: tensors.update({"model.extra": torch.zeros(1)})),
-            "holds model.extra that its config.json does not ask for",
-        ),
-        (set_config(intermediate_size=128), r"gate_proj.weight in .* has shape \[96, 64\]; config.json asks for \[128, 64\]"),
-        (set_config(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not supported; known: .*Qwen3ForCausalLM"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors.index.json nor model.safetensors"),
-        (
-            lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}})
-            ),
-            "lacks model-00001-of-00002.safetensors, which its index names",
-        ),
-        (
-            lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"model.gone": "model.safetensors", "model.norm.weight": "model.safetensors"}})
-            ),
-            "do not hold model.gone, though model.safetensors.index.json says so",
-        ),
-    ],
-)
-def test_a_bad_hugging_face_folder_is_refused(source, tmp_path, edit, reason):
-    edit(source)
-    with pytest.raises(UserError, match=reason):
-        to_megatron(source, tmp_path / "converted", "keep", no_progress)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def sealed(edit):
-    """Damage that the manifest does not know of, because it was written afterwards."""
-
-    def apply(folder: Path) -> None:
-        edit(folder)
-        write_manifest(folder, hash_files(folder), {})
-
-    return apply
-
-
-def call_something(folder: Path) -> None:
-    """Metadata that would run a command if it were unpickled without a guard."""
-    (folder / "weights" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(folder / "owned").encode() + b"'\ntR.")
-
-
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        (lambda folder: flip_a_byte(folder / "weights" / "__3_0.distcp"), "is damaged: .*__3_0.distcp has other content"),
-        (lambda folder: (folder / "weights" / "__1_0.distcp").unlink(), "is damaged: .*__1_0.distcp is missing"),
-        (lambda folder: (folder / "weights" / "more").write_text(""), "is damaged: .*more is not in the manifest"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
-        (
-            lambda folder: (folder / "manifest.json").unlink(),
-            "a checkpoint without manifest.json, so it was not written to its end",
-        ),
-        (lambda folder: (folder / "weights" / ".metadata").unlink(), "it has no .metadata"),
-        (sealed(lambda folder: (folder / "weights" / ".metadata").write_bytes(b"\x80")), "no readable metadata"),
-        (sealed(call_something), "no readable metadata of a checkpoint: it asks for os.system"),
-        (lambda folder: set_config(tie_word_embeddings=True)(folder / "hf"), "holds output_layer.weight that its hf/config.json"),
-        (
-            lambda folder: set_config(num_hidden_layers=5)(folder / "hf"),
-            r"has shape \[4, 64\]; hf/config.json asks for \[5, 64\]",
-        ),
-        (
-            lambda folder: set_config(vocab_size=102)(folder / "hf"),
-            r"embedding.word_embeddings.weight in .* has shape \[101, 64\]; hf/config.json asks for \[102, 64\]",
-        ),
-        (lambda folder: set_config(architectures=["Qwen3ForCausalLM"])(folder / "hf"), "lacks .*k_layernorm.weight"),
-    ],
-)
-def test_a_bad_checkpoint_is_refused(checkpoint, tmp_path, edit, reason):
-    edit(checkpoint)
-    with pytest.raises(UserError, match=reason):
-        to_hf(checkpoint, tmp_path / "back", "keep", no_progress)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert not (checkpoint / "owned").exists()
-
-
-def test_each_direction_says_what_it_was_given_instead(source, checkpoint, tmp_path):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    for convert_folder, folder, reason in (
-        (to_megatron, checkpoint, "is a Megatron checkpoint already; convert to-hf"),
-        (to_hf, source, "is a Hugging Face folder already; convert to-megatron"),
-        (to_hf, tmp_path / "run", "is a run's folder; give one of .*run/checkpoints"),
-        (to_megatron, tmp_path / "run", "is a run's folder; give .*run/model"),
-        (to_hf, tmp_path, "is neither a Hugging Face folder nor a checkpoint"),
-        (to_megatron, tmp_path / "nowhere", "there is no folder"),
-    ):
-        with pytest.raises(UserError, match=reason):
-            convert_folder(folder, tmp_path / "target", "keep", no_progress)
-
-
-def test_an_existing_target_is_left_alone(source, checkpoint, tmp_path):
-    (tmp_path / "target").mkdir()
-    for convert_folder, folder in ((to_megatron, source), (to_hf, checkpoint)):
-        with pytest.raises(UserError, match="exists already"):
-            convert_folder(folder, tmp_path / "target", "keep", no_progress)
-    assert list((tmp_path / "target").iterdir()) == []
-
-
-@pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
-def test_a_full_disk_leaves_nothing(source, checkpoint, tmp_path, direction):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"target.*File too large"):
-            getattr(convert, direction)(
-                source if direction == "to_megatron" else checkpoint, tmp_path / "target", "keep", no_progress
-            )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "checkpoint"}
-
-
-def test_an_interruption_leaves_nothing(source, checkpoint, tmp_path):
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "converting" and done:
-            raise KeyboardInterrupt
-
-    for convert_folder, folder in ((to_megatron, source), (to_hf, checkpoint)):
-        with pytest.raises(KeyboardInterrupt):
-            convert_folder(folder, tmp_path / "target", "keep", interrupt)
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "checkpoint"}
-
-
-def test_dst_may_only_be_left_out_of_a_dry_run(source, capsys):
-    assert main(["convert", "to-megatron", str(source)]) == 2
-    assert "needs DST" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_a_bar_and_everything_else_lines_with_the_time_left(monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,6 @@ CASES = [
     *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
     *((family, "tied", "tp2_pp2") for family in ("qwen3", "llama")),
 ]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """By family and whether embeddings are tied: a model folder with companions, and one file that should not travel."""
-    return cache(lambda family, tied: write_source(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied))
-
-
-def write_source(folder: Path, family: str, tied: str) -> Path:
-    make_reference(folder, tied == "tied", family)
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    (folder / "optimizer.pt").write_text("not wanted")
-    return folder
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])

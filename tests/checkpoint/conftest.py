@@ -1,0 +1,51 @@
+"""A small model of each family with its companions, and the same as checkpoint folders, made once per test module."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.checkpoint import moves
+from megatron_fipo.checkpoint.convert import no_progress, to_megatron
+from tests.model.reference import make_reference
+
+
+def write_source(folder: Path, family: str, tied: str) -> Path:
+    make_reference(folder, tied == "tied", family)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "optimizer.pt").write_text("not wanted")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """By family and whether embeddings are tied: a float32 model folder with companions, and one file that should not travel."""
+    return cache(lambda family, tied: write_source(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(sources, tmp_path_factory):
+    """The same, converted, with most weights in several pieces."""
+
+    @cache
+    def make(family: str, tied: str) -> Path:
+        target = tmp_path_factory.mktemp(f"{family}-{tied}") / "converted"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moves, "PIECE_BYTES", 7000)
+            to_megatron(sources(family, tied), target, "keep", no_progress)
+        return target
+
+    return make
+
+
+@pytest.fixture
+def source(sources, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(sources("qwen2", "untied"), tmp_path / "source"))
+
+
+@pytest.fixture
+def checkpoint(checkpoints, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoints("qwen2", "untied"), tmp_path / "checkpoint"))
