@@ -173,7 +173,7 @@ class RolloutConfig:
     what is unfinished goes on under the next weights."""
     prompts_in_flight: int = 1024
     """Prompts at the engines at one time. With `drop` so many are started at once: batch.prompts_per_iteration wastes nothing and waits
-    for replacements of uninformative groups; a little more than that / (share of informative groups) is faster and wastes a few percent."""
+    for replacements of uninformative groups; that / (share of informative groups) is faster and wastes a few percent."""
     max_prompts: int = 20480
     """Prompts that dynamic sampling may start for one iteration before it goes on with the groups it has."""
     max_staleness: int = 1

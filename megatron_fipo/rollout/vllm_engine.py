@@ -202,11 +202,12 @@ class VLLMEngine:
 
         Beginning again forgets a broken update.
         """
+        self._update = _Update(self._model, check)  # from here on `generate` refuses
+        await self.abort()  # also ends calls that are still handing in requests, which would queue up behind the pause
         await self._llm.pause_generation(mode="abort", clear_cache=True)
         if self._worker_updating:
             self._worker_updating = False
             await self._llm.finish_weight_update()
-        self._update = _Update(self._model, check)
         await self._llm.start_weight_update()
         self._worker_updating = True
 
