@@ -150,7 +150,12 @@ def hidden_name(target: Path) -> Path:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy config, tokenizer, generation config, chat template and the like (`COMPANIONS`) into an existing folder. OSError."""
+    """Copy config, tokenizer, generation config, chat template and the like (`COMPANIONS`) into an existing folder.
+
+    Raises OSError, and `UserError` where `source` is no model folder (any more).
+    """
+    if not (source / "config.json").is_file():
+        raise UserError(f"the model folder {source} is gone or has no config.json; restore it, then run the same command again")
     for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, folder / path.name)

@@ -199,7 +199,8 @@ class RolloutConfig:
     weight_bucket_mb: int = 256
     """Size of the pieces in which weights travel to the engines."""
     check_weight_sync: int = 1
-    """Every so many weight updates, compare a checksum of each tensor on both sides and stop on a difference; 0 for never."""
+    """Every so many weight updates, compare a checksum of each tensor on both sides; an engine that differs is started again, and the
+    difference is said. 0 for never."""
     dump_every: int = 0
     """Iterations between dumps of the trained trajectories to run_dir/rollouts, for `train --replay`; 0 for none."""
 
@@ -301,8 +302,8 @@ class Config:
     seed: int = 1
     """Of data order, sampling and initialisation."""
     deterministic: bool = False
-    """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died or the run was
-    resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, whose timing decides what is sampled."""
+    """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died (within
+    max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, whose timing decides what is sampled."""
     max_walltime_minutes: Optional[float] = None
     """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
     ray_address: Optional[str] = None

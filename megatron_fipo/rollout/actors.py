@@ -4,12 +4,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.rollout.placement import node_by_node, reserve
 
-PLACEMENT_TIMEOUT_S = 60.0
 COLOCATED_GPU_SHARE = 0.5
 """Of a GPU, for Ray's bookkeeping, that a colocated engine takes and the trainer rank beside it leaves. Memory is another matter."""
 CONTROL_CALLS = 4
@@ -38,11 +38,12 @@ class EngineActors:
         self._options: dict[str, Any] = {"max_concurrency": engine_class.calls_at_once + CONTROL_CALLS}
         if trainer_placement is None:
             bundle = {"CPU": 1, "GPU": gpus_per_engine} if gpus_per_engine else {"CPU": 1}
-            self._placement = self._own_placement = _reserve(bundle, size)
+            self._own_placement = reserve(bundle, size, "rollout engines", "lower rollout.num_engines")
+            self._placement = self._own_placement
             self._bundles = list(range(size))
             self._options |= {"num_cpus": 1, "num_gpus": gpus_per_engine}
         else:
-            self._placement, self._bundles = trainer_placement, _node_by_node(trainer_placement)
+            self._placement, self._bundles = trainer_placement, node_by_node(trainer_placement)
             if gpus_per_engine > 1 or size > len(self._bundles):
                 raise UserError(
                     f"rollout.placement=colocated puts an engine on one GPU of one trainer rank, so {size} engines of "
@@ -70,21 +71,3 @@ class EngineActors:
             self.kill(number)
         if self._own_placement is not None:
             remove_placement_group(self._own_placement)
-
-
-def _reserve(bundle: dict[str, int], size: int) -> PlacementGroup:
-    placement = placement_group([bundle] * size, strategy="PACK")
-    try:
-        ray.get(placement.ready(), timeout=PLACEMENT_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError:
-        remove_placement_group(placement)
-        raise UserError(
-            f"Ray found no room for {size} rollout engines ({bundle} each) within {PLACEMENT_TIMEOUT_S:g} s; "
-            "lower rollout.num_engines or add nodes"
-        ) from None
-    return placement
-
-
-def _node_by_node(placement: PlacementGroup) -> list[int]:
-    nodes = placement_group_table(placement)["bundles_to_node_id"]
-    return sorted(nodes, key=lambda bundle: (nodes[bundle], bundle))

@@ -193,11 +193,16 @@ class Collector:
                 self._wind_back(self._base)
 
     def take(self) -> Collected:
-        """The groups of the next update, oldest serials first. Raises `UserError`, and changes nothing, where not one is informative."""
+        """The groups of the next update, oldest serials first.
+
+        Raises `UserError` where `max_prompts` gave not one; the next collection then begins with the prompts behind them.
+        """
         if not self.enough:
             raise RuntimeError("take() was called before there were enough groups")
         if not self._waiting:
-            raise UserError(_nothing_informative(self.counts))
+            counts, self.counts, self._first_serial = self.counts, CollectCounts(), self._serial
+            self._begin_at(self._serial)
+            raise UserError(_nothing_informative(counts))
         serials = self._ready()[: self._target]
         taken = [self._waiting.pop(serial) for serial in serials]
         counts = self.counts

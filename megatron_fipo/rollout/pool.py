@@ -92,9 +92,11 @@ class EnginePool:
         """
         self._rollout = rollout
         engines: Any = engine_class
+        self._requests_per_call: int = engines.requests_per_call
         self._dispatcher = Dispatcher(
             requests_per_call=engines.requests_per_call,
-            calls_at_once=engines.calls_at_once,
+            # An engine takes batches that have to stay as they are one after the other; a queue there would use up their deadlines.
+            calls_at_once=1 if keep_batches else engines.calls_at_once,
             max_retries=rollout.max_retries,
             keep_batches=keep_batches,
         )
@@ -131,7 +133,8 @@ class EnginePool:
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None:
         """Queue requests, whose ids no outstanding request may have; they are sent by the next `poll`."""
-        self._dispatcher.submit(requests, sampling)
+        for start in range(0, len(requests), self._requests_per_call):
+            self._dispatcher.submit(requests[start : start + self._requests_per_call], sampling)
 
     def poll(self, timeout_s: float) -> list[Settled]:
         """Do what is due and return what was settled: as soon as something is, else after `timeout_s`.
@@ -202,6 +205,11 @@ class EnginePool:
         self._raise_trouble()
         return self._handles(State.STALE, State.SERVING, State.SUSPECT)
 
+    @property
+    def starting(self) -> bool:
+        """Whether an engine is being started and has not loaded yet. Known as of the last `poll`."""
+        return bool(self._fleet.numbers(State.STARTING))
+
     def stale(self) -> dict[int, ActorHandle]:
         """Loaded engines without the current weights, such as those started again; they get no requests until `updated`."""
         return self._handles(State.STALE)
@@ -213,7 +221,7 @@ class EnginePool:
     def failed(self, number: int, reason: str) -> None:
         """End an engine that did not take its weights, say why, and start it again while `max_restarts` allows."""
         if self._fleet.state(number) not in (State.STARTING, State.RETIRED):
-            self._lose(number, reason)
+            self._lose(number, reason, "deaths")
 
     def take_counts(self) -> PoolCounts:
         """What happened since the last call."""

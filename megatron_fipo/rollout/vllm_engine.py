@@ -145,6 +145,9 @@ class VLLMEngine:
             else:
                 collectors = await self._submit(ids, requests, sampling, aborts)
                 outputs = [await collector.get() for collector in collectors]
+        except BaseException:
+            await self._llm.abort(ids)  # what is left of the call would run on for nobody
+            raise
         finally:
             self._running.difference_update(ids)
         never_began = [Generation((), (), "abort", version)] * (len(requests) - len(outputs))

@@ -58,6 +58,11 @@ class BucketTransfer(NCCLWeightTransferEngine):
         """Of each tensor received in this update, computed from the buffer it came in."""
         self._loading = False
 
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Join a communicator, having left the one before: vLLM would keep its buffers."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
+
     def start_weight_update(self) -> None:
         if self._loading:  # a broken update: what its layers have received would count as received in this one
             super().finish_weight_update()

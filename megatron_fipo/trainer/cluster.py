@@ -86,7 +86,8 @@ def ray_cluster(address: str | None, *, workers: int, weights_mb: int) -> Iterat
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         store = (OBJECT_STORE_BASE_MB + weights_mb) * 2**20
-        ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=store, **options)
+        # "local", since without an address RAY_ADDRESS or a cluster that runs on this machine would be joined.
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=store, **options)
     try:
         yield machine
     finally:

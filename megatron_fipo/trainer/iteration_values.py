@@ -9,7 +9,7 @@ from megatron_fipo.rollout.collector import Collected
 
 # Over the mini-steps of an iteration most statistics average; these do not.
 MINIMA = ("influence/min",)
-MAXIMA = ("influence/max",)
+MAXIMA = ("influence/max", "rollout/log_prob_difference_max")
 TOTALS = (
     "policy/dropped_sequences",
     "policy/nonfinite_sequences",
@@ -17,6 +17,7 @@ TOTALS = (
     "policy/tokens",
     "policy/kept_tokens",
     "policy/skipped_steps",
+    "rollout/compared_tokens",
 )
 FIRST = ("policy/sigma_log_ratio",)
 """Of the first mini-step, where old and new weights are the same: anything but 0 is numerical noise that FutureKL amplifies."""

@@ -18,6 +18,7 @@ from megatron_fipo.data.problem import Problem
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.reward.score import Scorer
+from megatron_fipo.rollout.collector import Collected
 from megatron_fipo.rollout.dump import write_dump
 from megatron_fipo.rollout.groups import Group
 from megatron_fipo.trainer.console import Console
@@ -31,7 +32,7 @@ from megatron_fipo.trainer.saving import CheckpointSaver
 from megatron_fipo.trainer.state import LoopState, RunDirectory
 from megatron_fipo.trainer.stop import Stop
 from megatron_fipo.trainer.tracking import Trackers
-from megatron_fipo.trainer.worker import TokenWeights
+from megatron_fipo.trainer.worker import IterationReport, TokenWeights
 
 
 @dataclass
@@ -71,7 +72,6 @@ class Loop:
             self._evaluate_if_due()
             while self.state.iteration < config.iterations:
                 self._iterate()
-                self.saver.finish_if_written()
                 check_stop(parts.stop)
                 self._evaluate_if_due()
                 if self._due(config.checkpoint.every):
@@ -83,7 +83,9 @@ class Loop:
             else:
                 self._save()
                 self.saver.finish()
-                parts.console.note(f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on")
+                parts.console.note(
+                    f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on from there"
+                )
             raise
         self.saver.finish()
 
@@ -96,7 +98,6 @@ class Loop:
         with _clock(seconds, "rollout"):
             collected = parts.rollouts.groups(state.iteration + 1, state.weight_version)
             set_advantages(collected.groups)
-        self._dump_if_due(collected.groups)
         batch = plan_iteration(collected.groups, config, parts.pad_token_id)
         lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
         wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
@@ -106,45 +107,57 @@ class Loop:
         report = next(report for report, _ in results if report is not None)
         seconds |= report.seconds
 
-        trained_with = state.weight_version
         state.iteration += 1
         state.weight_version += 1
-        state.evaluation = None
-        interrupted: Interrupted | None = None
         try:
+            self.saver.finish_if_written()
             with _clock(seconds, "rollout_wait"):
                 parts.rollouts.after_update()
             with _clock(seconds, "weight_sync"):
                 parts.rollouts.push_weights(state.weight_version)
-        except Interrupted as error:
-            interrupted = error  # the iteration is complete all the same
-        seconds["total"] = time.perf_counter() - start
+        finally:  # the iteration is complete, whatever becomes of the engines
+            seconds["total"] = time.perf_counter() - start
+            weights = [weights for _, part in results for weights in part]
+            self._record(collected, batch, report, wanted, weights, lr, seconds)
 
+    def _record(
+        self,
+        collected: Collected,
+        batch: IterationBatch,
+        report: IterationReport,
+        wanted: list[int],
+        token_weights: list[TokenWeights],
+        lr: float,
+        seconds: dict[str, float],
+    ) -> None:
+        """Write down an iteration that is complete. A disk that does not take it stops the run, with the state saved."""
+        state, parts = self.state, self.parts
         values = {
-            **rollout_values(collected, batch.trajectories, trained_with),
+            **rollout_values(collected, batch.trajectories, state.weight_version - 1),
             **{f"engines/{name}": float(count) for name, count in asdict(parts.rollouts.take_counts()).items()},
             **over_mini_steps(report.mini_steps),
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
             **{f"time/{phase}": duration for phase, duration in seconds.items()},
         }
-        self._log("iteration", values)
         parts.console.iteration(state.iteration, values)
-        self._log_samples(batch, wanted, [weights for _, part in results for weights in part])
-        if interrupted is not None:
-            raise interrupted
-
-    def _dump_if_due(self, groups: Sequence[Group]) -> None:
-        every, iteration = self.config.rollout.dump_every, self.state.iteration + 1
-        if every and iteration % every == 0:
-            write_dump(self.directory.path / "rollouts", iteration, groups, self.config.rollout.temperature)
+        every = self.config.rollout.dump_every
+        try:
+            self._log("iteration", values)
+            self._log_samples(batch, wanted, token_weights)
+            if every and state.iteration % every == 0:
+                write_dump(self.directory.path / "rollouts", state.iteration, collected.groups, self.config.rollout.temperature)
+        except UserError as error:
+            raise Interrupted from error
 
     def _evaluate_if_due(self) -> None:
         """Evaluate the weights as they are, unless that is not due now or was done before the run was last stopped."""
         evaluation, done = self.config.evaluation, self.state.iteration
         due = evaluation.before_training if done == 0 else self._due(evaluation.every)
+        if not due or not self.parts.held_out:
+            return
         records = read_metrics(self.directory.path)
-        if due and self.parts.held_out and not any(r.kind == "evaluation" and r.iteration == done for r in records):
+        if not any(record.kind == "evaluation" and record.iteration == done for record in records):
             try:
                 self._evaluate()
             except UserError as error:
@@ -165,7 +178,6 @@ class Loop:
             max_new_tokens=config.rollout.max_response_length,
             seed=config.seed,
         )
-        self.state.evaluation = evaluation.values["evaluation/avg_at_k"]
         self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
         parts.console.evaluation(self.state.iteration, evaluation.values)
         write_table(self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl", evaluation.table)
@@ -186,6 +198,13 @@ class Loop:
         self.parts.console.phase("checking and loading the checkpoint")
         same_layout = self.saver.load(checkpoint)
         self.state = self.directory.load_state(checkpoint)
+        live = isinstance(self.parts.rollouts, LiveRollouts)
+        if bool(self.state.rollout) != live:
+            before, now = ("with", "without") if live else ("without", "with")
+            raise UserError(
+                f"{checkpoint} comes from training {before} --replay and does not go on {now} it: what is still to be sampled is not the "
+                "same; choose another run_dir"
+            )
         self.parts.rollouts.load_state(self.state.rollout)
         self.metrics.truncate_after(self.state.iteration)
         self.samples.truncate_after(self.state.iteration)

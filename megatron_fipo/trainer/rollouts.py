@@ -18,7 +18,7 @@ from megatron_fipo.rollout.dump import ReplaySource
 from megatron_fipo.rollout.pool import EnginePool, PoolCounts
 from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.trainer.console import Console
-from megatron_fipo.trainer.group import TrainerGroup
+from megatron_fipo.trainer.group import TrainerGroup, TrainerLostError
 
 POLL_S = 0.2
 """Longest time that the loop does not look at signals."""
@@ -26,6 +26,13 @@ POLL_S = 0.2
 
 class Interrupted(Exception):
     """The loop has to stop at a point where nothing is half done: the user asked for it, or the cause says why."""
+
+
+class StopUnsavedError(UserError):
+    """The run has to stop, and its last checkpoint, not what it holds now, is the state to go on from."""
+
+
+UNSAVED = (TrainerLostError, StopUnsavedError)
 
 
 class Rollouts(Protocol):
@@ -81,13 +88,14 @@ class LiveRollouts:
             self._until_enough(version)
             if not self._ahead or self._last_iteration:
                 self.collector.pause()
-            collected = self.collector.take()
+            if self._colocated:
+                self.pool.sleep()
+            return self.collector.take()
+        except UNSAVED:
+            raise
         except (Interrupted, UserError) as error:
             self.collector.pause()
             raise Interrupted from error
-        if self._colocated:
-            self.pool.sleep()
-        return collected
 
     def during_update(self) -> Callable[[], None] | None:
         return self._sample_ahead if self._ahead and not self._last_iteration else None
@@ -111,7 +119,9 @@ class LiveRollouts:
                 self.pool.wake()
             if self._ahead and not self._last_iteration and self.config.rollout.mode == "one_step_off":
                 self._until_enough_of_the_old_weights()
-        except (Interrupted, UserError) as error:
+        except UNSAVED:
+            raise
+        except UserError as error:
             raise Interrupted from error
         finally:
             self.collector.pause()
@@ -119,7 +129,12 @@ class LiveRollouts:
     def push_weights(self, version: int) -> None:
         self.console.phase("weight sync")
         try:
-            self._push(self.pool.loaded(wait=True), version)
+            engines = self._loaded_engines()
+            while not self._push(engines, version):
+                left = self.pool.loaded(wait=False)
+                engines = {number: engine for number, engine in engines.items() if number in left} or self._loaded_engines()
+        except UNSAVED:
+            raise
         except UserError as error:
             raise Interrupted from error
         self._pushes += 1
@@ -138,6 +153,8 @@ class LiveRollouts:
                 answers |= {settled.request_id: settled.generation for settled in self.pool.poll(POLL_S)}
                 self._push(self.pool.stale(), version)
                 self.check_stop()
+        except UNSAVED:
+            raise
         except (Interrupted, UserError) as error:
             self.pool.abort()
             raise Interrupted from error
@@ -159,27 +176,43 @@ class LiveRollouts:
             self.check_stop()
 
     def _until_enough_of_the_old_weights(self) -> None:
-        """The trainer has moved on, so engines that lost theirs get none now. Where all have, the rest is sampled with the new ones."""
+        """Finish the next iteration's groups. A deterministic run does that even when it is to stop: they belong to the saved state.
+
+        The trainer has moved on, so engines that lost their weights get none now. Where all have, the groups are begun again with the
+        new weights; a deterministic run stops instead, as its last checkpoint leads to the right ones.
+        """
         self.console.phase("rollout", detail="the next iteration's")
-        while not self.collector.enough and self.pool.loaded(wait=False).keys() - self.pool.stale().keys():
+        while not self.collector.enough:
+            if not self.pool.loaded(wait=False).keys() - self.pool.stale().keys():
+                if self.config.deterministic:
+                    raise StopUnsavedError(
+                        "no rollout engine holds the weights any more with which the next iteration was being sampled, and "
+                        "deterministic=true forbids others; run the same command to go on from the last checkpoint"
+                    )
+                return
             self.collector.step(POLL_S)
             if not self.config.deterministic:
                 self.check_stop()
 
-    def _push(self, engines: dict[int, Any], version: int) -> None:
-        """Send the weights; an engine that does not take them is started again, and the others are given them anew."""
+    def _loaded_engines(self) -> dict[int, Any]:
+        """Every living engine, loaded; looks at signals while some are being started."""
+        while self.pool.starting:
+            self.pool.poll(POLL_S)
+            self.check_stop()
+        return self.pool.loaded(wait=True)
+
+    def _push(self, engines: dict[int, Any], version: int) -> bool:
+        """Send the weights to these engines. False where one did not take them: it is started again and no engine was updated."""
+        if not engines:
+            return True
         every = self.config.rollout.check_weight_sync
-        check = every > 0 and self._pushes % every == 0
-        while engines:
-            failures = self.trainer.call("push_weights", engines, version, check)
-            failure = next((failure for failure in failures if failure is not None), None)
-            if failure is None:
-                self.pool.updated(engines, version)
-                return
-            self.pool.failed(*failure)
-            engines = {number: engine for number, engine in engines.items() if number != failure[0]} or self.pool.loaded(
-                wait=True
-            )
+        failures = self.trainer.call("push_weights", engines, version, every > 0 and self._pushes % every == 0)
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is None:
+            self.pool.updated(engines, version)
+            return True
+        self.pool.failed(*failure)
+        return False
 
 
 class ReplayRollouts:

@@ -17,7 +17,6 @@ FREE_KEYS = (
     "checkpoint.",
     "evaluation.",
     "tracking.",
-    "parallel.",
     "head.",
     "model.recompute",
     "model.layer_spec",
@@ -33,9 +32,9 @@ FREE_KEYS = (
     "rollout.check_weight_sync",
     "rollout.dump_every",
 )
-"""How long the run goes on, how its work is split, guarded and watched. Everything else would make it another run."""
-MICRO_BATCH_KEY = "batch.max_tokens_per_micro_batch"
-"""Free too, as long as the normalisation does not depend on micro-batches."""
+"""How long the run goes on, how its work is spread, guarded and watched. Everything else would make it another run."""
+PACKING_KEYS = ("batch.max_tokens_per_micro_batch", "parallel.")
+"""They decide which responses share a micro-batch. Free too, as long as the normalisation does not depend on that."""
 IN_FLIGHT_KEY = "rollout.prompts_in_flight"
 """Free too with rollout.unfinished=drop, which trains on the same prompts however many are on their way at one time. With `continue`
 it decides how old the responses are that are trained on."""
@@ -60,8 +59,8 @@ def refuse_changes(owner: Path, stored: Config, config: Config, allow_change: Se
 
 def _free_keys(stored: Config, config: Config) -> tuple[str, ...]:
     free: tuple[str, ...] = FREE_KEYS
-    if config.objective.normalization == "token_mean":
-        free += (MICRO_BATCH_KEY,)
+    if stored.objective.normalization == config.objective.normalization == "token_mean":
+        free += PACKING_KEYS
     if stored.rollout.unfinished == config.rollout.unfinished == "drop":
         free += (IN_FLIGHT_KEY,)
     return free

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import IO, Any
 
 from megatron_fipo.checkpoint.hf_writer import copy_companions
 from megatron_fipo.checkpoint.manifest import (
@@ -62,10 +62,6 @@ class LoopState:
     """Version that the engines serve: one per iteration."""
     rollout: dict[str, Any] = field(default_factory=dict)
     """Position in the training data, waiting groups and unfinished responses; JSON values."""
-    evaluation: Optional[float] = None
-    """Held-out avg@k of these weights, where it was measured."""
-    wandb_run_id: Optional[str] = None
-    """Run to go on with at Weights & Biases."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +93,16 @@ class RunDirectory:
         refuse_unknown(allow_change)
         stored = self.path / CONFIG
         with writing(self.path):
-            if self.path.exists() and not stored.exists() and any(path.name != LOCK for path in self.path.iterdir()):
+            if self.path.exists() and not stored.exists() and any(not _may_be_ours(path) for path in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no {CONFIG}; choose another run_dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             owner = self._owner()
             allowed = refuse_changes(owner, load_config(owner / CONFIG, []), config, allow_change) if owner else []
+            save_config(config, stored)  # before anything else: by it the folder is known as a run's
             self.checkpoints.mkdir(exist_ok=True)
             self._remove_leftovers()
             self._point_to_latest()
-        save_config(config, stored)
         self._config = config
         return allowed
 
@@ -255,17 +251,17 @@ class RunDirectory:
 
     def _retain(self, config: Config) -> None:
         keep = config.checkpoint
-        evaluations = [(_number(path), self._evaluation(path)) for path in self._visible()]
-        for iteration in to_remove(evaluations, keep.keep_last, keep.keep_best, keep.keep_every):
+        # From the log, since a checkpoint may be evaluated after it was saved, or by the run that goes on from it.
+        accuracies = {
+            record.iteration: record.values.get("evaluation/avg_at_k")
+            for record in read_metrics(self.path)
+            if record.kind == "evaluation"
+        }
+        checkpoints = [(_number(path), accuracies.get(_number(path))) for path in self._visible()]
+        for iteration in to_remove(checkpoints, keep.keep_last, keep.keep_best, keep.keep_every):
             hidden = self.checkpoints / f".{_name(iteration)}.{secrets.token_hex(4)}"
             (self.checkpoints / _name(iteration)).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
-
-    def _evaluation(self, checkpoint: Path) -> float | None:
-        try:
-            return self.load_state(checkpoint).evaluation
-        except UserError:
-            return None
 
 
 def _name(iteration: int) -> str:
@@ -274,6 +270,12 @@ def _name(iteration: int) -> str:
 
 def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("iteration_"))
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a first start that the disk ended may have left this in its folder."""
+    empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
+    return empty or path.name == LOCK or path.name.startswith(CONFIG)
 
 
 def _info(iteration: int, config: Config) -> dict[str, Any]:

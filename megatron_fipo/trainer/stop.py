@@ -5,7 +5,7 @@
     1           a fault of the program; its traceback is printed
     2           a mistake that the user can mend, or a disk or engine that gave up; one sentence is printed
     85          SIGTERM, SIGUSR1 or `max_walltime_minutes`: state saved, run the same command again
-    130         Ctrl-C (SIGINT): state saved; or a second signal: stopped at once, with what the last checkpoint holds
+    130         Ctrl-C (SIGINT): state saved; or Ctrl-C twice: stopped at once, with what the last checkpoint holds
 
 Slurm runs a job again that ends with 85 where `RequeueExit=85` is configured.
 """
@@ -27,7 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Stop:
     """Whether the run was asked to stop, as a context manager that handles the signals while it is open (main thread only).
 
-    The first signal asks: the loop looks at `requested` where nothing is half done. The second raises `KeyboardInterrupt` at once.
+    The first signal asks: the loop looks at `requested` where nothing is half done. Later ones are noted, but only a second SIGINT
+    raises `KeyboardInterrupt` at once: schedulers send SIGTERM again, or after SIGUSR1, while the state is being saved.
     `max_walltime_minutes` counts from the start of the process and only asks. `say` prints a line for the user.
     """
 
@@ -36,7 +37,7 @@ class Stop:
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._say = say
         self._reason: str | None = None
-        self._signals = 0
+        self._interrupts = 0
         self._previous: dict[int, Any] = {}
         self.exit_code = 0
         """What the process should end with, as long as nothing else decides it."""
@@ -59,16 +60,18 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._signals += 1
-        if self._signals > 1:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             self.exit_code = INTERRUPTED
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        stopping = "stopping" if self._reason is None else "stopping already,"
         self._ask(name, INTERRUPTED if number == signal.SIGINT else SAVED)
+        at_once = "Ctrl-C again" if self._interrupts else "Ctrl-C twice"
         # The signal may have come in the middle of a print, where another one raises RuntimeError.
         with contextlib.suppress(RuntimeError):
             self._say(
-                f"{name}: stopping at the next safe point (again to stop at once, losing the work since the last checkpoint)"
+                f"{name}: {stopping} at the next safe point ({at_once} to stop at once, losing the work since the last checkpoint)"
             )
 
     def _ask(self, reason: str, exit_code: int) -> None:

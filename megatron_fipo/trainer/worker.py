@@ -90,6 +90,8 @@ class TrainerWorker(MegatronRank):
                     {**result.statistics, "policy/grad_norm": result.grad_norm, "policy/skipped_steps": float(result.skipped)}
                 )
                 token_weights += self._token_weights(batch, step, shards, result.influence_weights, samples)
+        if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
+            torch.cuda.empty_cache()  # the engines that wake now take the memory
         if not self.reports:
             return None, token_weights
         return IterationReport(mini_steps, seconds), token_weights

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout import actors
+from megatron_fipo.rollout import placement as placement_module
 from megatron_fipo.rollout.actors import COLOCATED_GPU_SHARE, EngineActors
 from megatron_fipo.rollout.local import LocalEngine
 from megatron_fipo.rollout.pool import EnginePool, PoolCounts, Settled
@@ -330,7 +330,7 @@ def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
 
 
 def test_a_cluster_without_room_is_said(cluster, monkeypatch):
-    monkeypatch.setattr(actors, "PLACEMENT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(placement_module, "PLACEMENT_TIMEOUT_S", 1.0)
     with pytest.raises(UserError, match=r"no room for 50 rollout engines .* lower rollout\.num_engines"):
         EnginePool(LocalEngine, {}, RolloutConfig(num_engines=50), gpus_per_engine=0, keep_batches=False)
 

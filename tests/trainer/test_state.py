@@ -39,8 +39,8 @@ def write_ranks(pending: PendingSave) -> dict[str, FileRecord]:
     return {name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()}
 
 
-def save(directory: RunDirectory, iteration: int, **values) -> Path:
-    pending = directory.begin_save(LoopState(iteration=iteration, weight_version=iteration, **values))
+def save(directory: RunDirectory, iteration: int) -> Path:
+    pending = directory.begin_save(LoopState(iteration=iteration, weight_version=iteration))
     return directory.commit(pending, write_ranks(pending))
 
 
@@ -51,7 +51,7 @@ def names(directory: RunDirectory) -> list[str]:
 def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
     directory = claimed(tmp_path, "parallel.tensor_model_parallel_size=2")
     assert directory.latest() is None
-    state = LoopState(12, 12, rollout={"position": 7, "waiting": [[0.1, None]]}, evaluation=0.25, wandb_run_id="abc")
+    state = LoopState(12, 12, rollout={"position": 7, "waiting": [[0.1, None]]})
     pending = directory.begin_save(state)
     assert directory.latest() is None
     assert not directory.has(12)
@@ -150,10 +150,28 @@ def test_retention(tmp_path, keep, left):
     settings = (f"checkpoint.keep_last={last}", f"checkpoint.keep_best={best}", f"checkpoint.keep_every={every}")
     directory = claimed(tmp_path, *settings)
     accuracies = {2: 0.1, 4: 0.5, 6: 0.6, 8: None, 10: 0.4, 12: 0.2}
+    log = MetricsLog(tmp_path)
     for iteration, accuracy in accuracies.items():
-        save(directory, iteration, evaluation=accuracy)
+        if accuracy is not None:
+            log.log("evaluation", iteration, {"evaluation/avg_at_k": accuracy})
+        save(directory, iteration)
     assert names(directory) == [*(f"iteration_{iteration:06d}" for iteration in left), "latest"]
     assert directory.load_state(directory.latest()).iteration == 12
+
+
+def test_the_best_checkpoint_may_be_evaluated_after_it_was_saved(tmp_path):
+    """As one is that was saved when its run was stopped: the run that goes on from it evaluates it and saves no other."""
+    directory = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    save(directory, 3)
+    directory._lock_file.close()
+    later = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    log = MetricsLog(tmp_path)
+    for iteration, accuracy in ((3, 0.9), (4, 0.1), (5, 0.2)):
+        log.log("evaluation", iteration, {"evaluation/avg_at_k": accuracy})
+        log.log("iteration", iteration, {"reward/mean": 1.0})
+        if not later.has(iteration):
+            save(later, iteration)
+    assert names(later) == ["iteration_000003", "iteration_000005", "latest"]
 
 
 @given(
@@ -263,6 +281,8 @@ def test_what_a_run_may_change(tmp_path, first, then):
         ([], "rollout.engine=vllm"),
         ([], "model.path=elsewhere"),
         (["objective.normalization=reference_micro_batch"], "batch.max_tokens_per_micro_batch=30000"),
+        (["objective.normalization=reference_micro_batch"], "parallel.data_parallel_size=2"),
+        (["objective.normalization=reference_micro_batch"], "parallel.context_parallel_size=2"),
         (["rollout.unfinished=continue"], "rollout.prompts_in_flight=7"),
     ],
 )
@@ -271,6 +291,15 @@ def test_what_a_run_may_not_change(tmp_path, first, then):
     save(directory, 1)
     with pytest.raises(UserError, match=then.partition("=")[0]):
         directory.claim(config(tmp_path, *first, then))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path, order):
+    normalization = [f"objective.normalization={name}" for name in ("token_mean", "reference_micro_batch")]
+    directory = claimed(tmp_path, normalization[order[0]])
+    save(directory, 1)
+    with pytest.raises(UserError, match=r"parallel\.data_parallel_size was 1 and is 2"):
+        directory.claim(config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"), ["objective.normalization"])
 
 
 def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
@@ -290,6 +319,53 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("step", ["write", "mkdir"])
+def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, step):
+    """Whether the settings or the folder after them find no room, and whatever a process killed there leaves."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_, **__):
+        raise full
+
+    directory, mkdir = RunDirectory(tmp_path), Path.mkdir
+    if step == "write":
+        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # killed: its temporary file stays
+    else:
+        monkeypatch.setattr(
+            Path, "mkdir", lambda path, *args, **kwargs: (fail if path.name == "checkpoints" else mkdir)(path, *args, **kwargs)
+        )
+    with pytest.raises(UserError, match="No space left"):
+        directory.claim(config(tmp_path))
+    monkeypatch.undo()
+    assert list(tmp_path.glob("config.yaml*"))
+    directory._lock_file.close()
+    assert claimed(tmp_path).latest() is None
+
+
+def test_an_empty_folder_for_checkpoints_is_in_nobody_s_way_and_one_with_files_is(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    claimed(tmp_path)
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints/weights.bin").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        RunDirectory(other).claim(config(other))
+
+
+def test_a_model_folder_that_vanished_costs_the_checkpoint_and_not_the_older_one(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(load_config(None, [f"model.path={model}", f"run_dir={tmp_path / 'run'}"]))
+    save(directory, 1)
+    (model / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model folder .*model is gone or has no config\.json"):
+        save(directory, 2)
+    assert names(directory) == ["iteration_000001", "latest"]
+
+
 def test_saving_comes_after_claiming(tmp_path):
     with pytest.raises(RuntimeError, match="claim"):
         RunDirectory(tmp_path).begin_save(LoopState())
@@ -297,9 +373,9 @@ def test_saving_comes_after_claiming(tmp_path):
 
 def test_loop_state_survives_json_exactly(tmp_path):
     directory = claimed(tmp_path)
-    state = LoopState(1, 1, rollout={"log_probs": [-0.1, -1e-30, 1 / 3]}, evaluation=0.1 + 0.2)
+    state = LoopState(1, 1, rollout={"log_probs": [-0.1, -1e-30, 1 / 3]})
     pending = directory.begin_save(state)
-    assert json.loads((pending.partial / "loop.json").read_text())["evaluation"] == 0.1 + 0.2
+    assert json.loads((pending.partial / "loop.json").read_text())["rollout"]["log_probs"][2] == 1 / 3
     assert directory.load_state(directory.commit(pending, write_ranks(pending))) == state
 
 

@@ -1,4 +1,4 @@
-"""Signals and the time limit: ask once, stop at once the second time, and the exit code that tells a scheduler what to do."""
+"""Signals and the time limit: ask, stop at once at the second Ctrl-C only, and the exit code that tells a scheduler what to do."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def send(number: int) -> None:
     ("number", "code", "reason"),
     [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 85, "SIGTERM"), (signal.SIGUSR1, 85, "SIGUSR1")],
 )
-def test_the_first_signal_asks_and_the_second_stops_at_once(number, code, reason):
+def test_the_first_signal_asks(number, code, reason):
     said: list[str] = []
     with Stop(None, said.append) as stop:
         assert stop.requested() is None
@@ -28,19 +28,32 @@ def test_the_first_signal_asks_and_the_second_stops_at_once(number, code, reason
         assert stop.requested() == reason
         assert stop.exit_code == code
         assert len(said) == 1
-        assert said[0].startswith(reason)
-        with pytest.raises(KeyboardInterrupt):
-            send(number)
-        assert stop.exit_code == 130
+        assert said[0].startswith(f"{reason}: stopping at")
 
 
-def test_another_second_signal_counts_too_and_the_first_reason_stays():
+@pytest.mark.parametrize("before", [(), (signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)])
+def test_a_second_ctrl_c_stops_at_once(before):
     with Stop(None, lambda line: None) as stop:
-        send(signal.SIGUSR1)
+        for number in (*before, signal.SIGINT):
+            send(number)
+        assert stop.exit_code == (85 if before else 130)
         with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGTERM)
-        assert stop.requested() == "SIGUSR1"
+            send(signal.SIGINT)
         assert stop.exit_code == 130
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_scheduler_s_later_signals_are_waited_out(first):
+    """SIGTERM often follows SIGUSR1, or another SIGTERM, while the state is being saved."""
+    said: list[str] = []
+    with Stop(None, said.append) as stop:
+        send(first)
+        reason, code = stop.requested(), stop.exit_code
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            send(number)
+        assert (stop.requested(), stop.exit_code) == (reason, code)
+    assert "SIGTERM: stopping already" in said[-1]
+    assert ("Ctrl-C again to stop at once" if first == signal.SIGINT else "Ctrl-C twice to stop at once") in said[-1]
 
 
 def test_the_handlers_are_put_back():

@@ -1,0 +1,86 @@
+"""The trainer's ranks with real actors: the first failure ends the group and is told, then and ever after."""
+
+import os
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.trainer.cluster import ray_cluster
+from megatron_fipo.trainer.group import TrainerGroup, TrainerLostError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def placements() -> list[str]:
+    return [group["placement_group_id"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def rank_class(dies_in: str = "") -> Any:
+    class Rank:
+        """A local class reaches the actors without importing this module there."""
+
+        def __init__(self, rank: int, world_size: int) -> None:
+            self.rank = rank
+
+        def rendezvous(self) -> str:
+            self._die("rendezvous")
+            return "here"
+
+        def setup(self, rendezvous: str) -> None:
+            self._die("setup")
+
+        def work(self, trouble: str) -> int:
+            if self.rank == 1 and trouble == "die":
+                os._exit(1)
+            if self.rank == 1 and trouble == "refuse":
+                raise UserError("the disk is full; make room")
+            if self.rank == 1 and trouble == "fault":
+                raise ZeroDivisionError("no rows")
+            return self.rank
+
+        def _die(self, method: str) -> None:
+            if method == dies_in:
+                os._exit(1)
+
+    return Rank
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("die", r"trainer rank 1 died in work \(The actor died.*run the same command to go on from the last checkpoint"),
+        ("refuse", "^the disk is full; make room$"),
+        ("fault", "^trainer rank 1 failed in work: ZeroDivisionError: no rows$"),
+    ],
+)
+def test_the_first_failure_is_the_one_that_every_later_call_raises(trouble, message):
+    group = TrainerGroup(rank_class(), 2, 0)
+    assert group.call("work", "") == [0, 1]
+    with pytest.raises(TrainerLostError, match=message) as first:
+        group.call("work", trouble)
+    with pytest.raises(TrainerLostError) as later:
+        group.call("work", "")
+    assert later.value is first.value
+    assert "\n" not in str(first.value)
+    group.shutdown()  # as the run does at its end
+    assert placements() == []
+
+
+@pytest.mark.parametrize("method", ["rendezvous", "setup"])
+def test_a_rank_that_dies_at_the_start_leaves_nothing_reserved(method):
+    with pytest.raises(TrainerLostError, match=f"trainer rank . died in {method}"):
+        TrainerGroup(rank_class(dies_in=method), 2, 0)
+    assert placements() == []
+
+
+def test_without_an_address_a_cluster_is_started_whatever_runs_already(monkeypatch):
+    """Last here: it ends this process's connection to the session's cluster."""
+    other = ray.get_runtime_context().gcs_address
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with ray_cluster(None, workers=1, weights_mb=1):
+        assert ray.get_runtime_context().gcs_address not in (other, "127.0.0.1:1")
+        assert ray.cluster_resources()["CPU"] == 1
