@@ -19,7 +19,7 @@ from megatron_fipo.plan.render import print_plan
 from tests.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-RECIPES = [EXAMPLES / name for name in ("countdown/fipo", "countdown/dapo", "countdown/grpo")]
+RECIPES = [EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")]
 RECIPES += [EXAMPLES / name for name in ("qwen2.5-32b/fipo", "qwen2.5-7b-math/fipo")]
 
 

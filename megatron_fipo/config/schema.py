@@ -303,7 +303,8 @@ class Config:
     """Of data order, sampling and initialisation."""
     deterministic: bool = False
     """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died (within
-    max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, whose timing decides what is sampled."""
+    max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, where timing decides
+    what is sampled."""
     max_walltime_minutes: Optional[float] = None
     """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
     ray_address: Optional[str] = None

@@ -1,6 +1,9 @@
 """The trainer's ranks with real actors: the first failure ends the group and is told, then and ever after."""
 
 import os
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -8,7 +11,6 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.trainer.cluster import ray_cluster
 from megatron_fipo.trainer.group import TrainerGroup, TrainerLostError
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -76,11 +78,22 @@ def test_a_rank_that_dies_at_the_start_leaves_nothing_reserved(method):
     assert placements() == []
 
 
-def test_without_an_address_a_cluster_is_started_whatever_runs_already(monkeypatch):
-    """Last here: it ends this process's connection to the session's cluster."""
-    other = ray.get_runtime_context().gcs_address
-    ray.shutdown()
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with ray_cluster(None, workers=1, weights_mb=1):
-        assert ray.get_runtime_context().gcs_address not in (other, "127.0.0.1:1")
-        assert ray.cluster_resources()["CPU"] == 1
+def test_without_an_address_a_cluster_is_started_whatever_runs_already():
+    program = """
+        import ray
+        from megatron_fipo.trainer.cluster import ray_cluster
+        with ray_cluster(None, workers=1, weights_mb=1):
+            print(ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"])
+    """
+    running = ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, "RAY_ADDRESS": running},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    address, cpus = done.stdout.split()
+    assert address != running
+    assert cpus == "1.0"
