@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup
 
 from megatron_fipo.config import Config, Machine
+from megatron_fipo.model.family import Architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.rollout.pool import EnginePool
 from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE, transport_for
 
-OBJECT_STORE_BASE_MB = 128
-"""Room in Ray's object store for trajectories; the weights on their way to the engines come on top."""
+OBJECT_STORE_BASE_BYTES = 128 * 2**20
+"""What Ray's object store holds besides weights and trajectories."""
+PICKLED_BYTES_PER_TOKEN = 16
+"""Of a trajectory: id, mask and log-probability."""
 
 
 def engine_class(name: str) -> type:
@@ -63,14 +67,27 @@ def start_engines(
     )
 
 
-def run_cluster(config: Config) -> contextlib.AbstractContextManager[Machine]:
+def run_cluster(config: Config, architecture: Architecture) -> contextlib.AbstractContextManager[Machine]:
     """The Ray cluster that a run of `config` needs."""
     workers = config.parallel.world_size + config.rollout.num_engines
-    return ray_cluster(config.ray_address, workers=workers, weights_mb=BUCKETS_IN_STORE * config.rollout.weight_bucket_mb)
+    return ray_cluster(config.ray_address, workers=workers, store_bytes=object_store_bytes(config, architecture))
+
+
+def object_store_bytes(config: Config, architecture: Architecture) -> int:
+    """Room for weights on their way to the engines and for the longest iteration on its way to the ranks.
+
+    A tensor larger than a bucket travels alone: the embedding is the largest. Beyond a third of the memory Ray spills to the disk.
+    """
+    embedding = architecture.vocab_size * architecture.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    buckets = BUCKETS_IN_STORE * max(config.rollout.weight_bucket_mb * 2**20, embedding)
+    responses = config.batch.prompts_per_iteration * config.batch.responses_per_prompt
+    tokens = responses * (config.rollout.max_prompt_length + config.rollout.max_response_length)
+    needed = OBJECT_STORE_BASE_BYTES + buckets + tokens * PICKLED_BYTES_PER_TOKEN
+    return min(needed, psutil.virtual_memory().total // 3)
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, *, workers: int, weights_mb: int) -> Iterator[Machine]:
+def ray_cluster(address: str | None, *, workers: int, store_bytes: int = OBJECT_STORE_BASE_BYTES) -> Iterator[Machine]:
     """Join the cluster at `address`, or start one on this machine that is just large enough and ends with the run.
 
     Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
@@ -85,9 +102,8 @@ def ray_cluster(address: str | None, *, workers: int, weights_mb: int) -> Iterat
         machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        store = (OBJECT_STORE_BASE_MB + weights_mb) * 2**20
         # "local", since without an address RAY_ADDRESS or a cluster that runs on this machine would be joined.
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=store, **options)
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=store_bytes, **options)
     try:
         yield machine
     finally:

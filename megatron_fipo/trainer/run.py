@@ -47,7 +47,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
         for change in directory.claim(config, allow_change):
             console.note(change)
         console.phase("starting")
-        with run_cluster(config) as machine, contextlib.ExitStack() as stack:
+        with run_cluster(config, architecture) as machine, contextlib.ExitStack() as stack:
             validate(config, architecture, machine)
             stop = stack.enter_context(
                 Stop(config.max_walltime_minutes, console.note)
@@ -131,7 +131,7 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
     with Console(0) as console:
         held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
         console.phase("evaluation")
-        with run_cluster(config) as machine, contextlib.ExitStack() as stack:
+        with run_cluster(config, read_architecture(Path(model_dir))) as machine, contextlib.ExitStack() as stack:
             pool = start_engines(config, model_dir, machine, console.note)
             stack.callback(pool.shutdown)
             evaluation = evaluate_problems(

@@ -68,7 +68,7 @@ def train(config: SftConfig) -> None:
     rates = [learning_rate(config, step) for step in range(config.steps)]
     with (
         tempfile.TemporaryDirectory() as folder,
-        ray_cluster(None, workers=config.parallel.world_size, weights_mb=0),
+        ray_cluster(None, workers=config.parallel.world_size),
         Progress() as progress,
     ):
         initial = Path(folder) / "initial"

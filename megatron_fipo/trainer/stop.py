@@ -2,7 +2,7 @@
 
     exit code   meaning
     0           done
-    1           a fault of the program; its traceback is printed
+    1           a fault of the program in the driver; its traceback is printed (one in a rank ends with 2, its traceback in the log)
     2           a mistake that the user can mend, or a disk or engine that gave up; one sentence is printed
     85          SIGTERM, SIGUSR1 or `max_walltime_minutes`: state saved, run the same command again
     130         Ctrl-C (SIGINT): state saved; or Ctrl-C twice: stopped at once, with what the last checkpoint holds

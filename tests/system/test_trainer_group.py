@@ -82,7 +82,7 @@ def test_without_an_address_a_cluster_is_started_whatever_runs_already():
     program = """
         import ray
         from megatron_fipo.trainer.cluster import ray_cluster
-        with ray_cluster(None, workers=1, weights_mb=1):
+        with ray_cluster(None, workers=1):
             print(ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"])
     """
     running = ray.get_runtime_context().gcs_address
