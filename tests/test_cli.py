@@ -165,3 +165,10 @@ def test_config_prints_every_setting(capsys):
     assert "half_life: 32.0" in capsys.readouterr().out
     assert cli.main(["config", "sft"]) == 0
     assert "tokens_per_step:" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m megatron_fipo.cli convert to-megatron {ROOT}/examples/qwen2.5-32b --dry-run | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("qwen2: 64 layers")
+    assert done.stderr == ""
