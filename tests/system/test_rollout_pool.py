@@ -284,7 +284,7 @@ def test_an_engine_that_did_not_take_its_weights_is_started_again(pool):
     pool.failed(1, "did not take the weights")
     assert set(pool.loaded(wait=False)) == {0}
     pool.failed(1, "is said to have failed twice")
-    assert pool.take_counts() == PoolCounts(restarts=1)
+    assert pool.take_counts() == PoolCounts(restarts=1, deaths=1)
 
 
 class AsyncEngine(LocalEngine):
