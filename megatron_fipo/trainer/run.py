@@ -119,8 +119,17 @@ def report(run_dir: Path, console: Console) -> None:
 
 
 def summarise(run_dir: Path, console: Console) -> None:
-    """The table at the end of a run."""
-    evaluations = {record.iteration: record.values for record in read_metrics(run_dir) if record.kind == "evaluation"}
+    """What became of the sampled tokens, and the table of held-out accuracy, at the end of a run."""
+    records = read_metrics(run_dir)
+    iterations = [record.values for record in records if record.kind == "iteration"]
+    generated = sum(values["tokens/generated"] for values in iterations)
+    if generated:
+        used, filtered = (sum(values[f"tokens/{name}"] for values in iterations) / generated for name in ("used", "filtered"))
+        console.note(
+            f"of the sampled tokens {used:.1%} were trained on and {filtered:.1%} belonged to groups all right or all wrong; "
+            f"{iterations[-1]['rollout/unused_share']:.1%} of the informative responses went unused"
+        )
+    evaluations = {record.iteration: record.values for record in records if record.kind == "evaluation"}
     before, after = evaluations.get(0), evaluations.get(max(evaluations)) if evaluations else None
     console.summary(before, after, run_dir / "report.html", run_dir / "model")
 
