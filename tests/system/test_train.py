@@ -259,7 +259,7 @@ def test_evaluate_prints_accuracy_and_writes_every_response(tmp_path):
         ("parallel.data_parallel_size=512", "512"),
         ("rollout.max_prompt_length=4", "prompt"),
         ("data.source=jsonl", "data.train_path"),
-        ("rollout.engine=vllm", "vllm"),
+        ("rollout.engine_tensor_parallel_size=2", "rollout.engine=vllm"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, override, words):
