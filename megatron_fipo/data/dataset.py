@@ -49,6 +49,16 @@ class Dataset:
             self.position = end
         return taken
 
+    def put_back(self, count: int) -> None:
+        """Undo the last `count` problems taken: the next `take` gives them again."""
+        epoch, position = divmod(self.epoch * len(self.problems) + self.position - count, len(self.problems))
+        if count < 0 or epoch < 0:
+            raise ValueError(f"{count} problems cannot be put back after {self.epoch} epochs and {self.position} problems")
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._order = self._shuffled()
+        self.position = position
+
     def state(self) -> dict[str, Any]:
         """Where the order stands, as JSON-able values: epoch and position, and what they are a position in."""
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "fingerprint": self._fingerprint}

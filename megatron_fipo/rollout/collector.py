@@ -129,8 +129,6 @@ class Collector:
         """The first serial started after the last `take`."""
         self._base = 0
         """The first serial behind those of the last `take`: where a collection begins and, with drop, may be wound back to."""
-        self._places: dict[int, dict[str, Any]] = {0: dataset.state()}
-        """Where the dataset stood before the prompt of each serial, from `_base` on."""
         self._filtered: dict[int, tuple[str, int]] = {}
         """Why each group from `_base` on was left out (a field of `counts`), and its tokens."""
         self._update_version = 0
@@ -228,7 +226,6 @@ class Collector:
             "serial": self._serial,
             "first_serial": self._first_serial,
             "base": self._base,
-            "places": {str(serial): place for serial, place in self._places.items()},
             "filtered": {str(serial): list(why) for serial, why in self._filtered.items()},
             "informative": self._informative,
             "informative_dropped": self._informative_dropped,
@@ -242,7 +239,6 @@ class Collector:
             raise RuntimeError("load_state() needs pause() first")
         self._dataset.load_state(state["dataset"])
         self._serial, self._first_serial, self._base = state["serial"], state["first_serial"], state["base"]
-        self._places = {int(serial): place for serial, place in state["places"].items()}
         self._filtered = {int(serial): (why, tokens) for serial, (why, tokens) in state["filtered"].items()}
         self._informative, self._informative_dropped = state["informative"], state["informative_dropped"]
         self.counts = CollectCounts(**state["counts"])
@@ -262,7 +258,6 @@ class Collector:
 
     def _refill(self) -> None:
         while self._may_start():
-            self._places[self._serial] = self._dataset.state()
             problem = self._dataset.take(1)[0]
             group = PromptGroup(self._serial, problem, self._new_responses())
             self._unfinished[group.serial] = group
@@ -336,7 +331,7 @@ class Collector:
             self.counts.leave_out(why, tokens, -1)
             self.counts.dropped_tokens += tokens
         if serial < self._serial:
-            self._dataset.load_state(self._places[serial])
+            self._dataset.put_back(self._serial - serial)
             self.counts.prompts -= self._serial - serial
             self._serial = serial
             self._first_serial = min(self._first_serial, serial)
@@ -353,8 +348,6 @@ class Collector:
     def _begin_at(self, serial: int) -> None:
         """A collection begins: nothing before `serial` will be wound back."""
         self._base = serial
-        self._places[self._serial] = self._dataset.state()
-        self._places = {later: place for later, place in self._places.items() if later >= serial}
         self._filtered = {later: why for later, why in self._filtered.items() if later >= serial}
 
     def _drop_stale(self, version: int, groups: Iterable[PromptGroup]) -> None:

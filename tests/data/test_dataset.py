@@ -63,3 +63,21 @@ def test_a_state_of_other_data_or_another_seed_is_refused():
 def test_no_problems_is_a_users_mistake():
     with pytest.raises(UserError, match="no problems"):
         Dataset([], seed=1)
+
+
+@given(size=st.integers(1, 9), before=st.integers(0, 40), count=st.integers(0, 40), after=st.integers(0, 20))
+def test_what_is_put_back_comes_again(size, before, count, after):
+    straight, undone = Dataset(problems(size), seed=7), Dataset(problems(size), seed=7)
+    straight.take(before)
+    undone.take(before)
+    undone.take(count)
+    undone.put_back(count)
+    assert names(undone.take(after)) == names(straight.take(after))
+
+
+@pytest.mark.parametrize("count", [-1, 8])
+def test_no_more_is_put_back_than_was_taken(count):
+    dataset = Dataset(problems(5), seed=1)
+    dataset.take(7)
+    with pytest.raises(ValueError, match="cannot be put back"):
+        dataset.put_back(count)
