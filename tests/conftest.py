@@ -1,12 +1,24 @@
 """One thread per process, set before torch starts any, so that `ranks.run_ranks` may fork."""
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
+import pytest
 import torch
 
 import megatron_fipo.model  # noqa: F401  (the CPU platform, before any test imports Megatron-Core)
 
 torch.set_num_threads(1)
+
+OWN_PROCESS = ("system", "vllm")
+"""Folders whose tests start threads or processes, so that no rank can be forked beside them."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Keep these folders out of a run over all tests; `pytest tests/system` asks for one by name."""
+    name = collection_path.name
+    apart = collection_path.parent == Path(__file__).parent and name in OWN_PROCESS
+    return True if apart and not any(name in str(argument) for argument in config.args) else None

@@ -14,11 +14,6 @@ import ray
 ROOT = Path(__file__).parents[2]
 
 
-def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Stay out of a run over all tests; `pytest tests/system` asks for this folder by name."""
-    return None if any("system" in str(argument) for argument in config.args) else True
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """One cluster per session; 6 logical CPUs and 2 logical GPUs, whatever the machine has."""

@@ -22,11 +22,6 @@ from tests.vllm.model import MAX_MODEL_LEN, save_model
 ROOT = Path(__file__).parents[2]
 
 
-def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Stay out of a run over all tests; `pytest tests/vllm` asks for this folder by name."""
-    return None if any("vllm" in str(argument) for argument in config.args) else True
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), seed=0)
