@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from megatron_fipo.checkpoint.name_map import stages_of
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.model.family import EMBEDDING_WEIGHT, Architecture, Family, Weight
+from megatron_fipo.model.family import Architecture, Family, Weight
 from megatron_fipo.model.vocab import padded_vocab_size
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -105,16 +106,11 @@ def stage_weights(family: Family, architecture: Architecture, parallel: Parallel
 
     A tied embedding is the output layer too, so the last stage holds it as well, as a copy of its own if it is not the first.
     """
-    layers = {layer for chunk in stage_layers(architecture.num_layers, parallel, index) for layer in chunk}
-    first, last = index == 0, index == parallel.pipeline_model_parallel_size - 1
-    embedding = first or (last and architecture.share_embeddings_and_output_weights)
-
-    def held(weight: Weight) -> bool:
-        if weight.layer is not None:
-            return weight.layer in layers
-        return embedding if weight.megatron == EMBEDDING_WEIGHT else last
-
-    return list(filter(held, family.weights(architecture)))
+    return [
+        weight
+        for weight in family.weights(architecture)
+        if any(stage.pipeline == index for stage in stages_of(weight, architecture, parallel))
+    ]
 
 
 def _stage(config: Config, family: Family, architecture: Architecture, index: int) -> Stage:
