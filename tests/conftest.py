@@ -13,8 +13,8 @@ import megatron_fipo.model  # noqa: F401  (the CPU platform, before any test imp
 
 torch.set_num_threads(1)
 
-OWN_PROCESS = ("system", "vllm")
-"""Folders whose tests start threads or processes, so that no rank can be forked beside them."""
+OWN_PROCESS = ("system", "vllm", "kernels")
+"""Folders whose tests start threads or processes, so that no rank can be forked beside them, or need Triton's interpreter."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

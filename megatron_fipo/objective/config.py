@@ -7,6 +7,8 @@ LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to ±20 before they are exponentiated; beyond, the gradient is 0."""
 NO_CLIP = (0.0, 10.0)
 """What `influence_clip=None` means: the authors' code still caps the weight at 10."""
+SAFE_INFLUENCE = (0.8, 1.0)
+"""Range of the influence weight where the safety rule holds."""
 
 
 @dataclass(frozen=True)
@@ -104,3 +106,10 @@ class PolicyObjective:
     def drops(self) -> bool:
         """Whether the drop rule is in force."""
         return self.name == "fipo" and self.settings.drop_dual_clipped
+
+    @property
+    def unit(self) -> str:
+        """What the denominator of the loss counts: kept_tokens, kept_sequences, or sequences (dropped ones too)."""
+        if self.name == "grpo":
+            return "kept_sequences"
+        return "kept_tokens" if self.settings.normalization == "token_mean" else "sequences"

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_fipo.objective.config import FIPOConfig, PolicyObjective
 from megatron_fipo.objective.future_kl import scan_future_kl
-from megatron_fipo.objective.policy_loss import PolicyRows, policy_loss
+from megatron_fipo.objective.policy_loss import policy_loss
+from megatron_fipo.objective.rows import PolicyRows
 from megatron_fipo.objective.scan_plan import ChunkTable, ScanPlan, build_scan_plan
 
 
@@ -37,16 +38,17 @@ class LossResult:
     """0-d tensors on the inputs' device; `docs/algorithm.md` lists them."""
 
 
-def future_kl(log_ratio: Tensor, response_mask: Tensor, half_life: float) -> Tensor:
+def future_kl(log_ratio: Tensor, response_mask: Tensor, half_life: float, kernels: str = "auto") -> Tensor:
     """F_t = Σ_{k≥t} γ^(k−t)·log_ratio_k·mask_k along the last axis, γ = 2^(−1/half_life): [B, L] → [B, L], no gradient.
 
     The log-ratio is taken as it is; `fipo_loss` also leaves out tokens beyond the dual clip. Distance counts positions, masked
-    ones included. Half precision is raised to float32. Raises ValueError for disagreeing shapes and dtypes.
+    ones included. Half precision is raised to float32. kernels: `auto` (Triton on a GPU), `triton`, `torch`. Raises ValueError for
+    disagreeing shapes and dtypes.
     """
     mask = _checked_mask(response_mask, {"log_ratio": log_ratio})
     values = torch.where(mask, _raised(log_ratio.detach()), 0.0).flatten()
     plan = _rectangle(*mask.shape, mask.device)
-    return scan_future_kl(values, values.new_empty(len(values), 0), plan, half_life)[0].view(mask.shape)
+    return scan_future_kl(values, values.new_empty(len(values), 0), plan, half_life, kernels=kernels)[0].view(mask.shape)
 
 
 def fipo_loss(
@@ -55,12 +57,14 @@ def fipo_loss(
     advantages: Tensor,
     response_mask: Tensor,
     config: FIPOConfig = FIPOConfig(),  # noqa: B008 (frozen)
+    kernels: str = "auto",
 ) -> LossResult:
     """The FIPO loss of a batch of whole sequences, averaged over its kept tokens.
 
     All inputs are [B, L]; `log_probs` carries the gradient; the mask (bool, integer or floating, 0 or 1) marks response
     tokens. float64 in gives float64 out; half precision is raised to float32. The batch counts as one micro-batch: to
     accumulate several without weighing them unequally, multiply each loss by its share `loss_mask.sum()` of all kept tokens.
+    kernels: `auto` (Triton on a GPU, else plain torch), `triton`, `torch`.
     Raises ValueError for disagreeing shapes and dtypes.
     """
     given = {"log_probs": log_probs, "old_log_probs": old_log_probs, "advantages": advantages}
@@ -75,7 +79,7 @@ def fipo_loss(
         plan=_rectangle(*mask.shape, mask.device),
         mask=mask.flatten(),
     )
-    result = policy_loss(new.flatten(), None, rows, PolicyObjective("fipo", config))
+    result = policy_loss(new.flatten(), None, rows, PolicyObjective("fipo", config), kernels=kernels)
     return LossResult(
         loss=result.loss_sum / result.normalizer.clamp(min=1),
         influence_weights=result.influence_weights.view(mask.shape),

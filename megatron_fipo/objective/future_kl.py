@@ -24,15 +24,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo.objective.kernel_choice import takes_triton
 from megatron_fipo.objective.scan_plan import BLOCK, Level, ScanPlan
 
-_LARGEST_RATE = 2000.0
+LARGEST_RATE = 2000.0
 """2^−2000 is 0 in float64, so a half life below 1/2000 is γ = 0 exactly; the bound keeps 0·rate from becoming 0·∞."""
 
 
 @torch.no_grad()
 def scan_future_kl(
-    x: Tensor, riders: Tensor, plan: ScanPlan, half_life: float, group: Optional[dist.ProcessGroup] = None
+    x: Tensor,
+    riders: Tensor,
+    plan: ScanPlan,
+    half_life: float,
+    group: Optional[dist.ProcessGroup] = None,
+    kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """FutureKL of every row, and sums of the riders over each whole sequence. No gradient flows through either.
 
@@ -42,10 +48,15 @@ def scan_future_kl(
 
     Collectives: one all-gather over `group` of [S, C + k] float64 per rank, with zigzag and two riders 32 bytes per
     sequence and rank, whatever the length. `group=None` means that this rank holds the sequences whole: same code, no
-    collective. Every rank of the group must call, also those without rows.
+    collective. Every rank of the group must call, also those without rows. kernels: `auto` (Triton on a GPU), `triton`, `torch`.
     """
-    rate = _decay_rate(half_life)
-    _check_scan(x, riders, plan, group)
+    rate = decay_rate(half_life)
+    _check_scan(x, riders, plan)
+    check_group(plan, group)
+    if takes_triton(kernels, x, (torch.float32, torch.float64)):
+        from megatron_fipo.objective.fused_loss import fused_scan
+
+        return fused_scan(x, riders, plan, rate, group)
     x64 = x.double()
 
     carry, aggregate = _carry_inside_segments(x64, plan.levels, rate)
@@ -53,7 +64,7 @@ def scan_future_kl(
     sums = riders.new_zeros(plan.num_sequences, riders.shape[1], dtype=torch.float64)
     sums.index_add_(0, plan.row_sequence, riders.double())
 
-    gathered = _all_gather(torch.cat([at_chunk_start, sums], dim=1), group)  # [cp, S, C + k]
+    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)  # [cp, S, C + k]
     aggregates, totals = gathered.split([plan.lead.shape[1], riders.shape[1]], dim=2)
     weights = _power(plan.distance, rate) * plan.follows
     behind_chunk = torch.einsum("rsq,rsqc->sc", aggregates, weights)  # F at the first position after each chunk
@@ -75,7 +86,7 @@ def _carry_inside_segments(x: Tensor, levels: tuple[Level, ...], rate: float) ->
     carry = grid @ _power(gap, rate).tril(-1)  # carry[:, k] = Σ_{j>k} γ^(j−k−1)·grid[:, j]
     aggregate = grid @ _power(place, rate)
     if above:
-        block_carry, aggregate = _carry_inside_segments(aggregate, above, min(rate * BLOCK, _LARGEST_RATE))
+        block_carry, aggregate = _carry_inside_segments(aggregate, above, min(rate * BLOCK, LARGEST_RATE))
         carry = carry + block_carry[:, None] * _power(BLOCK - 1 - place, rate)
     return carry.view(-1)[level.slot], aggregate
 
@@ -85,14 +96,14 @@ def _power(distance: Tensor, rate: float) -> Tensor:
     return torch.exp2(distance * -rate)
 
 
-def _decay_rate(half_life: float) -> float:
+def decay_rate(half_life: float) -> float:
     """−log2 γ."""
     if not half_life > 0:
         raise ValueError(f"half_life must be positive, not {half_life}")
-    return min(1.0 / half_life, _LARGEST_RATE)
+    return min(1.0 / half_life, LARGEST_RATE)
 
 
-def _all_gather(local: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
+def all_gather(local: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
     """[S, ...] on every rank → [cp, S, ...]. One all-gather, or none without a group."""
     if group is None:
         return local.unsqueeze(0)
@@ -101,11 +112,15 @@ def _all_gather(local: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
     return gathered.view(group.size(), *local.shape)
 
 
-def _check_scan(x: Tensor, riders: Tensor, plan: ScanPlan, group: Optional[dist.ProcessGroup]) -> None:
+def _check_scan(x: Tensor, riders: Tensor, plan: ScanPlan) -> None:
     if x.shape != (plan.num_rows,) or riders.ndim != 2 or riders.shape[0] != plan.num_rows:
         raise ValueError(f"x {list(x.shape)} and riders {list(riders.shape)} do not fit a plan of {plan.num_rows} rows")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64, not {x.dtype}")
+
+
+def check_group(plan: ScanPlan, group: Optional[dist.ProcessGroup]) -> None:
+    """ValueError unless the group has as many ranks as the plan was made for."""
     ranks = 1 if group is None else group.size()
     if ranks != plan.context_parallel_size:
         raise ValueError(f"the plan is for {plan.context_parallel_size} context-parallel ranks, but the group has {ranks}")

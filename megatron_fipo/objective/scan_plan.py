@@ -93,10 +93,20 @@ class ScanPlan:
     """float64 [cp, S, C, C]: 1 where that chunk lies behind this rank's chunk, else 0."""
     levels: tuple[Level, ...]
     """Blocks of rows, then blocks of blocks, until every segment is one block."""
+    slot_row: Tensor
+    """int32 [blocks · 128]: the row in each slot of the first level, −1 where there is none; what `levels[0].slot` is the inverse of."""
+    first_block: Tensor
+    """int32 [S·C + 1]: where the first-level blocks of each segment begin; each segment has at least one."""
+    block_segment: Tensor
+    """int32 [blocks]: segment of each first-level block."""
 
     @property
     def num_rows(self) -> int:
         return self.row_sequence.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.block_segment.shape[0]
 
     @property
     def num_sequences(self) -> int:
@@ -141,6 +151,9 @@ def build_scan_plan(
     width = np.maximum(span_end - span_start, 0)
     levels = _build_levels(segment, position - span_start[segment], width)
     _refuse_repeats(levels[0][0], sequence, position)
+    blocks = np.maximum(1, -(-width // BLOCK))
+    slot_row = np.full(blocks.sum() * BLOCK, -1)
+    slot_row[levels[0][0]] = np.arange(len(sequence))
 
     ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]
     follows = (ahead >= 0) & (table.length[:, :, :, None] > 0)
@@ -151,6 +164,9 @@ def build_scan_plan(
         "lead": np.where(width > 0, span_start - start, 0).reshape(first.shape).astype(np.float64),
         "distance": np.where(follows, ahead, 0).astype(np.float64),
         "follows": follows.astype(np.float64),
+        "slot_row": slot_row.astype(np.int32),
+        "first_block": np.append(0, np.cumsum(blocks)).astype(np.int32),
+        "block_segment": np.repeat(np.arange(len(blocks)), blocks).astype(np.int32),
     }
     return ScanPlan(
         **{name: torch.from_numpy(value).to(device) for name, value in tables.items()},

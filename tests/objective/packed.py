@@ -1,12 +1,14 @@
 """Cut responses into packed, context-parallel rows the way a packer would, for tests of the objective alone."""
 
+import importlib
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective import ChunkTable, PolicyRows, build_scan_plan
+from megatron_fipo.objective import ChunkTable, PolicyRows, build_scan_plan, scan_future_kl
 from tests.objective.oracle import Response
 
 
@@ -106,3 +108,43 @@ def random_responses(seed: int, lengths: Sequence[int], *, drift: float = 0.3, o
             )
         )
     return responses
+
+
+def scan_ranks(
+    table: ChunkTable, values: list[np.ndarray], masks: list[np.ndarray], half_life: float, kernels: str = "torch"
+) -> list[np.ndarray]:
+    """F of every sequence, one rank after the other in this process; NaN where there is no row.
+
+    A first round collects what each rank would send, a second hands all of it to each rank.
+    """
+    ranks = []
+    for rank in range(table.context_parallel_size):
+        sequence, position = local_rows(table, rank, masks)
+        x = torch.tensor([values[s][p] for s, p in zip(sequence, position, strict=True)], dtype=torch.float64)
+        ranks.append((build_scan_plan(table, rank, sequence, position), x, sequence, position))
+    sent: list[torch.Tensor] = []
+
+    def collect(local: torch.Tensor, group: None) -> torch.Tensor:
+        sent.append(local)
+        return local.expand(len(ranks), *local.shape)
+
+    result = [np.full(len(v), np.nan) for v in values]
+    gathering = importlib.import_module(f"megatron_fipo.objective.{'future_kl' if kernels == 'torch' else 'fused_loss'}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_fipo.objective.future_kl.check_group", lambda *_: None)
+        patch.setattr(gathering, "all_gather", collect)
+        for plan, x, _, _ in ranks:
+            scan_future_kl(x, x.new_ones(len(x), 1), plan, half_life, kernels=kernels)
+        patch.setattr(gathering, "all_gather", lambda local, group: torch.stack(sent))
+        for plan, x, sequence, position in ranks:
+            future_kl, totals = scan_future_kl(x, x.new_ones(len(x), 1), plan, half_life, kernels=kernels)
+            assert totals[:, 0].tolist() == [mask.sum() for mask in masks]
+            for s, p, f in zip(sequence, position, future_kl.tolist(), strict=True):
+                result[s][p] = f
+    return result
+
+
+def random_case(seed: int, lengths: list[int], share: float = 0.7) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    random = np.random.default_rng(seed)
+    masks = [random.random(n) < share for n in lengths]
+    return [np.where(m, random.standard_normal(len(m)), 0.0) for m in masks], masks

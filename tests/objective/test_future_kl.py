@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.objective import ChunkTable, build_scan_plan, scan_future_kl
-from megatron_fipo.objective import future_kl as module
 from tests.objective.oracle import future_kl_by_definition
-from tests.objective.packed import contiguous, local_rows, scattered, zigzag
+from tests.objective.packed import contiguous, random_case, scan_ranks, scattered, zigzag
 
 HALF_LIVES = st.sampled_from([1e-300, 1e-3, 0.5, 8.0, 32.0, 4096.0, math.inf])
 LENGTHS = st.lists(st.integers(0, 400), min_size=1, max_size=5)
@@ -19,43 +18,6 @@ LENGTHS = st.lists(st.integers(0, 400), min_size=1, max_size=5)
 
 def whole(lengths: list[int]) -> ChunkTable:
     return ChunkTable(np.zeros((1, len(lengths), 1), dtype=np.int64), np.array(lengths).reshape(1, -1, 1))
-
-
-def scan_ranks(table: ChunkTable, values: list[np.ndarray], masks: list[np.ndarray], half_life: float) -> list[np.ndarray]:
-    """F of every sequence, one rank after the other in this process; NaN where there is no row.
-
-    A first round collects what each rank would send, a second hands all of it to each rank.
-    """
-    ranks = []
-    for rank in range(table.context_parallel_size):
-        sequence, position = local_rows(table, rank, masks)
-        x = torch.tensor([values[s][p] for s, p in zip(sequence, position, strict=True)], dtype=torch.float64)
-        ranks.append((build_scan_plan(table, rank, sequence, position), x, sequence, position))
-    sent: list[torch.Tensor] = []
-
-    def collect(local: torch.Tensor, group: None) -> torch.Tensor:
-        sent.append(local)
-        return local.expand(len(ranks), *local.shape)
-
-    result = [np.full(len(v), np.nan) for v in values]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_check_scan", lambda *_: None)
-        patch.setattr(module, "_all_gather", collect)
-        for plan, x, _, _ in ranks:
-            scan_future_kl(x, x.new_ones(len(x), 1), plan, half_life)
-        patch.setattr(module, "_all_gather", lambda local, group: torch.stack(sent))
-        for plan, x, sequence, position in ranks:
-            future_kl, totals = scan_future_kl(x, x.new_ones(len(x), 1), plan, half_life)
-            assert totals[:, 0].tolist() == [mask.sum() for mask in masks]
-            for s, p, f in zip(sequence, position, future_kl.tolist(), strict=True):
-                result[s][p] = f
-    return result
-
-
-def random_case(seed: int, lengths: list[int], share: float = 0.7) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    random = np.random.default_rng(seed)
-    masks = [random.random(n) < share for n in lengths]
-    return [np.where(m, random.standard_normal(len(m)), 0.0) for m in masks], masks
 
 
 @settings(max_examples=60, deadline=None)

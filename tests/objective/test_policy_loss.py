@@ -57,7 +57,9 @@ def plant_dual_clipped(response: Response, advantage: float, tokens: list[int]) 
         response.log_probs.copy_(response.old_log_probs + delta)
 
 
-def mini_batch(rank: int, world_size: int, members: list[Response], objective, micro_batches, layout=zigzag):
+def mini_batch(
+    rank: int, world_size: int, members: list[Response], objective, micro_batches, layout=zigzag, kernels="torch"
+):
     """What one rank does in a mini-step: loss sums and normalizers over micro-batches, one division, one backward."""
     group = dist.group.WORLD if world_size > 1 else None
     losses: list[PolicyLoss] = []
@@ -74,7 +76,7 @@ def mini_batch(rank: int, world_size: int, members: list[Response], objective, m
         )
         if not objective.kl_coefficient:
             rows = replace(rows, reference_log_probs=None)
-        losses.append(policy_loss(log_probs, entropy, rows, objective, group))
+        losses.append(policy_loss(log_probs, entropy, rows, objective, group, kernels))
         inputs.append((log_probs, [(members_of_batch[s], t) for s, t in origin]))
     totals = torch.stack([torch.stack([loss.loss_sum.detach(), loss.normalizer]) for loss in losses]).sum(0)
     if group is not None:
@@ -168,7 +170,7 @@ def test_the_grid_exercises_the_rules(expected) -> None:
     assert np.ptp(losses) > 1e-3
 
 
-def _count_collectives(rank: int, world_size: int, length: int, correction: str) -> list[tuple[str, int]]:
+def count_collectives(rank: int, world_size: int, length: int, correction: str, kernels: str = "torch") -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
 
     def counted(name, function):
@@ -188,7 +190,7 @@ def _count_collectives(rank: int, world_size: int, length: int, correction: str)
         for name in names:
             if callable(getattr(dist, name)):
                 patch.setattr(dist, name, counted(name, getattr(dist, name)))
-        policy_loss(log_probs, None, rows, PolicyObjective(correction=correction), dist.group.WORLD).loss_sum.backward()
+        policy_loss(log_probs, None, rows, PolicyObjective(correction=correction), dist.group.WORLD, kernels).loss_sum.backward()
     return calls
 
 
@@ -196,7 +198,7 @@ def _count_collectives(rank: int, world_size: int, length: int, correction: str)
 def test_one_all_gather_of_constant_size(cp, correction) -> None:
     """Forward and backward of a micro-batch of three sequences: one all-gather of 32 bytes per sequence, at any length."""
     for length in (16, 1600):
-        for calls in run_ranks(cp, _count_collectives, length, correction):
+        for calls in run_ranks(cp, count_collectives, length, correction):
             assert calls == [("all_gather_into_tensor", 3 * 32)]
 
 

@@ -1,0 +1,62 @@
+"""Whether Triton's kernels or plain torch compute. Both give the same numbers; the choice is made per call, from the tensors."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+KERNELS = ("auto", "torch", "triton")
+OLDEST_CAPABILITY = (8, 0)
+"""Triton supports no older GPU."""
+
+
+def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether Triton computes on `tensor`: with `auto` where it can on a GPU, with `triton` always, with `torch` never.
+
+    ValueError, with the reason, where `triton` is asked for and cannot be: no Triton, another dtype than `dtypes`, a GPU that is
+    too old, or a CPU tensor outside Triton's interpreter (TRITON_INTERPRET=1, for tests).
+    """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
+    if kernels == "torch" or (kernels == "auto" and not tensor.is_cuda):
+        return False
+    reason = _obstacle(tensor.device) or (None if tensor.dtype in dtypes else f"its kernels do not take {tensor.dtype}")
+    if kernels == "triton" and reason:
+        raise ValueError(f"kernels is triton, but {reason}; use auto or torch")
+    return reason is None
+
+
+def describe_kernels(kernels: str, device: torch.device) -> str:
+    """What computes head and loss on `device`, for the log: "Triton 3.6.0", or "plain torch" with the reason if it is not the choice."""
+    reason = _obstacle(device)
+    if kernels != "torch" and reason is None:
+        import triton
+
+        return f"Triton {triton.__version__}"
+    if kernels == "torch" or device.type != "cuda":
+        return "plain torch"
+    return f"plain torch, the same numbers more slowly: {reason}"
+
+
+def _obstacle(device: torch.device) -> Optional[str]:
+    """Why Triton cannot run on `device`, or None."""
+    if not _has_triton():
+        return "Triton is not installed (pip install triton)"
+    if device.type != "cuda":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else f"the tensors are on {device.type}"
+    if _capability(device) < OLDEST_CAPABILITY:
+        return f"this GPU has compute capability {_capability(device)} and Triton needs {OLDEST_CAPABILITY}"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
