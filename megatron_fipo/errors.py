@@ -12,6 +12,12 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop, to be put into a sentence; without a message, the error's type."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what goes wrong with the disk while `path` is written into a `UserError`."""

@@ -291,7 +291,3 @@ class _Meter:
         with self._lock:
             self.done += count
             self.progress(self.what, self.done, self.total)
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """For callers that show nothing."""

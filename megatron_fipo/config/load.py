@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from megatron_fipo.config.schema import Config
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, first_line
 
 Schema = TypeVar("Schema")
 
@@ -170,5 +170,5 @@ def _choice_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, str, tu
 
 def _explain(error: Any, source: str) -> str:
     """OmegaConf's message is its first line; the lines after it repeat the key and internals."""
-    reason = str(error).splitlines()[0].rstrip(".")
+    reason = first_line(error)
     return f"{source}: {error.full_key}: {reason}" if getattr(error, "full_key", None) else f"{source}: {reason}"

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.data.problem import Problem
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of the three
         fault = f"cannot be read from row {number} on" if number else "is not a readable parquet file"
-        raise UserError(f"{path} {fault} ({str(error).splitlines()[0]}); check data.source and the file") from error
+        raise UserError(f"{path} {fault} ({first_line(error)}); check data.source and the file") from error
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -130,7 +130,7 @@ class Collector:
         self._base = 0
         """The first serial behind those of the last `take`: where a collection begins and, with drop, may be wound back to."""
         self._filtered: dict[int, tuple[str, int]] = {}
-        """Why each group from `_base` on was left out (a field of `counts`), and its tokens."""
+        """Why each group from `_base` on was left out (a field of `counts`), and its tokens. Only unfinished=drop looks at it."""
         self._update_version = 0
         """The weight version that the next `take` is for: that of the last `resume`, or after a `take` the one behind it."""
         self._informative = 0

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
-from megatron_fipo.errors import UserError, writing
+from megatron_fipo.errors import UserError, first_line, writing
 from megatron_fipo.rollout.collector import CollectCounts, Collected
 from megatron_fipo.rollout.groups import Group
 
@@ -164,8 +164,9 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of the three
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
             raise UserError(f"cannot read {path} ({os.strerror(error.errno)}); check the folder and its permissions") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable dump ({reason}); it is damaged: dump it again or leave it out") from error
+        raise UserError(
+            f"{path} is not a readable dump ({first_line(error)}); it is damaged: dump it again or leave it out"
+        ) from error
 
 
 def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:

@@ -7,7 +7,6 @@ a prompt is computed once for all of its responses, and each response draws from
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,11 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.rollout.model_folder import load_model
+from megatron_fipo.rollout.protocol import NO_WEIGHTS, Generation, GenerationRequest, SamplingParams
 from megatron_fipo.rollout.weight_sync import tensor_checksum
-
-NO_WEIGHTS = -1
-"""The version of an engine that has no weights yet."""
 
 
 @dataclass
@@ -57,7 +54,7 @@ class LocalEngine:
         """
         self._model_path = model_path
         self._dtype = dtype
-        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        self._trust_remote_code = trust_remote_code
         self._load_weights = load_weights
         self._model: Any = None
         self._end_ids: frozenset[int] = frozenset()
@@ -72,7 +69,7 @@ class LocalEngine:
         with self._using_model:
             if self._model is None:
                 torch.set_num_threads(1)
-                model, self._end_ids = self._load()
+                model, self._end_ids = load_model(self._model_path, self._dtype, self._trust_remote_code, self._load_weights)
                 self._device = "cuda" if torch.cuda.is_available() else "cpu"
                 self._model = model.eval().requires_grad_(False).to(self._device)
                 self._version = 0 if self._load_weights else NO_WEIGHTS
@@ -80,40 +77,6 @@ class LocalEngine:
     def ping(self) -> int:
         """The version served; -1 before there are weights."""
         return self._version
-
-    def _load(self) -> tuple[Any, frozenset[int]]:
-        """Model and end-of-sequence tokens."""
-        path = self._model_path
-        if not Path(path, "config.json").is_file():
-            raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-        from transformers.initialization import no_init_weights
-
-        dtype = getattr(torch, self._dtype)
-        try:
-            config = AutoConfig.from_pretrained(path, **self._options)
-            if self._load_weights:
-                model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **self._options)
-            else:
-                with no_init_weights():
-                    model = AutoModelForCausalLM.from_config(
-                        config, dtype=dtype, trust_remote_code=self._options["trust_remote_code"]
-                    )
-                model.tie_weights()
-            tokenizer = AutoTokenizer.from_pretrained(path, **self._options)
-            has_own = Path(path, "generation_config.json").is_file()
-            defaults = GenerationConfig.from_pretrained(path, **self._options) if has_own else model.generation_config
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"the rollout engine can't load model.path {path}: {_first_line(error)}") from error
-        named = _end_of_sequence_ids(defaults.eos_token_id, tokenizer.eos_token_id)
-        # Some tokenizer classes invent an end token that the folder does not name: its id lies beyond the vocabulary.
-        end_ids = frozenset(token for token in named if token < model.config.get_text_config().vocab_size)
-        if not end_ids:
-            raise UserError(
-                f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set eos_token"
-            )
-        return model, end_ids
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -246,14 +209,10 @@ class LocalEngine:
             return checksums
 
     def sleep(self) -> None:
-        """Move the weights to the host."""
-        with self._using_model:
-            self._model.to("cpu")
-            torch.cuda.empty_cache()
+        """Nothing: only engines on vLLM share a GPU with the trainer."""
 
     def wake(self) -> None:
-        with self._using_model:
-            self._model.to(self._device)
+        """Nothing, as `sleep`."""
 
     def _held(self) -> dict[str, Tensor]:
         """Every weight by its Hugging Face name; tied ones under each of their names."""
@@ -281,15 +240,3 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) ->
         ranks = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
         tokens = (ranks if order is None else order.gather(-1, ranks)).squeeze(-1)
     return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def _end_of_sequence_ids(*sources: int | list[int] | None) -> set[int]:
-    ids: set[int] = set()
-    for source in sources:
-        if source is not None:
-            ids.update([source] if isinstance(source, int) else source)
-    return ids
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,6 +11,8 @@ import torch
 
 RAY_LOGS = "/tmp/ray/session_latest/logs"
 """Where Ray keeps what its processes print, unless its temporary folder was moved."""
+NO_WEIGHTS = -1
+"""The version of an engine that has no weights yet."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class RolloutEngine(Protocol):
         (`weight_sync.tensor_checksum`), else {}."""
 
     def sleep(self) -> None:
-        """Give device memory back (weights and KV cache) until `wake`; weights have to come anew then. Nothing to do on a CPU."""
+        """Give device memory back (weights and KV cache) until `wake`; weights have to come anew then.
+
+        Nothing to do where no GPU is shared with the trainer.
+        """
 
     def wake(self) -> None: ...

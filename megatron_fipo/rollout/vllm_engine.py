@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout.local import NO_WEIGHTS
-from megatron_fipo.rollout.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.rollout.protocol import NO_WEIGHTS, RAY_LOGS, Generation, GenerationRequest, SamplingParams
 from megatron_fipo.rollout.shared_bucket import description, in_shared_memory
 from megatron_fipo.rollout.vllm_start import (
     ModelFacts,

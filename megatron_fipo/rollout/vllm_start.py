@@ -7,13 +7,13 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.rollout.model_folder import load_model
 
 SUPPORTED_VLLM = ">=0.32,<0.33"
 """Versions whose weight-transfer interface this package is written against. pyproject.toml asks for the same."""
@@ -104,34 +104,12 @@ def check_vllm() -> None:
 
 
 def read_model(settings: Settings) -> ModelFacts:
-    """Read config, tokenizer and generation config, and build the model without memory for its names and shapes.
-
-    UserError where the folder is unreadable, of an architecture that `transformers` does not know, or names no end of sequence.
-    """
-    path = settings.model_path
-    if not Path(path, "config.json").is_file():
-        raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
+    """What `load_model` finds, and the names and shapes of its weights, without memory for them. Errors as `load_model`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
-    dtype = getattr(torch, settings.dtype)
-    try:
-        config = AutoConfig.from_pretrained(path, **options)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        has_own = Path(path, "generation_config.json").is_file()
-        defaults = GenerationConfig.from_pretrained(path, **options) if has_own else model.generation_config
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"the rollout engine can't read model.path {path}: {reason(error)}") from error
-    text = config.get_text_config()
-    named = (defaults.eos_token_id, tokenizer.eos_token_id)
-    ids = {token for source in named if source is not None for token in ([source] if isinstance(source, int) else source)}
-    # Some tokenizer classes invent an end token that the folder does not name: its id lies beyond the vocabulary.
-    end_ids = frozenset(token for token in ids if token < text.vocab_size)
-    if not end_ids:
-        raise UserError(f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set eos_token")
+    with torch.device("meta"):
+        model, end_ids = load_model(settings.model_path, settings.dtype, settings.trust_remote_code, load_weights=False)
+    text = model.config.get_text_config()
     tensors = model.state_dict(keep_vars=True)
     return ModelFacts(
         weights={name: Weight(tuple(tensor.shape), str(tensor.dtype), id(tensor)) for name, tensor in tensors.items()},
@@ -141,7 +119,7 @@ def read_model(settings: Settings) -> ModelFacts:
         attention_heads=text.num_attention_heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        element_bytes=dtype.itemsize,
+        element_bytes=getattr(torch, settings.dtype).itemsize,
     )
 
 
@@ -234,9 +212,8 @@ def engine_arguments(settings: Settings, gpu: bool) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message that says something; pydantic puts a count of errors in front."""
+    """What an error of vLLM's says, in a line; pydantic puts a count of errors in front."""
     details = getattr(error, "errors", None)
     if callable(details):
         return "; ".join(str(detail["msg"]) for detail in details())
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.rollout.placement import node_by_node, reserve
 from megatron_fipo.rollout.protocol import RAY_LOGS
 
@@ -88,15 +88,11 @@ class TrainerGroup:
 def _describe(rank: int, method: str, error: ray.exceptions.RayError) -> TrainerLostError:
     if not isinstance(error, ray.exceptions.RayTaskError):
         return TrainerLostError(
-            f"trainer rank {rank} died in {method} ({_first_line(error)}; see {RAY_LOGS}); run the same command to go on from the last "
+            f"trainer rank {rank} died in {method} ({first_line(error)}; see {RAY_LOGS}); run the same command to go on from the last "
             "checkpoint"
         )
     cause = error.cause
     if isinstance(cause, UserError):
         return TrainerLostError(str(cause))
     _logger.error("%s", error)  # the rank's traceback, which the sentence would hide
-    return TrainerLostError(f"trainer rank {rank} failed in {method}: {type(cause).__name__}: {_first_line(cause)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "").rstrip(".")
+    return TrainerLostError(f"trainer rank {rank} failed in {method}: {type(cause).__name__}: {first_line(cause)}")

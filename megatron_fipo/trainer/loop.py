@@ -6,7 +6,6 @@ It runs in the driver and holds no tensor: ranks and engines are Ray actors behi
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from megatron_fipo.reward.score import Scorer
 from megatron_fipo.rollout.collector import Collected
 from megatron_fipo.rollout.dump import write_dump
 from megatron_fipo.rollout.groups import Group
+from megatron_fipo.trainer.clock import clock
 from megatron_fipo.trainer.console import Console
 from megatron_fipo.trainer.evaluation import evaluate
 from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.iteration import IterationBatch, plan_iteration
 from megatron_fipo.trainer.iteration_values import over_mini_steps, rollout_values
 from megatron_fipo.trainer.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
-from megatron_fipo.trainer.rollouts import Interrupted, LiveRollouts, ReplayRollouts
+from megatron_fipo.trainer.rollouts import Interrupted, LiveRollouts, Rollouts
 from megatron_fipo.trainer.saving import CheckpointSaver
 from megatron_fipo.trainer.state import LoopState, RunDirectory
 from megatron_fipo.trainer.stop import Stop
@@ -40,7 +40,7 @@ class Parts:
     """What the loop works with; `run.py` puts it together."""
 
     trainer: TrainerGroup
-    rollouts: LiveRollouts | ReplayRollouts
+    rollouts: Rollouts
     held_out: list[Problem]
     """Empty where nothing is to be evaluated."""
     scorer: Scorer
@@ -95,7 +95,7 @@ class Loop:
         start = time.perf_counter()
 
         parts.console.phase("rollout")
-        with _clock(seconds, "rollout"):
+        with clock(seconds, "rollout"):
             collected = parts.rollouts.groups(state.iteration + 1, state.weight_version)
             set_advantages(collected.groups)
         batch = plan_iteration(collected.groups, config, parts.pad_token_id)
@@ -111,9 +111,9 @@ class Loop:
         state.weight_version += 1
         try:
             self.saver.finish_if_written()
-            with _clock(seconds, "rollout_wait"):
+            with clock(seconds, "rollout_wait"):
                 parts.rollouts.after_update()
-            with _clock(seconds, "weight_sync"):
+            with clock(seconds, "weight_sync"):
                 parts.rollouts.push_weights(state.weight_version)
         finally:  # the iteration is complete, whatever becomes of the engines
             seconds["total"] = time.perf_counter() - start
@@ -283,10 +283,3 @@ def _samples_to_show(batch: IterationBatch) -> list[int]:
     right = [index for index in members if batch.trajectories[index].accuracy > 0]
     wrong = [index for index in members if batch.trajectories[index].accuracy <= 0]
     return right[:1] + wrong[:1]
-
-
-@contextmanager
-def _clock(seconds: dict[str, float], name: str):
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_fipo.config import TrackingConfig
+from megatron_fipo.errors import first_line
 from megatron_fipo.trainer.metrics_log import Kind
 
 WANDB_RUN_ID_FILE = "wandb_run_id"
@@ -72,7 +73,7 @@ class Trackers:
 
     def _lose(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
-        self._say(f"{name} does not work ({_first_line(error)}); training goes on without it, metrics.jsonl has everything")
+        self._say(f"{name} does not work ({first_line(error)}); training goes on without it, metrics.jsonl has everything")
 
 
 class _Wandb:
@@ -105,7 +106,7 @@ class _Wandb:
         except wandb.errors.CommError as error:
             if not online:
                 raise
-            say(f"wandb can't be reached ({_first_line(error)}), so this run is recorded offline; upload it with `wandb sync`")
+            say(f"wandb can't be reached ({first_line(error)}), so this run is recorded offline; upload it with `wandb sync`")
             self._run = start(online=False)
         id_file.write_text(self._run.id + "\n")
         # Its own axis, not wandb's step counter: that refuses steps that a resumed run logs a second time.
@@ -136,7 +137,3 @@ class _TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

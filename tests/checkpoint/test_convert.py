@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.checkpoint import hf_writer, megatron_checkpoint, moves
-from megatron_fipo.checkpoint.convert import no_progress, to_hf, to_megatron
+from megatron_fipo.checkpoint.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
 from megatron_fipo.checkpoint.hf_writer import copy_companions
 from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
@@ -27,6 +27,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.build import build_model
 from megatron_fipo.trainer.policy import Policy
+from tests.checkpoint.conftest import no_progress
 from tests.checkpoint.test_convert_errors import change
 from tests.distributed.tiny import settings, write_model
 from tests.model import reference

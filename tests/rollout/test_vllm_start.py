@@ -91,15 +91,16 @@ def test_a_model_that_does_not(settings, model, gpu_bytes, sentence):
         check_model(replace(SETTINGS, **settings), replace(QWEN_32B, **model), gpu_bytes)
 
 
-def test_what_a_folder_says(tmp_path):
-    settings = replace(SETTINGS, model_path=str(save_model(tmp_path)), dtype="float32")
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_folder_says(tmp_path, tied):
+    settings = replace(SETTINGS, model_path=str(save_model(tmp_path, tied=tied)), dtype="float32")
     model = read_model(settings)
     assert (model.layers, model.attention_heads, model.key_value_heads, model.head_size) == (2, 4, 2, 8)
     assert model.end_ids == {END}
     head, embedding = model.weights["lm_head.weight"], model.weights["model.embed_tokens.weight"]
-    assert head == embedding, "tied weights share storage"
+    assert (head == embedding) is tied, "tied weights share storage"
     assert embedding.shape == (32, 32)
-    assert len({weight.storage for weight in model.weights.values()}) == len(model.weights) - 1
+    assert len({weight.storage for weight in model.weights.values()}) == len(model.weights) - tied
     assert model.weight_bytes == sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
 
 

@@ -12,7 +12,6 @@ held before converting beside it; the highest of the runs.
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -21,6 +20,8 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+
+from machine import describe_machine, resident
 
 ROUNDS = 3
 HIDDEN, VOCABULARY = 1536, 151_936
@@ -50,7 +51,7 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
         return {"seconds": time.perf_counter() - start, "cpu": _cpu(resource.RUSAGE_CHILDREN)}
     from megatron_fipo.checkpoint import convert
 
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     marks: dict[str, tuple[float, float]] = {}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -62,26 +63,13 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
     getattr(convert, method)(source, target, "keep", progress)
     seconds, cpu = time.perf_counter() - start, _cpu(resource.RUSAGE_SELF) - cpu
     phases = {what: end - begun for what, (begun, end) in marks.items()}
-    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": _resident("VmHWM"), **phases}
+    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": resident("VmHWM"), **phases}
 
 
 def _cpu(who: int) -> float:
     """Seconds of processor time, of all threads, in user and system mode."""
     usage = resource.getrusage(who)
     return usage.ru_utime + usage.ru_stime
-
-
-def _resident(field: str) -> int:
-    """A size from /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def _machine() -> str:
-    import torch
-
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?")
-    return f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
 
 
 def _measure_all(folder: Path) -> dict[str, dict[str, float]]:
@@ -138,7 +126,7 @@ def main() -> None:
         write_random_model(folder / "config", folder / "hf", seed=1, dtype=torch.bfloat16)
         size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
         largest = 2 * VOCABULARY * HIDDEN
-        print(f"{date.today()}, {_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n")
+        print(f"{date.today()}, {describe_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n")
         found = _measure_all(folder)
         print("| | time / cp, synced | time | rate | CPU time | of which | peak memory |\n|---|---|---|---|---|---|---|")
         reference = found["cp, synced"]["seconds"]

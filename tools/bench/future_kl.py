@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from machine import describe_machine, resident
 from torch import Tensor
 
 BATCH, HALF_LIFE = 8, 32.0
@@ -77,10 +77,10 @@ def measure(method: str, length: int) -> dict[str, float]:
         from megatron_fipo.objective.dense import _rectangle
 
         _rectangle(BATCH, length, log_ratio.device)  # index tables belong to packing, not to the step
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     result = function(log_ratio, mask)
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     error = (result.detach() - serial_loop(log_ratio.double(), mask.double())).abs().max().item() if length <= 20_480 else 0.0
     del result
     best = math.inf
@@ -89,12 +89,6 @@ def measure(method: str, length: int) -> dict[str, float]:
         function(log_ratio, mask)
         best = min(best, time.perf_counter() - start)
     return {"seconds": best, "bytes": peak, "error": error}
-
-
-def _resident(field: str) -> int:
-    """A size from /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def exponent(times: dict[int, float]) -> float:
@@ -135,11 +129,6 @@ def communication(cp: int, length: int) -> list[int]:
     return queue.get()
 
 
-def _machine() -> str:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?")
-    return f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "LENGTH"), help="one measurement, as JSON")
@@ -147,7 +136,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure[0], int(arguments.measure[1]))))
         return
-    print(f"{date.today()}, {_machine()}, one thread, B = {BATCH}, half life {HALF_LIFE:.0f}, float32\n")
+    print(f"{date.today()}, {describe_machine()}, one thread, B = {BATCH}, half life {HALF_LIFE:.0f}, float32\n")
     print(
         "| L | quadratic / scan time | quadratic / scan memory | serial / scan time | scan | scan memory | serial | quadratic |"
     )

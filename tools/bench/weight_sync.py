@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import platform
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch
+from machine import describe_machine
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -231,14 +231,6 @@ def _start(engine_class: Any, folder: Path, **arguments: Any) -> tuple[float, fl
     return process - start, end - process
 
 
-def _machine() -> str:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?")
-    return (
-        f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {platform.system()}, "
-        f"torch {torch.__version__}, Ray {ray.__version__}"
-    )
-
-
 @contextmanager
 def cluster() -> Iterator[None]:
     """As a run on one machine makes it."""
@@ -263,7 +255,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, cluster():
         folder = write_model(Path(scratch))
         for name in [only] if only else TABLES:
-            print(f"{date.today()}, {_machine()}\n", *TABLES[name](folder), sep="\n", end="\n\n", flush=True)
+            machine = f"{describe_machine()}, load {os.getloadavg()[0]:.1f}, Ray {ray.__version__}"
+            print(f"{date.today()}, {machine}\n", *TABLES[name](folder), sep="\n", end="\n\n", flush=True)
 
 
 TABLES = {"pushes": measure_pushes, "starts": measure_starts}
