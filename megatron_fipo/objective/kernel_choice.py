@@ -10,7 +10,7 @@ from torch import Tensor
 
 KERNELS = ("auto", "torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
-"""Triton supports no older GPU."""
+"""Compute capability of the oldest GPU that Triton supports (Ampere)."""
 
 
 def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -48,7 +48,8 @@ def _obstacle(device: torch.device) -> Optional[str]:
     if device.type != "cuda":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else f"the tensors are on {device.type}"
     if _capability(device) < OLDEST_CAPABILITY:
-        return f"this GPU has compute capability {_capability(device)} and Triton needs {OLDEST_CAPABILITY}"
+        found, needed = (".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY))
+        return f"this GPU has compute capability {found} and Triton needs {needed}"
     return None
 
 

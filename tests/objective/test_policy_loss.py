@@ -57,9 +57,7 @@ def plant_dual_clipped(response: Response, advantage: float, tokens: list[int]) 
         response.log_probs.copy_(response.old_log_probs + delta)
 
 
-def mini_batch(
-    rank: int, world_size: int, members: list[Response], objective, micro_batches, layout=zigzag, kernels="torch"
-):
+def mini_batch(rank: int, world_size: int, members: list[Response], objective, micro_batches, layout=zigzag, kernels="torch"):
     """What one rank does in a mini-step: loss sums and normalizers over micro-batches, one division, one backward."""
     group = dist.group.WORLD if world_size > 1 else None
     losses: list[PolicyLoss] = []
