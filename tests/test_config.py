@@ -22,6 +22,7 @@ from megatron_fipo.config import (
 from megatron_fipo.config import validate as validate_function
 from megatron_fipo.config.describe import describe, field_docs
 from megatron_fipo.config.load import leaves
+from megatron_fipo.config.precision import Accelerators
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.families import read_architecture
 from megatron_fipo.model.family import Architecture
@@ -43,6 +44,8 @@ ARCHITECTURE = Architecture(
 )
 VALID = [*REQUIRED, "data.source=countdown", "reward.name=countdown"]
 VALID += ["rollout.max_prompt_length=16", "rollout.max_response_length=128", "reward.overlong_buffer=32"]
+H100 = Accelerators(capability=(9, 0), cuda="13.0", transformer_engine="2.9.0")
+FP8_WEIGHTS = "model.fp8=hybrid model.fp8_param_gather=true"
 
 
 def schemas(root: type) -> list[type]:
@@ -82,6 +85,17 @@ class TestSchema:
         assert parallel.length_multiple == multiple
         assert multiple % (2 * cp if cp > 1 else 1) == 0
         assert not sequence_parallel or (multiple // cp) % tp == 0
+
+    @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "delayed"])
+    @pytest.mark.parametrize(
+        ("cp", "tp", "sequence_parallel"), [(1, 1, False), (1, 4, True), (2, 3, True), (4, 8, True), (2, 8, False)]
+    )
+    def test_fp8_gives_each_rank_whole_blocks_of_tokens(self, cp, tp, sequence_parallel, recipe):
+        parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel)
+        assert parallel.pack_multiple(ModelConfig(fp8_recipe=recipe).token_multiple) == parallel.length_multiple
+        multiple = parallel.pack_multiple(ModelConfig(fp8="hybrid", fp8_recipe=recipe).token_multiple)
+        assert multiple == cp * (tp if sequence_parallel else 1) * (128 if recipe == "blockwise" else 16)
+        assert multiple % parallel.length_multiple == 0
 
 
 class TestLoad:
@@ -286,6 +300,88 @@ class TestValidate:
         supervised = load_config(None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig)
         validate_sft(supervised, ARCHITECTURE, Machine(cpus=2, gpus=4))
 
+    @pytest.mark.parametrize(
+        ("overrides", "machine", "message"),
+        [
+            ("model.fp8=hybrid", replace(H100, capability=None), "cannot run here: it needs a GPU"),
+            (
+                "model.fp8=hybrid",
+                replace(H100, transformer_engine=None),
+                "it needs Transformer Engine (pip install 'megatron-fipo[gpu]')",
+            ),
+            (
+                "model.fp8=hybrid",
+                replace(H100, transformer_engine="2.2.0"),
+                "Transformer Engine 2.2.0 is installed and it needs 2.3",
+            ),
+            (
+                "model.fp8=e4m3 model.fp8_recipe=delayed",
+                replace(H100, capability=(8, 0)),
+                "compute capability 8.0 and FP8 needs 8.9",
+            ),
+            ("model.fp8=hybrid", replace(H100, capability=(8, 9)), "blockwise needs 9.0 (Hopper); choose tensorwise"),
+            ("model.fp8=hybrid", replace(H100, cuda="12.8"), "built for CUDA 12.8 and blockwise needs 12.9; choose tensorwise"),
+            ("model.fp8=hybrid model.layer_spec=portable", H100, "set model.layer_spec to auto"),
+            ("model.fp8=hybrid model.dtype=float32", H100, "needs model.dtype=bfloat16, not float32"),
+            (
+                "model.fp8=hybrid parallel.tensor_model_parallel_size=2",
+                H100,
+                "key size of 48 is split over parallel.tensor_model_par",
+            ),
+            ("model.fp8=hybrid model.fp8_recipe=delayed model.recompute=full", H100, "would recompute layers with the scales"),
+            ("model.fp8_param_gather=true", H100, "needs model.fp8=hybrid or e4m3"),
+            (f"{FP8_WEIGHTS} optimizer.distributed=false", H100, "needs optimizer.distributed=true"),
+            (f"{FP8_WEIGHTS} model.fp8_recipe=delayed", H100, "needs model.fp8_recipe=blockwise or tensorwise"),
+            (f"{FP8_WEIGHTS} optimizer.cpu_offload=0.5", H100, "cannot update weights kept in FP8"),
+            (
+                f"{FP8_WEIGHTS} objective.name=grpo objective.kl_coefficient=0.1",
+                H100,
+                "puts the initial weights in place for a while",
+            ),
+            (f"{FP8_WEIGHTS} deterministic=true", H100, "checkpoints hold neither FP8 weights"),
+            ("model.fp8=hybrid model.fp8_recipe=delayed deterministic=true", H100, "nor delayed scales"),
+            ("optimizer.state_dtype=bfloat16 optimizer.distributed=false", H100, "needs optimizer.distributed=true and"),
+            ("optimizer.state_dtype=bfloat16 model.dtype=float32", H100, "and model.dtype=bfloat16"),
+            ("optimizer.cpu_offload=1 model.dtype=float32", H100, "optimizer.cpu_offload=1.0 needs"),
+            ("optimizer.cpu_offload=0.5 optimizer.state_dtype=bfloat16", H100, "updates float32 state only"),
+            (
+                "optimizer.cpu_offload=0.5",
+                replace(H100, transformer_engine=None),
+                "optimizer.cpu_offload=0.5 needs a GPU and Transf",
+            ),
+            ("optimizer.state_dtype=bfloat16", replace(H100, capability=None), "float32 does not"),
+            ("optimizer.cpu_offload=1.1", H100, "optimizer.cpu_offload has to be at least 0 and at most 1"),
+        ],
+    )
+    def test_precision_that_cannot_be_had_is_refused(self, overrides, machine, message):
+        config = load_config(None, [*VALID, *overrides.split()])
+        with pytest.raises(UserError) as error:
+            validate(config, ARCHITECTURE, Machine(cpus=8, gpus=int(machine.capability is not None) * 8, accelerators=machine))
+        assert message in str(error.value)
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            "model.fp8=hybrid",
+            f"{FP8_WEIGHTS} optimizer.state_dtype=bfloat16",
+            "model.fp8=e4m3 model.fp8_recipe=delayed optimizer.cpu_offload=0.5",
+            "model.fp8=hybrid deterministic=true",
+            "optimizer.cpu_offload=1",
+            "optimizer.state_dtype=bfloat16",
+        ],
+    )
+    def test_precision_that_can_is_not(self, overrides):
+        config = load_config(None, [*VALID, *overrides.split()])
+        validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=H100))
+        validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8))  # GPUs of other machines, unknown here
+
+    def test_a_micro_batch_has_to_hold_the_padding_of_fp8(self):
+        config = load_config(None, [*VALID, "batch.max_tokens_per_micro_batch=144", "model.fp8=hybrid"])
+        with pytest.raises(UserError, match=r"256 padded tokens, .* raise it to at least 256"):
+            validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=H100))
+        config.model.fp8_recipe = "tensorwise"
+        validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=H100))
+
     def test_without_a_model_or_machine_their_checks_are_left_out(self):
         validate(load_config(None, [*VALID, "parallel.tensor_model_parallel_size=3", "rollout.max_response_length=500"]))
 
@@ -312,7 +408,9 @@ class TestValidate:
     def test_every_number_of_the_schema_has_a_range(self):
         """A new setting is either given a range or is one of these, which other checks look at."""
         module = __import__(validate_function.__module__, fromlist=["AT_LEAST_ONE"])
-        ranged = module.AT_LEAST_ONE | module.AT_LEAST_ZERO | module.ABOVE_ZERO | module.SHARES | module.BELOW_ONE
+        ranged = (
+            module.AT_LEAST_ONE | module.AT_LEAST_ZERO | module.ABOVE_ZERO | module.SHARES | module.BELOW_ONE | module.UP_TO_ONE
+        )
         kinds = (int, float, Optional[float])
         numbers = {key for schema in (Config, SftConfig) for key, kind in leaves(schema) if kind in kinds}
         assert numbers - ranged == {"batch.responses_per_prompt", "objective.dual_clip"}

@@ -21,7 +21,8 @@ SCAN = "objective/test_future_kl.py::test_megatron_layouts"
 ANY_CUT = "objective/test_future_kl.py::test_any_cut_gives_the_definition"
 GOLDEN = "objective/test_golden.py::test_matches_the_reference"
 LOSS = "objective/test_policy_loss.py::test_no_split_changes_loss_or_gradient"
-HEAD = "distributed/test_head.py::test_values_and_gradients_equal_full_logits"
+HEAD_TESTS = "distributed/test_head.py"
+HEAD = f"{HEAD_TESTS}::test_values_and_gradients_equal_full_logits"
 GRID = "distributed/test_policy_grid.py::test_loss_and_every_gradient_equal_the_oracle"
 FIRST_STEP = "distributed/test_policy_grid.py::test_first_mini_step_reproduces_old_log_probs_bit_for_bit"
 COLLECTIVES = "distributed/test_loss_path.py::test_the_collectives_of_a_micro_batch_and_their_bytes"
@@ -47,7 +48,7 @@ class Mutant:
 
 FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/policy_loss.py", "objective/scan_plan.py"
 CORRECTION_FILE, STATISTICS = "objective/correction.py", "objective/statistics.py"
-SHARD, HEAD_FILE, POLICY = "batching/shard.py", "model/head.py", "trainer/policy.py"
+SHARD, HEAD_FILE, PASSES, POLICY = "batching/shard.py", "model/head.py", "model/head_passes.py", "trainer/policy.py"
 
 MUTANTS = (
     Mutant(
@@ -109,7 +110,7 @@ MUTANTS = (
     Mutant(
         "tensor parallel: maximum not shared",
         HEAD_FILE,
-        "    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)\n",
+        "    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)\n",
         "",
         (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2"),
     ),
@@ -160,15 +161,15 @@ MUTANTS = (
     ),
     Mutant(
         "temperature missing in backward",
-        HEAD_FILE,
-        "mul_(-grad_row * part.inverse_temperature)",
-        "mul_(-grad_row)",
+        PASSES,
+        "mul_(-row * gradient.inverse_temperature)",
+        "mul_(-row)",
         (HEAD, f"{GRID}[1-fipo-False-160"),
     ),
     Mutant(
         "padded vocabulary takes part",
-        HEAD_FILE,
-        "        logits[:, self.valid_columns :] = PADDED_LOGIT\n",
+        PASSES,
+        "    logits[:, slab.words :] = PADDED_LOGIT\n",
         "",
         (HEAD, f"{GRID}[tp2-fipo"),
     ),
@@ -293,10 +294,52 @@ MUTANTS = (
     ),
     Mutant(
         "a NaN row reaches the head's gradient",
+        PASSES,
+        "    result.masked_fill_(~gradient.active().unsqueeze(1), 0)\n",
+        "",
+        (f"{HEAD_TESTS}::test_a_row_without_gradient_contains_its_own_nan",),
+    ),
+    Mutant(
+        "a NaN row's hidden state reaches the weight's gradient",
         HEAD_FILE,
-        "grad = grad.masked_fill_(~active, 0).to(weight.dtype)",
-        "grad = grad.to(weight.dtype)",
-        ("distributed/test_head.py::test_a_row_without_gradient_contains_its_own_nan",),
+        "torch.where(gradient.active().unsqueeze(1), hidden, 0)",
+        "hidden",
+        (f"{HEAD_TESTS}::test_a_row_without_gradient_contains_its_own_nan",),
+    ),
+    Mutant(
+        "slabs: the moment keeps the peak of the slabs before",
+        PASSES,
+        "(moment + shift * total) * scale",
+        "moment * scale",
+        (HEAD,),
+    ),
+    Mutant(
+        "slabs: labels at a border belong to both",
+        PASSES,
+        "(local < slab.words)",
+        "(local <= slab.words)",
+        (HEAD,),
+    ),
+    Mutant(
+        "kept logits: temperature applied twice",
+        HEAD_FILE,
+        "scale, shift = 1.0, peak - log_partition",
+        "scale, shift = part.inverse_temperature, peak - log_partition",
+        (HEAD,),
+    ),
+    Mutant(
+        "main_grad: a tied weight gets no zeros",
+        HEAD_FILE,
+        'if getattr(self.weight, "zero_out_wgrad", False) or self.weight.grad is not None:',
+        "if self.weight.grad is not None:",
+        (f"{HEAD_TESTS}::test_through_megatrons_data_parallel_wrapper", f"{GRID}[1-fipo-True-160"),
+    ),
+    Mutant(
+        "main_grad: the stand-in of a gradient is added to the one before",
+        HEAD_FILE,
+        " or self.weight.grad is not None:",
+        ":",
+        (f"{HEAD_TESTS}::test_the_weights_gradient_is_added_to_main_grad",),
     ),
     Mutant(
         "old log-probs scored in another order",
@@ -315,8 +358,8 @@ MUTANTS = (
     Mutant(
         "a second all-gather in the scan",
         FUTURE_KL,
-        "    gathered = _all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
-        "    _all_gather(sums, group)\n    gathered = _all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
+        "    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
+        "    all_gather(sums, group)\n    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
         (COLLECTIVES, NO_ROWS, "objective/test_policy_loss.py::test_one_all_gather_of_constant_size"),
     ),
     Mutant(
@@ -327,11 +370,11 @@ MUTANTS = (
         (NO_ROWS,),
     ),
     Mutant(
-        "every chunk's logits kept",
+        "every slab's logits kept",
         HEAD_FILE,
-        "if index < part.kept_chunks:",
-        "if True:",
-        (MEMORY, "distributed/test_head.py::test_kept_logits_are_bounded_by_the_budget_and_absent_by_default"),
+        "if index < part.kept_slabs:\n                keep =",
+        "if True:\n                keep =",
+        (MEMORY, f"{HEAD_TESTS}::test_kept_logits_are_bounded_by_the_budget_and_absent_by_default"),
     ),
 )
 

@@ -23,13 +23,28 @@ class ModelConfig:
     path: str = "???"
     """Folder in Hugging Face format: config.json, safetensors, tokenizer. Training starts from these weights."""
     dtype: str = _choice("bfloat16", "float32")
-    """Dtype of parameters and activations. Gradients, optimizer state and everything per token are float32."""
+    """Dtype of parameters and activations. Gradients, master weights and everything per token are float32."""
+    fp8: str = _choice("none", "hybrid", "e4m3")
+    """Multiply the layers' matrices in FP8 (Transformer Engine, GPUs of compute capability 8.9 and above; `docs/precision.md`).
+    `hybrid` is E4M3 forward and E5M2 for gradients, `e4m3` the one format for both."""
+    fp8_recipe: str = _choice("blockwise", "tensorwise", "delayed")
+    """Where FP8's scales come from: each block of 128 values (`blockwise`, needs Hopper and CUDA 12.9), each tensor (`tensorwise`)
+    or the tensors of earlier micro-batches (`delayed`), which makes the first mini-step differ from the old log-probs."""
+    fp8_param_gather: bool = False
+    """Keep the layers' matrices in FP8 between steps too: half the bytes to gather after each. Not with `delayed`."""
     layer_spec: str = _choice("auto", "portable", "transformer_engine")
     """Which modules build a layer. `auto` takes Transformer Engine where it is installed, else the portable modules, and says which."""
     recompute: str = _choice("none", "selective", "full")
     """Activation recomputation: `selective` recomputes core attention, `full` whole layers."""
     trust_remote_code: bool = False
     """Let Hugging Face run code from the model folder."""
+
+    @property
+    def token_multiple(self) -> int:
+        """The tokens that a layer's matrices multiply on one rank come in multiples of this."""
+        if self.fp8 == "none":
+            return 1
+        return 128 if self.fp8_recipe == "blockwise" else 16
 
 
 @dataclass
@@ -64,16 +79,29 @@ class ParallelConfig:
     def length_multiple(self) -> int:
         """Each sequence is padded to a multiple of this, so that it splits into 2 × cp chunks and over sequence-parallel ranks."""
         chunks = 2 if self.context_parallel_size > 1 else 1
-        shards = self.tensor_model_parallel_size if self.sequence_parallel else 1
-        return self.context_parallel_size * math.lcm(chunks, shards)
+        return self.context_parallel_size * math.lcm(chunks, self._sequence_shards)
+
+    def pack_multiple(self, token_multiple: int) -> int:
+        """Each micro-batch is padded to a multiple of this, so that every rank holds a multiple of `token_multiple` tokens.
+
+        A multiple of `length_multiple`, and no more than that for `token_multiple` 1.
+        """
+        return math.lcm(self.length_multiple, self.context_parallel_size * self._sequence_shards * token_multiple)
+
+    @property
+    def _sequence_shards(self) -> int:
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
 
 @dataclass
 class HeadConfig:
-    """The output layer, which turns hidden states of response tokens into log-probs and entropy."""
+    """The output layer, which turns hidden states of response tokens into log-probs and entropy, and the loss behind it."""
 
-    chunk_size: int = 1024
-    """Response rows whose logits exist at one time."""
+    kernels: str = _choice("auto", "torch", "triton")
+    """What computes all that is not a matrix product: `auto` takes Triton's kernels where it runs, else plain torch, the same numbers."""
+    workspace_mb: int = 512
+    """Memory for logits at one time: the vocabulary is walked over in slabs that fit. On a GPU a bfloat16 logit takes 6 bytes (float32,
+    and its gradient). More slabs are slower: each reads and writes the sum of the hidden states' gradients."""
     logits_memory_mb: int = 0
     """Keep logits (in the model's dtype) for backward while they fit this budget per micro-batch; 0 recomputes them."""
 
@@ -147,6 +175,10 @@ class OptimizerSettings:
     """Largest global gradient norm; 0 for none."""
     distributed: bool = True
     """Megatron's distributed optimizer: state split over data and context parallel ranks."""
+    state_dtype: str = _choice("float32", "bfloat16")
+    """Dtype of the two moments; `bfloat16` needs Transformer Engine's Adam. Master weights and checkpoints stay float32."""
+    cpu_offload: float = 0.0
+    """Share of master weights and moments that is kept in host memory and updated there (needs a GPU and model.dtype=bfloat16)."""
 
 
 @dataclass

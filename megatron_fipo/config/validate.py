@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_fipo.config.load import leaves
+from megatron_fipo.config.precision import Accelerators, check_accelerators, check_fp8_split, check_precision
 from megatron_fipo.config.schema import Config, ObjectiveSettings, ParallelConfig, RolloutConfig, SftConfig
 from megatron_fipo.errors import UserError
 
@@ -16,7 +17,7 @@ AT_LEAST_ONE = {
     "parallel.pipeline_model_parallel_size",
     "parallel.context_parallel_size",
     "parallel.data_parallel_size",
-    "head.chunk_size",
+    "head.workspace_mb",
     "batch.prompts_per_iteration",
     "batch.mini_batch_prompts",
     "batch.max_tokens_per_micro_batch",
@@ -69,6 +70,8 @@ ABOVE_ZERO = {
     "objective.correction_cap",
     "max_walltime_minutes",
 }
+UP_TO_ONE = {"optimizer.cpu_offload"}
+"""At least 0 and at most 1."""
 SHARES = {"rollout.gpu_memory_share", "rollout.top_p", "evaluation.top_p"}
 """Above 0 and at most 1."""
 BELOW_ONE = {"objective.clip_low", "optimizer.adam_beta1", "optimizer.adam_beta2"}
@@ -81,6 +84,8 @@ class Machine:
 
     cpus: int
     gpus: int
+    accelerators: Accelerators | None = None
+    """None where they are not known, on a Ray cluster of other machines; its ranks look for themselves."""
 
 
 def validate(config: Config, architecture: "Architecture | None" = None, machine: Machine | None = None) -> None:
@@ -92,6 +97,7 @@ def validate(config: Config, architecture: "Architecture | None" = None, machine
     _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
+    _check_precision(config, architecture, machine)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
@@ -128,6 +134,7 @@ def _check_ranges(config: Any) -> None:
         (AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
         (AT_LEAST_ZERO, "at least 0", lambda value: value >= 0),
         (ABOVE_ZERO, "above 0", lambda value: value > 0),
+        (UP_TO_ONE, "at least 0 and at most 1", lambda value: 0 <= value <= 1),
         (SHARES, "above 0 and at most 1", lambda value: 0 < value <= 1),
         (BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
     )
@@ -192,6 +199,28 @@ def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, 
         raise UserError("layer_spec=transformer_engine needs a GPU; use auto or portable here")
 
 
+def _check_precision(config: Config, architecture: "Architecture | None", machine: Machine | None) -> None:
+    model, optimizer = config.model, config.optimizer
+    check_precision(model, optimizer)
+    if architecture is not None and model.fp8 != "none":
+        names = {"hidden": "hidden size", "ffn": "feed-forward width", "query": "query size", "key": "key size"}
+        check_fp8_split({what: architecture.size(name) for name, what in names.items()}, config.parallel)
+    if machine is not None and not machine.gpus:
+        check_accelerators(model, optimizer, Accelerators(capability=None, cuda=None, transformer_engine=None))
+    elif machine is not None and machine.accelerators is not None:
+        check_accelerators(model, optimizer, machine.accelerators)
+    if model.fp8_param_gather and config.objective.kl_coefficient:
+        raise UserError(
+            "objective.kl_coefficient puts the initial weights in place for a while, which would round those that "
+            "model.fp8_param_gather=true keeps; set it to false"
+        )
+    if config.deterministic and (model.fp8_param_gather or (model.fp8 != "none" and model.fp8_recipe == "delayed")):
+        raise UserError(
+            "deterministic=true promises the same bits after a resume, but checkpoints hold neither FP8 weights nor delayed scales; "
+            "set model.fp8_param_gather=false and model.fp8_recipe=blockwise or tensorwise"
+        )
+
+
 def _check_batch(config: Config) -> None:
     batch, rollout, parallel = config.batch, config.rollout, config.parallel
     if batch.prompts_per_iteration % batch.mini_batch_prompts:
@@ -213,7 +242,8 @@ def _check_batch(config: Config) -> None:
             "raise it"
         )
     longest = rollout.max_prompt_length + rollout.max_response_length
-    padded = -(-longest // parallel.length_multiple) * parallel.length_multiple
+    multiple = parallel.pack_multiple(config.model.token_multiple)
+    padded = -(-longest // multiple) * multiple
     room = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
     if padded > room:
         raise UserError(

@@ -5,20 +5,27 @@ code gets them by writing out logits [T, V]: at 20,480 tokens and 152,064 words 
 head does three things instead:
 
 - it multiplies only the rows that predict a response token (prompt, padding and tool output cost nothing);
-- it works through those rows in chunks, keeps four numbers per row, and builds each chunk's logits again in backward (or keeps
-  them in the model's dtype while they fit a stated budget: then the gradient, not the value, sees their rounding);
+- it walks over the vocabulary in slabs, all rows at once, keeps four numbers per row, and builds each slab's logits again in
+  backward (or keeps them in the model's dtype while they fit a stated budget: then the gradient, not the value, sees their
+  rounding). So the weight's gradient is one product per slab and micro-batch, added to `main_grad` where it lies;
 - every tensor-parallel rank handles its own slice of the vocabulary, and the slices meet in two small all-reduces per
-  micro-batch, whatever the number of chunks.
+  micro-batch, whatever the number of slabs.
 
-Letters: T packed tokens on this rank, R response rows on this rank, H hidden size, V vocabulary on this tensor-parallel rank.
+Letters: T packed tokens on this rank, R response rows on this rank, H hidden size, V vocabulary on this tensor-parallel rank, w
+columns of a slab.
 
-With logits z = h·Wᵀ/temperature, m = max z, s = Σ exp(z − m), w = Σ exp(z − m)·(z − m):
+With logits z = h·Wᵀ/temperature, m = max z, s = Σ exp(z − m), u = Σ exp(z − m)·(z − m):
 
     log π(label) = z_label − m − ln s            d/dz = onehot − p
-    entropy      = ln s − w/s                    d/dz = −p·(z − m − w/s)
+    entropy      = ln s − u/s                    d/dz = −p·(z − m − u/s)
+
+What a slab needs besides products is in `head_passes.py`, or in Triton in `head_kernels.py`; everything here is the same for both.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -28,9 +35,13 @@ from megatron.core.tensor_parallel import (
 )
 
 from megatron_fipo.config import HeadConfig
+from megatron_fipo.model import head_passes
+from megatron_fipo.model.head_passes import PADDED_LOGIT, KeptLogits, RowGradient, Slab, accumulation_dtype, merged
+from megatron_fipo.objective.kernel_choice import takes_triton
 
-PADDED_LOGIT = -1e30
-"""Stands for minus infinity in the padded part of the vocabulary; finite, so that 0 × it stays 0."""
+SLAB_MULTIPLE = 128
+"""Columns; matrix kernels are fast on multiples of it. Also the narrowest slab, whatever the budget."""
+TRITON_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -51,43 +62,33 @@ class HeadRequest:
 
 @dataclass(frozen=True)
 class _Slice:
-    """The arithmetic that forward and backward share."""
+    """This rank's slice of the vocabulary, and how forward and backward walk over it."""
 
-    vocab_start: int
-    valid_columns: int
+    columns: int
+    first_word: int
+    vocab_size: int
     inverse_temperature: float
-    chunk_size: int
-    kept_chunks: int
+    width: int
+    """Columns of a slab; the last one may have fewer."""
+    kept_slabs: int
     entropy_gradient: bool
+    passes: ModuleType
+    """`head_passes` or `head_kernels`."""
     group: dist.ProcessGroup | None
 
-    def scale_(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply the temperature and put the padding out of the way, in place."""
-        logits *= self.inverse_temperature
-        logits[:, self.valid_columns :] = PADDED_LOGIT
-        return logits
-
-    def own_labels(self, labels: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """([rows, 1] column index within this slice, clamped; [rows, 1] whether the label is in it)."""
-        local = (labels - self.vocab_start).unsqueeze(1)
-        return local.clamp(0, columns - 1), (local >= 0) & (local < columns)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right in `dtype`. Rounding logits to bf16 would put noise of 0.01 on log-probs, which FutureKL adds up."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    def slabs(self) -> Iterator[Slab]:
+        """Those that hold words: what is padding alone counts for nothing."""
+        words = min(self.columns, self.vocab_size - self.first_word)
+        for start in range(0, words, self.width):
+            stop = min(start + self.width, self.columns)
+            yield Slab(start, stop, self.first_word + start, min(stop, words) - start)
 
 
 class _LogProbAndEntropy(torch.autograd.Function):
     """(hidden [R, H], weight [V, H], labels [R]) -> (log_probs [R], entropy [R]) in fp32 (fp64 for fp64 input).
+
+    Memory, besides numbers per row: one slab as `head.workspace_mb` bounds it; `head.logits_memory_mb` from forward to backward;
+    and in backward [R, H] twice, the rows with gradient and the sum of their gradients (fp32 where there are several slabs).
 
     Collectives over the tensor-parallel group: forward one MAX all-reduce of R floats and one SUM all-reduce of 3·R floats,
     backward none: the gradient of `hidden` is this vocabulary slice's part and the caller sums it.
@@ -95,28 +96,30 @@ class _LogProbAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, part: _Slice):
-        rows = hidden.shape[0]
-        dtype = _accumulation_dtype(hidden.dtype)
-        peak, total, moment, target = hidden.new_zeros((4, rows), dtype=dtype)
-        kept = []
-        for index, start in enumerate(range(0, rows, part.chunk_size)):
-            span = slice(start, start + part.chunk_size)
-            logits = _product(hidden[span], weight.t(), dtype)
-            if index < part.kept_chunks:
-                kept.append(logits.to(weight.dtype, copy=True))
-            part.scale_(logits)
-            column, owned = part.own_labels(labels[span], logits.shape[1])
-            peak[span] = logits.amax(dim=1)
-            target[span] = torch.where(owned, logits.gather(1, column), 0).squeeze(1)
-            logits -= peak[span].unsqueeze(1)
-            weights = logits.exp()
-            total[span] = weights.sum(dim=1)
-            moment[span] = weights.mul_(logits).sum(dim=1)
-        peak, total, moment, target = _meet(peak, total, moment, target, part.group)
+        rows, dtype = hidden.shape[0], accumulation_dtype(hidden.dtype)
+        statistics = hidden.new_zeros((4, rows), dtype=dtype)
+        statistics[0] = PADDED_LOGIT
+        workspace = hidden.new_empty(rows * part.width, dtype=dtype)
+        kept: list[KeptLogits] = []
+        for index, slab in enumerate(part.slabs()):
+            logits = _product(hidden, weight[slab.columns].t(), _matrix(workspace, rows, slab))
+            keep = None
+            if index < part.kept_slabs:
+                keep = KeptLogits(torch.empty_like(logits, dtype=weight.dtype), logits.new_empty(rows))
+                kept.append(keep)
+            part.passes.add_to_statistics(logits, labels, slab, part.inverse_temperature, statistics, keep)
+        peak, total, moment, target = _meet(statistics, part.group)
         log_partition = peak + total.log()
         entropy = total.log() - moment / total
         ctx.part = part
-        ctx.save_for_backward(hidden, weight, labels, log_partition, *([entropy] if part.entropy_gradient else []), *kept)
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            labels,
+            log_partition,
+            entropy if part.entropy_gradient else None,
+            *(tensor for keep in kept for tensor in (keep.distances, keep.peak)),
+        )
         if not part.entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return target - log_partition, entropy
@@ -124,88 +127,109 @@ class _LogProbAndEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropy):
         part: _Slice = ctx.part
-        hidden, weight, labels, log_partition, *rest = ctx.saved_tensors
-        entropy = rest.pop(0) if part.entropy_gradient else None
-        grad_hidden = torch.empty_like(hidden)
-        accumulator = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
-        for index, start in enumerate(range(0, hidden.shape[0], part.chunk_size)):
-            span = slice(start, start + part.chunk_size)
-            dtype = log_partition.dtype
-            kept = index < len(rest)
-            logits = part.scale_(rest[index].to(dtype, copy=True) if kept else _product(hidden[span], weight.t(), dtype))
-            column, owned = part.own_labels(labels[span], logits.shape[1])
-            logits -= log_partition[span].unsqueeze(1)
-            grad_row = grad_log_probs[span].unsqueeze(1)
-            active = grad_row != 0
-            if entropy is None:
-                grad = logits.exp_().mul_(-grad_row * part.inverse_temperature)
+        hidden, weight, labels, log_partition, entropy, *kept = ctx.saved_tensors
+        rows, dtype = hidden.shape[0], log_partition.dtype
+        gradient = RowGradient(
+            labels,
+            grad_log_probs.contiguous(),
+            None if entropy is None else grad_entropy.contiguous(),
+            entropy,
+            part.inverse_temperature,
+        )
+        # A row without gradient contributes exactly nothing, even where it is NaN.
+        hidden = torch.where(gradient.active().unsqueeze(1), hidden, 0)
+        workspace = hidden.new_empty(rows * part.width, dtype=dtype)
+        out = workspace if weight.dtype == dtype else hidden.new_empty(rows * part.width, dtype=weight.dtype)
+        grad_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if part.width == part.columns else dtype)
+        weight_gradient = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        for index, slab in enumerate(part.slabs()):
+            if index < part.kept_slabs:
+                logits, peak = kept[2 * index : 2 * index + 2]
+                scale, shift = 1.0, peak - log_partition
             else:
-                # z − m − w/s in the saved quantities: (z − log_partition) + entropy.
-                grad_entropy_row = grad_entropy[span].unsqueeze(1)
-                active = active | (grad_entropy_row != 0)
-                grad = logits.exp()
-                slope = logits.add_(entropy[span].unsqueeze(1)).mul_(grad_entropy_row).add_(grad_row)
-                grad.mul_(slope.mul_(-part.inverse_temperature))
-            grad.scatter_add_(1, column, torch.where(owned, grad_row * part.inverse_temperature, 0).to(grad.dtype))
-            # A row without gradient contributes exactly nothing, even where its logits are NaN.
-            grad = grad.masked_fill_(~active, 0).to(weight.dtype)
-            grad_hidden[span] = grad @ weight
-            if accumulator is not None:
-                accumulator.add(grad, torch.where(active, hidden[span], 0))
-        return grad_hidden, accumulator.result() if accumulator is not None else None, None, None
+                logits = _product(hidden, weight[slab.columns].t(), _matrix(workspace, rows, slab))
+                scale, shift = part.inverse_temperature, -log_partition
+            grad = _matrix(out, rows, slab)
+            part.passes.write_gradient(logits, scale, shift, gradient, slab, grad)
+            _add_product(grad_hidden, grad, weight[slab.columns])
+            if weight_gradient is not None:
+                _add_product(weight_gradient.sum[slab.columns], grad.t(), hidden)
+        return grad_hidden.to(hidden.dtype), None if weight_gradient is None else weight_gradient.returned(), None, None
 
 
-def _meet(peak, total, moment, target, group):
+def _meet(statistics: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
     """Combine the vocabulary slices: one MAX and one SUM all-reduce over the tensor-parallel group."""
+    peak, total, moment, target = statistics
     if group is None or dist.get_world_size(group) == 1 or peak.numel() == 0:
         return peak, total, moment, target
-    local_peak, peak = peak, peak.clone()
-    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-    shift = local_peak - peak
-    scale = shift.exp()
-    sums = torch.stack((total * scale, (moment + shift * total) * scale, target))
+    highest = peak.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    sums = torch.stack((*merged(peak, total, moment, highest), target))
     dist.all_reduce(sums, group=group)
-    total, moment, target = sums
-    return peak, total, moment, target
+    return highest, *sums
+
+
+def _matrix(workspace: torch.Tensor, rows: int, slab: Slab) -> torch.Tensor:
+    """The beginning of `workspace` as a contiguous [R, w]."""
+    width = slab.stop - slab.start
+    return workspace[: rows * width].view(rows, width)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """left @ right into `out`, in its dtype. Rounding logits to bf16 would put noise of 0.01 on log-probs, which FutureKL adds up."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cpu":  # has no product of another dtype than its factors'
+        return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in the dtype of `total`, without a temporary of its size."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cpu":
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 class _WeightGradient:
-    """Sum over chunks of gradᵀ·hidden, in fp32; into Megatron's `main_grad` where the parameter has one.
-
-    Then `grad_added_to_main_grad` tells the data-parallel hook not to add what backward returns, except for embeddings tied to
-    the head on one pipeline stage: those carry `zero_out_wgrad`, and Megatron adds the (zero) return and the embedding's own gradient.
-    """
+    """`sum` [V, H], to which the slabs add: Megatron's `main_grad` (fp32) where the parameter has one, else what backward returns."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
         self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
-        dtype = _accumulation_dtype(weight.dtype)
-        if self.main_grad is not None and self.main_grad.dtype == dtype:
-            self.sum = self.main_grad
-        else:
-            self.sum = torch.zeros_like(weight, dtype=dtype)
+        self.sum = torch.zeros_like(weight) if self.main_grad is None else self.main_grad
 
-    def add(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
-        if grad.dtype == self.sum.dtype:
-            self.sum.addmm_(grad.t(), hidden)
-        else:
-            self.sum += _product(grad.t(), hidden, self.sum.dtype)
+    def returned(self) -> torch.Tensor:
+        """What autograd gets. With `main_grad` a stand-in: the data-parallel hook wants to see a gradient, but does not read it.
 
-    def result(self) -> torch.Tensor:
+        An embedding tied to the head on one pipeline stage carries `zero_out_wgrad`: autograd adds the embedding's own gradient to
+        what is returned here, and the hook adds the sum to `main_grad`. That needs true zeros, as large as the weight. All
+        other weights return themselves: no memory, and autograd takes the alias over as `weight.grad` until the hook drops it.
+        Where nobody dropped the last one, autograd would add this one to it, and with it to the weight: there, zeros too.
+        """
         if self.main_grad is None:
-            return self.sum.to(self.weight.dtype)
-        if self.sum is not self.main_grad:
-            self.main_grad.add_(self.sum)
+            return self.sum
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.zeros_like(self.weight)
+        if getattr(self.weight, "zero_out_wgrad", False) or self.weight.grad is not None:
+            return torch.zeros_like(self.weight)
+        return self.weight.detach()
 
 
-def _kept_chunks(rows: int, columns: int, weight: torch.Tensor, settings: HeadConfig) -> int:
-    """How many chunks' logits fit the budget. Not worth holding where no gradient will be asked for."""
-    if not torch.is_grad_enabled() or settings.logits_memory_mb == 0:
+def _slab_width(rows: int, columns: int, bytes_per_logit: int, workspace_mb: int) -> int:
+    """Columns whose logits fit the budget: a multiple of 128, at least 128, at most all."""
+    width = workspace_mb * 2**20 // (max(rows, 1) * bytes_per_logit) // SLAB_MULTIPLE * SLAB_MULTIPLE
+    return min(columns, max(SLAB_MULTIPLE, width))
+
+
+def _kept_slabs(rows: int, width: int, weight: torch.Tensor, settings: HeadConfig) -> int:
+    """How many slabs' logits fit the budget. Not worth holding where no gradient will be asked for."""
+    if not torch.is_grad_enabled():
         return 0
-    chunk_bytes = min(rows, settings.chunk_size) * columns * weight.element_size()
-    return settings.logits_memory_mb * 2**20 // max(chunk_bytes, 1)
+    columns = settings.logits_memory_mb * 2**20 // (max(rows, 1) * weight.element_size())
+    return columns // width if columns < weight.shape[0] else math.ceil(weight.shape[0] / width)
 
 
 def response_log_probs(
@@ -220,6 +244,8 @@ def response_log_probs(
     hidden: [T, 1, H], or this rank's [T/tp, 1, H] with sequence parallelism; after the final norm.
     weight: [V, H], this rank's slice of the output layer (or of the tied embedding).
 
+    Raises ValueError where `head.kernels` asks for Triton and it cannot run.
+
     Collectives over the tensor-parallel group, besides the two all-reduces above (16·R bytes together): with sequence
     parallelism an all-gather of the hidden states forward and a reduce-scatter of their gradient backward (T·H elements each);
     without it an all-reduce of the gradient of the rows (R·H elements), because each vocabulary slice knows only its part.
@@ -230,15 +256,27 @@ def response_log_probs(
     rows = hidden.squeeze(1).index_select(0, request.row_index)
     if not sequence_parallel and tensor_parallel_size > 1:
         rows = copy_to_tensor_model_parallel_region(rows, group=tensor_parallel_group)
-    columns = weight.shape[0]
-    rank = dist.get_rank(tensor_parallel_group) if tensor_parallel_size > 1 else 0
+    settings, columns = request.settings, weight.shape[0]
+    passes = _passes(settings.kernels, rows)
+    width = _slab_width(rows.shape[0], columns, passes.bytes_per_logit(weight.dtype), settings.workspace_mb)
     part = _Slice(
-        vocab_start=rank * columns,
-        valid_columns=max(0, min(columns, request.vocab_size - rank * columns)),
+        columns=columns,
+        first_word=columns * (dist.get_rank(tensor_parallel_group) if tensor_parallel_size > 1 else 0),
+        vocab_size=request.vocab_size,
         inverse_temperature=1.0 / request.temperature,
-        chunk_size=request.settings.chunk_size,
-        kept_chunks=_kept_chunks(rows.shape[0], columns, weight, request.settings),
+        width=width,
+        kept_slabs=_kept_slabs(rows.shape[0], width, weight, settings),
         entropy_gradient=request.entropy_gradient,
+        passes=passes,
         group=tensor_parallel_group,
     )
     return _LogProbAndEntropy.apply(rows, weight, request.labels, part)
+
+
+def _passes(kernels: str, rows: torch.Tensor) -> ModuleType:
+    """The two passes over a slab, in Triton or in plain torch."""
+    if not takes_triton(kernels, rows, TRITON_DTYPES):
+        return head_passes
+    from megatron_fipo.model import head_kernels  # imports Triton, which is not everywhere
+
+    return head_kernels

@@ -96,8 +96,9 @@ def loss_path(
     tensor_group: dist.ProcessGroup | None = None,
     context_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    vocabulary: int = VOCABULARY,
 ) -> PolicyLoss:
-    request = HeadRequest(shard.row_index, shard.labels, VOCABULARY, 0.9, head, objective.entropy_coefficient != 0)
+    request = HeadRequest(shard.row_index, shard.labels, vocabulary, 0.9, head, objective.entropy_coefficient != 0)
     log_probs, entropy = response_log_probs(hidden, weight, request, tensor_group, sequence_parallel)
     return policy_loss(log_probs, entropy, shard.rows, objective, context_group)
 
@@ -116,7 +117,7 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("head", [HeadConfig(16), HeadConfig(16, logits_memory_mb=1)], ids=["recompute", "keep"])
+@pytest.mark.parametrize("head", [HeadConfig(), HeadConfig(logits_memory_mb=1)], ids=["recompute", "keep"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_neither_forward_nor_backward_waits_for_the_device(name, head) -> None:
     model, shard = Model.make(), make_shard([trajectory(3, 40), trajectory(2, 90, 1), trajectory(5, 4, 2, mask=0)], SINGLE, 0)
@@ -135,7 +136,7 @@ def test_the_path_needs_no_values(name) -> None:
     model, shard = Model.make(), make_shard([trajectory(3, 40), trajectory(2, 300, 1)], SINGLE, 0).to("meta")
     hidden = torch.empty(shard.input_ids.shape[1], 1, HIDDEN, device="meta", requires_grad=True)
     weight = model.weight.detach().to("meta").requires_grad_()
-    loss_path(hidden, weight, shard, OBJECTIVES[name], HeadConfig(16, 1)).loss_sum.backward()
+    loss_path(hidden, weight, shard, OBJECTIVES[name], HeadConfig(logits_memory_mb=1)).loss_sum.backward()
     assert hidden.grad is not None
     assert hidden.grad.shape == hidden.shape
 
@@ -176,9 +177,7 @@ def loss_on_rank(rank: int, world_size: int, parallel: ParallelConfig, batches: 
         hidden = (whole.chunk(tp)[tensor_rank] if parallel.sequence_parallel else whole).detach().requires_grad_()
         weight = model.weight.detach().chunk(tp)[tensor_rank].clone().requires_grad_()
         with NoHostKernels(), NoHostCalls(), Collectives() as collectives:
-            result = loss_path(
-                hidden, weight, shard, FIPO, HeadConfig(64), tensor_group, context_group, parallel.sequence_parallel
-            )
+            result = loss_path(hidden, weight, shard, FIPO, HeadConfig(), tensor_group, context_group, parallel.sequence_parallel)
             result.loss_sum.backward()
         assert hidden.grad is not None
         given = torch.zeros_like(whole)
@@ -308,17 +307,19 @@ def saved_bytes(function: Callable[[], PolicyLoss], weight: torch.Tensor) -> tup
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_nothing_as_large_as_the_logits_is_made_or_kept(name) -> None:
-    """Per row the hidden state and some tens of floats stay; one chunk's logits exist at a time; kept logits obey their budget."""
-    columns, chunk = 4096, 16
+    """Per row the hidden state and some tens of floats stay; one slab's logits exist at a time; kept logits obey their budget."""
+    columns, slab_bytes = 4096, 500 * 256 * 4
     model, shard = Model.make(columns), make_shard([trajectory(3, 200), trajectory(2, 300, 1)], SINGLE, 0)
     hidden, rows = model.hidden(shard).detach().requires_grad_(), shard.num_rows
     kept = {}
     for memory_mb in (0, 1, 2):
-        path = partial(loss_path, hidden, model.weight, shard, OBJECTIVES[name], HeadConfig(chunk, memory_mb))
+        head = HeadConfig(workspace_mb=1, logits_memory_mb=memory_mb)
+        path = partial(loss_path, hidden, model.weight, shard, OBJECTIVES[name], head, vocabulary=columns)
         with LargestTensor() as largest:
             result, kept[memory_mb] = saved_bytes(path, model.weight)
             result.loss_sum.backward()
-        assert largest.elements <= chunk * columns
+        assert 4 * largest.elements == slab_bytes <= 2**20 / 2
     assert kept[0] <= 4 * rows * (HIDDEN + 64)
     assert kept[0] < 4 * rows * columns / 50
-    assert [kept[memory_mb] - kept[0] for memory_mb in (1, 2)] == [1 * 2**20, 2 * 2**20]
+    peaks = 4 * rows
+    assert [kept[memory_mb] - kept[0] for memory_mb in (1, 2)] == [slabs * (slab_bytes + peaks) for slabs in (2, 4)]

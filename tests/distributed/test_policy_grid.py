@@ -173,14 +173,14 @@ LAYOUTS = {
     "cp2-dp2": ParallelConfig(context_parallel_size=2, data_parallel_size=2),
 }
 CASES = [
-    *((layout, "fipo", False, 160, HeadConfig(16)) for layout in LAYOUTS),
-    *((layout, "fipo", False, 4096, HeadConfig(16)) for layout in ("1", "cp2")),
-    ("1", "fipo", False, 56, HeadConfig(16)),
-    ("dp2", "fipo", False, 56, HeadConfig(7, 1)),
-    *((layout, "fipo", True, 160, HeadConfig(16)) for layout in ("1", "tp2-sp", "pp2", "tp2-sp-pp2", "cp2-dp2")),
-    *((layout, "grpo", False, 160, HeadConfig(16, 1)) for layout in ("1", "tp2-sp-cp2", "pp2", "dp2")),
-    *((layout, "tis", False, 160, HeadConfig(16)) for layout in ("1", "cp2-dp2", "pp2")),
-    *((layout, "mis", False, 160, HeadConfig(16)) for layout in ("cp2", "dp2")),
+    *((layout, "fipo", False, 160, HeadConfig()) for layout in LAYOUTS),
+    *((layout, "fipo", False, 4096, HeadConfig()) for layout in ("1", "cp2")),
+    ("1", "fipo", False, 56, HeadConfig()),
+    ("dp2", "fipo", False, 56, HeadConfig(logits_memory_mb=1)),
+    *((layout, "fipo", True, 160, HeadConfig()) for layout in ("1", "tp2-sp", "pp2", "tp2-sp-pp2", "cp2-dp2")),
+    *((layout, "grpo", False, 160, HeadConfig(logits_memory_mb=1)) for layout in ("1", "tp2-sp-cp2", "pp2", "dp2")),
+    *((layout, "tis", False, 160, HeadConfig()) for layout in ("1", "cp2-dp2", "pp2")),
+    *((layout, "mis", False, 160, HeadConfig()) for layout in ("cp2", "dp2")),
 ]
 
 
@@ -196,7 +196,7 @@ def test_loss_and_every_gradient_equal_the_oracle(folders, truth, layout, key, t
 @pytest.mark.parametrize("layout", ["1", "tp2", "tp2-sp", "tp2-sp-cp2"])
 def test_norms_of_heads_get_the_whole_gradient(folders, truth, layout):
     """Tensor-parallel ranks share the weight but not the heads that it norms: each has only a part of its gradient."""
-    check_step(folders, truth, "qwen3", layout, "fipo", 160, HeadConfig(16))
+    check_step(folders, truth, "qwen3", layout, "fipo", 160, HeadConfig())
 
 
 def check_step(folders, truth, name, layout, key, token_budget, head):
@@ -221,7 +221,7 @@ def test_reference_normalisation_depends_on_the_packing_and_ours_does_not(folder
     _, loss, _, old, _ = truth["qwen2", "fipo"]
     losses = {
         (objective.settings.normalization, budget): run_ranks(
-            1, step_on_rank, folders["qwen2"], LAYOUTS["1"], objective, old, budget, HeadConfig(16)
+            1, step_on_rank, folders["qwen2"], LAYOUTS["1"], objective, old, budget, HeadConfig()
         )[0][0]
         for objective in (FIPO, REFERENCE)
         for budget in (56, 4096)

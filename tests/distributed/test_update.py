@@ -109,7 +109,7 @@ def test_bfloat16_training_is_near_the_oracle(folders, truth, layout):  # noqa: 
 
 
 def score_then_step(rank, world_size, folder, parallel, old):
-    policy, shards = new_policy(folder, parallel, old, dtype="bfloat16", head=HeadConfig(16, 1))
+    policy, shards = new_policy(folder, parallel, old, dtype="bfloat16", head=HeadConfig(logits_memory_mb=1))
     scores = policy.log_probs(shards)
     if policy.is_last_stage:
         shards = [shard.with_old_log_probs(values) for shard, values in zip(shards, scores, strict=True)]

@@ -26,7 +26,9 @@ TOKENS, HIDDEN, VOCABULARY = 2048, 1024, 32_000
 GRADIENTS = 4 * HIDDEN * (VOCABULARY + TOKENS)
 """Bytes of the two gradients that any method returns."""
 ROUNDS, CALLS = 3, 2
-CHUNKS = (64, 256, 1024, 2048)
+BUDGETS = (16, 64, 512)
+"""Megabytes of workspace; the last holds all logits in one slab."""
+USUAL = 64
 SHARES = (25, 50, 90, 100)
 """Per cent of the tokens that are response tokens."""
 
@@ -45,30 +47,31 @@ def plain_with_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Ten
     return -log_probabilities.gather(1, labels[:, None]).squeeze(1)[rows].sum()
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, chunk_size: int, memory_mb: int) -> Tensor:
+def head(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, workspace_mb: int, memory_mb: int) -> Tensor:
     """Log-probs of the response rows alone; their entropy comes with them."""
     import megatron_fipo.model  # noqa: F401  (the CPU platform, before Megatron-Core)
     from megatron_fipo.config import HeadConfig
     from megatron_fipo.model.head import HeadRequest, response_log_probs
 
-    request = HeadRequest(rows, labels[rows], VOCABULARY, 1.0, HeadConfig(chunk_size, memory_mb), entropy_gradient=False)
+    settings = HeadConfig(workspace_mb=workspace_mb, logits_memory_mb=memory_mb)
+    request = HeadRequest(rows, labels[rows], VOCABULARY, 1.0, settings, entropy_gradient=False)
     return -response_log_probs(hidden, weight, request, None, False)[0].sum()
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {"plain": plain, "plain_with_entropy": plain_with_entropy, "head": head}
 
 
-def measure(method: str, share: int, chunk_size: int, memory_mb: int) -> dict[str, float]:
+def measure(method: str, share: int, workspace_mb: int, memory_mb: int) -> dict[str, float]:
     """Best seconds of a few calls and bytes of the first, in this process."""
     torch.set_num_threads(1)
     run = METHODS[method]
-    _call(run, share, chunk_size, memory_mb, 16, VOCABULARY // 100)  # libraries set themselves up
-    calls = [_call(run, share, chunk_size, memory_mb, TOKENS, VOCABULARY) for _ in range(CALLS)]
+    _call(run, share, workspace_mb, memory_mb, 16, VOCABULARY // 100)  # libraries set themselves up
+    calls = [_call(run, share, workspace_mb, memory_mb, TOKENS, VOCABULARY) for _ in range(CALLS)]
     return {"seconds": min(seconds for seconds, _ in calls), "bytes": calls[0][1]}
 
 
 def _call(
-    run: Callable[..., Tensor], share: int, chunk_size: int, memory_mb: int, tokens: int, vocabulary: int
+    run: Callable[..., Tensor], share: int, workspace_mb: int, memory_mb: int, tokens: int, vocabulary: int
 ) -> tuple[float, int]:
     """Seconds and peak bytes of one forward and backward."""
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +82,7 @@ def _call(
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
-    run(hidden, weight, labels, rows, chunk_size, memory_mb).backward()
+    run(hidden, weight, labels, rows, workspace_mb, memory_mb).backward()
     return time.perf_counter() - start, _resident("VmHWM") - before
 
 
@@ -95,7 +98,7 @@ def _machine() -> str:
 
 
 Variant = tuple[str, int, int, int]
-"""Method, response share in per cent, chunk size, megabytes of kept logits."""
+"""Method, response share in per cent, megabytes of workspace, megabytes of kept logits."""
 KEEP_ALL = 4 * TOKENS * VOCABULARY // 2**20
 
 
@@ -125,7 +128,7 @@ def _row(name: str, found: dict[str, float], reference: dict[str, float]) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=4, metavar=("METHOD", "SHARE", "CHUNK", "MB"), help="one measurement, as JSON")
+    parser.add_argument("--measure", nargs=4, metavar=("METHOD", "SHARE", "MB", "KEPT"), help="one measurement, as JSON")
     arguments = parser.parse_args()
     if arguments.measure:
         method, *numbers = arguments.measure
@@ -135,10 +138,10 @@ def main() -> None:
     named: list[tuple[str, Variant]] = [
         ("plain", ("plain", 100, 0, 0)),
         ("plain, with entropy", ("plain_with_entropy", 100, 0, 0)),
-        *((f"head, chunk_size {chunk:,}", ("head", 100, chunk, 0)) for chunk in CHUNKS),
-        ("head, chunk_size 1,024, logits kept", ("head", 100, 1024, KEEP_ALL)),
+        *((f"head, {budget} MiB", ("head", 100, budget, 0)) for budget in BUDGETS),
+        (f"head, {USUAL} MiB, logits kept", ("head", 100, USUAL, KEEP_ALL)),
     ]
-    shares: list[tuple[str, Variant]] = [(f"{share} %", ("head", share, 1024, 0)) for share in SHARES]
+    shares: list[tuple[str, Variant]] = [(f"{share} %", ("head", share, USUAL, 0)) for share in SHARES]
     found = _measure_all(list(dict.fromkeys(variant for _, variant in named + shares)))
     reference = found["plain", 100, 0, 0]
     for heading, rows in (("", named), ("response share", shares)):

@@ -1,0 +1,122 @@
+"""What FP8, low-precision optimizer state and host offload need. Pure: facts about packages and GPUs are arguments."""
+
+from dataclasses import dataclass
+
+from packaging.version import InvalidVersion, Version
+
+from megatron_fipo.config.schema import ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.errors import UserError
+
+INSTALL = "pip install 'megatron-fipo[gpu]'"
+FP8_CAPABILITY = (8, 9)
+BLOCKWISE_CAPABILITY = (9, 0)
+BLOCKWISE_CUDA = "12.9"
+OLDEST_TRANSFORMER_ENGINE = {"delayed": "2.1", "tensorwise": "2.2", "blockwise": "2.3"}
+"""By recipe, the first release that Megatron-Core takes it from."""
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """The GPUs of a machine and what is installed for them."""
+
+    capability: tuple[int, int] | None
+    """Compute capability, of the oldest of them; None where there is no GPU."""
+    cuda: str | None
+    """The CUDA version that torch was built for."""
+    transformer_engine: str | None
+    """Its version, "unknown version" where it carries none, None where it is not installed."""
+
+
+def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
+    """Why FP8 with this recipe cannot run there, with the mend; None where it can."""
+    oldest = OLDEST_TRANSFORMER_ENGINE[recipe]
+    if machine.capability is None:
+        return "it needs a GPU"
+    if machine.transformer_engine is None:
+        return f"it needs Transformer Engine ({INSTALL})"
+    if _below(machine.transformer_engine, oldest):
+        return f"Transformer Engine {machine.transformer_engine} is installed and it needs {oldest} ({INSTALL})"
+    if machine.capability < FP8_CAPABILITY:
+        return (
+            f"the GPU has compute capability {_dotted(machine.capability)} and FP8 needs {_dotted(FP8_CAPABILITY)} (Ada, Hopper)"
+        )
+    if recipe != "blockwise":
+        return None
+    if machine.capability < BLOCKWISE_CAPABILITY:
+        needed = _dotted(BLOCKWISE_CAPABILITY)
+        return f"the GPU has compute capability {_dotted(machine.capability)} and blockwise needs {needed} (Hopper); choose tensorwise"
+    if machine.cuda is None or _below(machine.cuda, BLOCKWISE_CUDA):
+        return f"torch was built for CUDA {machine.cuda} and blockwise needs {BLOCKWISE_CUDA}; choose tensorwise"
+    return None
+
+
+def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
+    """Refuse combinations that Megatron-Core has no sound way for, whatever the machine. UserError."""
+    if model.fp8 == "none":
+        if model.fp8_param_gather:
+            raise UserError("model.fp8_param_gather=true needs model.fp8=hybrid or e4m3")
+    elif model.layer_spec == "portable":
+        raise UserError(f"model.fp8={model.fp8} needs Transformer Engine's layers; set model.layer_spec to auto")
+    elif model.dtype != "bfloat16":
+        raise UserError(f"model.fp8={model.fp8} needs model.dtype=bfloat16, not {model.dtype}")
+    elif model.fp8_recipe == "delayed" and model.recompute == "full":
+        raise UserError(
+            "model.fp8_recipe=delayed with model.recompute=full would recompute layers with the scales of the pass that records old "
+            "log-probs; choose blockwise or tensorwise, or another model.recompute"
+        )
+    if model.fp8_param_gather and not optimizer.distributed:
+        raise UserError("model.fp8_param_gather=true needs optimizer.distributed=true, which keeps the exact master weights")
+    if model.fp8_param_gather and model.fp8_recipe == "delayed":
+        raise UserError(
+            "model.fp8_param_gather=true needs model.fp8_recipe=blockwise or tensorwise: delayed has seen no scale yet when the "
+            "weights are loaded, and would round them away"
+        )
+    if model.fp8_param_gather and optimizer.cpu_offload:
+        raise UserError("optimizer.cpu_offload cannot update weights kept in FP8; set it to 0 or model.fp8_param_gather to false")
+    for key, wanted, default in _state_settings(optimizer):
+        if wanted != default and not (optimizer.distributed and model.dtype == "bfloat16"):
+            raise UserError(f"optimizer.{key}={wanted} needs optimizer.distributed=true and model.dtype=bfloat16")
+    if optimizer.cpu_offload and optimizer.state_dtype != "float32":
+        raise UserError(
+            f"optimizer.cpu_offload={optimizer.cpu_offload} updates float32 state only; set optimizer.state_dtype=float32 or "
+            "optimizer.cpu_offload=0"
+        )
+
+
+def check_accelerators(model: ModelConfig, optimizer: OptimizerSettings, machine: Accelerators) -> None:
+    """Refuse settings that this machine's GPUs or packages cannot carry out. UserError."""
+    reason = None if model.fp8 == "none" else fp8_obstacle(model.fp8_recipe, machine)
+    if reason:
+        raise UserError(f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}")
+    if machine.capability is not None and machine.transformer_engine is not None:
+        return
+    for key, wanted, default in _state_settings(optimizer):
+        if wanted != default:
+            raise UserError(f"optimizer.{key}={wanted} needs a GPU and Transformer Engine ({INSTALL}); {default} does not")
+
+
+def check_fp8_split(sizes: dict[str, int], parallel: ParallelConfig) -> None:
+    """Refuse a model whose matrices FP8 cannot multiply: `sizes`, split over tensor-parallel ranks, come in multiples of 16. UserError."""
+    tp = parallel.tensor_model_parallel_size
+    for what, size in sizes.items():
+        if size % (16 * tp):
+            raise UserError(
+                f"model.fp8 needs multiples of 16 on each rank, but the model's {what} of {size} is split over "
+                f"parallel.tensor_model_parallel_size={tp}; lower that or set model.fp8=none"
+            )
+
+
+def _state_settings(optimizer: OptimizerSettings) -> tuple[tuple[str, object, object], ...]:
+    """The settings that leave plain float32 state on the GPU: key, value and the value that does not."""
+    return ("state_dtype", optimizer.state_dtype, "float32"), ("cpu_offload", optimizer.cpu_offload, 0.0)
+
+
+def _below(version: str, least: str) -> bool:
+    try:
+        return Version(version) < Version(least)
+    except InvalidVersion:  # a build of one's own, whose age cannot be told
+        return False
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
