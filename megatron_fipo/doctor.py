@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fipo.config.precision import OLDEST_TRANSFORMER_ENGINE, Accelerators, fp8_obstacle
 from megatron_fipo.rollout.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
 
 
@@ -43,7 +44,8 @@ COMPONENTS = (
         "apex",
         "apex",
         False,
-        "fused Adam and gradient accumulation",
+        "fused Adam and gradient accumulation where transformer-engine is absent (its layer norm is for LayerNorm; all models here "
+        "have RMSNorm)",
         "nothing where transformer-engine is present; else Adam and gradient accumulation are not fused",
     ),
     Component(
@@ -53,8 +55,16 @@ COMPONENTS = (
         "rollouts with rollout.engine=vllm",
         "rollout.engine=local makes the rollouts: the same responses, slower, for small models only",
     ),
-    Component("flash-attn", "flash_attn", False, "attention kernels", "transformer-engine attends through cuDNN alone"),
-    Component("triton", "triton", False, "compiled GPU kernels", "torch.compile makes no GPU kernels; plain torch runs instead"),
+    Component(
+        "flash-attn", "flash_attn", False, "attention within transformer-engine", "transformer-engine attends through cuDNN alone"
+    ),
+    Component(
+        "triton",
+        "triton",
+        False,
+        "head and loss kernels on GPUs, and what torch.compile fuses",
+        "head, loss and small fusions run as plain torch: the same numbers, slower on GPUs",
+    ),
     Component("wandb", "wandb", False, "tracking", "a run says so once and goes on without it, unless tracking.wandb=disabled"),
 )
 
@@ -69,6 +79,8 @@ class Facts:
     devices: tuple[str, ...]
     """Names of the visible CUDA devices."""
     apex_is_nvidia: bool
+    capability: tuple[int, int] | None = None
+    """Compute capability, of the oldest of the devices; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -102,29 +114,44 @@ def _row(component: Component, facts: Facts) -> Row:
         return Row("apex", f"{version}, not NVIDIA's", note, "optional")
     if component.name == "vllm" and version is not None and not is_supported(version):
         return Row("vllm", version, f"rollout.engine=vllm needs {SUPPORTED_VLLM}. Without it: {component.loss}", "optional")
+    if component.name == "transformer-engine" and version is not None:
+        return Row(component.name, version, f"{component.use}; {_fp8_note(facts)}", "ok")
     if version is not None:
         return Row(component.name, version, component.use, "ok")
     return Row(component.name, "absent", component.loss, "missing" if component.required else "optional")
 
 
+def _fp8_note(facts: Facts) -> str:
+    """With which recipes these GPUs multiply in FP8, or why with none."""
+    machine = Accelerators(facts.capability, facts.cuda, facts.versions["transformer-engine"])
+    obstacles = {recipe: fp8_obstacle(recipe, machine) for recipe in OLDEST_TRANSFORMER_ENGINE}
+    possible = [recipe for recipe, obstacle in obstacles.items() if obstacle is None]
+    if not possible:
+        return f"no FP8: {obstacles['delayed']}"
+    return f"FP8 with model.fp8_recipe={' or '.join(possible)}"
+
+
 def gather_facts() -> Facts:
     """Look at this environment. Only torch is imported, to ask for CUDA devices."""
-    cuda, devices = _cuda()
+    cuda, devices, capability = _cuda()
     return Facts(
         python=platform.python_version(),
         versions={component.name: _version(component) for component in COMPONENTS},
         cuda=cuda,
         devices=devices,
         apex_is_nvidia=_is_nvidia_apex(),
+        capability=capability,
     )
 
 
-def _cuda() -> tuple[str | None, tuple[str, ...]]:
+def _cuda() -> tuple[str | None, tuple[str, ...], tuple[int, int] | None]:
     try:
         import torch
     except (ImportError, OSError):
-        return None, ()
-    return torch.version.cuda, tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return None, (), None
+    devices = range(torch.cuda.device_count())
+    names = tuple(torch.cuda.get_device_name(index) for index in devices)
+    return torch.version.cuda, names, min((torch.cuda.get_device_capability(index) for index in devices), default=None)
 
 
 def _version(component: Component) -> str | None:

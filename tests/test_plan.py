@@ -183,6 +183,55 @@ class TestWork:
         assert optimizer_bytes("optimizer.distributed=false", "model.dtype=bfloat16") == 12
 
 
+class TestMemory:
+    def stage(self, *overrides, index=1):
+        """Of the 32B recipe; the one in the middle holds layers alone."""
+        config = load_recipe("qwen2.5-32b/fipo", *overrides)
+        return make_plan(config, *read_model_config(config.model.path)).stages[index]
+
+    def test_state_in_bfloat16(self):
+        """Two moments of 2 bytes and a master weight of 4, over 4 context-parallel ranks."""
+        stage = self.stage("optimizer.state_dtype=bfloat16")
+        assert stage.optimizer_bytes == stage.parameters * 8 // 4
+
+    @pytest.mark.parametrize("share", [0.25, 1.0])
+    def test_offloaded_state_and_its_gradients_are_in_host_memory(self, share):
+        stage = self.stage(f"optimizer.cpu_offload={share}")
+        assert stage.optimizer_bytes == stage.parameters * 12 * (1 - share) // 4
+        assert stage.host_bytes == stage.parameters * 16 * share // 4
+        ends = self.stage(f"optimizer.cpu_offload={share}", index=3)  # the largest
+        text = printed(load_recipe("qwen2.5-32b/fipo", f"optimizer.cpu_offload={share}"))
+        assert f"A rank holds up to {ends.host_bytes / 2**30:.2f} GiB more" in " ".join(text.split())
+
+    def test_nothing_is_said_of_host_memory_without_offload(self):
+        assert self.stage().host_bytes == 0
+        assert "host memory" not in printed(load_recipe("qwen2.5-32b/fipo"))
+
+    def test_fp8_copies_the_layers_matrices_or_takes_their_place(self):
+        plain, copies = self.stage(), self.stage("model.fp8=hybrid")
+        instead = self.stage("model.fp8=hybrid", "model.fp8_param_gather=true")
+        architecture = read_architecture(EXAMPLES / "qwen2.5-32b")
+        hidden, ffn = architecture.size("hidden"), architecture.size("ffn")
+        query, key = architecture.size("query"), architecture.size("key")
+        matrices = 16 * (hidden * (query + 2 * key) + query * hidden + 3 * hidden * ffn) // 8
+        assert copies.weight_bytes - plain.weight_bytes == 2 * matrices
+        assert instead.weight_bytes == plain.weight_bytes  # the FP8 matrix and its transpose, a byte each
+        assert matrices < plain.parameters < 1.001 * matrices  # the rest are norms and biases
+
+    def test_fp8_is_shown_and_its_blocks_fit_the_budget(self):
+        config = load_recipe("qwen2.5-32b/fipo", "model.fp8=hybrid", "model.fp8_param_gather=true")
+        text = " ".join(printed(config).split())
+        assert "bfloat16, products and layer weights in FP8 (hybrid, blockwise)" in text
+        work = make_plan(config, *read_model_config(config.model.path)).work
+        assert work.micro_batch_tokens == 11 * 4096 == 4 * 11264
+        config = load_recipe("qwen2.5-32b/fipo", "model.fp8=hybrid", "batch.max_tokens_per_micro_batch=12000")
+        assert make_plan(config, *read_model_config(config.model.path)).work.micro_batch_tokens == 11 * 4096
+
+    def test_the_heads_bound_is_shown(self):
+        text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.workspace_mb=300", "head.logits_memory_mb=40")).split())
+        assert "The head works in 300 MiB and keeps up to 40 MiB of logits" in text
+
+
 def test_padded_vocab_size():
     assert padded_vocab_size(32, 1) == 32
     assert padded_vocab_size(33, 2) == 34

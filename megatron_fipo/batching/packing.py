@@ -40,6 +40,7 @@ def plan_micro_batches(
     data_parallel_size: int,
     token_budget: int,
     length_multiple: int,
+    pack_multiple: int = 1,
     count_multiple: int = 1,
     attention_crossover: float = ATTENTION_CROSSOVER,
 ) -> Packing:
@@ -51,9 +52,10 @@ def plan_micro_batches(
     empty only if there are fewer sequences than micro-batches. The same lengths always give the same packing; on each rank
     the costliest micro-batch comes first.
 
-    `token_budget` counts a whole micro-batch, over all of its context-parallel ranks.
+    `token_budget` counts a whole micro-batch, over all of its context-parallel ranks, padded to a multiple of `pack_multiple`.
     Raises ValueError for a sequence that does not fit the budget.
     """
+    token_budget -= token_budget % pack_multiple
     if min(data_parallel_size, token_budget, length_multiple, count_multiple) < 1:
         raise ValueError(
             f"data_parallel_size ({data_parallel_size}), token_budget ({token_budget}), length_multiple ({length_multiple}) "

@@ -1,8 +1,9 @@
 """One context-parallel rank's part of one micro-batch, made on the host when a micro-batch is packed.
 
-Sequences lie end to end (THD), each padded to `length_multiple`. With context parallelism each is cut into 2·cp equal chunks
-and rank r holds chunks r and 2·cp−1−r of every sequence (Megatron's zigzag, which evens out causal attention). Labels, masks
-and advantages are shifted to the position that predicts them before that cut, so no rank needs its neighbour's tokens.
+Sequences lie end to end (THD), each padded to `length_multiple`, the last one on to `pack_multiple`. With context parallelism
+each is cut into 2·cp equal chunks and rank r holds chunks r and 2·cp−1−r of every sequence (Megatron's zigzag, which evens out
+causal attention). Labels, masks and advantages are shifted to the position that predicts them before that cut, so no rank needs
+its neighbour's tokens.
 
 Letters: T packed tokens on this rank, R response rows on this rank, S sequences in the micro-batch, cp ranks.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_fipo.batching.packing import padded_lengths
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.objective.policy_loss import PolicyRows
+from megatron_fipo.objective.rows import PolicyRows
 from megatron_fipo.objective.scan_plan import ChunkTable, build_scan_plan
 
 
@@ -110,11 +111,13 @@ def build_shard(
     length_multiple: int,
     pad_token_id: int,
     max_position: int,
+    pack_multiple: int = 1,
 ) -> PackedShard:
     """The part of a micro-batch that `context_parallel_rank` computes, on the CPU.
 
-    All ranks must be given the same trajectories in the same order. Without trajectories the shard is one padding sequence of
-    `length_multiple` tokens and no rows, so that a rank with an empty micro-batch can run it like the others.
+    All ranks must be given the same trajectories in the same order. Over all ranks the micro-batch holds a multiple of
+    `pack_multiple` tokens, which is 1 or a multiple of `length_multiple`. Without trajectories the shard is one padding sequence
+    without rows, so that a rank with an empty micro-batch can run it like the others.
     Raises ValueError, naming the trajectory, for lengths that disagree, an empty prompt, more than `max_position` tokens, or
     an advantage that is not finite.
     """
@@ -123,9 +126,11 @@ def build_shard(
             f"length_multiple is {length_multiple}; with context_parallel_size {context_parallel_size} it must be "
             f"a multiple of {2 * context_parallel_size}"
         )
+    if pack_multiple > 1 and pack_multiple % length_multiple:
+        raise ValueError(f"pack_multiple is {pack_multiple}, which is no multiple of length_multiple {length_multiple}")
     for index, trajectory in enumerate(trajectories):
         _check(index, trajectory, max_position)
-    whole = _lay_out(trajectories, length_multiple, pad_token_id)
+    whole = _lay_out(trajectories, length_multiple, pack_multiple, pad_token_id)
     table = zigzag_table(whole.padded, context_parallel_size)
 
     local = _held_tokens(whole.starts, table.first[context_parallel_rank], table.length[context_parallel_rank])
@@ -180,10 +185,11 @@ class _Layout:
     """float32 [S]."""
 
 
-def _lay_out(trajectories: Sequence[Trajectory], length_multiple: int, pad_token_id: int) -> _Layout:
+def _lay_out(trajectories: Sequence[Trajectory], length_multiple: int, pack_multiple: int, pad_token_id: int) -> _Layout:
     prompts = np.array([len(t.prompt_ids) for t in trajectories] or [0], dtype=np.int64)
     responses = np.array([t.response_length for t in trajectories] or [0], dtype=np.int64)
     padded = np.maximum(padded_lengths(prompts + responses, length_multiple), length_multiple)
+    padded[-1] += -padded.sum() % pack_multiple
     starts = np.cumsum(padded) - padded
     total = int(padded.sum())
     ids = np.full(total, pad_token_id, dtype=np.int64)

@@ -44,7 +44,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.checkpoint.safetensors_folder import listing
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.mcore import ASYNC_SAVE
+from megatron_fipo.model.mcore import (
+    ASYNC_SAVE,
+    count_steps_once,
+    drop_classes,
+    full_precision,
+    is_quantized,
+    make_optimizer_state,
+)
 
 POLL_S = 0.05
 ROOM_BYTES = 16 * 2**20
@@ -144,6 +151,7 @@ def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer
         optimizer.load_state_dict(loaded["optimizer"])
     for group in optimizer.param_groups:
         group.update(betas=(optimizer.config.adam_beta1, optimizer.config.adam_beta2), eps=optimizer.config.adam_eps)
+    count_steps_once(optimizer)
 
 
 def load_weights_only(modules: list[torch.nn.Module], folder: Path) -> None:
@@ -167,13 +175,17 @@ def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer | None, is_l
     state: dict[str, Any] = {}
     for name, module in zip(_names(modules), modules, strict=True):
         tensors = module.sharded_state_dict(metadata=metadata)
-        # Without the objects (`_extra_state`), which differ between Transformer Engine and other layers and matter to FP8 only.
+        # Without the objects (`_extra_state`), which differ between Transformer Engine and other layers and hold nothing but FP8's
+        # delayed scales; the first micro-batches find those anew.
         state[name] = {key: value for key, value in tensors.items() if not isinstance(value, ShardedObject)}
     if optimizer is not None:
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            # Adam makes its state in the first step. Zeros are that state before it.
-            part.init_state_fn(part.optimizer, part.config)
+        make_optimizer_state(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        drop_classes(optimizer, state["optimizer"])
+    for name in _names(modules):  # not before the optimizer's part, which knows parameters by identity
+        for value in state[name].values():
+            if is_quantized(value.data):
+                value.data = full_precision(value.data)
     return state
 
 

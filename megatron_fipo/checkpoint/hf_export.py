@@ -12,6 +12,7 @@ from megatron_fipo.checkpoint.hf_writer import HFWriter
 from megatron_fipo.checkpoint.mapping import ModelMap, join, map_model
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.family import Layout, Weight
+from megatron_fipo.model.mcore import full_precision
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def iterate_hf_tensors(
     """Every Hugging Face tensor of the model, one at a time, as (name, full tensor) on global rank 0.
 
     Collective: all ranks iterate, to the end and in step; they see the same names in the same order, and None for the tensor.
-    Tensors have the parameters' dtype and are on the CPU, or with `to_host` False on the parameters' device. They may share
-    memory with parameters: read them, before the next update. Where embeddings are tied there is no `lm_head.weight`.
+    Tensors have the parameters' dtype (FP8 ones their nominal bf16, which holds every FP8 value) and are on the CPU, or with
+    `to_host` False on the parameters' device. They may share memory with parameters: read them, before the next update. Where
+    embeddings are tied there is no `lm_head.weight`.
 
     Communication is within data-parallel and context-parallel rank 0; the other replicas yield None at once. First one
     all_gather_object of parameter names over the pipeline group. Then for each of the model's parameters: one gather over the
@@ -130,7 +132,7 @@ def _collect(
     stage, tp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
     parts = None
     if stage == owner:
-        shards = _gather(model.parameters[weight.megatron].detach(), weight.layout)
+        shards = _gather(full_precision(model.parameters[weight.megatron]), weight.layout)
         parts = join(weight, shards, model.architecture) if tp_rank == 0 else None
     if owner == 0 or tp_rank != 0 or stage not in (0, owner):
         return parts

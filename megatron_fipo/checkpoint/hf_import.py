@@ -10,27 +10,33 @@ from megatron_fipo.checkpoint.mapping import map_model, shard
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.family import Architecture, Weight
+from megatron_fipo.model.mcore import is_quantized
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors that some exporters store though they follow from the config."""
 
 
 @torch.no_grad()
-def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> None:
+def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Fill every parameter of this rank's chunks from a folder of safetensors, cast to the parameter's dtype.
 
+    Returns, on the CPU, the values of those that round them (FP8), for whoever keeps master weights: none in a bf16 model.
     Each rank reads only its own slices, one parameter at a time; no communication. Values of the same dtype arrive bit for bit.
     UserError that lists missing and unexpected tensors, or names a tensor of the wrong shape; parameters are untouched then.
     """
     model = map_model(model_chunks)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     source = SafetensorsFolder(folder)
+    exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     check_tensors(model.weights, model.architecture, source)
     for weight, parameter in model.local():
         values = shard(weight, [source.slice(name) for name in weight.names], model.architecture, rank, size)
         if values.shape != parameter.shape:
             raise ValueError(f"{weight.megatron} has shape {tuple(parameter.shape)}, its shard {tuple(values.shape)}")
         parameter.copy_(values)
+        if is_quantized(parameter):
+            exact[parameter] = values.contiguous()
+    return exact
 
 
 def check_tensors(weights: Sequence[Weight], architecture: Architecture, source: SafetensorsFolder) -> None:

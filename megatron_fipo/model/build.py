@@ -11,9 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig
 from megatron_fipo.errors import UserError
+from megatron_fipo.model import mcore
+from megatron_fipo.model.accelerators import can_compile
 from megatron_fipo.model.families import read_model_config
 from megatron_fipo.model.family import Architecture
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
+from megatron_fipo.model.precision import layer_precision
 from megatron_fipo.model.vocab import padded_vocab_size
 
 
@@ -83,9 +86,7 @@ def transformer_config(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, layer_spec: str
 ) -> TransformerConfig:
     """Megatron-Core's config: the architecture, the split, and what packed per-token training needs."""
-    dtype = getattr(torch, model.dtype)
     on_cpu = not torch.cuda.is_available()
-    fused = layer_spec == TRANSFORMER_ENGINE
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -102,20 +103,20 @@ def transformer_config(
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
         # The values are overwritten by `load_hf_weights`, but initialising is also what marks the parameters that
         # tensor-parallel ranks split; without the marks the gradient norm counts only rank 0's shards.
         perform_initialization=True,
         use_cpu_initialization=on_cpu,
-        apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
+        apply_rope_fusion=layer_spec == TRANSFORMER_ENGINE,
+        bias_activation_fusion=can_compile(),
+        bias_dropout_fusion=can_compile(),
+        gradient_accumulation_fusion=mcore.HAS_APEX_WEIGHT_GRADIENT and not on_cpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type="p2p",
         calculate_per_token_loss=True,
+        **layer_precision(model),
         **_pipeline_settings(parallel, on_cpu),
         **_recompute_settings(model.recompute),
     )

@@ -102,6 +102,11 @@ class Weight:
     """Counted from 0 over all pipeline stages; None at the model's ends."""
 
     @property
+    def is_layer_matrix(self) -> bool:
+        """Whether a layer multiplies by it: neither a norm, nor a bias, nor one of the model's ends."""
+        return self.layer is not None and all(len(shape) == 2 for shape in self.shapes)
+
+    @property
     def parameters(self) -> int:
         """Of the whole weight, its vocabulary not padded."""
         return sum(map(prod, self.shapes))

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_fipo.config.precision import INSTALL
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.attention import PackedAttention
@@ -35,7 +36,7 @@ names are the ones in checkpoints and in family tables."""
 
 
 def choose_layer_spec(wanted: str) -> str:
-    """`portable` or `transformer_engine` for a setting that may also be `auto`. The caller logs the answer.
+    """`portable` or `transformer_engine` for a setting that may also be `auto`. `active.py` says which at the start of a run.
 
     `auto` takes Transformer Engine where it is installed and CUDA is available. UserError if it is asked for and is not there.
     """
@@ -43,7 +44,7 @@ def choose_layer_spec(wanted: str) -> str:
     if wanted == "auto":
         return TRANSFORMER_ENGINE if usable else PORTABLE
     if wanted == TRANSFORMER_ENGINE and not usable:
-        raise UserError("model.layer_spec asks for transformer_engine, which needs CUDA and the transformer-engine package")
+        raise UserError(f"model.layer_spec=transformer_engine needs a GPU and the transformer-engine package ({INSTALL})")
     return wanted
 
 

@@ -10,6 +10,8 @@ from megatron_fipo.model.vocab import padded_vocab_size
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4
 """Gradients accumulate in float32 whatever the parameters are."""
+FP8_BYTES = 2
+"""An FP8 matrix is held twice, as it is and transposed: Hopper multiplies FP8 in one layout only."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage as one of its tensor-parallel ranks holds it. Bytes are of persistent state, without activations."""
+    """One pipeline stage as one of its tensor-parallel ranks holds it. Bytes are of state, without activations, on the device."""
 
     index: int
     layers: tuple[range, ...]
@@ -36,6 +38,8 @@ class Stage:
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    host_bytes: int
+    """In host memory: offloaded master weights and moments, and the gradients that are brought to them."""
 
     @property
     def total_bytes(self) -> int:
@@ -58,7 +62,7 @@ class Work:
     tokens_per_mini_step: int
     tokens_per_iteration: int
     micro_batch_tokens: int
-    """Budget of one micro-batch, over all of its context-parallel ranks."""
+    """Budget of one micro-batch, over all of its context-parallel ranks; with FP8 in whole blocks of every rank."""
     micro_batches: int
     """Per optimizer step, on each data-parallel rank."""
 
@@ -124,24 +128,35 @@ def _stage(config: Config, family: Family, architecture: Architecture, index: in
         has_embedding=index == 0,
         has_output=index == parallel.pipeline_model_parallel_size - 1,
         parameters=parameters,
-        weight_bytes=parameters * BYTES_PER_ELEMENT[config.model.dtype],
+        weight_bytes=_weight_bytes(config, weights),
         gradient_bytes=parameters * GRADIENT_BYTES,
-        optimizer_bytes=parameters * _optimizer_bytes(config.model.dtype) // shards,
+        optimizer_bytes=round(parameters * _optimizer_bytes(config) * (1 - config.optimizer.cpu_offload)) // shards,
+        host_bytes=round(parameters * (_optimizer_bytes(config) + GRADIENT_BYTES) * config.optimizer.cpu_offload) // shards,
     )
 
 
-def _optimizer_bytes(dtype: str) -> int:
-    """Per parameter: two float32 moments, and a float32 copy of the parameter where it is not float32 itself."""
-    return 8 if dtype == "float32" else 12
+def _weight_bytes(config: Config, weights: list[Weight]) -> int:
+    """Of the layers' matrices FP8 keeps copies: beside the weights, or with `fp8_param_gather` in their place."""
+    tp, model = config.parallel.tensor_model_parallel_size, config.model
+    element = BYTES_PER_ELEMENT[model.dtype]
+    matrix = element if model.fp8 == "none" else FP8_BYTES if model.fp8_param_gather else element + FP8_BYTES
+    return sum(weight.parameters_per_rank(tp) * (matrix if weight.is_layer_matrix else element) for weight in weights)
+
+
+def _optimizer_bytes(config: Config) -> int:
+    """Per parameter: two moments, and a float32 copy of the parameter where it is not float32 itself."""
+    return 2 * BYTES_PER_ELEMENT[config.optimizer.state_dtype] + (0 if config.model.dtype == "float32" else 4)
 
 
 def _work(config: Config) -> Work:
     batch, parallel, rollout = config.batch, config.parallel, config.rollout
     longest = rollout.max_prompt_length + rollout.max_response_length
+    pack_multiple = parallel.pack_multiple(config.model.token_multiple)
     padded = -(-longest // parallel.length_multiple) * parallel.length_multiple
     responses = batch.prompts_per_iteration * batch.responses_per_prompt
     per_mini_step = batch.mini_batch_prompts * batch.responses_per_prompt
-    micro_batch_tokens = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
+    room = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
+    micro_batch_tokens = room // pack_multiple * pack_multiple
     per_rank = -(-per_mini_step // parallel.data_parallel_size)
     return Work(
         responses=responses,

@@ -7,7 +7,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, ModelConfig
 from megatron_fipo.model.family import Architecture
 from megatron_fipo.plan.plan import Plan, Stage
 
@@ -17,7 +17,23 @@ def print_plan(config: Config, architecture: Architecture, plan: Plan, console: 
     for table in (_overview(config, architecture, plan), _ranks(config, plan), _stages(plan), _iteration(config, plan)):
         console.print(table)
     console.print("Memory is weights, gradients and optimizer state of one rank; activations and rollout engines come on top.")
+    host = max(stage.host_bytes for stage in plan.stages)
+    if host:
+        console.print(
+            f"A rank holds up to {host / 2**30:.2f} GiB more of optimizer state and gradients in its node's host memory."
+        )
+    console.print(
+        f"The head works in {config.head.workspace_mb} MiB and keeps up to {config.head.logits_memory_mb} MiB of logits for backward."
+    )
     console.print("Dry run: nothing was started and nothing was written.")
+
+
+def precision(model: ModelConfig) -> str:
+    """ "bfloat16", or what FP8 does besides: "bfloat16, products in FP8 (hybrid, blockwise)"."""
+    if model.fp8 == "none":
+        return model.dtype
+    where = "products and layer weights" if model.fp8_param_gather else "products"
+    return f"{model.dtype}, {where} in FP8 ({model.fp8}, {model.fp8_recipe})"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -31,7 +47,7 @@ def _overview(config: Config, architecture: Architecture, plan: Plan) -> Rendera
     padding = plan.padded_vocab - architecture.vocab_size
     table = Table(title=Text("Run", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
     table.add_row("model", config.model.path)
-    table.add_row("parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {config.model.dtype}")
+    table.add_row("parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {precision(config.model)}")
     table.add_row(
         "shape",
         f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, {architecture.num_attention_heads} heads in "

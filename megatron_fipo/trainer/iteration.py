@@ -38,6 +38,7 @@ def plan_iteration(groups: Sequence[Sequence[Trajectory]], config: Config, pad_t
             data_parallel_size=parallel.data_parallel_size,
             token_budget=config.batch.max_tokens_per_micro_batch * parallel.context_parallel_size,
             length_multiple=parallel.length_multiple,
+            pack_multiple=parallel.pack_multiple(config.model.token_multiple),
             count_multiple=micro_batch_multiple(
                 parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
             ),

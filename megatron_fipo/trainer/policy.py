@@ -29,9 +29,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.config.precision import check_accelerators
+from megatron_fipo.model import mcore
+from megatron_fipo.model.accelerators import find_accelerators
 from megatron_fipo.model.build import build_model
 from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
 from megatron_fipo.model.head import HeadRequest
+from megatron_fipo.model.precision import optimizer_precision
 from megatron_fipo.objective import PolicyObjective, Statistics, policy_loss
 
 
@@ -59,6 +63,7 @@ class Policy:
         temperature: float,
         device: torch.device,
     ) -> None:
+        check_accelerators(model, optimizer, find_accelerators())
         self.device = device
         self.head = head
         self.temperature = temperature
@@ -78,6 +83,7 @@ class Policy:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=optimizer.distributed,
             overlap_grad_reduce=parallel.overlap_communication,
+            fp8_param_gather=self.model_config.fp8_param,
         )
         chunks = []
         for index, module in enumerate(self.modules):
@@ -85,6 +91,8 @@ class Policy:
             if self.model_config.bf16:
                 module = Float16Module(self.model_config, module)
             chunks.append(DistributedDataParallel(self.model_config, ddp_config, module, disable_bucketing=index > 0))
+        fused = [mcore.fuse_gradient_accumulation(chunk) for chunk in chunks]
+        self.fuses_gradients = all(fused)
         return chunks
 
     def _connect(self, parallel: ParallelConfig) -> None:
@@ -99,9 +107,17 @@ class Policy:
             config.grad_sync_func = grad_sync if len(grad_sync) > 1 else grad_sync[0]
 
     def load_hf(self, folder: Path) -> None:
-        """Take the weights of a Hugging Face folder; the optimizer's master copies follow."""
-        load_hf_weights(self.modules, folder)
-        self.optimizer.reload_model_params()
+        """Take the weights of a Hugging Face folder; the optimizer's master copies follow, exact where parameters round (FP8)."""
+        exact = load_hf_weights(self.modules, folder)
+        self.optimizer.reload_model_params(self._named(exact) if exact else None)
+
+    def _named(self, exact: dict[torch.nn.Parameter, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """All parameters by Megatron's names of chunk and parameter, those in `exact` with the values there."""
+        keys = ["model"] if len(self.modules) == 1 else [f"model{index}" for index in range(len(self.modules))]
+        return {
+            key: {name: exact.get(parameter, parameter) for name, parameter in module.named_parameters()}
+            for key, module in zip(keys, self.modules, strict=True)
+        }
 
     @property
     def is_last_stage(self) -> bool:
@@ -124,7 +140,7 @@ class Policy:
         """
 
         def loss(shard: PackedShard) -> Callable:
-            return partial(_policy_loss, shard=shard, objective=objective, group=self.context_group)
+            return partial(_policy_loss, shard=shard, objective=objective, group=self.context_group, kernels=self.head.kernels)
 
         records, grad_norm, skipped = self._update(shards, loss, lr, objective.entropy_coefficient != 0)
         statistics: dict[str, float] = {}
@@ -163,7 +179,8 @@ class Policy:
         if not skipped:
             if self.clip_grad > 0:
                 parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+                decoupled = mcore.uses_decoupled_gradients(self.optimizer)
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm, decoupled)
             self.optimizer.step_with_ready_grads()
         return records, grad_norm, skipped
 
@@ -221,9 +238,8 @@ def _optimizer_config(model: ModelConfig, settings: OptimizerSettings) -> Optimi
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
-        bf16=model.dtype == "bfloat16",
-        params_dtype=getattr(torch, model.dtype),
         use_distributed_optimizer=settings.distributed,
+        **optimizer_precision(model, settings),
     )
 
 
@@ -246,9 +262,10 @@ def _policy_loss(
     shard: PackedShard,
     objective: PolicyObjective,
     group: torch.distributed.ProcessGroup,
+    kernels: str,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     log_probs, entropy = output
-    loss = policy_loss(log_probs, entropy, shard.rows, objective, group)
+    loss = policy_loss(log_probs, entropy, shard.rows, objective, group, kernels)
     statistics: Statistics = loss.statistics
     return (
         loss.loss_sum,

@@ -16,6 +16,11 @@ from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
+from megatron_fipo.model.accelerators import find_accelerators, installed_version
+from megatron_fipo.model.active import Active, active_lines
+from megatron_fipo.model.layer_spec import choose_layer_spec
+from megatron_fipo.model.mcore import ADAM
+from megatron_fipo.objective.kernel_choice import describe_kernels
 from megatron_fipo.trainer.policy import Policy
 
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -82,6 +87,19 @@ class MegatronRank:
         )
         self.policy.load_hf(Path(settings.model.path))
 
+    def describe(self) -> list[str]:
+        """What this rank runs on, a line for each part: layers, attention, FP8, optimizer, kernels."""
+        settings = self.settings
+        facts = Active(
+            layer_spec=choose_layer_spec(settings.model.layer_spec),
+            transformer_engine=find_accelerators().transformer_engine,
+            flash_attention=installed_version("flash_attn", "flash-attn"),
+            adam=ADAM,
+            fuses_gradients=self.policy.fuses_gradients,
+            kernels=describe_kernels(settings.head.kernels, self.device),
+        )
+        return active_lines(facts, settings.model, settings.optimizer)
+
     def shards(self, micro_batches: list[list[Trajectory]], pad_token_id: int) -> list[PackedShard]:
         """This context-parallel rank's part of each micro-batch, on its device."""
         parallel = self.settings.parallel
@@ -91,6 +109,7 @@ class MegatronRank:
                 context_parallel_size=parallel.context_parallel_size,
                 context_parallel_rank=parallel_state.get_context_parallel_rank(),
                 length_multiple=parallel.length_multiple,
+                pack_multiple=parallel.pack_multiple(self.settings.model.token_multiple),
                 pad_token_id=pad_token_id,
                 max_position=self.policy.modules[0].max_sequence_length,
             ).to(self.device)

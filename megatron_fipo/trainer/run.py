@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fipo.config import Config, Machine, validate
 from megatron_fipo.data.dataset import Dataset
 from megatron_fipo.data.registry import load_datasets, load_evaluation
-from megatron_fipo.errors import UserError, writing
+from megatron_fipo.errors import UserError, first_line, writing
 from megatron_fipo.model.families import read_architecture
 from megatron_fipo.plan.machine import this_machine
 from megatron_fipo.reward.registry import scorer
@@ -26,7 +26,7 @@ from megatron_fipo.trainer.group import TrainerGroup
 from megatron_fipo.trainer.loop import Loop, Parts, check_stop, write_table
 from megatron_fipo.trainer.metrics_log import read_metrics
 from megatron_fipo.trainer.report import write_report
-from megatron_fipo.trainer.rollouts import Interrupted, LiveRollouts, ReplayRollouts
+from megatron_fipo.trainer.rollouts import Interrupted, LiveRollouts, ReplayRollouts, Rollouts
 from megatron_fipo.trainer.state import RunDirectory
 from megatron_fipo.trainer.stop import Stop
 from megatron_fipo.trainer.tracking import Trackers
@@ -54,7 +54,9 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             )  # after Ray, which has handlers of its own
             trainer = start_trainer(config, machine)
             stack.callback(trainer.shutdown)
-            rollouts: LiveRollouts | ReplayRollouts
+            for line in trainer.call("describe")[0]:
+                console.note(line)
+            rollouts: Rollouts
             if source is not None:
                 console.note(f"training on the responses in {source.folder}; without engines, nothing is evaluated")
                 rollouts, held_out = ReplayRollouts(source), []
@@ -172,9 +174,8 @@ def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # what a damaged tokenizer.json raises depends on where the damage is
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot read the tokenizer in {folder} ({reason}); restore tokenizer.json and tokenizer_config.json"
+            f"cannot read the tokenizer in {folder} ({first_line(error)}); restore tokenizer.json and tokenizer_config.json"
         ) from error
 
 

@@ -20,6 +20,7 @@ FREE_KEYS = (
     "head.",
     "model.recompute",
     "model.layer_spec",
+    "optimizer.cpu_offload",
     "rollout.num_engines",
     "rollout.engine_tensor_parallel_size",
     "rollout.placement",

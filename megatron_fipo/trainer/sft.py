@@ -75,6 +75,8 @@ def train(config: SftConfig) -> None:
         write_random_model(source, initial, config.seed, getattr(torch, config.dtype))
         settings = _rank_settings(config, initial)
         trainer = TrainerGroup(SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings)
+        for line in trainer.call("describe")[0]:
+            progress.console.print(line)
         bar = progress.add_task("supervised training", total=config.steps)
         for start in range(0, config.steps, STEPS_PER_CALL):
             count = min(STEPS_PER_CALL, config.steps - start)

@@ -2,7 +2,6 @@
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
 from megatron_fipo.rollout.nccl_sync import NcclSync
 from megatron_fipo.rollout.weight_sync import Transport, WeightSyncError, push_weights, transport_for
+from megatron_fipo.trainer.clock import clock
 from megatron_fipo.trainer.iteration import IterationBatch
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
 
@@ -79,11 +79,11 @@ class TrainerWorker(MegatronRank):
         """
         seconds: dict[str, float] = {}
         steps = [self._shards(batch, step) for step in range(len(batch.mini_batches))]
-        with _clock(seconds, "old_log_probs"):
+        with clock(seconds, "old_log_probs", self.device):
             steps = self._with_old_log_probs(steps)
         objective = policy_objective(self.config)
         mini_steps, token_weights = [], []
-        with _clock(seconds, "update"):
+        with clock(seconds, "update", self.device):
             for step, shards in enumerate(steps):
                 result = self.policy.policy_step(shards, objective, lr)
                 mini_steps.append(
@@ -226,12 +226,3 @@ def policy_objective(config: Config) -> PolicyObjective:
         correction=settings.correction,
         correction_cap=settings.correction_cap,
     )
-
-
-@contextmanager
-def _clock(seconds: dict[str, float], name: str):
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[name] = time.perf_counter() - start

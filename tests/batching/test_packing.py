@@ -32,6 +32,13 @@ def test_every_plan_keeps_its_promises(lengths, ranks, multiple, budget):
     assert plan == plan_micro_batches(lengths, data_parallel_size=ranks, token_budget=budget, length_multiple=multiple)
 
 
+def test_a_micro_batch_still_fits_once_it_is_padded():
+    lengths = [40, 40, 40, 40]
+    for pack_multiple, per_micro_batch in ((1, 2), (80, 2), (48, 1)):  # 90 tokens are 80 in whole blocks of 80, 48 in those of 48
+        plan = plan_micro_batches(lengths, data_parallel_size=1, token_budget=90, length_multiple=8, pack_multiple=pack_multiple)
+        assert {len(members) for members in plan[0]} == {per_micro_batch}
+
+
 def fewest_bins(sizes, budget):
     """Exact bin packing of a few sizes, by trying every bin for each."""
     best = len(sizes)

@@ -50,6 +50,28 @@ BATCHES = st.lists(st.tuples(st.integers(1, 20), MASKS, st.floats(-3, 3, width=3
 )
 
 
+@settings(max_examples=100, deadline=None)
+@given(batch=BATCHES, cp=st.sampled_from([1, 2, 4]), factor=st.integers(1, 64))
+def test_each_rank_holds_a_multiple_and_no_other_rows(batch, cp, factor):
+    """FP8 multiplies whole blocks of tokens: the last sequence's padding fills them up."""
+    multiple = zigzag_multiple(cp)
+    for shard, plain in zip(shards(batch, cp, pack_multiple=multiple * factor), shards(batch, cp), strict=True):
+        assert shard.input_ids.shape[1] * cp % (multiple * factor) == 0
+        assert shard.input_ids.shape[1] - plain.input_ids.shape[1] < multiple * factor / cp
+        assert torch.equal(shard.cu_seqlens_padded[:-1], plain.cu_seqlens_padded[:-1])
+        assert shard.max_seqlen == int(shard.cu_seqlens_padded.diff().max())
+    found, expected = (
+        sorted(row for part in parts for row in zip(part.row_sequence, part.row_position, part.labels.tolist(), strict=True))
+        for parts in (shards(batch, cp, pack_multiple=multiple * factor), shards(batch, cp))
+    )
+    assert found == expected
+
+
+def test_a_pack_multiple_that_would_cut_a_sequence_wrongly_is_refused():
+    with pytest.raises(ValueError, match="pack_multiple is 6, which is no multiple of length_multiple 4"):
+        shards([trajectory(3, [1, 1])], cp=2, pack_multiple=6)
+
+
 @settings(max_examples=150, deadline=None)
 @given(batch=BATCHES, cp=st.sampled_from([1, 2, 4]), factor=st.integers(1, 3))
 def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, factor):
