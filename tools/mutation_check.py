@@ -12,396 +12,54 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+
+from mutants import GRID, KERNELS, MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SCAN = "objective/test_future_kl.py::test_megatron_layouts"
-ANY_CUT = "objective/test_future_kl.py::test_any_cut_gives_the_definition"
-GOLDEN = "objective/test_golden.py::test_matches_the_reference"
-LOSS = "objective/test_policy_loss.py::test_no_split_changes_loss_or_gradient"
-HEAD_TESTS = "distributed/test_head.py"
-HEAD = f"{HEAD_TESTS}::test_values_and_gradients_equal_full_logits"
-GRID = "distributed/test_policy_grid.py::test_loss_and_every_gradient_equal_the_oracle"
-FIRST_STEP = "distributed/test_policy_grid.py::test_first_mini_step_reproduces_old_log_probs_bit_for_bit"
-COLLECTIVES = "distributed/test_loss_path.py::test_the_collectives_of_a_micro_batch_and_their_bytes"
-CORRECTION = "objective/test_correction.py"
-WEIGHED = "test_every_token_is_weighed_and_nothing_else_changes"
-SPREAD = "test_statistics_are_their_definitions_however_the_tokens_are_spread"
-NO_ROWS = "distributed/test_loss_path.py::test_ranks_without_rows_take_part_in_every_collective"
-NO_WAIT = "distributed/test_loss_path.py::test_neither_forward_nor_backward_waits_for_the_device"
-MEMORY = "distributed/test_loss_path.py::test_nothing_as_large_as_the_logits_is_made_or_kept"
 
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    """Inside the package."""
-    old: str
-    """Must occur exactly once."""
-    new: str
-    caught_by: tuple[str, ...]
-    """Beginnings of test ids below `tests/`; a case of each must fail."""
-
-
-FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/policy_loss.py", "objective/scan_plan.py"
-CORRECTION_FILE, STATISTICS = "objective/correction.py", "objective/statistics.py"
-SHARD, HEAD_FILE, PASSES, POLICY = "batching/shard.py", "model/head.py", "model/head_passes.py", "trainer/policy.py"
-
-MUTANTS = (
-    Mutant(
-        "context-parallel carry left out",
-        FUTURE_KL,
-        " + _power(plan.row_distance, rate) * behind_chunk.view(-1)[plan.row_segment]",
-        "",
-        (SCAN, LOSS, f"{GRID}[cp2-fipo", NO_ROWS),
-    ),
-    Mutant(
-        "carry decays by one position too many",
-        PLAN,
-        "ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n",
-        "ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n    ahead = ahead + (ahead > 0)\n",
-        (SCAN, LOSS, f"{GRID}[cp2-fipo"),
-    ),
-    Mutant(
-        "labels shifted after the context split",
-        SHARD,
-        "labels=torch.from_numpy(whole.ids[row_token + 1])",
-        "labels=torch.from_numpy(whole.ids[local[np.minimum(row_index + 1, len(local) - 1)]])",
-        ("batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once", f"{GRID}[cp2-fipo", NO_ROWS),
-    ),
-    Mutant(
-        "denominator counts dropped tokens",
-        LOSS_FILE,
-        "return kept, kept.sum()",
-        "return kept, torch.ones_like(kept).sum()",
-        (LOSS, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "denominator is the rank's own",
-        POLICY,
-        "loss.loss_sum,\n        loss.normalizer.to(torch.int32),",
-        "loss.loss_sum / loss.normalizer.clamp(min=1),\n        torch.ones_like(loss.normalizer, dtype=torch.int32),",
-        (f"{GRID}[1-fipo-False-160", f"{GRID}[cp2-fipo", f"{GRID}[dp2-fipo"),
-    ),
-    Mutant(
-        "tensor parallel: gradient of hidden states not summed",
-        HEAD_FILE,
-        "rows = copy_to_tensor_model_parallel_region(rows, group=tensor_parallel_group)",
-        "pass",
-        (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2", f"{NO_ROWS}[tp2-cp2"),
-    ),
-    Mutant(
-        "sequence parallel: gradient of hidden states not summed",
-        HEAD_FILE,
-        "tensor_parallel_output_grad=True",
-        "tensor_parallel_output_grad=False",
-        (HEAD, f"{GRID}[tp2-sp-fipo", f"{COLLECTIVES}[tp2-sp", f"{NO_ROWS}[tp2-sp-cp2"),
-    ),
-    Mutant(
-        "tensor parallel: sums of exponentials not summed",
-        HEAD_FILE,
-        "    dist.all_reduce(sums, group=group)\n",
-        "",
-        (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2", f"{NO_ROWS}[tp2-cp2"),
-    ),
-    Mutant(
-        "tensor parallel: maximum not shared",
-        HEAD_FILE,
-        "    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)\n",
-        "",
-        (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2"),
-    ),
-    Mutant(
-        "one dual-clipped token drops", LOSS_FILE, "(totals[:, 1] > 1)", "(totals[:, 1] > 0)", (LOSS, GOLDEN, f"{GRID}[1-fipo")
-    ),
-    Mutant(
-        "dual-clipped tokens counted per rank",
-        FUTURE_KL,
-        "totals.sum(dim=0)",
-        "sums",
-        (f"{LOSS}[2-zigzag", f"{GRID}[cp4-fipo"),
-    ),
-    Mutant(
-        "dual-clipped tokens stay in FutureKL",
-        LOSS_FILE,
-        "torch.where(in_future_kl, tokens.log_ratio, 0.0).detach()",
-        "tokens.log_ratio.detach()",
-        (GOLDEN, LOSS),
-    ),
-    Mutant(
-        "decay counts rows, not positions (holes)",
-        PLAN,
-        "levels = _build_levels(segment, position - span_start[segment], width)",
-        "levels = _build_levels(segment, np.arange(len(segment)) - np.searchsorted(segment, segment), width)",
-        (SCAN, LOSS, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "safety rule on positive advantages",
-        LOSS_FILE,
-        "unsafe = (tokens.advantages < 0)",
-        "unsafe = (tokens.advantages > 0)",
-        (GOLDEN, LOSS, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "dual clip on positive advantages",
-        LOSS_FILE,
-        "torch.where(advantages < 0, torch.minimum(loss, bound), loss)",
-        "torch.where(advantages > 0, torch.minimum(loss, bound), loss)",
-        (GOLDEN, LOSS, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "temperature not applied",
-        HEAD_FILE,
-        "inverse_temperature=1.0 / request.temperature",
-        "inverse_temperature=1.0",
-        (HEAD, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "temperature missing in backward",
-        PASSES,
-        "mul_(-row * gradient.inverse_temperature)",
-        "mul_(-row)",
-        (HEAD, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "padded vocabulary takes part",
-        PASSES,
-        "    logits[:, slab.words :] = PADDED_LOGIT\n",
-        "",
-        (HEAD, f"{GRID}[tp2-fipo"),
-    ),
-    Mutant(
-        "parameters not marked as tensor parallel",
-        "model/build.py",
-        "perform_initialization=True,",
-        "perform_initialization=False,",
-        (f"{GRID}[tp2-fipo", "distributed/test_policy_grid.py::test_updated_weights_equal_those_of_one_rank[tp2"),
-    ),
-    Mutant(
-        "norms and biases decayed",
-        POLICY,
-        'self.weight_decay * group.get("wd_mult", 1.0)',
-        "self.weight_decay",
-        ("distributed/test_update.py::test_the_update_is_adamw_without_decay_of_norms_and_biases",),
-    ),
-    Mutant(
-        "gradient not clipped",
-        POLICY,
-        "if self.clip_grad > 0:",
-        "if False:",
-        ("distributed/test_update.py::test_the_gradient_is_clipped_to_the_bound",),
-    ),
-    Mutant(
-        "a NaN reaches the loss",
-        LOSS_FILE,
-        "return torch.where(usable, value, 0.0)",
-        "return torch.where(mask, value, 0.0)",
-        ("objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",),
-    ),
-    Mutant(
-        "correction: weight not capped",
-        CORRECTION_FILE,
-        "return weight.clamp(max=objective.correction_cap)",
-        "return weight",
-        (f"{CORRECTION}::test_by_hand[tis", f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[1-tis"),
-    ),
-    Mutant(
-        "correction: mask keeps tokens beyond the cap",
-        CORRECTION_FILE,
-        "torch.where(weight <= objective.correction_cap, weight, 0.0)",
-        "weight.clamp(max=objective.correction_cap)",
-        (f"{CORRECTION}::test_by_hand[mis", f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[cp2-mis"),
-    ),
-    Mutant(
-        "correction: trainer and engine exchanged",
-        CORRECTION_FILE,
-        "torch.where(known, old_log_probs - rollout_log_probs, 0.0)",
-        "torch.where(known, rollout_log_probs - old_log_probs, 0.0)",
-        (f"{CORRECTION}::test_by_hand", f"{CORRECTION}::{SPREAD}", LOSS, f"{GRID}[1-tis"),
-    ),
-    Mutant(
-        "correction: weight of the new policy, not of the old",
-        LOSS_FILE,
-        "mismatch=compare(rows.old_log_probs, rows.rollout_log_probs, usable)",
-        "mismatch=compare(log_probs, rows.rollout_log_probs, usable)",
-        (f"{CORRECTION}::{WEIGHED}", f"{CORRECTION}::{SPREAD}", LOSS, f"{GRID}[1-tis"),
-    ),
-    Mutant(
-        "correction: FutureKL and ratio against the engine",
-        LOSS_FILE,
-        "log_ratio = contained(log_probs - rows.old_log_probs)",
-        "log_ratio = contained(log_probs - (rows.rollout_log_probs if objective.corrects else rows.old_log_probs))",
-        (f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[1-tis"),
-    ),
-    Mutant(
-        "correction: KL term weighed too",
-        LOSS_FILE,
-        "    loss = surrogate\n    if objective.kl_coefficient:\n        loss = loss + objective.kl_coefficient * tokens.reference_kl\n",
-        "    loss = surrogate\n    if objective.kl_coefficient:\n"
-        "        weight = correction_factor(tokens.mismatch.weight, objective) if objective.corrects else 1.0\n"
-        "        loss = loss + weight * objective.kl_coefficient * tokens.reference_kl\n",
-        (LOSS,),
-    ),
-    Mutant(
-        "correction: in force without being asked for",
-        LOSS_FILE,
-        "    if objective.corrects:\n        surrogate",
-        "    if rows.rollout_log_probs is not None:\n        surrogate",
-        (f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss", LOSS, f"{GRID}[1-fipo-False-160"),
-    ),
-    Mutant(
-        "correction: denominator leaves masked tokens out",
-        LOSS_FILE,
-        "return kept, kept.sum()",
-        "return kept, (kept * (tokens_within_cap(rows, objective) if objective.corrects else 1)).sum()\n\n\n"
-        "def tokens_within_cap(rows, objective):\n"
-        "    return (rows.old_log_probs - rows.rollout_log_probs).exp() <= objective.correction_cap",
-        (f"{CORRECTION}::test_tokens_left_out_by_the_mask_still_count", f"{CORRECTION}::{WEIGHED}", f"{GRID}[cp2-mis"),
-    ),
-    Mutant(
-        "correction: a NaN of the engine goes unnoticed",
-        LOSS_FILE,
-        "rollout_log_probs = rows.rollout_log_probs if objective.corrects else None",
-        "rollout_log_probs = None",
-        (
-            f"{CORRECTION}::test_a_broken_log_prob_of_the_engine_takes_out_its_response_only",
-            "objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",
-        ),
-    ),
-    Mutant(
-        "correction: a NaN of the engine spoils the report",
-        CORRECTION_FILE,
-        "known = usable & rollout_log_probs.isfinite()",
-        "known = usable",
-        (f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss",),
-    ),
-    Mutant(
-        "correction: the engine's log-prob of the token, not of its label",
-        SHARD,
-        "torch.from_numpy(whole.rollout_log_probs[row_token])",
-        "torch.from_numpy(whole.rollout_log_probs[row_token - 1])",
-        ("batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once", f"{GRID}[1-tis"),
-    ),
-    Mutant(
-        "correction: effective sample size not divided by the tokens",
-        STATISTICS,
-        '_ratio(s["importance"].square(), compared * s["importance_squared"])',
-        '_ratio(s["importance"].square(), s["importance_squared"])',
-        (f"{CORRECTION}::{SPREAD}", f"{CORRECTION}::test_statistics_at_the_ends"),
-    ),
-    Mutant(
-        "a NaN row reaches the head's gradient",
-        PASSES,
-        "    result.masked_fill_(~gradient.active().unsqueeze(1), 0)\n",
-        "",
-        (f"{HEAD_TESTS}::test_a_row_without_gradient_contains_its_own_nan",),
-    ),
-    Mutant(
-        "a NaN row's hidden state reaches the weight's gradient",
-        HEAD_FILE,
-        "torch.where(gradient.active().unsqueeze(1), hidden, 0)",
-        "hidden",
-        (f"{HEAD_TESTS}::test_a_row_without_gradient_contains_its_own_nan",),
-    ),
-    Mutant(
-        "slabs: the moment keeps the peak of the slabs before",
-        PASSES,
-        "(moment + shift * total) * scale",
-        "moment * scale",
-        (HEAD,),
-    ),
-    Mutant(
-        "slabs: labels at a border belong to both",
-        PASSES,
-        "(local < slab.words)",
-        "(local <= slab.words)",
-        (HEAD,),
-    ),
-    Mutant(
-        "kept logits: temperature applied twice",
-        HEAD_FILE,
-        "scale, shift = 1.0, peak - log_partition",
-        "scale, shift = part.inverse_temperature, peak - log_partition",
-        (HEAD,),
-    ),
-    Mutant(
-        "main_grad: a tied weight gets no zeros",
-        HEAD_FILE,
-        'if getattr(self.weight, "zero_out_wgrad", False) or self.weight.grad is not None:',
-        "if self.weight.grad is not None:",
-        (f"{HEAD_TESTS}::test_through_megatrons_data_parallel_wrapper", f"{GRID}[1-fipo-True-160"),
-    ),
-    Mutant(
-        "main_grad: the stand-in of a gradient is added to the one before",
-        HEAD_FILE,
-        " or self.weight.grad is not None:",
-        ":",
-        (f"{HEAD_TESTS}::test_the_weights_gradient_is_added_to_main_grad",),
-    ),
-    Mutant(
-        "old log-probs scored in another order",
-        POLICY,
-        "return self._run(shards, lambda shard: collect, forward_only=True)",
-        "return self._run(shards[::-1], lambda shard: collect, forward_only=True)",
-        (FIRST_STEP,),
-    ),
-    Mutant(
-        "the host reads a number",
-        LOSS_FILE,
-        "return kept, kept.sum()",
-        "return kept, torch.full_like(kept.sum(), kept.sum().item())",
-        (NO_WAIT, COLLECTIVES, "objective/test_no_host_sync.py::test_the_packed_loss_never_syncs"),
-    ),
-    Mutant(
-        "a second all-gather in the scan",
-        FUTURE_KL,
-        "    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
-        "    all_gather(sums, group)\n    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
-        (COLLECTIVES, NO_ROWS, "objective/test_policy_loss.py::test_one_all_gather_of_constant_size"),
-    ),
-    Mutant(
-        "a rank without rows skips the scan's collective",
-        FUTURE_KL,
-        "    _check_scan(x, riders, plan, group)\n",
-        "    _check_scan(x, riders, plan, group)\n    if not plan.num_rows:\n        return x, riders.new_zeros(plan.num_sequences, 2)\n",
-        (NO_ROWS,),
-    ),
-    Mutant(
-        "every slab's logits kept",
-        HEAD_FILE,
-        "if index < part.kept_slabs:\n                keep =",
-        "if True:\n                keep =",
-        (MEMORY, f"{HEAD_TESTS}::test_kept_logits_are_bounded_by_the_budget_and_absent_by_default"),
-    ),
-)
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest in the copy, with Triton and its interpreter for the kernels' tests alone; `make venv-triton` installs it."""
+    kernels = any(argument.startswith(f"tests/{KERNELS}") for argument in arguments)
+    paths = [str(folder), str(ROOT / ".venv" / "triton")] if kernels else [str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "1000", "TRITON_INTERPRET": str(int(kernels))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def pytest(folder: Path, tests: list[str]) -> list[str]:
     """Ids of failed tests, below `tests/`. RuntimeError where pytest could not run them."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)]
-    environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "1000"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED tests/")]
-    return [line.removeprefix("FAILED tests/").split(" - ")[0] for line in lines]
+    failed: list[str] = []
+    for kernels in (False, True):
+        chosen = [f"tests/{test}" for test in tests if test.startswith(KERNELS) == kernels]
+        if not chosen:
+            continue
+        done = run(folder, "--tb=no", "-rf", *chosen)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED tests/")]
+        failed += [line.removeprefix("FAILED tests/").split(" - ")[0] for line in lines]
+    return failed
 
 
 def collect(folder: Path) -> list[str]:
     """Ids of all tests of the loss path."""
-    folders = ("objective", "batching", "distributed")
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *(f"tests/{name}" for name in folders)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return [line.removeprefix("tests/") for line in done.stdout.splitlines() if line.startswith("tests/")]
+    listings = [
+        run(folder, "--collect-only", *(f"tests/{name}" for name in names))
+        for names in (("objective", "batching", "distributed"), (KERNELS,))
+    ]
+    for done in listings:
+        if done.returncode:
+            raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    lines = "".join(done.stdout for done in listings).splitlines()
+    return [line.removeprefix("tests/") for line in lines if line.startswith("tests/")]
 
 
 def chosen(everything: list[str], beginnings: tuple[str, ...]) -> list[str]:
     for beginning in beginnings:
         if not any(test.startswith(beginning) for test in everything):
-            raise SystemExit(f"no test is called {beginning}; bring tools/mutation_check.py up to date")
+            raise SystemExit(f"no test is called {beginning}; bring tools/mutants.py up to date")
     # Every case of a named function, but only a few of the costly grid.
     picked = [next(t for t in everything if t.startswith(b)) if b.startswith(GRID) else b for b in beginnings]
     return sorted({test for p in picked for test in everything if test.startswith(p)})
@@ -412,7 +70,7 @@ def main() -> int:
     mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in ("megatron_fipo", "tests", "docs"):
+        for name in ("megatron_fipo", "tests", "tools", "docs"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         everything = collect(folder)

@@ -126,7 +126,7 @@ def _fold(aggregate: Tensor, counts: Optional[Tensor], local: Tensor, plan: Scan
     kernels.fold_blocks_kernel[(plan.num_sequences,)](
         aggregate, counts, plan.first_block, plan.lead, carry, local,
         GAMMA=2.0 ** -min(rate * BLOCK, LARGEST_RATE), RATE=rate, C=plan.lead.shape[1], K=0 if counts is None else counts.shape[1],
-        WIDTH=local.shape[1], TILE=FOLD_TILE, num_warps=4,
+        WIDTH=local.shape[1], TILE=FOLD_TILE, num_warps=8,
     )  # fmt: skip
     return carry
 
