@@ -1,16 +1,14 @@
 """Which accelerations are present, and what is lost without each. Facts are gathered once; the rows are a pure function."""
 
-import importlib.metadata
-import importlib.util
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.config.precision import OLDEST_TRANSFORMER_ENGINE, Accelerators, fp8_obstacle
+from megatron_fipo.config.precision import Accelerators, fp8_obstacle
+from megatron_fipo.packages import has_nvidia_apex, installed_version
 from megatron_fipo.rollout.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
 
 
@@ -37,8 +35,9 @@ COMPONENTS = (
         "transformer-engine",
         "transformer_engine",
         False,
-        "fused layers on GPUs",
-        "the portable layers build the model: the same mathematics, slower and with more memory",
+        "fused layers and Adam on GPUs",
+        "training on GPUs needs it or apex; with apex, the portable layers build the model: the same mathematics, slower and with more "
+        "memory",
     ),
     Component(
         "apex",
@@ -46,7 +45,7 @@ COMPONENTS = (
         False,
         "fused Adam and gradient accumulation where transformer-engine is absent (its layer norm is for LayerNorm; all models here "
         "have RMSNorm)",
-        "nothing where transformer-engine is present; else Adam and gradient accumulation are not fused",
+        "nothing where transformer-engine is present; training on GPUs needs one of them",
     ),
     Component(
         "vllm",
@@ -124,7 +123,7 @@ def _row(component: Component, facts: Facts) -> Row:
 def _fp8_note(facts: Facts) -> str:
     """With which recipes these GPUs multiply in FP8, or why with none."""
     machine = Accelerators(facts.capability, facts.cuda, facts.versions["transformer-engine"])
-    obstacles = {recipe: fp8_obstacle(recipe, machine) for recipe in OLDEST_TRANSFORMER_ENGINE}
+    obstacles = {recipe: fp8_obstacle(recipe, machine) for recipe in ("delayed", "tensorwise", "blockwise")}
     possible = [recipe for recipe, obstacle in obstacles.items() if obstacle is None]
     if not possible:
         return f"no FP8: {obstacles['delayed']}"
@@ -139,7 +138,7 @@ def gather_facts() -> Facts:
         versions={component.name: _version(component) for component in COMPONENTS},
         cuda=cuda,
         devices=devices,
-        apex_is_nvidia=_is_nvidia_apex(),
+        apex_is_nvidia=has_nvidia_apex(),
         capability=capability,
     )
 
@@ -155,24 +154,10 @@ def _cuda() -> tuple[str | None, tuple[str, ...], tuple[int, int] | None]:
 
 
 def _version(component: Component) -> str | None:
-    try:
-        found = importlib.util.find_spec(component.module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
-        return None
-    if component.name == "vllm":  # its build for CPUs has another name
+    found = installed_version(component.module, component.name)
+    if found and component.name == "vllm":  # its build for CPUs has another name
         return installed_vllm() or "unknown version"
-    try:
-        return importlib.metadata.version(component.name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown version"
-
-
-def _is_nvidia_apex() -> bool:
-    """NVIDIA's apex has `multi_tensor_apply`; the web toolkit of the same name on PyPI has not."""
-    spec = importlib.util.find_spec("apex")
-    return spec is not None and any((Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations or ())
+    return found
 
 
 def main(console: Console | None = None) -> int:

@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Optional
@@ -311,8 +312,8 @@ class TestValidate:
             ),
             (
                 "model.fp8=hybrid",
-                replace(H100, transformer_engine="2.2.0"),
-                "Transformer Engine 2.2.0 is installed and it needs 2.3",
+                replace(H100, transformer_engine="2.3.0"),
+                "Transformer Engine 2.3.0 is installed and it needs 2.4",
             ),
             (
                 "model.fp8=e4m3 model.fp8_recipe=delayed",
@@ -347,9 +348,15 @@ class TestValidate:
             (
                 "optimizer.cpu_offload=0.5",
                 replace(H100, transformer_engine=None),
-                "optimizer.cpu_offload=0.5 needs a GPU and Transf",
+                "optimizer.cpu_offload=0.5 needs a GPU and Transformer Engine 2.4 or later (pip install 'megatron-fipo[gpu]'); set it to 0",
             ),
-            ("optimizer.state_dtype=bfloat16", replace(H100, capability=None), "float32 does not"),
+            ("optimizer.state_dtype=bfloat16", replace(H100, capability=None), "; set it to float32"),
+            ("optimizer.state_dtype=bfloat16", replace(H100, transformer_engine="2.3.0"), "Transformer Engine 2.4 or later"),
+            (
+                "seed=2",
+                replace(H100, transformer_engine=None),
+                "training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex",
+            ),
             ("optimizer.cpu_offload=1.1", H100, "optimizer.cpu_offload has to be at least 0 and at most 1"),
         ],
     )
@@ -374,6 +381,23 @@ class TestValidate:
         config = load_config(None, [*VALID, *overrides.split()])
         validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=H100))
         validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8))  # GPUs of other machines, unknown here
+
+    @pytest.mark.parametrize(("hidden", "message"), [(48, None), (40, "multiples of 16, but the model's hidden size is 40")])
+    def test_fp8_looks_at_the_whole_hidden_size_which_no_rank_splits(self, hidden, message):
+        config = load_config(None, [*VALID, "model.fp8=hybrid", "parallel.tensor_model_parallel_size=2"])
+        architecture = replace(ARCHITECTURE, hidden_size=hidden, kv_channels=16)
+        with pytest.raises(UserError, match=message) if message else nullcontext():
+            validate(config, architecture, Machine(cpus=8, gpus=8, accelerators=H100))
+
+    def test_either_of_two_packages_lets_gpus_train(self):
+        neither = replace(H100, transformer_engine=None)
+        apex = Machine(cpus=8, gpus=8, accelerators=replace(neither, apex=True))
+        config = load_config(None, VALID)
+        validate(config, ARCHITECTURE, apex)
+        with pytest.raises(
+            UserError, match=r"neither is there: with torch's, .* pip install 'megatron-fipo\[gpu\]', or build apex"
+        ):
+            validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=neither))
 
     def test_a_micro_batch_has_to_hold_the_padding_of_fp8(self):
         config = load_config(None, [*VALID, "batch.max_tokens_per_micro_batch=144", "model.fp8=hybrid"])

@@ -60,7 +60,7 @@ def test_cuda(cuda, devices, state, severity):
         ((9, 0), "12.8", "2.9.0", "FP8 with model.fp8_recipe=delayed or tensorwise"),
         ((8, 9), "13.0", "2.9.0", "FP8 with model.fp8_recipe=delayed or tensorwise"),
         ((8, 0), "13.0", "2.9.0", "no FP8: the GPU has compute capability 8.0 and FP8 needs 8.9"),
-        ((9, 0), "13.0", "2.0.1", "no FP8: Transformer Engine 2.0.1 is installed and it needs 2.1"),
+        ((9, 0), "13.0", "2.3.0", "no FP8: Transformer Engine 2.3.0 is installed and it needs 2.4"),
         (None, None, "2.9.0", "no FP8: it needs a GPU"),
     ],
 )
@@ -68,13 +68,15 @@ def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, ver
     facts = replace(BARE, versions=BARE.versions | {"transformer-engine": version}, cuda=cuda, capability=capability)
     found = row(facts, "transformer-engine")
     assert (found.state, found.severity) == (version, "ok")
-    assert found.note.startswith("fused layers on GPUs; ")
+    assert found.note.startswith("fused layers and Adam on GPUs; ")
     assert note in found.note
 
 
 def test_the_notes_name_what_each_package_does_here():
     assert "head and loss kernels" in row(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
     assert "the same numbers" in row(BARE, "triton").note
+    assert "training on GPUs needs it or apex" in row(BARE, "transformer-engine").note
+    assert "training on GPUs needs one of them" in row(BARE, "apex").note
     assert "through cuDNN alone" in row(BARE, "flash-attn").note
     apex = replace(BARE, versions=BARE.versions | {"apex": "0.1"}, apex_is_nvidia=True)
     assert "have RMSNorm" in row(apex, "apex").note

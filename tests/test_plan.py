@@ -230,6 +230,8 @@ class TestMemory:
     def test_the_heads_bound_is_shown(self):
         text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.workspace_mb=300", "head.logits_memory_mb=40")).split())
         assert "The head works in 300 MiB and keeps up to 40 MiB of logits" in text
+        text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.logits_memory_mb=0")).split())
+        assert "keeps no logits." in text
 
 
 def test_padded_vocab_size():

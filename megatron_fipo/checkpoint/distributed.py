@@ -176,7 +176,7 @@ def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer | None, is_l
     for name, module in zip(_names(modules), modules, strict=True):
         tensors = module.sharded_state_dict(metadata=metadata)
         # Without the objects (`_extra_state`), which differ between Transformer Engine and other layers and hold nothing but FP8's
-        # delayed scales; the first micro-batches find those anew.
+        # delayed scales. Those start from ones after a resume, and the first updates find them anew.
         state[name] = {key: value for key, value in tensors.items() if not isinstance(value, ShardedObject)}
     if optimizer is not None:
         make_optimizer_state(optimizer)

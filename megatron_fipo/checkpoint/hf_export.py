@@ -38,9 +38,9 @@ def iterate_hf_tensors(
     """Every Hugging Face tensor of the model, one at a time, as (name, full tensor) on global rank 0.
 
     Collective: all ranks iterate, to the end and in step; they see the same names in the same order, and None for the tensor.
-    Tensors have the parameters' dtype (FP8 ones their nominal bf16, which holds every FP8 value) and are on the CPU, or with
-    `to_host` False on the parameters' device. They may share memory with parameters: read them, before the next update. Where
-    embeddings are tied there is no `lm_head.weight`.
+    Tensors have the parameters' dtype and are on the CPU, or with `to_host` False on the parameters' device. FP8 ones have their
+    nominal bf16, which holds the values exactly where scales are powers of two (blockwise) and rounds them once more elsewhere. They
+    may share memory with parameters: read them, before the next update. Where embeddings are tied there is no `lm_head.weight`.
 
     Communication is within data-parallel and context-parallel rank 0; the other replicas yield None at once. First one
     all_gather_object of parameter names over the pipeline group. Then for each of the model's parameters: one gather over the

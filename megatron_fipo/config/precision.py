@@ -11,8 +11,13 @@ INSTALL = "pip install 'megatron-fipo[gpu]'"
 FP8_CAPABILITY = (8, 9)
 BLOCKWISE_CAPABILITY = (9, 0)
 BLOCKWISE_CUDA = "12.9"
-OLDEST_TRANSFORMER_ENGINE = {"delayed": "2.1", "tensorwise": "2.2", "blockwise": "2.3"}
-"""By recipe, the first release that Megatron-Core takes it from."""
+OLDEST_TRANSFORMER_ENGINE = "2.4"
+"""The first release in which every recipe can keep weights in FP8."""
+TORCH_ADAM = (
+    "training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex, and neither is there: with torch's, Megatron-Core's "
+    f"optimizer has no checkpoints that a run can go on from; {INSTALL}, or build apex"
+)
+"""Why a run on GPUs is refused with neither."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,20 @@ class Accelerators:
     """The CUDA version that torch was built for."""
     transformer_engine: str | None
     """Its version, "unknown version" where it carries none, None where it is not installed."""
+    apex: bool = False
+    """Whether NVIDIA's apex is installed."""
 
 
 def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
     """Why FP8 with this recipe cannot run there, with the mend; None where it can."""
-    oldest = OLDEST_TRANSFORMER_ENGINE[recipe]
     if machine.capability is None:
         return "it needs a GPU"
     if machine.transformer_engine is None:
         return f"it needs Transformer Engine ({INSTALL})"
-    if _below(machine.transformer_engine, oldest):
-        return f"Transformer Engine {machine.transformer_engine} is installed and it needs {oldest} ({INSTALL})"
+    if _below(machine.transformer_engine, OLDEST_TRANSFORMER_ENGINE):
+        return (
+            f"Transformer Engine {machine.transformer_engine} is installed and it needs {OLDEST_TRANSFORMER_ENGINE} ({INSTALL})"
+        )
     if machine.capability < FP8_CAPABILITY:
         return (
             f"the GPU has compute capability {_dotted(machine.capability)} and FP8 needs {_dotted(FP8_CAPABILITY)} (Ada, Hopper)"
@@ -88,17 +96,32 @@ def check_accelerators(model: ModelConfig, optimizer: OptimizerSettings, machine
     reason = None if model.fp8 == "none" else fp8_obstacle(model.fp8_recipe, machine)
     if reason:
         raise UserError(f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}")
-    if machine.capability is not None and machine.transformer_engine is not None:
+    engine = machine.transformer_engine
+    if machine.capability is not None and engine is not None and not _below(engine, OLDEST_TRANSFORMER_ENGINE):
         return
     for key, wanted, default in _state_settings(optimizer):
         if wanted != default:
-            raise UserError(f"optimizer.{key}={wanted} needs a GPU and Transformer Engine ({INSTALL}); {default} does not")
+            raise UserError(
+                f"optimizer.{key}={wanted} needs a GPU and Transformer Engine {OLDEST_TRANSFORMER_ENGINE} or later ({INSTALL}); "
+                f"set it to {default}"
+            )
 
 
-def check_fp8_split(sizes: dict[str, int], parallel: ParallelConfig) -> None:
-    """Refuse a model whose matrices FP8 cannot multiply: `sizes`, split over tensor-parallel ranks, come in multiples of 16. UserError."""
+def check_adam(machine: Accelerators) -> None:
+    """Refuse to train on GPUs where Megatron-Core would fall back on torch's Adam. UserError."""
+    if machine.capability is not None and machine.transformer_engine is None and not machine.apex:
+        raise UserError(TORCH_ADAM)
+
+
+def check_fp8_split(hidden: int, split: dict[str, int], parallel: ParallelConfig) -> None:
+    """Refuse a model whose matrices FP8 cannot multiply. UserError.
+
+    The hidden size and, on each tensor-parallel rank, the sizes in `split` have to be multiples of 16.
+    """
     tp = parallel.tensor_model_parallel_size
-    for what, size in sizes.items():
+    if hidden % 16:
+        raise UserError(f"model.fp8 needs multiples of 16, but the model's hidden size is {hidden}; set model.fp8=none")
+    for what, size in split.items():
         if size % (16 * tp):
             raise UserError(
                 f"model.fp8 needs multiples of 16 on each rank, but the model's {what} of {size} is split over "
@@ -108,7 +131,7 @@ def check_fp8_split(sizes: dict[str, int], parallel: ParallelConfig) -> None:
 
 def _state_settings(optimizer: OptimizerSettings) -> tuple[tuple[str, object, object], ...]:
     """The settings that leave plain float32 state on the GPU: key, value and the value that does not."""
-    return ("state_dtype", optimizer.state_dtype, "float32"), ("cpu_offload", optimizer.cpu_offload, 0.0)
+    return ("state_dtype", optimizer.state_dtype, "float32"), ("cpu_offload", optimizer.cpu_offload, 0)
 
 
 def _below(version: str, least: str) -> bool:

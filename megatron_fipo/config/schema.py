@@ -99,7 +99,7 @@ class HeadConfig:
 
     kernels: str = _choice("auto", "torch", "triton")
     """What computes all that is not a matrix product: `auto` takes Triton's kernels where it runs, else plain torch, the same numbers."""
-    workspace_mb: int = 512
+    workspace_mb: int = 384
     """Memory for logits at one time: the vocabulary is walked over in slabs that fit. On a GPU a bfloat16 logit takes 6 bytes (float32,
     and its gradient). More slabs are slower: each reads and writes the sum of the hidden states' gradients."""
     logits_memory_mb: int = 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_fipo.config.load import leaves
-from megatron_fipo.config.precision import Accelerators, check_accelerators, check_fp8_split, check_precision
+from megatron_fipo.config.precision import Accelerators, check_accelerators, check_adam, check_fp8_split, check_precision
 from megatron_fipo.config.schema import Config, ObjectiveSettings, ParallelConfig, RolloutConfig, SftConfig
 from megatron_fipo.errors import UserError
 
@@ -203,12 +203,14 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
     model, optimizer = config.model, config.optimizer
     check_precision(model, optimizer)
     if architecture is not None and model.fp8 != "none":
-        names = {"hidden": "hidden size", "ffn": "feed-forward width", "query": "query size", "key": "key size"}
-        check_fp8_split({what: architecture.size(name) for name, what in names.items()}, config.parallel)
+        names = {"ffn": "feed-forward width", "query": "query size", "key": "key size"}
+        split = {what: architecture.size(name) for name, what in names.items()}
+        check_fp8_split(architecture.hidden_size, split, config.parallel)
     if machine is not None and not machine.gpus:
         check_accelerators(model, optimizer, Accelerators(capability=None, cuda=None, transformer_engine=None))
     elif machine is not None and machine.accelerators is not None:
         check_accelerators(model, optimizer, machine.accelerators)
+        check_adam(machine.accelerators)
     if model.fp8_param_gather and config.objective.kl_coefficient:
         raise UserError(
             "objective.kl_coefficient puts the initial weights in place for a while, which would round those that "

@@ -109,9 +109,9 @@ def count_steps_once(optimizer: MegatronOptimizer) -> None:
 
 
 def _step_without_change(part: DistributedOptimizer) -> None:
-    """A step at rate 0 with zero gradients: the state of a host-offloaded optimizer exists afterwards, all values are as before."""
+    """A step at rate 0 with zero gradients, which is not counted: the state of a host-offloaded optimizer exists afterwards."""
     hybrid = part.optimizer
-    if hybrid.state:
+    if any(hybrid.state.values()):
         return
     rates = [group["lr"] for group in hybrid.param_groups]
     for group in hybrid.param_groups:
@@ -122,3 +122,10 @@ def _step_without_change(part: DistributedOptimizer) -> None:
     hybrid.zero_grad()
     for group, rate in zip(hybrid.param_groups, rates, strict=True):
         group["lr"] = rate
+    for sub in hybrid.sub_optimizers:  # torch's Adam counts by parameter, Transformer Engine's by group
+        for state in sub.state.values():
+            if "step" in state:
+                state["step"].zero_()
+        for group in sub.param_groups:
+            if "step" in group:
+                group["step"] = 0

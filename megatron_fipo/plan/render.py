@@ -22,9 +22,9 @@ def print_plan(config: Config, architecture: Architecture, plan: Plan, console: 
         console.print(
             f"A rank holds up to {host / 2**30:.2f} GiB more of optimizer state and gradients in its node's host memory."
         )
-    console.print(
-        f"The head works in {config.head.workspace_mb} MiB and keeps up to {config.head.logits_memory_mb} MiB of logits for backward."
-    )
+    logits = config.head.logits_memory_mb
+    kept = f"up to {logits} MiB of logits for backward" if logits else "no logits"
+    console.print(f"The head works in {config.head.workspace_mb} MiB and keeps {kept}.")
     console.print("Dry run: nothing was started and nothing was written.")
 
 

@@ -30,6 +30,7 @@ from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.config.precision import check_accelerators
+from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.accelerators import find_accelerators
 from megatron_fipo.model.build import build_model
@@ -37,6 +38,7 @@ from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
 from megatron_fipo.model.head import HeadRequest
 from megatron_fipo.model.precision import optimizer_precision
 from megatron_fipo.objective import PolicyObjective, Statistics, policy_loss
+from megatron_fipo.objective.kernel_choice import kernels_obstacle
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class StepResult:
 
 
 class Policy:
-    """Model and optimizer of one rank. Needs `parallel.initialize` first."""
+    """Model and optimizer of one rank. Needs `parallel.initialize` first. UserError where the settings cannot run here."""
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class Policy:
         device: torch.device,
     ) -> None:
         check_accelerators(model, optimizer, find_accelerators())
+        if reason := kernels_obstacle(head.kernels, device):
+            raise UserError(f"head.kernels={head.kernels} cannot run here: {reason}; set it to auto or torch")
         self.device = device
         self.head = head
         self.temperature = temperature

@@ -16,11 +16,12 @@ from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.model.accelerators import find_accelerators, installed_version
+from megatron_fipo.model.accelerators import find_accelerators
 from megatron_fipo.model.active import Active, active_lines
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
 from megatron_fipo.objective.kernel_choice import describe_kernels
+from megatron_fipo.packages import installed_version
 from megatron_fipo.trainer.policy import Policy
 
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -79,7 +80,7 @@ class MegatronRank:
         self.build()
 
     def build(self) -> None:
-        """The part of `setup` after the process group."""
+        """The part of `setup` after the process group. UserError where this machine or the model does not fit the settings."""
         settings = self.settings
         model_parallel.initialize(settings.parallel, settings.seed)
         self.policy = Policy(

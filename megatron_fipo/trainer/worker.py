@@ -18,6 +18,9 @@ from megatron_fipo.checkpoint.hf_export import describe_hf_tensors, iterate_hf_t
 from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
 from megatron_fipo.checkpoint.rng import load_rng, save_rng
 from megatron_fipo.config import Config
+from megatron_fipo.config.precision import TORCH_ADAM
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.mcore import ADAM
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
 from megatron_fipo.rollout.nccl_sync import NcclSync
 from megatron_fipo.rollout.weight_sync import Transport, WeightSyncError, push_weights, transport_for
@@ -64,6 +67,8 @@ class TrainerWorker(MegatronRank):
         self.config = config
 
     def build(self) -> None:
+        if self.device.type == "cuda" and ADAM == "torch":
+            raise UserError(TORCH_ADAM)
         super().build()
         self.reference = self._snapshot() if self.config.objective.kl_coefficient else None
         self.writer = CheckpointWriter()

@@ -17,15 +17,20 @@ from megatron.core.optimizer import optimizer_config
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 
 from megatron_fipo.batching.shard import build_shard
-from megatron_fipo.config import ParallelConfig
+from megatron_fipo.config import Config, HeadConfig, ParallelConfig
 from megatron_fipo.config.precision import Accelerators
+from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer import policy as policy_module
+from megatron_fipo.trainer import worker as worker_module
 from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.worker import TrainerWorker
 from tests.distributed.test_distributed_checkpoint import (
     forked_managers,  # noqa: F401 (a fixture)
     load_and_step,
+    new_policy,
     step_and_save,
+    train,
 )
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, relative_error
 from tests.distributed.tiny import make_trajectories, settings, write_model
@@ -116,6 +121,11 @@ def changes(offload: float) -> dict:
     return {"dtype": "bfloat16", "cpu_offload": offload, "clip_grad": 1e-3}
 
 
+def three_steps(rank, world_size, folder, parallel, changes):
+    policy, shards = new_policy(folder, parallel, **changes)
+    return train(policy, shards, 3)
+
+
 def same_weights(straight, resumed):
     for (losses, weights, _), (losses_found, weights_found, _) in zip(straight, resumed, strict=True):
         assert losses == losses_found
@@ -149,6 +159,32 @@ def test_a_run_goes_on_with_another_share_offloaded(model, runs, before, after):
     same_weights(straight, resumed)
 
 
+@pytest.mark.parametrize("offload", [0.5, 1.0])
+def test_a_save_before_the_first_step_changes_nothing(model, tmp_path, offload):
+    """Neither for the run that saves nor for one that goes on from it: the step that makes the state is not counted."""
+    parallel = ParallelConfig(data_parallel_size=2)
+    straight = run_ranks(2, offloading(three_steps), model, parallel, changes(offload))
+    same_weights(straight, run_ranks(2, offloading(step_and_save), model, parallel, tmp_path, 0, changes(offload)))
+    same_weights(straight, run_ranks(2, offloading(load_and_step), model, parallel, tmp_path, changes(offload)))
+
+
 def test_offload_is_refused_where_there_is_no_gpu(model):
     with pytest.raises(AssertionError, match=r"UserError: optimizer.cpu_offload=1.0 needs a GPU and Transformer Engine"):
         run_ranks(1, load_and_step, model, ParallelConfig(), None, changes(1.0))
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_built(model, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = settings(model, ParallelConfig(), head=HeadConfig(kernels="triton"))
+    with pytest.raises(UserError, match=r"head.kernels=triton cannot run here: .*; set it to auto or torch"):
+        Policy(**arguments, device=torch.device("cpu"))
+
+
+def test_torchs_adam_is_refused_on_a_gpu_before_anything_is_built(model, monkeypatch):
+    monkeypatch.setattr(worker_module, "ADAM", "torch")
+    config = Config()
+    config.model.path = str(model)
+    worker = TrainerWorker(0, 1, config)
+    worker.device = torch.device("cuda", 0)
+    with pytest.raises(UserError, match="training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex"):
+        worker.build()
