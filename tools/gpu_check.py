@@ -5,7 +5,7 @@
     python tools/gpu_check.py --rehearse               # toy sizes on a CPU: proves this script, measures nothing
 
 Needs torch, Triton and Megatron-Core; this project need not be installed. What is missing (Transformer Engine, Liger, cut
-cross-entropy) is skipped with its reason. Exits with 1 if a correctness check failed, and only then. See docs/benchmarks.md.
+cross-entropy) is skipped with its reason. Exits with 1 if a correctness check failed or did not finish, and only then. See docs/benchmarks.md.
 """
 
 import argparse
@@ -25,19 +25,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 from gpu.report import Report, Row, render  # noqa: E402
 from gpu.runner import Section, run_cases, run_section  # noqa: E402
 
-LIMIT_S = 465.0
+LIMIT_S = 455.0
 """Of the whole check, all sections together."""
 REHEARSAL_PATIENCE = 4.0
 """Budgets are this many times as long in a rehearsal: CPUs are slow, and Triton's interpreter slower."""
 SECTIONS = (
     Section("loss", "gpu.loss_check", 90.0, correctness=True),
     Section("head", "gpu.head_check", 60.0, correctness=True),
-    Section("model", "gpu.model_check", 60.0, correctness=True),
+    Section("model", "gpu.model_check", 120.0, correctness=True),
     Section("ceilings", "gpu.ceilings", 20.0, correctness=False),
     Section("scan", "gpu.scan_bench", 75.0, correctness=False),
     Section("head-speed", "gpu.head_bench", 75.0, correctness=False),
     Section("step", "gpu.step_bench", 150.0, correctness=False),
 )
+IGNORED_VARIABLES = ("TRITON_INTERPRET", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""They would change what is measured."""
 PACKAGES = {
     "torch": "torch",
     "Triton": "triton",
@@ -117,7 +119,7 @@ def _write(report: Report, output: Path) -> None:
 
 def _environment(rehearsal: bool) -> dict[str, str]:
     """Of the children: one process that talks to itself only, set up as the trainer sets up its ranks."""
-    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    given = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
     given |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
     if rehearsal:
         return given | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -163,6 +165,7 @@ def _bench(arguments: argparse.Namespace):
         torch.set_num_threads(1)
         return Bench(torch.device("cpu"), True, arguments.output)
     torch.cuda.set_device(0)
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is what others are held against
     return Bench(torch.device("cuda", 0), False, arguments.output)
 
 

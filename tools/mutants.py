@@ -370,7 +370,7 @@ MUTANTS = (
         LOSS_KERNELS,
         "    future += decay * tl.load(carry + tl.program_id(0))\n",
         "",
-        (KERNEL_SCAN, KERNEL_LOSS),
+        (KERNEL_SCAN, KERNEL_GOLDEN),
     ),
     Mutant(
         "kernels: tiles folded without what lies behind",
@@ -405,7 +405,7 @@ MUTANTS = (
         LOSS_KERNELS,
         "gradient = tl.where(unclamped, slope * ratio, 0.0)",
         "gradient = slope * ratio",
-        (f"{KERNEL_OUTPUTS}[False-fipo_no_clip",),
+        (f"{KERNEL_OUTPUTS}[False-dapo",),
     ),
     Mutant(
         "kernels: no halving where the dual clip ties",

@@ -19,6 +19,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which makes a plan for every new shape, tens of milliseconds each; nearly every pack has new ones."""
 
 
 @dataclass(frozen=True)
@@ -182,15 +186,16 @@ def _attend_bucket(bucket: Bucket, query: torch.Tensor, key_value: torch.Tensor,
     queries = _pad(query.index_select(0, bucket.query_tokens), bucket.query_slots, batch, query_width)
     gathered = key_value.index_select(0, bucket.key_tokens)
     keys, values = _pad(gathered, bucket.key_slots, batch, key_width).chunk(2, dim=-1)
-    attended = F.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=bucket.mask,
-        is_causal=bucket.mask is None,
-        scale=scale,
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
+    with sdpa_kernel(BACKENDS):
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=bucket.mask,
+            is_causal=bucket.mask is None,
+            scale=scale,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
     return attended.transpose(1, 2).flatten(0, 1).index_select(0, bucket.query_slots)
 
 

@@ -88,7 +88,8 @@ class _LogProbAndEntropy(torch.autograd.Function):
     """(hidden [R, H], weight [V, H], labels [R]) -> (log_probs [R], entropy [R]) in fp32 (fp64 for fp64 input).
 
     Memory, besides numbers per row: one slab as `head.workspace_mb` bounds it; `head.logits_memory_mb` from forward to backward;
-    and in backward [R, H] twice, the rows with gradient and the sum of their gradients (fp32 where there are several slabs).
+    and in backward [R, H], the sum of the rows' gradients (fp32 where there are several slabs). `hidden` has to be a copy that nobody
+    else reads: backward clears rows in it, so a second backward through the same graph is refused by autograd.
 
     Collectives over the tensor-parallel group: forward one MAX all-reduce of R floats and one SUM all-reduce of 3·R floats,
     backward none: the gradient of `hidden` is this vocabulary slice's part and the caller sums it.
@@ -136,12 +137,13 @@ class _LogProbAndEntropy(torch.autograd.Function):
             entropy,
             part.inverse_temperature,
         )
-        # A row without gradient contributes exactly nothing, even where it is NaN.
-        hidden = torch.where(gradient.active().unsqueeze(1), hidden, 0)
+        # A row without gradient contributes exactly nothing, even where it is NaN. In place: the rows are the head's own copy.
+        hidden.masked_fill_(~gradient.active().unsqueeze(1), 0)
         workspace = hidden.new_empty(rows * part.width, dtype=dtype)
         out = workspace if weight.dtype == dtype else hidden.new_empty(rows * part.width, dtype=weight.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if part.width == part.columns else dtype)
         weight_gradient = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        logits = grad = workspace  # where the slice is padding alone, there is no slab
         for index, slab in enumerate(part.slabs()):
             if index < part.kept_slabs:
                 logits, peak = kept[2 * index : 2 * index + 2]
@@ -154,6 +156,7 @@ class _LogProbAndEntropy(torch.autograd.Function):
             _add_product(grad_hidden, grad, weight[slab.columns])
             if weight_gradient is not None:
                 _add_product(weight_gradient.sum[slab.columns], grad.t(), hidden)
+        del workspace, out, logits, grad  # before the last conversion, which would be the peak
         return grad_hidden.to(hidden.dtype), None if weight_gradient is None else weight_gradient.returned(), None, None
 
 

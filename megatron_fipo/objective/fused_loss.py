@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,8 +35,10 @@ def fused_scan(
     with _on(x.device):
         aggregate = x.new_empty(plan.num_blocks, dtype=torch.float64)
         kernels.scan_blocks_kernel[(plan.num_blocks,)](x, plan.slot_row, aggregate, GAMMA=2.0**-rate, BLOCK=BLOCK, num_warps=1)
-        local = x.new_zeros(plan.num_sequences, chunks + riders.shape[1], dtype=torch.float64)
-        local[:, chunks:].index_add_(0, plan.row_sequence, riders.double())
+        local = x.new_empty(plan.num_sequences, chunks + riders.shape[1], dtype=torch.float64)
+        if riders.shape[1]:
+            local[:, chunks:] = 0
+            local[:, chunks:].index_add_(0, plan.row_sequence, riders.double())
         carry = _fold(aggregate, None, local, plan, rate)
         gathered = all_gather(local, group)  # [cp, S, C + k]
         future_kl = torch.empty_like(x)
@@ -68,10 +71,11 @@ class _FusedPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_probs, entropy, rows, objective, group):
+        ctx.set_materialize_grads(False)
         with _on(log_probs.device):
             outputs, reference_weight = _launch(log_probs, entropy, rows, objective, group)
         ctx.save_for_backward(outputs["grad_log_probs"], outputs["grad_entropy"])
-        sums, maxima = outputs["sums"].sum(dim=1), outputs["maxima"].amax(dim=1)
+        sums, maxima = outputs["sums"].sum(dim=1), F.pad(outputs["maxima"], (0, 1), value=-torch.inf).amax(dim=1)
         rest = (sums, maxima, outputs["influence"], outputs["future_kl"], outputs["kept_rows"], reference_weight)
         ctx.mark_non_differentiable(*rest)
         return sums[0].to(log_probs.dtype), *rest
@@ -80,6 +84,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss, *_):
         grad_log_probs, grad_entropy = ctx.saved_tensors
+        if grad_loss is None:
+            return None, None, None, None, None
         return grad_log_probs * grad_loss, None if grad_entropy is None else grad_entropy * grad_loss, None, None, None
 
 

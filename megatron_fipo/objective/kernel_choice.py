@@ -29,6 +29,11 @@ def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) 
     return reason is None
 
 
+def kernels_obstacle(kernels: str, device: torch.device) -> Optional[str]:
+    """Why `kernels` cannot compute on `device`, to be asked before a run starts; None where it can, as `auto` and `torch` always."""
+    return _obstacle(device) if kernels == "triton" else None
+
+
 def describe_kernels(kernels: str, device: torch.device) -> str:
     """What computes head and loss on `device`, for the log: "Triton 3.6.0", or "plain torch" with the reason if it is not the choice."""
     reason = _obstacle(device)

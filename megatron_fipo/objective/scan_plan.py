@@ -30,7 +30,7 @@ class ChunkTable:
             table = np.asarray(getattr(self, name))
             if table.ndim != 3 or table.dtype.kind not in "iu":
                 raise ValueError(f"chunk table: {name} must be integers [cp, S, C], not {table.dtype} {list(table.shape)}")
-            object.__setattr__(self, name, table.astype(np.int64))
+            object.__setattr__(self, name, table.astype(np.int64, order="C"))
         if self.first.shape != self.length.shape:
             raise ValueError(f"chunk table: first is {list(self.first.shape)} but length is {list(self.length.shape)}")
 
@@ -77,7 +77,10 @@ class Level:
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """Index tables for one rank's part of one micro-batch. Segment s·C + c is chunk c of sequence s on this rank."""
+    """Index tables for one rank's part of one micro-batch. Segment s·C + c is chunk c of sequence s on this rank.
+
+    All are contiguous, whatever the layout of the chunk table: kernels rely on it.
+    """
 
     row_sequence: Tensor
     """int64 [R]: sequence of each row."""
@@ -169,7 +172,7 @@ def build_scan_plan(
         "block_segment": np.repeat(np.arange(len(blocks)), blocks).astype(np.int32),
     }
     return ScanPlan(
-        **{name: torch.from_numpy(value).to(device) for name, value in tables.items()},
+        **{name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in tables.items()},
         levels=tuple(Level(torch.from_numpy(slot).to(device), blocks) for slot, blocks in levels),
     )
 

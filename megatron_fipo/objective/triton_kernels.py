@@ -95,15 +95,17 @@ def _future_kl(
     """F of this block's rows: within the block, behind it in its chunk, and behind the chunk on every rank. float64."""
     decay, future = _suffix_scan(x, GAMMA, BLOCK)
     future += decay * tl.load(carry + tl.program_id(0))
-    sequence = segment // C
-    source = tl.arange(0, SOURCES)
-    exists = source < CP * C
-    place = (source // C) * num_sequences + sequence  # [rank, sequence]
-    aggregate = tl.load(gathered + place * WIDTH + source % C, mask=exists, other=0.0)
-    pair = (place * C + source % C) * C + segment % C
-    weight = _power(tl.load(distance + pair, mask=exists, other=0.0), RATE) * tl.load(follows + pair, mask=exists, other=0.0)
-    behind_chunk = tl.sum(aggregate * weight, 0)
-    return future + _power(tl.load(row_distance + row, mask=held, other=0.0), RATE) * behind_chunk
+    if CP * C > 1:  # else no chunk lies behind
+        sequence = segment // C
+        source = tl.arange(0, SOURCES)
+        exists = source < CP * C
+        place = (source // C) * num_sequences + sequence  # [rank, sequence]
+        aggregate = tl.load(gathered + place * WIDTH + source % C, mask=exists, other=0.0)
+        pair = (place * C + source % C) * C + segment % C
+        weight = _power(tl.load(distance + pair, mask=exists, other=0.0), RATE)
+        behind_chunk = tl.sum(aggregate * weight * tl.load(follows + pair, mask=exists, other=0.0), 0)
+        future += _power(tl.load(row_distance + row, mask=held, other=0.0), RATE) * behind_chunk
+    return future
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def fold_blocks_kernel(
         start = tl.load(first_block + sequence * C + c)
         last = tl.load(first_block + sequence * C + c + 1) - 1
         tl.store(carry + last, 0.0)
-        behind = tl.sum(tl.zeros([TILE], tl.float64), 0)
+        behind = tl.full([], 0.0, tl.float64)
         while last >= start:
             block = last - lane
             value = tl.load(aggregate + block, mask=block >= start, other=0.0)
@@ -233,6 +235,13 @@ def _add(sums, index: tl.constexpr, counted, value):
     """Put the sum of the counted values into row `index` of this block's sums."""
     num_blocks = tl.num_programs(0)
     tl.store(sums + index * num_blocks + tl.program_id(0), tl.sum(tl.where(counted, value, 0.0).to(tl.float64), 0))
+
+
+@triton.jit
+def _count(sums, index: tl.constexpr, counted):
+    """The same with 1 for a value; integers are cheaper to add up."""
+    num_blocks = tl.num_programs(0)
+    tl.store(sums + index * num_blocks + tl.program_id(0), tl.sum(counted.to(tl.int32), 0).to(tl.float64))
 
 
 @triton.jit
@@ -347,38 +356,37 @@ def loss_rows_kernel(
     if UNIT == "sequences":
         unit = last
     raw = _exp(_clamp(future, LOWEST, LIMIT))
-    one = tl.full([BLOCK], 1.0, dtype)
     _add(sums, 0, held, row_weight * loss)
     _add(sums, 1, held, unit)
     _add(sums, 2, kept, policy)
     _add(sums, 3, held, last)
     _add(sums, 4, held & (kept_here == 0) & (non_finite_here == 0), last)
     _add(sums, 5, held & non_finite_here, last)
-    _add(sums, 6, counts, one)
-    _add(sums, 7, finite, one)
-    _add(sums, 8, kept, one)
+    _count(sums, 6, counts)
+    _count(sums, 7, finite)
+    _count(sums, 8, kept)
     _add(sums, 9, finite, log_ratio)
     _add(sums, 10, finite, log_ratio * log_ratio)
     _add(sums, 11, finite, entropies)
     _add(sums, 12, finite, reference_kl)
-    _add(sums, 13, finite & (advantage > 0) & (ratio > HIGH), one)
-    _add(sums, 14, finite & negative & (ratio < LOW), one)
-    _add(sums, 15, finite & negative & (ratio > DUAL_CLIP), one)
+    _count(sums, 13, finite & (advantage > 0) & (ratio > HIGH))
+    _count(sums, 14, finite & negative & (ratio < LOW))
+    _count(sums, 15, finite & negative & (ratio > DUAL_CLIP))
     _add(sums, 16, finite, weight)
-    _add(sums, 17, finite & (raw <= INFLUENCE_LOW), one)
-    _add(sums, 18, finite & (raw >= INFLUENCE_HIGH), one)
+    _count(sums, 17, finite & (raw <= INFLUENCE_LOW))
+    _count(sums, 18, finite & (raw >= INFLUENCE_HIGH))
     _add(sums, 19, finite, raw)
 
     compared = finite & known
     exact = clamped.to(tl.float64)
     growth = tl.exp(exact)
-    _add(sums, 20, compared, one)
+    _count(sums, 20, compared)
     _add(sums, 21, compared, difference)
     _add(sums, 22, compared, tl.abs(difference))
     _add(sums, 23, compared, growth - exact - 1)
     _add(sums, 24, compared, growth)
     _add(sums, 25, compared, growth * growth)
-    _add(sums, 26, compared & (importance > CAP), one)
+    _count(sums, 26, compared & (importance > CAP))
     _peak(maxima, 0, finite, weight)
     _peak(maxima, 1, finite, -weight)
     _peak(maxima, 2, compared, tl.abs(difference))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo import FIPOConfig, fipo_loss
-from megatron_fipo.objective import PolicyLoss, PolicyObjective, PolicyRows, fused_loss, policy_loss, scan_future_kl
+from megatron_fipo.objective import ChunkTable, PolicyLoss, PolicyObjective, PolicyRows, fused_loss, policy_loss, scan_future_kl
 from tests.objective.oracle import future_kl_by_definition
 from tests.objective.packed import contiguous, packed_rows, random_case, random_responses, scan_ranks, scattered, zigzag
 from tests.objective.test_golden import FILES, load
@@ -113,7 +114,7 @@ def test_every_output_equals_the_torch_path(name, spoil) -> None:
     rows, objective = _rows(torch.float64, mask=spoil), OBJECTIVES[name]
     random = torch.Generator().manual_seed(9)
     delta = torch.randn(rows.plan.num_rows, generator=random, dtype=torch.float64)
-    delta[[10, 60]] = torch.tensor([25.0, -25.0], dtype=torch.float64)  # beyond the clamp: no gradient
+    delta[[10, 60, 200, 310]] = torch.tensor([25.0, -25.0, -25.0, -25.0], dtype=torch.float64)  # beyond the clamp: no gradient
     log_probs, entropy = rows.old_log_probs + delta, delta.abs()
     if spoil:
         log_probs[30], rows.rollout_log_probs[80] = math.nan, -math.inf
@@ -149,6 +150,38 @@ def test_no_rows_and_no_group() -> None:
     assert result.loss_sum == result.normalizer == 0
     assert log_probs.grad.shape == (0,)
     assert result.statistics.maxima.tolist() == [-math.inf] * 3
+
+
+def test_a_chunk_table_may_lie_in_memory_as_it_likes() -> None:
+    values, masks = random_case(3, [200, 90, 30])
+    table = scattered([200, 90, 30], 2, 3, 1)
+    turned = ChunkTable(np.asfortranarray(table.first), np.asfortranarray(table.length))
+    found = (scan_ranks(given, values, masks, 32.0, kernels="triton") for given in (table, turned))
+    for expected, f in zip(*found, strict=True):
+        np.testing.assert_array_equal(f, expected)
+
+
+def test_an_empty_batch_is_a_loss_of_nothing() -> None:
+    nothing = torch.empty(0, 5)
+    result = fipo_loss(nothing, nothing, nothing, nothing, kernels="triton")
+    assert result.loss == 0
+    assert result.statistics["influence/max"] == 0
+
+
+def test_backward_makes_nothing_but_the_gradient() -> None:
+    rows = _rows(torch.float32, mask=False)
+    log_probs = rows.old_log_probs.clone().requires_grad_()
+    loss = policy_loss(log_probs, None, rows, PolicyObjective(), kernels="triton").loss_sum
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(loss, log_probs)
+    assert sorted(made) == ["mul", "ones_like"]
 
 
 @pytest.mark.parametrize("cp", [2, 4])

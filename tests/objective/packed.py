@@ -126,7 +126,7 @@ def scan_ranks(
 
     def collect(local: torch.Tensor, group: None) -> torch.Tensor:
         sent.append(local)
-        return local.expand(len(ranks), *local.shape)
+        return local.expand(len(ranks), *local.shape).contiguous()
 
     result = [np.full(len(v), np.nan) for v in values]
     gathering = importlib.import_module(f"megatron_fipo.objective.{'future_kl' if kernels == 'torch' else 'fused_loss'}")

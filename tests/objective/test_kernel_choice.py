@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_fipo.objective import PolicyObjective, kernel_choice, policy_loss
-from megatron_fipo.objective.kernel_choice import describe_kernels, takes_triton
+from megatron_fipo.objective.kernel_choice import describe_kernels, kernels_obstacle, takes_triton
 from tests.objective.packed import packed_rows, random_responses, zigzag
 
 ANY = (torch.float32,)
@@ -30,6 +30,13 @@ def test_a_wish_for_triton_that_cannot_be_met_is_refused(installed, interpret, d
     with pytest.raises(ValueError, match=message):
         takes_triton("triton", torch.zeros(1, dtype=dtype), ANY)
     assert not takes_triton("auto", torch.zeros(1, dtype=dtype), ANY)
+
+
+def test_the_obstacle_is_known_before_a_run_starts(monkeypatch) -> None:
+    monkeypatch.setattr(kernel_choice, "_has_triton", lambda: False)
+    cpu = torch.device("cpu")
+    assert kernels_obstacle("triton", cpu) == "Triton is not installed (pip install triton)"
+    assert kernels_obstacle("auto", cpu) is kernels_obstacle("torch", cpu) is None
 
 
 def test_an_unknown_choice_is_named() -> None:

@@ -96,7 +96,8 @@ def check_head(bench: Bench, settings: HeadConfig, dtype: torch.dtype, bonus: bo
     inputs = random_head_inputs(bench, settings, dtype, bonus)
     truth = reference(inputs)
     rows, elements = len(inputs.request.labels), inputs.weight.numel()
-    poison(bench, {torch.float32: [rows, elements], dtype: [inputs.hidden.numel(), elements]})
+    poison(bench, {torch.float32: [rows, elements]})
+    poison(bench, {dtype: [inputs.hidden.numel(), elements]})
     found = run_head(inputs)
     errors = {
         "log-prob": largest_difference(found[0], truth[0]),

@@ -46,8 +46,9 @@ class LossInputs:
 
 
 def plan_bytes(plan) -> int:
-    """What a scan has to read of its plan per row: where each row lies, and how far it is from the end of its chunk."""
-    return plan.slot_row.nbytes + plan.row_distance.nbytes
+    """What a scan has to read of its plan per row: where each row lies and, if sequences are in pieces, how far its piece goes on."""
+    whole = plan.distance.numel() == plan.num_sequences
+    return plan.slot_row.nbytes + (0 if whole else plan.row_distance.nbytes)
 
 
 def _each(rows: PolicyRows, change) -> PolicyRows:

@@ -85,7 +85,7 @@ def time_small(bench: Bench, calls: Sequence[Callable[[], object]], replays: int
     """
     if not bench.on_gpu:
         return time_calls(bench, calls[0])
-    stream = torch.cuda.Stream()
+    usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
@@ -97,6 +97,7 @@ def time_small(bench: Bench, calls: Sequence[Callable[[], object]], replays: int
             kept = [call() for call in calls]
     except RuntimeError as error:
         print(f"not captured in a CUDA graph: {error}")
+        torch.cuda.set_stream(usual)  # torch leaves the capturing one current
         torch.cuda.synchronize()
         return time_calls(bench, calls[0])
     for _ in range(3):

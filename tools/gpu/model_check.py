@@ -46,7 +46,7 @@ def _shard(bench: Bench) -> PackedShard:
 def attention(bench: Bench) -> Iterator[Row]:
     """`PackedAttention` forward and backward, sequence by sequence against float64."""
     lengths = bench.pick([700, 1, 64, 2_000, 65], [20, 1, 7])
-    for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 5e-5)):
         with one_rank(bench, seed=1):
             name = str(dtype).removeprefix("torch.")
             yield one_row(

@@ -53,11 +53,9 @@ def run_section(
         name, index, done = case
         if child.returncode is None or (child.returncode == -9 and time.monotonic() >= end):
             why = f"the section's {section.budget_s:.0f} s or the time of the whole check are used up"
-            say(
-                reason(
-                    SKIPPED, section.name, name if index + 1 >= count else f"{name} and what follows", why, section.correctness
-                )
-            )
+            what = name if index + 1 >= count else f"{name} and what follows"
+            # A check that did not finish has shown nothing: a kernel that hangs must not look like one that was left out.
+            say(reason(FAILED if section.correctness else SKIPPED, section.name, what, why, section.correctness))
             return
         if not done:
             why = f"its process ended with {child.returncode}: {_last_line(log)}"
@@ -142,7 +140,8 @@ def guarded(section: Section, name: str, case: Callable[[], Iterable[Row]]) -> I
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
         if is_out_of_memory(error):
-            yield reason(SKIPPED, section.name, name, f"out of memory: {error}", False)
+            verdict = FAILED if section.correctness else SKIPPED
+            yield reason(verdict, section.name, name, f"out of memory: {error}", section.correctness)
             return
         wrong = section.correctness or isinstance(error, AssertionError)
         yield reason(FAILED, section.name, name, f"{type(error).__name__}: {error}", wrong)

@@ -123,7 +123,7 @@ def count_waits(bench: Bench, call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> Iterator[Row]:
