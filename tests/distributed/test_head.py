@@ -131,6 +131,18 @@ def test_kept_distances_are_rounded_least_where_the_probability_is_highest():
     assert (given["hidden"].grad.double() - expected)[..., 1:].norm() < 0.02 * expected[..., 1:].norm()
 
 
+def test_a_second_backward_is_refused_and_the_callers_hidden_states_stay():
+    """Backward clears rows of the head's own copy of the hidden states, so it could not be right a second time."""
+    given = _inputs(320)
+    before = given["hidden"].clone()
+    log_probs, _ = _one_rank(given | {"hidden": given["hidden"].requires_grad_()})
+    loss = (log_probs * given["grad_log_probs"]).sum()
+    loss.backward(retain_graph=True)
+    assert torch.equal(given["hidden"], before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_no_rows_gives_zero_gradient_on_every_parameter():
     given = _inputs(320)
     given |= {"rows": given["rows"][:0], "labels": given["labels"][:0]}
