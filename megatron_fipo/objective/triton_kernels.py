@@ -18,35 +18,9 @@ Letters: R rows, S sequences, C chunks per sequence and rank, cp ranks, WIDTH nu
 import triton
 import triton.language as tl
 
-TOKEN_SUMS = (
-    "loss",
-    "normalizer",
-    "token_mean_loss",
-    "sequences",
-    "dropped_sequences",
-    "nonfinite_sequences",
-    "tokens",
-    "finite_tokens",
-    "kept_tokens",
-    "log_ratio",
-    "log_ratio_squared",
-    "entropy",
-    "reference_kl",
-    "clipped_high",
-    "clipped_low",
-    "dual_clipped",
-    "influence",
-    "influence_at_low",
-    "influence_at_high",
-    "influence_raw",
-    "compared_tokens",
-    "rollout_difference",
-    "rollout_difference_size",
-    "rollout_k3",
-    "importance",
-    "importance_squared",
-    "importance_capped",
-)
+from megatron_fipo.objective.statistics import SUMS
+
+TOKEN_SUMS = tuple(name for name in SUMS if name != "reference_loss")
 """What `loss_rows_kernel` adds up in each block, in the order of its rows of `sums`."""
 
 LIMIT = tl.constexpr(20.0)
