@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from triton.runtime import interpreter
 
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.model import head_kernels, head_passes
@@ -30,18 +29,6 @@ SETTINGS = {
     "slabs": HeadConfig("triton", workspace_mb=1),
     "keep": HeadConfig("triton", workspace_mb=1, logits_memory_mb=1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _loops_in_the_interpreter(monkeypatch):
-    """Triton 3.6 reads a loop's end in a way that NumPy 2.4 refuses; 3.7 reads it like this."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def _inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ first call (VmHWM, reset just before) beyond what it held before: inputs are not
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import describe_machine, resident
 from torch import Tensor
 
 TOKENS, HIDDEN, VOCABULARY = 2048, 1024, 32_000
@@ -79,22 +79,11 @@ def _call(
     weight = torch.randn(vocabulary, HIDDEN, generator=generator).div_(HIDDEN**0.5).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
     rows = torch.arange(tokens - tokens * share // 100, tokens)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     run(hidden, weight, labels, rows, workspace_mb, memory_mb).backward()
-    return time.perf_counter() - start, _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    """A size from /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def _machine() -> str:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?")
-    return f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
+    return time.perf_counter() - start, resident("VmHWM") - before
 
 
 Variant = tuple[str, int, int, int]
@@ -134,7 +123,7 @@ def main() -> None:
         method, *numbers = arguments.measure
         print(json.dumps(measure(method, *map(int, numbers))))
         return
-    print(f"{date.today()}, {_machine()}, one thread, {TOKENS:,} tokens, H {HIDDEN:,}, V {VOCABULARY:,}, float32\n")
+    print(f"{date.today()}, {describe_machine()}, one thread, {TOKENS:,} tokens, H {HIDDEN:,}, V {VOCABULARY:,}, float32\n")
     named: list[tuple[str, Variant]] = [
         ("plain", ("plain", 100, 0, 0)),
         ("plain, with entropy", ("plain_with_entropy", 100, 0, 0)),
