@@ -18,6 +18,22 @@ PLAIN = SamplingParams(0.7, 1.0, 40)
 
 
 class ObservedEngine(VLLMEngine):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._beside: list[int] = []
+
+    async def _submit(self, *args: Any) -> list[Any]:
+        self._beside.append(await self.unfinished())
+        return await super()._submit(*args)
+
+    async def beside(self) -> list[int]:
+        """How many requests vLLM was busy with when each call began to hand in its own."""
+        return self._beside
+
+    async def unfinished(self) -> int:
+        """Requests that vLLM is busy with."""
+        return self._llm.output_processor.get_num_unfinished_requests()
+
     async def processes(self) -> list[int]:
         """vLLM's engine process and whatever else this one started."""
         me = os.getpid()
@@ -62,15 +78,16 @@ def test_push_generate_and_die(actor, other_folder):
     assert first == again, "a call gives the same bits, whatever runs beside it"
     assert largest_difference(other_folder, calls[1], first[1], 0.7) < 1e-4
 
-    long = actor.generate.remote(some_requests(64), replace(PLAIN, max_new_tokens=150))
-    short = actor.generate.remote(some_requests(1), replace(PLAIN, max_new_tokens=1))
-    assert ray.wait([long, short])[0] == [long], "one call at a time: the batches do not depend on when calls come in"
-    ray.get(short)
+    assert ray.get(actor.beside.remote(), timeout=20) == [0] * 6, "one call at a time: batches do not depend on when calls come in"
 
     running = actor.generate.remote(some_requests(500), PLAIN)
-    assert ray.get(actor.ping.remote(), timeout=5) == 1
-    ray.get(actor.abort.remote(), timeout=5)
-    assert len(ray.get(running, timeout=10)) == 500
+    while ray.get(actor.unfinished.remote(), timeout=20) == 0:
+        assert not ray.wait([running], timeout=0)[0], "the call ended before it could be aborted"
+    assert ray.get(actor.ping.remote(), timeout=20) == 1
+    ray.get(actor.abort.remote(), timeout=20)
+    generations = ray.get(running, timeout=60)
+    assert len(generations) == 500
+    assert "abort" in {generation.finish_reason for generation in generations}
 
     processes = ray.get(actor.processes.remote())
     assert processes
