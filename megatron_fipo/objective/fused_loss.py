@@ -16,14 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from megatron_fipo.objective import triton_kernels as kernels
 from megatron_fipo.objective.config import LOG_RATIO_LIMIT, SAFE_INFLUENCE, PolicyObjective
-from megatron_fipo.objective.future_kl import LARGEST_RATE, all_gather, check_group, decay_rate
+from megatron_fipo.objective.future_kl import all_gather, check_group, decay_rate
 from megatron_fipo.objective.rows import PolicyLoss, PolicyRows
 from megatron_fipo.objective.scan_plan import BLOCK, ScanPlan
 from megatron_fipo.objective.sequences import Sequences, judge_sequences
 from megatron_fipo.objective.statistics import MAXIMA, SUMS, Statistics
 
-FOLD_TILE = 256
-"""Blocks that a program folds at one time: 32,768 positions."""
+TILE = 128
+"""Blocks whose sums a program weighs and adds at one time: those of 16,384 positions."""
 
 
 @torch.no_grad()
@@ -39,11 +39,12 @@ def fused_scan(
         if riders.shape[1]:
             local[:, chunks:] = 0
             local[:, chunks:].index_add_(0, plan.row_sequence, riders.double())
-        carry = _fold(aggregate, None, local, plan, rate)
+        if plan.context_parallel_size * chunks > 1:  # else the kernel below reads nothing of `local`
+            _add_chunks(aggregate, None, local, plan, rate)
         gathered = all_gather(local, group)  # [cp, S, C + k]
         future_kl = torch.empty_like(x)
         kernels.scan_rows_kernel[(plan.num_blocks,)](
-            x, *_scan_tables(plan, carry, gathered), future_kl, WIDTH=local.shape[1], **_scan_constants(plan, rate)
+            x, *_scan_tables(plan, aggregate, gathered), future_kl, WIDTH=local.shape[1], **_scan_constants(plan, rate)
         )
     return future_kl, gathered[:, :, chunks:].sum(dim=0)
 
@@ -109,15 +110,17 @@ def _launch(
     )
     chunks = plan.lead.shape[1]
     local = log_probs.new_empty(plan.num_sequences, chunks + 2, dtype=torch.float64)
-    carry = _fold(aggregate, counts, local, plan, rate)
+    _add_chunks(aggregate, counts, local, plan, rate)
     gathered = all_gather(local, group)  # [cp, S, C + 2]
     sequences = judge_sequences(gathered[:, :, chunks:].sum(dim=0), rows, objective)
     outputs = _row_outputs(log_probs, plan, objective.entropy_coefficient != 0)
-    names = ("slot_row", "block_segment", "carry", "gathered", "distance", "follows", "row_distance", "num_sequences")
+    names = (
+        "slot_row", "block_segment", "aggregate", "first_block", "gathered", "distance", "follows", "row_distance", "num_sequences",
+    )  # fmt: skip
     kernels.loss_rows_kernel[(plan.num_blocks,)](
         **inputs,
         last_row=rows.last_row.contiguous(),
-        **dict(zip(names, _scan_tables(plan, carry, gathered), strict=True)),
+        **dict(zip(names, _scan_tables(plan, aggregate, gathered), strict=True)),
         **_sequence_inputs(sequences),
         **outputs,
         **_loss_constants(objective),
@@ -126,27 +129,27 @@ def _launch(
     return outputs, sequences.reference_weight
 
 
-def _fold(aggregate: Tensor, counts: Optional[Tensor], local: Tensor, plan: ScanPlan, rate: float) -> Tensor:
-    """Fills `local` [S, C + k] (its counts too, if given) and returns the carry of each block, float64 [blocks]."""
-    carry = torch.empty_like(aggregate)
-    kernels.fold_blocks_kernel[(plan.num_sequences,)](
-        aggregate, counts, plan.first_block, plan.lead, carry, local,
-        GAMMA=2.0 ** -min(rate * BLOCK, LARGEST_RATE), RATE=rate, C=plan.lead.shape[1], K=0 if counts is None else counts.shape[1],
-        WIDTH=local.shape[1], TILE=FOLD_TILE, num_warps=8,
+def _add_chunks(aggregate: Tensor, counts: Optional[Tensor], local: Tensor, plan: ScanPlan, rate: float) -> None:
+    """Fills `local` [S, C + k]: what each chunk does, and where counts are given their sums."""
+    kernels.chunk_sums_kernel[(plan.num_sequences,)](
+        aggregate, counts, plan.first_block, plan.lead, local,
+        RATE=rate, C=plan.lead.shape[1], K=0 if counts is None else counts.shape[1], WIDTH=local.shape[1], BLOCK=BLOCK, TILE=TILE,
+        num_warps=4,
     )  # fmt: skip
-    return carry
 
 
-def _scan_tables(plan: ScanPlan, carry: Tensor, gathered: Tensor) -> tuple[Tensor | int, ...]:
+def _scan_tables(plan: ScanPlan, aggregate: Tensor, gathered: Tensor) -> tuple[Tensor | int, ...]:
     return (
-        plan.slot_row, plan.block_segment, carry, gathered, plan.distance, plan.follows, plan.row_distance, plan.num_sequences,
+        plan.slot_row, plan.block_segment, aggregate, plan.first_block, gathered, plan.distance, plan.follows, plan.row_distance,
+        plan.num_sequences,
     )  # fmt: skip
 
 
 def _scan_constants(plan: ScanPlan, rate: float) -> dict[str, Any]:
     ranks, chunks = plan.context_parallel_size, plan.lead.shape[1]
     sources = 1 << (ranks * chunks - 1).bit_length()
-    return {"GAMMA": 2.0**-rate, "RATE": rate, "CP": ranks, "C": chunks, "SOURCES": sources, "BLOCK": BLOCK, "num_warps": 1}
+    constants = {"GAMMA": 2.0**-rate, "RATE": rate, "CP": ranks, "C": chunks, "SOURCES": sources}
+    return constants | {"BLOCK": BLOCK, "TILE": TILE, "num_warps": 1}
 
 
 def _loss_constants(objective: PolicyObjective) -> dict[str, Any]:

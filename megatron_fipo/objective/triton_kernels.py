@@ -1,8 +1,11 @@
 """FutureKL and the policy loss as Triton kernels: three launches around one all-gather, the same numbers as the torch path.
 
     before the gather   *_blocks_kernel      a program per block of 128 slots: what the block does to everything before it
-                        fold_blocks_kernel   a program per sequence: block carries, and what each chunk does (goes to all ranks)
+                        chunk_sums_kernel    a program per sequence: what each of its chunks does (goes to all ranks)
     after the gather    *_rows_kernel        a program per block: F of each row, and for the loss all that follows from it
+
+The middle one is left out of a scan that has nothing to gather. Each program of the last one weighs and adds what the blocks behind
+its own do: at most a few hundred numbers, which takes less time than another launch that would hand it the sum.
 
 A block's slots are read from right to left, so that a suffix scan is a prefix scan: element i of a vector is slot 127 − i. The
 scan composes pairs (decay, F): decay is what the part multiplies everything behind it with. Rows are found through the plan's
@@ -61,14 +64,30 @@ def _first(value, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _behind_block(aggregate, first_block, segment, RATE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """F in the slot behind this program's block, within its chunk. float64."""
+    first = tl.program_id(0) + 1
+    end = tl.load(first_block + segment + 1)
+    lane = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float64)
+    offset = tl.zeros([], tl.int32)
+    while first + offset < end:
+        away = offset + lane
+        value = tl.load(aggregate + first + away, mask=first + away < end, other=0.0)
+        total += value * _power(away.to(tl.float64), RATE * BLOCK)
+        offset += TILE
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def _future_kl(
-    x, row, held, carry, gathered, distance, follows, row_distance, segment, num_sequences,
+    x, row, held, aggregate, first_block, gathered, distance, follows, row_distance, segment, num_sequences,
     GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """F of this block's rows: within the block, behind it in its chunk, and behind the chunk on every rank. float64."""
     decay, future = _suffix_scan(x, GAMMA, BLOCK)
-    future += decay * tl.load(carry + tl.program_id(0))
+    future += decay * _behind_block(aggregate, first_block, segment, RATE, BLOCK, TILE)
     if CP * C > 1:  # else no chunk lies behind
         sequence = segment // C
         source = tl.arange(0, SOURCES)
@@ -93,47 +112,43 @@ def scan_blocks_kernel(x, slot_row, aggregate, GAMMA: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def scan_rows_kernel(
-    x, slot_row, block_segment, carry, gathered, distance, follows, row_distance, num_sequences, out,
+    x, slot_row, block_segment, aggregate, first_block, gathered, distance, follows, row_distance, num_sequences, out,
     GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x [R], carry [blocks], gathered [cp, S, WIDTH] → out [R]: FutureKL."""
+    """x [R], aggregate [blocks], gathered [cp, S, WIDTH] (unused where cp·C is 1) → out [R]: FutureKL."""
     row, held = _block_rows(slot_row, BLOCK)
     value = tl.load(x + row, mask=held, other=0.0).to(tl.float64)
     segment = tl.load(block_segment + tl.program_id(0))
     future = _future_kl(
-        value, row, held, carry, gathered, distance, follows, row_distance, segment, num_sequences,
-        GAMMA, RATE, CP, C, WIDTH, SOURCES, BLOCK,
+        value, row, held, aggregate, first_block, gathered, distance, follows, row_distance, segment, num_sequences,
+        GAMMA, RATE, CP, C, WIDTH, SOURCES, BLOCK, TILE,
     )  # fmt: skip
     tl.store(out + row, future.to(out.dtype.element_ty), mask=held)
 
 
 @triton.jit
-def fold_blocks_kernel(
-    aggregate, counts, first_block, lead, carry, local,
-    GAMMA: tl.constexpr, RATE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+def chunk_sums_kernel(
+    aggregate, counts, first_block, lead, local,
+    RATE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """aggregate [blocks], counts [blocks, K] → carry [blocks]: F in the slot behind each block, within its chunk; and
-    local [S, WIDTH]: each chunk's aggregate, then the sums of the counts. GAMMA is the decay of a whole block. One program per sequence.
-    """
+    """aggregate [blocks], counts [blocks, K] → local [S, WIDTH]: F at each chunk's start with nothing behind the chunk, then the sums
+    of the counts. One program per sequence."""
     sequence = tl.program_id(0)
     lane = tl.arange(0, TILE)
     out = local + sequence * WIDTH
     for c in tl.static_range(C):
         start = tl.load(first_block + sequence * C + c)
-        last = tl.load(first_block + sequence * C + c + 1) - 1
-        tl.store(carry + last, 0.0)
-        behind = tl.full([], 0.0, tl.float64)
-        while last >= start:
-            block = last - lane
-            value = tl.load(aggregate + block, mask=block >= start, other=0.0)
-            decay, future = _suffix_scan(value, GAMMA, TILE)
-            future += decay * behind
-            tl.store(carry + block - 1, future, mask=block > start)
-            behind = tl.sum(tl.where(block == tl.maximum(last - TILE + 1, start), future, 0.0), 0)
-            last -= TILE
-        # F in the chunk's first slot; it decays over the positions before that slot.
-        tl.store(out + c, behind * _power(tl.load(lead + sequence * C + c), RATE))
+        end = tl.load(first_block + sequence * C + c + 1)
+        before = tl.load(lead + sequence * C + c)
+        total = tl.zeros([TILE], tl.float64)
+        offset = tl.zeros([], tl.int32)
+        while start + offset < end:
+            away = offset + lane
+            value = tl.load(aggregate + start + away, mask=start + away < end, other=0.0)
+            total += value * _power(before + away.to(tl.float64) * BLOCK, RATE)
+            offset += TILE
+        tl.store(out + c, tl.sum(total, 0))
     start = tl.load(first_block + sequence * C)
     end = tl.load(first_block + sequence * C + C)
     for k in tl.static_range(K):
@@ -248,10 +263,10 @@ def _surrogate(ratio, weighted, negative, LOW: tl.constexpr, HIGH: tl.constexpr,
 @triton.jit
 def loss_rows_kernel(
     log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, last_row,
-    slot_row, block_segment, carry, gathered, distance, follows, row_distance, num_sequences,
+    slot_row, block_segment, aggregate, first_block, gathered, distance, follows, row_distance, num_sequences,
     kept_sequence, non_finite_sequence, sequence_weight,
     grad_log_probs, grad_entropy, influence, future_kl, kept_rows, sums, maxima,
-    GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
+    GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     LOG_DUAL_CLIP: tl.constexpr, DUAL_CLIP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     WEIGHED: tl.constexpr, INFLUENCE_LOW: tl.constexpr, INFLUENCE_HIGH: tl.constexpr,
     SAFETY: tl.constexpr, SAFE_LOW: tl.constexpr, SAFE_HIGH: tl.constexpr,
@@ -271,8 +286,8 @@ def loss_rows_kernel(
     segment = tl.load(block_segment + tl.program_id(0))
     x = tl.where(log_ratio <= LOG_DUAL_CLIP, log_ratio, 0.0).to(tl.float64)
     future = _future_kl(
-        x, row, held, carry, gathered, distance, follows, row_distance, segment, num_sequences,
-        GAMMA, RATE, CP, C, C + 2, SOURCES, BLOCK,
+        x, row, held, aggregate, first_block, gathered, distance, follows, row_distance, segment, num_sequences,
+        GAMMA, RATE, CP, C, C + 2, SOURCES, BLOCK, TILE,
     ).to(dtype)  # fmt: skip
     tl.store(future_kl + row, future, mask=held)
 

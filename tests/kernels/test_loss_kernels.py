@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,13 +22,7 @@ HALF_LIVES = st.sampled_from([1e-300, 1e-3, 0.5, 32.0, math.inf])
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=3)
 
 
-@pytest.fixture(autouse=True)
-def _small_fold(monkeypatch) -> None:
-    """The interpreter composes pairs one by one; eight blocks at a time are enough for what is tested."""
-    monkeypatch.setattr(fused_loss, "FOLD_TILE", 8)
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None)
 @given(lengths=LENGTHS, half_life=HALF_LIVES, cp=st.integers(1, 3), chunks=st.integers(1, 3), seed=st.integers(0, 2**16))
 def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> None:
     values, masks = random_case(seed, lengths)
@@ -39,12 +33,13 @@ def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> N
 
 
 @pytest.mark.parametrize("tile", [1, 2, 4])
-def test_blocks_are_folded_tile_by_tile(tile, monkeypatch) -> None:
-    """A program folds FOLD_TILE blocks at a time; here several times, with and without a remainder."""
-    monkeypatch.setattr(fused_loss, "FOLD_TILE", tile)
-    lengths = [128 * 5, 128 * 4 + 1, 70]
+@pytest.mark.parametrize("cp", [1, 2])
+def test_blocks_are_added_tile_by_tile(tile, cp, monkeypatch) -> None:
+    """A program adds TILE blocks at a time; here several times, with and without a remainder, in a chunk and over chunks behind."""
+    monkeypatch.setattr(fused_loss, "TILE", tile)
+    lengths = [128 * 20, 128 * 16 + 1, 70]
     values, masks = random_case(3, lengths)
-    found = scan_ranks(zigzag(lengths, 1), values, masks, 500.0, kernels="triton")
+    found = scan_ranks(contiguous(lengths, cp), values, masks, 500.0, kernels="triton")
     for x, mask, f in zip(values, masks, found, strict=True):
         expected = future_kl_by_definition(torch.from_numpy(x), 500.0).numpy()
         np.testing.assert_allclose(f[mask], expected[mask], rtol=1e-12, atol=1e-12)

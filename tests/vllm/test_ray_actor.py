@@ -78,7 +78,9 @@ def test_push_generate_and_die(actor, other_folder):
     assert first == again, "a call gives the same bits, whatever runs beside it"
     assert largest_difference(other_folder, calls[1], first[1], 0.7) < 1e-4
 
-    assert ray.get(actor.beside.remote(), timeout=20) == [0] * 6, "one call at a time: batches do not depend on when calls come in"
+    assert ray.get(actor.beside.remote(), timeout=20) == [0] * 6, (
+        "one call at a time: batches do not depend on when calls come in"
+    )
 
     running = actor.generate.remote(some_requests(500), PLAIN)
     while ray.get(actor.unfinished.remote(), timeout=20) == 0:
