@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-KERNELS = "kernels/"
 SCAN = "objective/test_future_kl.py::test_megatron_layouts"
 ANY_CUT = "objective/test_future_kl.py::test_any_cut_gives_the_definition"
 GOLDEN = "objective/test_golden.py::test_matches_the_reference"
@@ -12,10 +11,6 @@ HEAD = f"{HEAD_TESTS}::test_values_and_gradients_equal_full_logits"
 GRID = "distributed/test_policy_grid.py::test_loss_and_every_gradient_equal_the_oracle"
 FIRST_STEP = "distributed/test_policy_grid.py::test_first_mini_step_reproduces_old_log_probs_bit_for_bit"
 COLLECTIVES = "distributed/test_loss_path.py::test_the_collectives_of_a_micro_batch_and_their_bytes"
-KERNEL_SCAN = "kernels/test_loss_kernels.py::test_any_cut_gives_the_definition"
-KERNEL_LOSS = "kernels/test_loss_kernels.py::test_no_split_changes_loss_or_gradient"
-KERNEL_GOLDEN = "kernels/test_loss_kernels.py::test_matches_the_reference"
-KERNEL_OUTPUTS = "kernels/test_loss_kernels.py::test_every_output_equals_the_torch_path"
 CORRECTION = "objective/test_correction.py"
 WEIGHED = "test_every_token_is_weighed_and_nothing_else_changes"
 SPREAD = "test_statistics_are_their_definitions_however_the_tokens_are_spread"
@@ -37,7 +32,7 @@ class Mutant:
 
 
 FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/policy_loss.py", "objective/scan_plan.py"
-SEQUENCES, LOSS_KERNELS = "objective/sequences.py", "objective/triton_kernels.py"
+SEQUENCES = "objective/sequences.py"
 CORRECTION_FILE, STATISTICS = "objective/correction.py", "objective/statistics.py"
 SHARD, HEAD_FILE, PASSES, POLICY = "batching/shard.py", "model/head.py", "model/head_passes.py", "trainer/policy.py"
 
@@ -364,103 +359,5 @@ MUTANTS = (
         "if index < part.kept_slabs:\n                keep =",
         "if True:\n                keep =",
         (MEMORY, f"{HEAD_TESTS}::test_kept_logits_are_bounded_by_the_budget_and_absent_by_default"),
-    ),
-    Mutant(
-        "kernels: what lies behind a block left out",
-        LOSS_KERNELS,
-        "    future += decay * _behind_block(aggregate, first_block, segment, RATE, BLOCK, TILE)\n",
-        "",
-        (KERNEL_SCAN, KERNEL_GOLDEN),
-    ),
-    Mutant(
-        "kernels: only the first tile of blocks behind",
-        LOSS_KERNELS,
-        "        offset += TILE\n    return",
-        "        offset += 1000000\n    return",
-        ("kernels/test_loss_kernels.py::test_blocks_are_added_tile_by_tile",),
-    ),
-    Mutant(
-        "kernels: only the first tile of a chunk handed on",
-        LOSS_KERNELS,
-        "            offset += TILE\n",
-        "            offset += 1000000\n",
-        ("kernels/test_loss_kernels.py::test_blocks_are_added_tile_by_tile[2",),
-    ),
-    Mutant(
-        "kernels: chunks of other ranks left out",
-        LOSS_KERNELS,
-        "exists = source < CP * C",
-        "exists = source < C",
-        (KERNEL_SCAN, f"{KERNEL_LOSS}[2-zigzag"),
-    ),
-    Mutant(
-        "kernels: scan from left to right",
-        LOSS_KERNELS,
-        "(BLOCK - 1 - tl.arange(0, BLOCK))",
-        "tl.arange(0, BLOCK)",
-        (KERNEL_SCAN, KERNEL_LOSS, KERNEL_GOLDEN),
-    ),
-    Mutant(
-        "kernels: gradient outside the clip",
-        LOSS_KERNELS,
-        "((ratio >= LOW) & (ratio <= HIGH))",
-        "(ratio > 0)",
-        (KERNEL_LOSS, KERNEL_GOLDEN, KERNEL_OUTPUTS),
-    ),
-    Mutant(
-        "kernels: gradient beyond the clamp of the log-ratio",
-        LOSS_KERNELS,
-        "gradient = tl.where(unclamped, slope * ratio, 0.0)",
-        "gradient = slope * ratio",
-        (f"{KERNEL_OUTPUTS}[False-dapo",),
-    ),
-    Mutant(
-        "kernels: no halving where the dual clip ties",
-        LOSS_KERNELS,
-        "slope * 0.5",
-        "slope",
-        ("kernels/test_loss_kernels.py::test_the_ratio_at_its_bounds_has_the_gradient_of_torch",),
-    ),
-    Mutant(
-        "kernels: safety rule left out",
-        LOSS_KERNELS,
-        "tl.where(negative & (ratio > SAFETY)",
-        "tl.where(negative & (ratio > 1e30)",
-        (KERNEL_LOSS, KERNEL_OUTPUTS),
-    ),
-    Mutant(
-        "kernels: a NaN reaches the loss",
-        LOSS_KERNELS,
-        "finite = _is_finite(log_prob) & _is_finite(old) & _is_finite(advantage)",
-        "finite = _is_finite(old) & _is_finite(advantage)",
-        (f"{KERNEL_OUTPUTS}[True-fipo",),
-    ),
-    Mutant(
-        "kernels: masked rows count",
-        LOSS_KERNELS,
-        "held & (tl.load(mask + row, mask=held, other=0) != 0)",
-        "held",
-        (f"{KERNEL_OUTPUTS}[True-fipo", f"{KERNEL_GOLDEN}[holes"),
-    ),
-    Mutant(
-        "kernels: dropped responses stay in the gradient",
-        LOSS_KERNELS,
-        "row_weight = tl.where(kept, ",
-        "row_weight = tl.where(counts, ",
-        (KERNEL_LOSS,),
-    ),
-    Mutant(
-        "kernels: correction not in the gradient",
-        LOSS_KERNELS,
-        "        factor = _clamp(importance, 0.0, CAP)\n        policy, slope = policy * factor, slope * factor",
-        "        factor = _clamp(importance, 0.0, CAP)\n        policy = policy * factor",
-        (f"{KERNEL_OUTPUTS}[False-fipo_tis", KERNEL_LOSS),
-    ),
-    Mutant(
-        "kernels: backward forgets what it is multiplied with",
-        "objective/fused_loss.py",
-        "return grad_log_probs * grad_loss,",
-        "return grad_log_probs,",
-        (KERNEL_OUTPUTS,),
     ),
 )

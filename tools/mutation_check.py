@@ -14,14 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mutants import GRID, KERNELS, MUTANTS
+from kernel_mutants import FOLDER, KERNEL_MUTANTS
+from mutants import GRID, MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest in the copy, with Triton and its interpreter for the kernels' tests alone; `make venv-triton` installs it."""
-    kernels = any(argument.startswith(f"tests/{KERNELS}") for argument in arguments)
+    kernels = any(argument.startswith(f"tests/{FOLDER}") for argument in arguments)
     paths = [str(folder), str(ROOT / ".venv" / "triton")] if kernels else [str(folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "1000", "TRITON_INTERPRET": str(int(kernels))}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
@@ -32,7 +33,7 @@ def pytest(folder: Path, tests: list[str]) -> list[str]:
     """Ids of failed tests, below `tests/`. RuntimeError where pytest could not run them."""
     failed: list[str] = []
     for kernels in (False, True):
-        chosen = [f"tests/{test}" for test in tests if test.startswith(KERNELS) == kernels]
+        chosen = [f"tests/{test}" for test in tests if test.startswith(FOLDER) == kernels]
         if not chosen:
             continue
         done = run(folder, "--tb=no", "-rf", *chosen)
@@ -47,7 +48,7 @@ def collect(folder: Path) -> list[str]:
     """Ids of all tests of the loss path."""
     listings = [
         run(folder, "--collect-only", *(f"tests/{name}" for name in names))
-        for names in (("objective", "batching", "distributed"), (KERNELS,))
+        for names in (("objective", "batching", "distributed"), (FOLDER,))
     ]
     for done in listings:
         if done.returncode:
@@ -59,7 +60,7 @@ def collect(folder: Path) -> list[str]:
 def chosen(everything: list[str], beginnings: tuple[str, ...]) -> list[str]:
     for beginning in beginnings:
         if not any(test.startswith(beginning) for test in everything):
-            raise SystemExit(f"no test is called {beginning}; bring tools/mutants.py up to date")
+            raise SystemExit(f"no test is called {beginning}; bring the tables up to date")
     # Every case of a named function, but only a few of the costly grid.
     picked = [next(t for t in everything if t.startswith(b)) if b.startswith(GRID) else b for b in beginnings]
     return sorted({test for p in picked for test in everything if test.startswith(p)})
@@ -67,7 +68,7 @@ def chosen(everything: list[str], beginnings: tuple[str, ...]) -> list[str]:
 
 def main() -> int:
     words = sys.argv[1:]
-    mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    mutants = [mutant for mutant in MUTANTS + KERNEL_MUTANTS if not words or any(word in mutant.name for word in words)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name in ("megatron_fipo", "tests", "tools", "docs"):

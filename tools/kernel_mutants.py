@@ -1,0 +1,113 @@
+"""The same for the Triton kernels of the loss. Their tests need Triton and its interpreter."""
+
+from mutants import Mutant
+
+FOLDER = "kernels/"
+"""Tests below it see Triton."""
+TESTS = f"{FOLDER}test_loss_kernels.py"
+SCAN = f"{TESTS}::test_any_cut_gives_the_definition"
+LOSS = f"{TESTS}::test_no_split_changes_loss_or_gradient"
+GOLDEN = f"{TESTS}::test_matches_the_reference"
+OUTPUTS = f"{TESTS}::test_every_output_equals_the_torch_path"
+FILE = "objective/triton_kernels.py"
+
+KERNEL_MUTANTS = (
+    Mutant(
+        "kernels: what lies behind a block left out",
+        FILE,
+        "    future += decay * _behind_block(aggregate, first_block, segment, RATE, BLOCK, TILE)\n",
+        "",
+        (SCAN, GOLDEN),
+    ),
+    Mutant(
+        "kernels: only the first tile of blocks behind",
+        FILE,
+        "        offset += TILE\n    return",
+        "        offset += 1000000\n    return",
+        (f"{TESTS}::test_blocks_are_added_tile_by_tile",),
+    ),
+    Mutant(
+        "kernels: only the first tile of a chunk handed on",
+        FILE,
+        "            offset += TILE\n",
+        "            offset += 1000000\n",
+        (f"{TESTS}::test_blocks_are_added_tile_by_tile[2",),
+    ),
+    Mutant(
+        "kernels: chunks of other ranks left out",
+        FILE,
+        "exists = source < CP * C",
+        "exists = source < C",
+        (SCAN, f"{LOSS}[2-zigzag"),
+    ),
+    Mutant(
+        "kernels: scan from left to right",
+        FILE,
+        "(BLOCK - 1 - tl.arange(0, BLOCK))",
+        "tl.arange(0, BLOCK)",
+        (SCAN, LOSS, GOLDEN),
+    ),
+    Mutant(
+        "kernels: gradient outside the clip",
+        FILE,
+        "((ratio >= LOW) & (ratio <= HIGH))",
+        "(ratio > 0)",
+        (LOSS, GOLDEN, OUTPUTS),
+    ),
+    Mutant(
+        "kernels: gradient beyond the clamp of the log-ratio",
+        FILE,
+        "gradient = tl.where(unclamped, slope * ratio, 0.0)",
+        "gradient = slope * ratio",
+        (f"{OUTPUTS}[False-dapo",),
+    ),
+    Mutant(
+        "kernels: no halving where the dual clip ties",
+        FILE,
+        "slope * 0.5",
+        "slope",
+        (f"{TESTS}::test_the_ratio_at_its_bounds_has_the_gradient_of_torch",),
+    ),
+    Mutant(
+        "kernels: safety rule left out",
+        FILE,
+        "tl.where(negative & (ratio > SAFETY)",
+        "tl.where(negative & (ratio > 1e30)",
+        (LOSS, OUTPUTS),
+    ),
+    Mutant(
+        "kernels: a NaN reaches the loss",
+        FILE,
+        "finite = _is_finite(log_prob) & _is_finite(old) & _is_finite(advantage)",
+        "finite = _is_finite(old) & _is_finite(advantage)",
+        (f"{OUTPUTS}[True-fipo",),
+    ),
+    Mutant(
+        "kernels: masked rows count",
+        FILE,
+        "held & (tl.load(mask + row, mask=held, other=0) != 0)",
+        "held",
+        (f"{OUTPUTS}[True-fipo", f"{GOLDEN}[holes"),
+    ),
+    Mutant(
+        "kernels: dropped responses stay in the gradient",
+        FILE,
+        "row_weight = tl.where(kept, ",
+        "row_weight = tl.where(counts, ",
+        (LOSS,),
+    ),
+    Mutant(
+        "kernels: correction not in the gradient",
+        FILE,
+        "        factor = _clamp(importance, 0.0, CAP)\n        policy, slope = policy * factor, slope * factor",
+        "        factor = _clamp(importance, 0.0, CAP)\n        policy = policy * factor",
+        (f"{OUTPUTS}[False-fipo_tis", LOSS),
+    ),
+    Mutant(
+        "kernels: backward forgets what it is multiplied with",
+        "objective/fused_loss.py",
+        "return grad_log_probs * grad_loss,",
+        "return grad_log_probs,",
+        (OUTPUTS,),
+    ),
+)
