@@ -11,7 +11,7 @@ device names, a few type-name comparisons and imports stand in the way. `install
 4. The tensor-parallel random tracker keeps the CPU generator's state.
 5. The optimizer is given a `FusedAdam` look-alike, since the distributed optimizer cannot load its state into torch's AdamW.
 6. `torch.compile` is the identity while a Megatron module is being imported (import time and memory; no compiler needed).
-7. The one module that imports Triton unconditionally (Megatron-Core 0.18 and later, experts only) is replaced by a stub.
+7. The one module that imports Triton unconditionally (Megatron-Core 0.19, experts only) is replaced by a stub.
 
 On a machine with CUDA `install` does nothing at all.
 """

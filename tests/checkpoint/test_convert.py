@@ -99,7 +99,8 @@ def test_transformers_loads_the_result_without_a_warning(sources, checkpoints, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_those_of_megatron_s_own_checkpoints(sources, checkpoints, tmp_path, family):
-    """Extra states too: `dist_checkpointing.load` of another program asks for them."""
+    """Extra states too: `dist_checkpointing.load` of another program asks for them. The common state that Megatron-Core 0.19 puts among
+    them stays a file of its own, which every release reads."""
     from megatron.core import dist_checkpointing
 
     (tmp_path / "own").mkdir()
@@ -118,6 +119,7 @@ def test_names_and_shapes_are_those_of_megatron_s_own_checkpoints(sources, check
         }
         for folder in (tmp_path / "own", checkpoints(family, "untied") / "weights")
     )
+    own.pop("common_state/shard_0_1", None)
     assert converted == own
 
 

@@ -17,23 +17,9 @@ from megatron_fipo.config import validate as validate_function
 from megatron_fipo.config.load import leaves
 from megatron_fipo.config.precision import Accelerators
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.family import Architecture
+from tests.model.test_architecture import ARCHITECTURE
 
 REQUIRED = ["model.path=m", "run_dir=r"]
-ARCHITECTURE = Architecture(
-    num_layers=4,
-    hidden_size=96,
-    ffn_hidden_size=256,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=24,
-    vocab_size=32,
-    max_position_embeddings=512,
-    layernorm_epsilon=1e-6,
-    rotary_base=10000.0,
-    share_embeddings_and_output_weights=True,
-    add_qkv_bias=True,
-)
 VALID = [*REQUIRED, "data.source=countdown", "reward.name=countdown"]
 VALID += ["rollout.max_prompt_length=16", "rollout.max_response_length=128", "reward.overlong_buffer=32"]
 H100 = Accelerators(capability=(9, 0), cuda="13.0", transformer_engine="2.9.0")

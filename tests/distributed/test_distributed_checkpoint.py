@@ -230,7 +230,7 @@ def test_damaged_and_incomplete_checkpoints_are_one_sentence_on_every_rank(model
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "no_index" / ".metadata").unlink()
     (tmp_path / "garbled_index" / ".metadata").write_bytes(b"\x80garbage")
-    common = tmp_path / "no_common" / "common.pt"  # part of the data from Megatron-Core 0.18 on
+    common = tmp_path / "no_common" / "common.pt"  # part of the data from Megatron-Core 0.19 on
     (common if common.exists() else next(common.parent.glob("*.distcp"))).unlink()
     (tmp_path / "not_complete" / "metadata.json").unlink()
     (tmp_path / "weights").mkdir()
@@ -248,7 +248,7 @@ def test_damaged_data_are_one_sentence_on_every_rank(model, saved, tmp_path, dam
     else:
         largest.unlink()
     for [(message, _)] in run_ranks(2, try_loading, model, LAYOUTS["dp2"], [tmp_path / "copy"]):
-        # The same file holds the common state, read first, from Megatron-Core 0.18 on.
+        # The same file holds the common state, read first, from Megatron-Core 0.19 on.
         assert re.match(f"checkpoint {tmp_path / 'copy'} (is damaged|cannot be read): rank ", message)
         assert "Traceback" not in message
         assert "\n" not in message

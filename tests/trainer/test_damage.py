@@ -21,6 +21,12 @@ def shard(checkpoint: Path) -> Path:
     return max((checkpoint / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
+def common_state(checkpoint: Path) -> Path:
+    """Part of the data from Megatron-Core 0.19 on; then the other file that rank 0 alone writes."""
+    file = checkpoint / "weights/common.pt"
+    return file if file.exists() else checkpoint / "weights/metadata.json"
+
+
 def flip(path: Path, position: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[int(len(content) * position)] ^= 0x40
@@ -106,7 +112,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "dangling link for a shard": (lambda c: by_dangling_link(shard(c)), r"\.distcp is missing"),
     "missing index": (lambda c: (c / "weights/.metadata").unlink(), r"\.metadata is missing"),
     "flipped bit in the index": (lambda c: flip(c / "weights/.metadata"), r"\.metadata has other content"),
-    "missing common state": (lambda c: (c / "weights/common.pt").unlink(), r"common\.pt is missing"),
+    "missing common state": (lambda c: common_state(c).unlink(), r"(common\.pt|metadata\.json) is missing"),
     "missing random states": (lambda c: (c / "rng/rank_00001.safetensors").unlink(), r"rank_00001\.safetensors is missing"),
     "flipped random states": (lambda c: flip(c / "rng/rank_00000.safetensors"), r"rank_00000\.safetensors has other content"),
     "missing companion": (lambda c: (c / "hf/tokenizer.json").unlink(), r"hf/tokenizer\.json is missing"),
