@@ -58,6 +58,12 @@ def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
     return None
 
 
+def check_layers(layer_spec: str, dtype: str) -> None:
+    """Refuse Transformer Engine's layers in float32, for which its attention over packed sequences has no kernel. UserError."""
+    if layer_spec == "transformer_engine" and dtype != "bfloat16":
+        raise UserError(f"layer_spec=transformer_engine needs dtype=bfloat16, not {dtype}; use auto or portable")
+
+
 def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
     """Refuse combinations that Megatron-Core has no sound way for, whatever the machine. UserError."""
     if model.fp8 == "none":

@@ -33,7 +33,8 @@ class ModelConfig:
     fp8_param_gather: bool = False
     """Keep the layers' matrices in FP8 between steps too: half the bytes to gather after each. Not with `delayed`."""
     layer_spec: str = _choice("auto", "portable", "transformer_engine")
-    """Which modules build a layer. `auto` takes Transformer Engine where it is installed, else the portable modules, and says which."""
+    """Which modules build a layer. `auto` takes Transformer Engine for bfloat16 where it is installed, else the portable modules, and
+    says which."""
     recompute: str = _choice("none", "selective", "full")
     """Activation recomputation: `selective` recomputes core attention, `full` whole layers."""
     trust_remote_code: bool = False

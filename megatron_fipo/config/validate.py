@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_fipo.config.load import leaves
-from megatron_fipo.config.precision import Accelerators, check_accelerators, check_adam, check_fp8_split, check_precision
+from megatron_fipo.config.precision import (
+    Accelerators,
+    check_accelerators,
+    check_adam,
+    check_fp8_split,
+    check_layers,
+    check_precision,
+)
 from megatron_fipo.config.schema import Config, ObjectiveSettings, ParallelConfig, RolloutConfig, SftConfig
 from megatron_fipo.errors import UserError
 
@@ -125,6 +132,7 @@ def validate_sft(config: SftConfig, architecture: "Architecture | None" = None, 
     _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.layer_spec, machine)
+    check_layers(config.layer_spec, config.dtype)
     if config.optimizer.warmup_steps > config.steps:
         raise UserError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} has to be at most steps={config.steps}")
 
@@ -201,6 +209,7 @@ def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, 
 
 def _check_precision(config: Config, architecture: "Architecture | None", machine: Machine | None) -> None:
     model, optimizer = config.model, config.optimizer
+    check_layers(model.layer_spec, model.dtype)
     check_precision(model, optimizer)
     if architecture is not None and model.fp8 != "none":
         names = {"ffn": "feed-forward width", "query": "query size", "key": "key size"}

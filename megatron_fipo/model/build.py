@@ -36,7 +36,7 @@ def build_model(
     """
     family, architecture = read_model_config(folder)
     check_split(architecture, parallel)
-    layer_spec = choose_layer_spec(model.layer_spec)
+    layer_spec = choose_layer_spec(model.layer_spec, model.dtype)
     config = transformer_config(architecture, model, parallel, layer_spec)
     virtual_stages = parallel.virtual_pipeline_model_parallel_size
     chunks = []

@@ -12,6 +12,7 @@ device names, a few type-name comparisons and imports stand in the way. `install
 5. The optimizer is given a `FusedAdam` look-alike, since the distributed optimizer cannot load its state into torch's AdamW.
 6. `torch.compile` is the identity while a Megatron module is being imported (import time and memory; no compiler needed).
 7. The one module that imports Triton unconditionally (Megatron-Core 0.19, experts only) is replaced by a stub.
+8. Transformer Engine and apex, where installed, are found but not imported: Megatron-Core would give their kernels CPU tensors.
 
 On a machine with CUDA `install` does nothing at all.
 """
@@ -35,6 +36,7 @@ from torch.optim.adam import adam
 ROOT = "megatron.core"
 CPU = torch.device("cpu")
 TRITON_MODULE = f"{ROOT}.transformer.moe.ops.paged_stash"
+FOR_GPUS = ("transformer_engine", "apex")
 
 FACTORIES = (
     *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "empty_strided", "arange", "linspace", "eye"),
@@ -56,6 +58,8 @@ def install() -> None:
     _require_modules(PATCHES)
     torch.Tensor.cuda = _identity_cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.type = _tensor_type  # type: ignore[method-assign, assignment]
+    # Imported by Megatron-Core, it would say that a CUDA toolkit is there and no device: `megatron-fipo doctor` does.
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
     sys.meta_path.insert(0, _MegatronFinder())
 
 
@@ -68,9 +72,14 @@ def is_installed() -> bool:
 
 
 class _MegatronFinder(MetaPathFinder):
-    """Finds `megatron.core` modules as usual, and patches each right after its body has run."""
+    """Finds `megatron.core` modules as usual, and patches each right after its body has run. Lets nobody import `FOR_GPUS`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname in FOR_GPUS:
+            spec = PathFinder.find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = _RefusingLoader()
+            return spec
         if fullname != ROOT and not fullname.startswith(f"{ROOT}."):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -82,7 +91,7 @@ class _MegatronFinder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             with mock.patch.object(torch, "compile", _identity_compile), warnings.catch_warnings():
-                # A dozen times: that Transformer Engine and Apex are not installed. Without CUDA they could not be.
+                # A dozen times: that Transformer Engine and Apex are not installed. Here they count as that.
                 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
                 execute(module)
             if module.__dict__.get("torch") is torch:
@@ -107,6 +116,13 @@ class _StubLoader(Loader):
             return unavailable
 
         module.__dict__["__getattr__"] = __getattr__
+
+
+class _RefusingLoader(Loader):
+    """A package that is there and cannot be imported."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ModuleNotFoundError(f"{module.__name__} computes on GPUs alone, and there is none", name=module.__name__)
 
 
 def _identity_compile(function: Any = None, **_: Any) -> Any:

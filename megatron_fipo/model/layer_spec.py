@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_fipo.config.precision import INSTALL
+from megatron_fipo.config.precision import INSTALL, check_layers
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.attention import PackedAttention
@@ -35,14 +35,16 @@ SHARED_NAMES = {
 names are the ones in checkpoints and in family tables."""
 
 
-def choose_layer_spec(wanted: str) -> str:
+def choose_layer_spec(wanted: str, dtype: str) -> str:
     """`portable` or `transformer_engine` for a setting that may also be `auto`. `active.py` says which at the start of a run.
 
-    `auto` takes Transformer Engine where it is installed and CUDA is available. UserError if it is asked for and is not there.
+    `auto` takes Transformer Engine for bfloat16 where it is installed and CUDA is available. UserError if it is asked for and is
+    not there, or for another dtype.
     """
+    check_layers(wanted, dtype)
     usable = mcore.has_transformer_engine() and torch.cuda.is_available()
     if wanted == "auto":
-        return TRANSFORMER_ENGINE if usable else PORTABLE
+        return TRANSFORMER_ENGINE if usable and dtype == "bfloat16" else PORTABLE
     if wanted == TRANSFORMER_ENGINE and not usable:
         raise UserError(f"model.layer_spec=transformer_engine needs a GPU and the transformer-engine package ({INSTALL})")
     return wanted

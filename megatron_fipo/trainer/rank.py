@@ -92,7 +92,7 @@ class MegatronRank:
         """What this rank runs on, a line for each part: layers, attention, FP8, optimizer, kernels."""
         settings = self.settings
         facts = Active(
-            layer_spec=choose_layer_spec(settings.model.layer_spec),
+            layer_spec=choose_layer_spec(settings.model.layer_spec, settings.model.dtype),
             transformer_engine=find_accelerators().transformer_engine,
             flash_attention=installed_version("flash_attn", "flash-attn"),
             adam=ADAM,

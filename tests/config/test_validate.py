@@ -164,6 +164,7 @@ class TestValidate:
             ("model.fp8=hybrid", replace(H100, cuda="12.8"), "built for CUDA 12.8 and blockwise needs 12.9; choose tensorwise"),
             ("model.fp8=hybrid model.layer_spec=portable", H100, "set model.layer_spec to auto"),
             ("model.fp8=hybrid model.dtype=float32", H100, "needs model.dtype=bfloat16, not float32"),
+            ("model.layer_spec=transformer_engine model.dtype=float32", H100, "needs dtype=bfloat16, not float32"),
             (
                 "model.fp8=hybrid parallel.tensor_model_parallel_size=2",
                 H100,
@@ -268,6 +269,8 @@ class TestValidate:
         ]:
             with pytest.raises(UserError, match=message):
                 validate_sft(sft(override), ARCHITECTURE, Machine(cpus=1, gpus=0))
+        with pytest.raises(UserError, match="needs dtype=bfloat16, not float32"):
+            validate_sft(sft("layer_spec=transformer_engine"), ARCHITECTURE, Machine(cpus=1, gpus=1))
 
     def test_every_number_of_the_schema_has_a_range(self):
         """A new setting is either given a range or is one of these, which other checks look at."""

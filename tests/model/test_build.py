@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
+from megatron_fipo.model import mcore
 from megatron_fipo.model.build import check_split
 from megatron_fipo.model.families import find_family, read_hf_config
 from megatron_fipo.model.layer_spec import choose_layer_spec
@@ -154,6 +156,15 @@ def test_splits_that_do_not_divide_are_refused(sizes, message):
 
 
 def test_transformer_engine_is_not_promised_where_it_is_not():
-    assert choose_layer_spec("auto") == "portable"
-    with pytest.raises(UserError, match="transformer_engine"):
-        choose_layer_spec("transformer_engine")
+    assert choose_layer_spec("auto", "bfloat16") == "portable"
+    with pytest.raises(UserError, match="transformer_engine needs a GPU"):
+        choose_layer_spec("transformer_engine", "bfloat16")
+
+
+def test_float32_is_not_for_transformer_engine(monkeypatch):
+    monkeypatch.setattr(mcore, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_layer_spec("auto", "bfloat16") == "transformer_engine"
+    assert choose_layer_spec("auto", "float32") == "portable"
+    with pytest.raises(UserError, match="needs dtype=bfloat16, not float32"):
+        choose_layer_spec("transformer_engine", "float32")

@@ -41,6 +41,24 @@ def test_it_refuses_to_come_after_megatron_core():
     """)
 
 
+def test_what_is_for_gpus_is_found_but_not_imported(tmp_path):
+    """With Transformer Engine installed Megatron-Core would take the norm of CPU tensors by its kernel."""
+    for package in ("transformer_engine", "apex"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise AssertionError('imported')")
+    run_python(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import megatron_fipo.model
+        from importlib.util import find_spec
+        from megatron.core.optimizer.clip_grads import l2_norm_impl
+        from megatron_fipo.model.mcore import has_transformer_engine
+        assert l2_norm_impl.__module__ == "megatron.core.utils"
+        assert has_transformer_engine()
+        assert find_spec("apex").submodule_search_locations
+    """)
+
+
 def test_installing_twice_installs_once():
     finders = list(sys.meta_path)
     cpu.install()

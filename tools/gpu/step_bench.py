@@ -14,9 +14,11 @@ import torch
 from gpu.ceilings import peak_flops
 from gpu.measure import Bench, Timing, is_out_of_memory, release, synchronize, time_calls, time_small
 from gpu.policies import Shape, new_policy, one_rank, random_shard, score, with_old_log_probs
-from gpu.report import FIGURE, Row, aimed, duration
+from gpu.report import FIGURE, SKIPPED, Row, aimed, duration, reason
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import ModelConfig, OptimizerSettings
+from megatron_fipo.config.precision import fp8_obstacle
+from megatron_fipo.model.accelerators import find_accelerators
 from megatron_fipo.objective import PolicyObjective, policy_loss
 from megatron_fipo.trainer.policy import Policy
 
@@ -180,6 +182,9 @@ def _case(name: str, fp8: bool, body: Body = measure_steps) -> Callable[[Bench],
     def run(bench: Bench) -> Iterator[Row]:
         if fp8 and find_spec("transformer_engine") is None:
             raise ModuleNotFoundError("FP8", name="transformer_engine")
+        if fp8 and (obstacle := fp8_obstacle(ModelConfig().fp8_recipe, find_accelerators())):
+            yield reason(SKIPPED, SECTION, f"{name} FP8", obstacle, False)
+            return
         precision = {"fp8": "hybrid", "layer_spec": "transformer_engine"} if fp8 else {}
         shape = bench.pick(MODELS[name], TOY)
         for recompute in ("none", "full"):
