@@ -46,6 +46,7 @@ from megatron_fipo.checkpoint.safetensors_folder import listing
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import (
     ASYNC_SAVE,
+    COMMON_STATE_FILE,
     count_steps_once,
     drop_classes,
     full_precision,
@@ -221,6 +222,8 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
         there = {item.key: item.global_shape for item in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
     except (Exception, CheckpointException) as error:  # an unpickled index that is damaged may raise anything
         problem = _one_line(error)
+        if COMMON_STATE_FILE and (folder / ".metadata").exists() and not (folder / COMMON_STATE_FILE).exists():
+            problem = f"it has no {COMMON_STATE_FILE}; if Megatron-Core 0.19 or later wrote it, only such a release can read it"
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (problem, here))
     if unreadable := {rank: text for rank, (text, _) in enumerate(gathered) if text}:

@@ -29,6 +29,9 @@ HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward)
 ASYNC_SAVE = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 """Keywords by which `dist_checkpointing.save` uses its own background writer (newer releases prefer another package's)."""
 
+COMMON_STATE_FILE = "common.pt" if VERSION < (0, 19) else None
+"""The file in which this release looks for a checkpoint's common state. Later ones read it too, but write it among the data."""
+
 ADAM = Adam.__module__.partition(".")[0]
 """Whose Adam the optimizer is: `transformer_engine`, `apex` or `torch` (`megatron_fipo` on the CPU platform)."""
 

@@ -231,12 +231,14 @@ def test_damaged_and_incomplete_checkpoints_are_one_sentence_on_every_rank(model
     (tmp_path / "no_index" / ".metadata").unlink()
     (tmp_path / "garbled_index" / ".metadata").write_bytes(b"\x80garbage")
     common = tmp_path / "no_common" / "common.pt"  # part of the data from Megatron-Core 0.19 on
-    (common if common.exists() else next(common.parent.glob("*.distcp"))).unlink()
+    apart = common.exists()
+    (common if apart else next(common.parent.glob("*.distcp"))).unlink()
     (tmp_path / "not_complete" / "metadata.json").unlink()
     (tmp_path / "weights").mkdir()
     run_ranks(2, save_weights, model, LAYOUTS["tp2"], tmp_path / "weights")
     answers = run_ranks(2, try_loading, model, LAYOUTS["tp2"], [tmp_path / name for name in [*names, "weights"]])
     check_refused(answers, *[f"checkpoint {tmp_path / name} cannot be read: rank 0:" for name in names], "it lacks optimizer.")
+    assert ("if Megatron-Core 0.19 or later wrote it" in answers[0][names.index("no_common")][0]) == apart
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])

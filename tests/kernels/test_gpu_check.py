@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_json_has_every_figure_and_the_table_stands_last(rehearsal):
     saved = json.loads((folder / "gpu_check.json").read_text())
     assert saved["finished"]
     assert saved["rehearsal"]
-    assert saved["machine"]["torch"] == torch.__version__
+    assert saved["machine"]["torch"] == version("torch")
     named = {row["name"]: row["figures"] for row in saved["rows"]}
     assert all(seconds > 0 for figures in named.values() for name, seconds in figures.items() if name.endswith("_seconds"))
     step = next(figures for name, figures in named.items() if "0.5B BF16, 1 x 20,480" in name)
