@@ -11,6 +11,9 @@ INSTALL = "pip install 'megatron-fipo[gpu]'"
 FP8_CAPABILITY = (8, 9)
 BLOCKWISE_CAPABILITY = (9, 0)
 BLOCKWISE_CUDA = "12.9"
+AFTER_HOPPER = (10, 0)
+BLOCKWISE_AFTER_HOPPER = "2.10"
+"""The release of Transformer Engine from which blockwise surely runs on later GPUs; until 2.8 it is refused there."""
 OLDEST_TRANSFORMER_ENGINE = "2.4"
 """The first release in which every recipe can keep weights in FP8."""
 TORCH_ADAM = (
@@ -53,6 +56,11 @@ def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
     if machine.capability < BLOCKWISE_CAPABILITY:
         needed = _dotted(BLOCKWISE_CAPABILITY)
         return f"the GPU has compute capability {_dotted(machine.capability)} and blockwise needs {needed} (Hopper); choose tensorwise"
+    if machine.capability >= AFTER_HOPPER and _below(machine.transformer_engine, BLOCKWISE_AFTER_HOPPER):
+        return (
+            f"Transformer Engine {machine.transformer_engine} is installed and blockwise on a GPU of compute capability "
+            f"{_dotted(machine.capability)} needs {BLOCKWISE_AFTER_HOPPER} ({INSTALL})"
+        )
     if machine.cuda is None or _below(machine.cuda, BLOCKWISE_CUDA):
         return f"torch was built for CUDA {machine.cuda} and blockwise needs {BLOCKWISE_CUDA}; choose tensorwise"
     return None

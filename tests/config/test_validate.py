@@ -161,6 +161,7 @@ class TestValidate:
                 "compute capability 8.0 and FP8 needs 8.9",
             ),
             ("model.fp8=hybrid", replace(H100, capability=(8, 9)), "blockwise needs 9.0 (Hopper); choose tensorwise"),
+            ("model.fp8=hybrid", replace(H100, capability=(10, 0)), "compute capability 10.0 needs 2.10"),
             ("model.fp8=hybrid", replace(H100, cuda="12.8"), "built for CUDA 12.8 and blockwise needs 12.9; choose tensorwise"),
             ("model.fp8=hybrid model.layer_spec=portable", H100, "set model.layer_spec to auto"),
             ("model.fp8=hybrid model.dtype=float32", H100, "needs model.dtype=bfloat16, not float32"),
