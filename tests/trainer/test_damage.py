@@ -1,6 +1,7 @@
 """What happens to a run's folder behind its back: each damage is refused with its reason, and nothing older is touched."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +11,19 @@ import torch
 
 from megatron_fipo.checkpoint.manifest import hash_files, read_manifest, write_manifest
 from megatron_fipo.errors import UserError
+from megatron_fipo.model.mcore import COMMON_STATE_FILE
 from megatron_fipo.trainer.state import LoopState, RunDirectory
 from tests.ranks import run_ranks
 from tests.trainer.saved_run import NEWEST, OLDER, RANKS, contents, load_into_ranks, resume, settings
+
+COMMON_STATE = COMMON_STATE_FILE or "metadata.json"
+"""Part of the data from Megatron-Core 0.19 on; then the other file that rank 0 alone writes."""
 
 # --- damages to the newest checkpoint ------------------------------------------------------------------------------------------
 
 
 def shard(checkpoint: Path) -> Path:
     return max((checkpoint / "weights").glob("*.distcp"), key=lambda path: path.stat().st_size)
-
-
-def common_state(checkpoint: Path) -> Path:
-    """Part of the data from Megatron-Core 0.19 on; then the other file that rank 0 alone writes."""
-    file = checkpoint / "weights/common.pt"
-    return file if file.exists() else checkpoint / "weights/metadata.json"
 
 
 def flip(path: Path, position: float = 0.5) -> None:
@@ -112,7 +111,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "dangling link for a shard": (lambda c: by_dangling_link(shard(c)), r"\.distcp is missing"),
     "missing index": (lambda c: (c / "weights/.metadata").unlink(), r"\.metadata is missing"),
     "flipped bit in the index": (lambda c: flip(c / "weights/.metadata"), r"\.metadata has other content"),
-    "missing common state": (lambda c: common_state(c).unlink(), r"(common\.pt|metadata\.json) is missing"),
+    "missing common state": (lambda c: (c / "weights" / COMMON_STATE).unlink(), rf"{re.escape(COMMON_STATE)} is missing"),
     "missing random states": (lambda c: (c / "rng/rank_00001.safetensors").unlink(), r"rank_00001\.safetensors is missing"),
     "flipped random states": (lambda c: flip(c / "rng/rank_00000.safetensors"), r"rank_00000\.safetensors has other content"),
     "missing companion": (lambda c: (c / "hf/tokenizer.json").unlink(), r"hf/tokenizer\.json is missing"),
