@@ -64,17 +64,15 @@ def _first(value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _behind_block(aggregate, first_block, segment, RATE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """F in the slot behind this program's block, within its chunk. float64."""
-    first = tl.program_id(0) + 1
-    end = tl.load(first_block + segment + 1)
+def _add_blocks(aggregate, first, end, before, RATE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """F at `before` positions before block `first`, from the blocks up to `end`, TILE at a time. float64."""
     lane = tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float64)
     offset = tl.zeros([], tl.int32)
     while first + offset < end:
         away = offset + lane
         value = tl.load(aggregate + first + away, mask=first + away < end, other=0.0)
-        total += value * _power(away.to(tl.float64), RATE * BLOCK)
+        total += value * _power(before + away.to(tl.float64) * BLOCK, RATE)
         offset += TILE
     return tl.sum(total, 0)
 
@@ -87,7 +85,8 @@ def _future_kl(
 ):  # fmt: skip
     """F of this block's rows: within the block, behind it in its chunk, and behind the chunk on every rank. float64."""
     decay, future = _suffix_scan(x, GAMMA, BLOCK)
-    future += decay * _behind_block(aggregate, first_block, segment, RATE, BLOCK, TILE)
+    end = tl.load(first_block + segment + 1)
+    future += decay * _add_blocks(aggregate, tl.program_id(0) + 1, end, 0.0, RATE, BLOCK, TILE)
     if CP * C > 1:  # else no chunk lies behind
         sequence = segment // C
         source = tl.arange(0, SOURCES)
@@ -133,7 +132,8 @@ def chunk_sums_kernel(
     RATE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """aggregate [blocks], counts [blocks, K] → local [S, WIDTH]: F at each chunk's start with nothing behind the chunk, then the sums
-    of the counts. One program per sequence."""
+    of the counts. One program per sequence.
+    """
     sequence = tl.program_id(0)
     lane = tl.arange(0, TILE)
     out = local + sequence * WIDTH
@@ -141,14 +141,7 @@ def chunk_sums_kernel(
         start = tl.load(first_block + sequence * C + c)
         end = tl.load(first_block + sequence * C + c + 1)
         before = tl.load(lead + sequence * C + c)
-        total = tl.zeros([TILE], tl.float64)
-        offset = tl.zeros([], tl.int32)
-        while start + offset < end:
-            away = offset + lane
-            value = tl.load(aggregate + start + away, mask=start + away < end, other=0.0)
-            total += value * _power(before + away.to(tl.float64) * BLOCK, RATE)
-            offset += TILE
-        tl.store(out + c, tl.sum(total, 0))
+        tl.store(out + c, _add_blocks(aggregate, start, end, before, RATE, BLOCK, TILE))
     start = tl.load(first_block + sequence * C)
     end = tl.load(first_block + sequence * C + C)
     for k in tl.static_range(K):
@@ -266,7 +259,8 @@ def loss_rows_kernel(
     slot_row, block_segment, aggregate, first_block, gathered, distance, follows, row_distance, num_sequences,
     kept_sequence, non_finite_sequence, sequence_weight,
     grad_log_probs, grad_entropy, influence, future_kl, kept_rows, sums, maxima,
-    GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, SOURCES: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
     LOG_DUAL_CLIP: tl.constexpr, DUAL_CLIP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     WEIGHED: tl.constexpr, INFLUENCE_LOW: tl.constexpr, INFLUENCE_HIGH: tl.constexpr,
     SAFETY: tl.constexpr, SAFE_LOW: tl.constexpr, SAFE_HIGH: tl.constexpr,
