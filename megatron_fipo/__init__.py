@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_fipo.objective.config import FIPOConfig
-    from megatron_fipo.objective.dense import LossResult, fipo_loss, future_kl
+    from megatron_fipo.objective.padded import LossResult, fipo_loss, future_kl
 
 __all__ = ["FIPOConfig", "LossResult", "fipo_loss", "future_kl"]
 
@@ -16,6 +16,6 @@ __all__ = ["FIPOConfig", "LossResult", "fipo_loss", "future_kl"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megatron_fipo.objective import config, dense
+    from megatron_fipo.objective import config, padded
 
-    return getattr(config if name == "FIPOConfig" else dense, name)
+    return getattr(config if name == "FIPOConfig" else padded, name)

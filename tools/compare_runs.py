@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.trainer.report.run import Run, read_run
+from megatron_fipo.report.run_data import Run, read_run
 
 _MAY_DIFFER = ("objective", "seed", "run_dir", "tracking", "ray_address")
 _COLOURS = {"fipo": "#2563c9", "dapo": "#d9730d", "grpo": "#0f9488"}

@@ -108,8 +108,6 @@ def head_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def noted_launches() -> list[Launch]:
     """Every different launch of the scenarios. None is carried out, so what the functions return is not defined."""
-    import megatron_fipo.model.head_kernels
-    import megatron_fipo.objective.fused_loss  # noqa: F401  (both while the interpreter is off)
 
     launches: dict[str, Launch] = {}
     for scenarios in (loss_scenarios, head_scenarios):

@@ -9,7 +9,7 @@ SCAN = f"{TESTS}::test_any_cut_gives_the_definition"
 LOSS = f"{TESTS}::test_no_split_changes_loss_or_gradient"
 GOLDEN = f"{TESTS}::test_matches_the_reference"
 OUTPUTS = f"{TESTS}::test_every_output_equals_the_torch_path"
-FILE = "objective/triton_kernels.py"
+FILE = "objective/kernels/triton_loss.py"
 
 KERNEL_MUTANTS = (
     Mutant(
@@ -105,7 +105,7 @@ KERNEL_MUTANTS = (
     ),
     Mutant(
         "kernels: backward forgets what it is multiplied with",
-        "objective/fused_loss.py",
+        "objective/kernels/launch.py",
         "return grad_log_probs * grad_loss,",
         "return grad_log_probs,",
         (OUTPUTS,),

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fipo.trainer.metrics_log import read_metrics
+from megatron_fipo.run_dir.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "examples/countdown/fipo.yaml"
@@ -38,7 +38,7 @@ TINY = (
     "batch.responses_per_prompt=4",
     "batch.mini_batch_prompts=2",
     "batch.max_tokens_per_micro_batch=512",
-    "rollout.prompts_in_flight=4",  # as many as are needed: what is started in vain would differ by timing
+    "rollout.prompts_in_flight=4",  # as are needed: what is started in vain would differ by timing
     "rollout.max_response_length=64",
     "data.evaluation_size=8",
     "evaluation.samples_per_problem=1",
@@ -55,7 +55,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Run:
-    """The command that trains into one folder, started as often as it takes. What it prints goes on in a log beside the folder."""
+    """The command that trains into one folder, started as it takes. What it prints goes on in a log beside the folder."""
 
     def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
         self.folder = folder

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 SCAN = "objective/test_future_kl.py::test_megatron_layouts"
 ANY_CUT = "objective/test_future_kl.py::test_any_cut_gives_the_definition"
 GOLDEN = "objective/test_golden.py::test_matches_the_reference"
-LOSS = "objective/test_policy_loss.py::test_no_split_changes_loss_or_gradient"
+LOSS = "objective/test_loss.py::test_no_split_changes_loss_or_gradient"
 HEAD_TESTS = "distributed/test_head.py"
 HEAD = f"{HEAD_TESTS}::test_values_and_gradients_equal_full_logits"
 GRID = "distributed/test_policy_grid.py::test_loss_and_every_gradient_equal_the_oracle"
@@ -31,10 +31,15 @@ class Mutant:
     """Beginnings of test ids below `tests/`; a case of each must fail."""
 
 
-FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/policy_loss.py", "objective/scan_plan.py"
-SEQUENCES = "objective/sequences.py"
-CORRECTION_FILE, STATISTICS = "objective/correction.py", "objective/statistics.py"
-SHARD, HEAD_FILE, PASSES, POLICY = "batching/shard.py", "model/head.py", "model/head_passes.py", "trainer/policy.py"
+FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/loss.py", "objective/scan_layout.py"
+SEQUENCES = "objective/drop_rule.py"
+CORRECTION_FILE, STATISTICS = "objective/correction.py", "objective/metrics.py"
+SHARD, HEAD_FILE, PASSES, POLICY = (
+    "batching/shard.py",
+    "model/logprob_head/head.py",
+    "model/logprob_head/torch_passes.py",
+    "trainer/rank_model.py",
+)
 
 MUTANTS = (
     Mutant(
@@ -185,7 +190,7 @@ MUTANTS = (
         LOSS_FILE,
         "return torch.where(usable, value, 0.0)",
         "return torch.where(mask, value, 0.0)",
-        ("objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",),
+        ("objective/test_loss.py::test_a_non_finite_number_stays_in_its_response",),
     ),
     Mutant(
         "correction: weight not capped",
@@ -252,7 +257,7 @@ MUTANTS = (
         "rollout_log_probs = None",
         (
             f"{CORRECTION}::test_a_broken_log_prob_of_the_engine_takes_out_its_response_only",
-            "objective/test_policy_loss.py::test_a_non_finite_number_stays_in_its_response",
+            "objective/test_loss.py::test_a_non_finite_number_stays_in_its_response",
         ),
     ),
     Mutant(
@@ -344,7 +349,7 @@ MUTANTS = (
         FUTURE_KL,
         "    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
         "    all_gather(sums, group)\n    gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)",
-        (COLLECTIVES, NO_ROWS, "objective/test_policy_loss.py::test_one_all_gather_of_constant_size"),
+        (COLLECTIVES, NO_ROWS, "objective/test_loss.py::test_one_all_gather_of_constant_size"),
     ),
     Mutant(
         "a rank without rows skips the scan's collective",

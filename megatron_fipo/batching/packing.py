@@ -8,7 +8,7 @@ Packing = list[list[list[int]]]
 """[data-parallel rank][micro-batch][indices into the sequences]."""
 
 ATTENTION_CROSSOVER = 49152.0
-"""Tokens at which causal attention costs as much as all matrices of a layer: about 12 x hidden size (here 4,096)."""
+"""Tokens at which causal attention costs as all matrices of a layer: about 12 x hidden size (here 4,096)."""
 
 
 def padded_lengths(lengths: Sequence[int] | np.ndarray, length_multiple: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CR
 def micro_batch_multiple(pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None) -> int:
     """The number of micro-batches per rank has to be a multiple of this for Megatron's schedule.
 
-    The interleaved schedule passes micro-batches round in groups of as many as there are stages and refuses a part of a group.
+    The interleaved schedule passes micro-batches round in groups of as there are stages and refuses a part of a group.
     """
     return pipeline_model_parallel_size if virtual_pipeline_model_parallel_size else 1
 

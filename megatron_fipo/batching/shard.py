@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_fipo.batching.packing import padded_lengths
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.objective.rows import PolicyRows
-from megatron_fipo.objective.scan_plan import ChunkTable, build_scan_plan
+from megatron_fipo.objective.loss_inputs import PolicyRows
+from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Weights and optimizer state as a Megatron-Core distributed checkpoint (`torch_dist` format).
 
 The files are independent of the parallel layout that wrote them, and carry the same names on CPU and GPU. Which folder a
-checkpoint lives in, and when it counts as complete, is the caller's business (`trainer/state.py`). Megatron's format holds
+checkpoint lives in, and when it counts as complete, is the caller's business (`run_dir/run_directory.py`). Megatron's format holds
 pickles (its index, the optimizer's hyper-parameters), so load only folders that you trust.
 
 Memory. N is the number of parameters of this rank's tensor × pipeline shard, D the number of data × context ranks. Optimizer

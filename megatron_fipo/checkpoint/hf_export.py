@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fipo.checkpoint.hf_writer import HFWriter
-from megatron_fipo.checkpoint.mapping import ModelMap, join, map_model
+from megatron_fipo.checkpoint.shard_layouts import ModelMap, join, map_model
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.family import Layout, Weight
+from megatron_fipo.families.family import Layout, Weight
 from megatron_fipo.model.mcore import full_precision
 
 

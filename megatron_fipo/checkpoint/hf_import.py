@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_fipo.checkpoint.mapping import map_model, shard
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
+from megatron_fipo.checkpoint.shard_layouts import map_model, shard
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.family import Architecture, Weight
+from megatron_fipo.families.family import Architecture, Weight
 from megatron_fipo.model.mcore import is_quantized
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)

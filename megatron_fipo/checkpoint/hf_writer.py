@@ -14,7 +14,7 @@ import torch
 
 from megatron_fipo.checkpoint.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.families import read_hf_config
+from megatron_fipo.families.registry import read_hf_config
 
 SHARD_BYTES = 4_000_000_000
 COMPANIONS = (

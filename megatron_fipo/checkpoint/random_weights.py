@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.checkpoint.hf_writer import HFWriter
-from megatron_fipo.model.families import read_model_config
+from megatron_fipo.families.registry import read_model_config
 
 
 def random_hf_weight(name: str, shape: tuple[int, ...], initializer_range: float, seed: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ class SafetensorsFolder:
     def slice(self, name: str) -> Any:
         """A lazily read tensor: `get_shape()`, and indexing with slices reads just those elements.
 
-        The file is mapped into memory for as long as the slice lives, so that pages which were read do not pile up.
+        The file is mapped into memory for as the slice lives, so that pages which were read do not pile up.
         """
         return self._open(self.tensors[name].file).get_slice(name)
 

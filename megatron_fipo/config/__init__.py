@@ -4,6 +4,7 @@ Imports of heavy packages happen inside functions, so that the command line star
 """
 
 from megatron_fipo.config.load import differences, load_config, save_config
+from megatron_fipo.config.rules import Machine, validate, validate_evaluation, validate_sft
 from megatron_fipo.config.schema import (
     BatchConfig,
     Config,
@@ -21,7 +22,6 @@ from megatron_fipo.config.schema import (
     SftOptimizerSettings,
     TrackingConfig,
 )
-from megatron_fipo.config.validate import Machine, validate, validate_evaluation, validate_sft
 
 __all__ = [
     "BatchConfig",

@@ -10,14 +10,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.environment.accelerators import can_compile
 from megatron_fipo.errors import UserError
+from megatron_fipo.families.family import Architecture
+from megatron_fipo.families.registry import read_model_config
+from megatron_fipo.families.vocab import padded_vocab_size
 from megatron_fipo.model import mcore
-from megatron_fipo.model.accelerators import can_compile
-from megatron_fipo.model.families import read_model_config
-from megatron_fipo.model.family import Architecture
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
-from megatron_fipo.model.precision import layer_precision
-from megatron_fipo.model.vocab import padded_vocab_size
+from megatron_fipo.model.megatron_precision import layer_precision
 
 
 def build_model(

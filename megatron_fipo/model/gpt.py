@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_fipo.model import mcore
-from megatron_fipo.model.head import HeadRequest, response_log_probs
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 
 
 class LogProbGPTModel(GPTModel):

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_fipo.config.precision import INSTALL, check_layers
+from megatron_fipo.config.gpu_rules import INSTALL, check_layers
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.attention import PackedAttention

@@ -6,10 +6,10 @@ Needs torch and numpy only. Nothing here knows about Megatron, Ray, files or set
 from megatron_fipo.objective.advantages import group_advantages, is_informative, overlong_penalty
 from megatron_fipo.objective.config import FIPOConfig, PolicyObjective
 from megatron_fipo.objective.future_kl import scan_future_kl
-from megatron_fipo.objective.policy_loss import policy_loss
-from megatron_fipo.objective.rows import PolicyLoss, PolicyRows
-from megatron_fipo.objective.scan_plan import ChunkTable, ScanPlan, build_scan_plan
-from megatron_fipo.objective.statistics import Statistics
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
+from megatron_fipo.objective.metrics import Statistics
+from megatron_fipo.objective.scan_layout import ChunkTable, ScanPlan, build_scan_plan
 
 __all__ = [
     "ChunkTable",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.objective.config import LOG_RATIO_LIMIT, PolicyObjective
-from megatron_fipo.objective.statistics import maxima_where, sums_where
+from megatron_fipo.objective.metrics import maxima_where, sums_where
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.objective.kernel_choice import takes_triton
-from megatron_fipo.objective.scan_plan import BLOCK, Level, ScanPlan
+from megatron_fipo.objective.kernels.choice import takes_triton
+from megatron_fipo.objective.scan_layout import BLOCK, Level, ScanPlan
 
 LARGEST_RATE = 2000.0
 """2^−2000 is 0 in float64, so a half life below 1/2000 is γ = 0 exactly; the bound keeps 0·rate from becoming 0·∞."""
@@ -54,7 +54,7 @@ def scan_future_kl(
     _check_scan(x, riders, plan)
     check_group(plan, group)
     if takes_triton(kernels, x, (torch.float32, torch.float64)):
-        from megatron_fipo.objective.fused_loss import fused_scan
+        from megatron_fipo.objective.kernels.launch import fused_scan
 
         return fused_scan(x, riders, plan, rate, group)
     x64 = x.double()

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from megatron_fipo.checkpoint.name_map import stages_of
+from megatron_fipo.checkpoint.convert.name_map import stages_of
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.model.family import Architecture, Family, Weight
-from megatron_fipo.model.vocab import padded_vocab_size
+from megatron_fipo.families.family import Architecture, Family, Weight
+from megatron_fipo.families.vocab import padded_vocab_size
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4

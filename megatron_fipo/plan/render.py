@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_fipo.config import Config, ModelConfig
-from megatron_fipo.model.family import Architecture
+from megatron_fipo.families.family import Architecture
 from megatron_fipo.plan.plan import Plan, Stage
 
 

@@ -1,1 +1,1 @@
-"""The training loop, the ranks behind it, and what they leave: metrics, tracking, report. Importing the package imports nothing."""
+"""One trainer rank: a Ray actor that holds its share of the model and optimizer."""

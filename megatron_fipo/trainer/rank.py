@@ -15,14 +15,14 @@ from megatron.core import parallel_state
 from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.environment.accelerators import find_accelerators
+from megatron_fipo.environment.packages import installed_version
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.model.accelerators import find_accelerators
-from megatron_fipo.model.active import Active, active_lines
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
-from megatron_fipo.objective.kernel_choice import describe_kernels
-from megatron_fipo.packages import installed_version
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.objective.kernels.choice import describe_kernels
+from megatron_fipo.trainer.active import Active, active_lines
+from megatron_fipo.trainer.rank_model import Policy
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Seconds a rank waits for the others, on top of what they may wait for the engines."""

@@ -79,7 +79,7 @@ def test_work_is_even_over_ranks_by_cost_not_by_tokens():
     totals = [sum(cost(lengths, members, 8) for members in rank) for rank in plan]
     assert max(totals) < 1.03 * min(totals)
 
-    # one long sequence costs as much as two half as long and then some: token balance would be 4 + 2·2 here
+    # one long sequence costs as two half as long and then some: token balance would be 4 + 2·2 here
     lengths = [400, 200, 200, 100, 100]
     plan = plan_micro_batches(lengths, data_parallel_size=2, token_budget=800, length_multiple=1, attention_crossover=10.0)
     assert [[0]] in plan

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_fipo.batching.shard import build_shard, zigzag_table
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.objective.config import PolicyObjective
-from megatron_fipo.objective.policy_loss import policy_loss
+from megatron_fipo.objective.loss import policy_loss
 from tests.ranks import run_ranks
 
 PAD = 999

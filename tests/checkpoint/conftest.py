@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.checkpoint import moves
-from megatron_fipo.checkpoint.convert import to_megatron
+from megatron_fipo.checkpoint.convert import pieces as moves
+from megatron_fipo.checkpoint.convert.convert import to_megatron
 from tests.model.reference import make_reference
 
 

@@ -15,18 +15,20 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.checkpoint import hf_writer, megatron_checkpoint, moves
-from megatron_fipo.checkpoint.convert import to_hf, to_megatron
+from megatron_fipo.checkpoint import hf_writer
+from megatron_fipo.checkpoint.convert import pieces as moves
+from megatron_fipo.checkpoint.convert import torch_dist as megatron_checkpoint
+from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
 from megatron_fipo.checkpoint.hf_writer import copy_companions
 from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
-from megatron_fipo.cli import main
+from megatron_fipo.cli.convert import Display
+from megatron_fipo.cli.main import main
 from megatron_fipo.config import ModelConfig, ParallelConfig
-from megatron_fipo.convert_cli import Display
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.build import build_model
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 from tests.checkpoint.conftest import no_progress
 from tests.checkpoint.test_convert_errors import change
 from tests.distributed.tiny import settings, write_model

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_fipo.checkpoint import convert
-from megatron_fipo.checkpoint.convert import to_hf, to_megatron
+from megatron_fipo.checkpoint.convert import convert
+from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.manifest import hash_files, write_manifest
-from megatron_fipo.cli import main
+from megatron_fipo.cli.main import main
 from megatron_fipo.errors import UserError
 from tests.checkpoint.conftest import no_progress
 

@@ -7,16 +7,16 @@ from math import prod
 import pytest
 import torch
 
-from megatron_fipo.checkpoint.mapping import map_model, shard
-from megatron_fipo.checkpoint.name_map import MappedTensor, describe_map, hf_box, name_map
-from megatron_fipo.cli import main
+from megatron_fipo.checkpoint.convert.name_map import MappedTensor, describe_map, hf_box, name_map
+from megatron_fipo.checkpoint.shard_layouts import map_model, shard
+from megatron_fipo.cli.main import main
 from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.families.family import Layout, Weight
+from megatron_fipo.families.registry import find_family
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.build import build_model
-from megatron_fipo.model.families import find_family
-from megatron_fipo.model.family import Layout, Weight
-from tests.checkpoint.test_mapping import architecture
 from tests.checkpoint.test_public_configs import CONFIGS, PARAMETERS, read
+from tests.checkpoint.test_shard_layouts import architecture
 from tests.model.reference import FAMILIES, VOCAB
 from tests.ranks import run_ranks
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.checkpoint.mapping import join, shard
+from megatron_fipo.checkpoint.shard_layouts import join, shard
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.families.registry import find_family
 from megatron_fipo.model.build import check_split
-from megatron_fipo.model.families import find_family
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
 PARAMETERS = {

@@ -16,7 +16,7 @@ from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoi
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, batch, exported, make_shards
 from tests.distributed.tiny import settings, write_model
 from tests.ranks import run_ranks

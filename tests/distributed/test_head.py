@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.model.head import HeadRequest, response_log_probs
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 from tests.ranks import run_ranks
 
 TOKENS, ROWS, HIDDEN, VOCABULARY, TEMPERATURE = 500, 450, 10, 300, 0.7
@@ -107,7 +107,7 @@ def _one_rank(
 @pytest.mark.parametrize("settings", [WIDE, NARROW, KEEP], ids=["wide", "narrow", "keep"])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 def test_half_precision_costs_the_gradient_its_rounding_and_the_values_nothing(settings, entropy_gradient):
-    """Products of bf16 numbers, summed in float32: log-probs as exact as in float32, gradients to bf16's two or three digits."""
+    """Products of bf16 numbers, summed in float32: log-probs as in float32, gradients to bf16's two or three digits."""
     given = _inputs(320, torch.bfloat16)
     expected = _reference(given, entropy_gradient)
     hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()

@@ -21,10 +21,10 @@ from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.model.head import HeadRequest, response_log_probs
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 from megatron_fipo.objective import FIPOConfig, PolicyLoss, PolicyObjective, policy_loss
-from megatron_fipo.objective.statistics import MAXIMA, SUMS
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.objective.metrics import MAXIMA, SUMS
+from megatron_fipo.trainer.rank_model import Policy
 from tests.distributed.tiny import make_trajectories, settings, write_model
 from tests.objective.test_no_host_sync import NoHostCalls, NoHostKernels
 from tests.ranks import run_ranks

@@ -25,7 +25,7 @@ from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.objective import FIPOConfig, PolicyObjective
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 from tests.distributed.tiny import make_trajectories, settings, write_model
 from tests.objective.oracle import OracleResult, Response, oracle_loss
 from tests.ranks import run_ranks

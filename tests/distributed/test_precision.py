@@ -1,4 +1,4 @@
-"""What FP8 and host offload ask of the code around them, as far as CPU ranks can show it.
+"""What FP8 and host offload ask of the code around them, as CPU ranks can show it.
 
 The padding that FP8 needs changes no number. Megatron-Core's host-offloaded optimizer is the real one, on real gloo ranks; only its
 view of devices is made up: host copies that it makes count as on the host, all else as on a GPU. What this leaves out: copies
@@ -18,13 +18,13 @@ from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDevice
 
 from megatron_fipo.batching.shard import build_shard
 from megatron_fipo.config import Config, HeadConfig, ParallelConfig
-from megatron_fipo.config.precision import Accelerators
+from megatron_fipo.config.gpu_rules import Accelerators
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer import policy as policy_module
-from megatron_fipo.trainer import worker as worker_module
-from megatron_fipo.trainer.policy import Policy
-from megatron_fipo.trainer.worker import TrainerWorker
+from megatron_fipo.trainer import rank_model as policy_module
+from megatron_fipo.trainer import rl_worker as worker_module
+from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rl_worker import TrainerWorker
 from tests.distributed.test_distributed_checkpoint import (
     forked_managers,  # noqa: F401 (a fixture)
     load_and_step,

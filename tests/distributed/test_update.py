@@ -6,7 +6,7 @@ import torch._dynamo
 
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 from tests.distributed.test_policy_grid import (
     FIPO,
     LAYOUTS,

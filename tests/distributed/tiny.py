@@ -81,7 +81,7 @@ def settings(
         "model": ModelConfig(path=str(folder), dtype=dtype),
         "parallel": parallel,
         "head": head or HeadConfig(),
-        # Adam divides by the gradient's size; with its usual epsilon a gradient of rounding noise alone would count as much as any.
+        # Adam divides by the gradient's size; with its usual epsilon a gradient of rounding noise alone would count as any.
         "optimizer": OptimizerSettings(lr=lr, weight_decay=0.1, clip_grad=clip_grad, adam_eps=1e-5),
         "temperature": 0.9,
     }

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import HeadConfig
-from megatron_fipo.model import head_kernels, head_passes
-from megatron_fipo.model.head import HeadRequest, response_log_probs
-from megatron_fipo.model.head_passes import PADDED_LOGIT, KeptLogits, RowGradient, Slab
+from megatron_fipo.model.logprob_head import torch_passes as head_passes
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
+from megatron_fipo.model.logprob_head.torch_passes import PADDED_LOGIT, KeptLogits, RowGradient, Slab
+from megatron_fipo.objective.kernels import triton_head as head_kernels
 from tests.ranks import run_ranks
 
 ROWS, HIDDEN, VOCABULARY, COLUMNS, TEMPERATURE = 12, 8, 30_000, 32_768, 0.7
@@ -187,7 +188,7 @@ from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_fipo.model.head_kernels import BLOCK, gradient_kernel, statistics_kernel
+from megatron_fipo.objective.kernels.triton_head import BLOCK, gradient_kernel, statistics_kernel
 
 TYPES = dict.fromkeys(("statistics", "kept_peak", "shifts", "gradients", "entropy_gradients", "entropies"), "*fp32")
 TYPES |= dict.fromkeys(("rows", "width", "words", "first_word"), "i32") | dict.fromkeys(("scale", "inverse_temperature"), "fp32")

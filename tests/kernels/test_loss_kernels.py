@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo import FIPOConfig, fipo_loss
-from megatron_fipo.objective import ChunkTable, PolicyLoss, PolicyObjective, PolicyRows, fused_loss, policy_loss, scan_future_kl
+from megatron_fipo.objective import ChunkTable, PolicyLoss, PolicyObjective, PolicyRows, policy_loss, scan_future_kl
+from megatron_fipo.objective.kernels import launch as fused_loss
 from tests.objective.oracle import future_kl_by_definition
 from tests.objective.packed import contiguous, packed_rows, random_case, random_responses, scan_ranks, scattered, zigzag
 from tests.objective.test_golden import FILES, load
-from tests.objective.test_policy_loss import OBJECTIVES, Expected, assert_same, count_collectives, mini_batch, responses
+from tests.objective.test_loss import OBJECTIVES, Expected, assert_same, count_collectives, mini_batch, responses
 from tests.ranks import run_ranks
 
 HALF_LIVES = st.sampled_from([1e-300, 1e-3, 0.5, 32.0, math.inf])

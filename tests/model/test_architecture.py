@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.families import read_architecture
-from megatron_fipo.model.family import Architecture
+from megatron_fipo.families.family import Architecture
+from megatron_fipo.families.registry import read_architecture
 
 ARCHITECTURE = Architecture(
     num_layers=4,

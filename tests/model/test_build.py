@@ -7,13 +7,13 @@ import torch
 
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
+from megatron_fipo.families.llama import LLAMA
+from megatron_fipo.families.qwen2 import QWEN2
+from megatron_fipo.families.qwen3 import QWEN3
+from megatron_fipo.families.registry import find_family, read_hf_config
 from megatron_fipo.model import mcore
 from megatron_fipo.model.build import check_split
-from megatron_fipo.model.families import find_family, read_hf_config
 from megatron_fipo.model.layer_spec import choose_layer_spec
-from megatron_fipo.model.llama import LLAMA
-from megatron_fipo.model.qwen2 import QWEN2
-from megatron_fipo.model.qwen3 import QWEN3
 
 QWEN25_7B = {
     "architectures": ["Qwen2ForCausalLM"],

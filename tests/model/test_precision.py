@@ -9,14 +9,14 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_fipo.config import ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_fipo.model.accelerators import find_accelerators
-from megatron_fipo.model.active import ADAMS, Active, active_lines
+from megatron_fipo.environment.accelerators import find_accelerators
+from megatron_fipo.environment.packages import installed_version
+from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.model.build import transformer_config
 from megatron_fipo.model.layer_spec import PORTABLE, TRANSFORMER_ENGINE
 from megatron_fipo.model.mcore import ADAM, full_precision, is_quantized
-from megatron_fipo.model.precision import optimizer_precision
-from megatron_fipo.model.qwen2 import QWEN2
-from megatron_fipo.packages import installed_version
+from megatron_fipo.model.megatron_precision import optimizer_precision
+from megatron_fipo.trainer.active import ADAMS, Active, active_lines
 from tests.model.test_build import QWEN25_7B
 
 FP8 = ModelConfig(fp8="hybrid", fp8_recipe="tensorwise", fp8_param_gather=True)

@@ -4,10 +4,11 @@ import random
 import sys
 from dataclasses import replace
 
-from megatron_fipo import cli
-from megatron_fipo.rollout.local import LocalEngine
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.trainer import cluster, run
+import megatron_fipo.cli.main as cli
+from megatron_fipo.driver import cluster
+from megatron_fipo.driver import train as run
+from megatron_fipo.engine.local import LocalEngine
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 
 
 def garble(reply: list[Generation], rng: random.Random) -> list[Generation]:

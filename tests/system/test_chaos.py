@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_fipo.rollout.dump import read_dump
+from megatron_fipo.driver.rollout.dump import read_dump
 from tests.system.test_train import ROOT, TINY, iterations, train, weights
 
 ITERATIONS = 20

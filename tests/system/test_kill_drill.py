@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_fipo.trainer.metrics_log import MetricsLog
+from megatron_fipo.run_dir.metrics_log import MetricsLog
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/kill_drill.py"

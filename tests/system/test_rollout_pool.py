@@ -16,14 +16,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load_file
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver import placement as placement_module
+from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE, EngineActors
+from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts, Settled
+from megatron_fipo.engine.local import LocalEngine
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout import placement as placement_module
-from megatron_fipo.rollout.actors import COLOCATED_GPU_SHARE, EngineActors
-from megatron_fipo.rollout.local import LocalEngine
-from megatron_fipo.rollout.pool import EnginePool, PoolCounts, Settled
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.rollout.weight_sync import push_weights
-from tests.rollout.tiny import save_model, some_requests
+from megatron_fipo.weight_sync.object_store import push_weights
+from tests.engine.tiny import save_model, some_requests
 
 SAMPLING = SamplingParams(1.0, 1.0, 24)
 HEALTH_S = 4.0

@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from megatron_fipo.driver.trainer_group import TrainerGroup, TrainerLostError
 from megatron_fipo.errors import UserError
-from megatron_fipo.trainer.group import TrainerGroup, TrainerLostError
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -81,7 +81,7 @@ def test_a_rank_that_dies_at_the_start_leaves_nothing_reserved(method):
 def test_without_an_address_a_cluster_is_started_whatever_runs_already():
     program = """
         import ray
-        from megatron_fipo.trainer.cluster import ray_cluster
+        from megatron_fipo.driver.cluster import ray_cluster
         with ray_cluster(None, workers=1):
             print(ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"])
     """

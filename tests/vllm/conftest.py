@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
-from megatron_fipo.rollout.vllm_engine import VLLMEngine
+from megatron_fipo.engine.vllm_engine import VLLMEngine
 from tests.vllm.model import MAX_MODEL_LEN, save_model
 
 ROOT = Path(__file__).parents[2]

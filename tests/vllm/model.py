@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest
+from megatron_fipo.engine.protocol import Generation, GenerationRequest
 
 TOKENIZER = Path(__file__).parents[2] / "examples/countdown/base-model"
 END = 1

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.engine.vllm_engine import VLLMEngine, _seed
 from megatron_fipo.errors import UserError
-from megatron_fipo.rollout.protocol import GenerationRequest, SamplingParams
-from megatron_fipo.rollout.vllm_engine import VLLMEngine, _seed
-from megatron_fipo.rollout.weight_sync import tensor_checksum
+from megatron_fipo.weight_sync.object_store import tensor_checksum
 from tests.vllm.model import END, largest_difference, save_model, some_requests, weights
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)

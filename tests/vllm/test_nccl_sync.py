@@ -10,9 +10,9 @@ import ray
 import torch
 
 from megatron_fipo.checkpoint.hf_export import TensorInfo
-from megatron_fipo.rollout.nccl_sync import NcclSync
-from tests.rollout.handles import handles
-from tests.rollout.wire import WireEngine, broadcast
+from megatron_fipo.weight_sync.nccl import NcclSync
+from tests.engine.wire import WireEngine, broadcast
+from tests.weight_sync.handles import handles
 
 WEIGHTS = {"a": torch.randn(3, 4), "b": torch.randn(5).to(torch.bfloat16), "c": torch.randn(())}
 INFOS = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in WEIGHTS.items()]

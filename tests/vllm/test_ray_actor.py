@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ray
 
-from megatron_fipo.rollout.protocol import SamplingParams
-from megatron_fipo.rollout.vllm_engine import VLLMEngine
-from megatron_fipo.rollout.weight_sync import push_weights
+from megatron_fipo.engine.protocol import SamplingParams
+from megatron_fipo.engine.vllm_engine import VLLMEngine
+from megatron_fipo.weight_sync.object_store import push_weights
 from tests.vllm.model import MAX_MODEL_LEN, largest_difference, some_requests, weights
 
 PLAIN = SamplingParams(0.7, 1.0, 40)

@@ -49,7 +49,7 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
         if method == "cp, synced":
             subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
         return {"seconds": time.perf_counter() - start, "cpu": _cpu(resource.RUSAGE_CHILDREN)}
-    from megatron_fipo.checkpoint import convert
+    from megatron_fipo.checkpoint.convert.convert import convert
 
     before = resident("VmRSS")
     marks: dict[str, tuple[float, float]] = {}

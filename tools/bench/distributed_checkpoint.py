@@ -26,7 +26,7 @@ from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_mani
 from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 
 ROUNDS = 3
 CONFIG = {

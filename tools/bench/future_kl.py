@@ -74,7 +74,7 @@ def measure(method: str, length: int) -> dict[str, float]:
     warm = log_ratio[:, :256].detach().requires_grad_()
     function(warm, mask[:, :256])
     if method == "scan":
-        from megatron_fipo.objective.dense import _rectangle
+        from megatron_fipo.objective.padded import _rectangle
 
         _rectangle(BATCH, length, log_ratio.device)  # index tables belong to packing, not to the step
     before = resident("VmRSS")

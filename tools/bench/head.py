@@ -51,7 +51,7 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, workspace
     """Log-probs of the response rows alone; their entropy comes with them."""
     import megatron_fipo.model  # noqa: F401  (the CPU platform, before Megatron-Core)
     from megatron_fipo.config import HeadConfig
-    from megatron_fipo.model.head import HeadRequest, response_log_probs
+    from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 
     settings = HeadConfig(workspace_mb=workspace_mb, logits_memory_mb=memory_mb)
     request = HeadRequest(rows, labels[rows], VOCABULARY, 1.0, settings, entropy_gradient=False)

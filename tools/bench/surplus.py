@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import RolloutConfig
-from megatron_fipo.data.dataset import Dataset
-from megatron_fipo.data.problem import Problem
-from megatron_fipo.rollout.collector import Collector
-from megatron_fipo.rollout.groups import Group, PromptGroup, Response, parse_request_id
-from megatron_fipo.rollout.pool import Settled
-from megatron_fipo.rollout.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.trainer.iteration_values import staleness_values
+from megatron_fipo.driver.iteration_metrics import staleness_values
+from megatron_fipo.driver.rollout.collector import Collector
+from megatron_fipo.driver.rollout.pool import Settled
+from megatron_fipo.driver.rollout.prompt_group import Group, PromptGroup, Response, parse_request_id
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.tasks.dataset import Dataset
+from megatron_fipo.tasks.problem import Problem
 
 BLOCK = 64
 MAX_BLOCKS = 20_480 // BLOCK

@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_fipo.rollout.actors import CONTROL_CALLS
-from megatron_fipo.rollout.local import LocalEngine
-from megatron_fipo.rollout.weight_sync import BUCKETS_IN_STORE, push_weights, tensor_checksum
+from megatron_fipo.driver.rollout.engine_actors import CONTROL_CALLS
+from megatron_fipo.engine.local import LocalEngine
+from megatron_fipo.weight_sync.object_store import BUCKETS_IN_STORE, push_weights, tensor_checksum
 
 BUCKET_BYTES = 128 * 2**20
 PUSHES, STARTS = 12, 2
@@ -203,7 +203,7 @@ def measure_starts(folder: Path) -> list[str]:
     """Rows: seconds until an engine's process answers, and until its model is there, with and without the folder's weights."""
     classes: dict[str, tuple[Any, dict[str, Any]]] = {"local": (LocalEngine, {})}
     if importlib.util.find_spec("vllm") is not None:
-        from megatron_fipo.rollout.vllm_engine import VLLMEngine
+        from megatron_fipo.engine.vllm_engine import VLLMEngine
 
         classes["vllm"] = (
             VLLMEngine,

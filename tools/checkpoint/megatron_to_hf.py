@@ -5,7 +5,7 @@ python tools/checkpoint/megatron_to_hf.py SRC DST [--dtype bfloat16|float32|keep
 
 import sys
 
-from megatron_fipo.cli import main
+from megatron_fipo.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", "to-hf", *sys.argv[1:]]))

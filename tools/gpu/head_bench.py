@@ -13,14 +13,14 @@ from gpu.compare import relative_norm, require
 from gpu.measure import Bench, Timing, peak_extra, release, time_calls
 from gpu.report import FIGURE, Row, aimed, duration, mebibytes
 from megatron_fipo.config import HeadConfig
-from megatron_fipo.model.head import HeadRequest, response_log_probs
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 
 SECTION = "head-speed"
 SHAPES = {"8,192 x 4,096 x 151,936": (8_192, 4_096, 151_936), "20,480 x 5,120 x 19,008": (20_480, 5_120, 19_008)}
 """Tokens, hidden size, vocabulary: a whole output layer, and an eighth of the 32B model's."""
 TOY = {"8,192 x 4,096 x 151,936": (24, 16, 384), "20,480 x 5,120 x 19,008": (32, 16, 130)}
 TIME_AIM, MEMORY_AIM = 1.35, 2**30
-"""At most so many times as long as the three bare products, with at most so many bytes beside inputs and main_grad."""
+"""At most so many times as the three bare products, with at most so many bytes beside inputs and main_grad."""
 HEADS = {
     "default": {},
     "900 MB of logits kept": {"logits_memory_mb": 900},

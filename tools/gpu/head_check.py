@@ -13,7 +13,7 @@ from gpu.compare import Errors, largest_difference, one_row, poison, relative_no
 from gpu.measure import Bench
 from gpu.report import Row
 from megatron_fipo.config import HeadConfig
-from megatron_fipo.model.head import HeadRequest, response_log_probs
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 
 SECTION = "head"
 KERNELS = ("triton", "torch")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 CACHE_MULTIPLE = 2.0
-"""Input sets that a small kernel rotates through are this many times as large as the L2 cache, so that it reads memory."""
+"""Input sets that a small kernel rotates through are this many times as the L2 cache, so that it reads memory."""
 MOST_SETS = 256
 
 

@@ -22,11 +22,11 @@ from gpu.report import Row
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings
 from megatron_fipo.model.attention import PackedAttention
-from megatron_fipo.model.head import HeadRequest, response_log_probs
 from megatron_fipo.model.layer_spec import SHARED_NAMES
+from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 from megatron_fipo.objective import FIPOConfig, PolicyObjective, policy_loss
-from megatron_fipo.trainer.policy import Policy, StepResult
 from megatron_fipo.trainer.rank import be_deterministic
+from megatron_fipo.trainer.rank_model import Policy, StepResult
 
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product, or deterministic mode comes too late
 

@@ -18,7 +18,7 @@ from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Shape:
 
 @contextmanager
 def one_rank(bench: Bench, seed: int) -> Iterator[None]:
-    """A world of one, and Megatron-Core's groups in it, for as long as the block lasts."""
+    """A world of one, and Megatron-Core's groups in it, for as the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if bench.on_gpu else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)

@@ -16,7 +16,7 @@ from megatron_fipo.objective import PolicyObjective, ScanPlan, scan_future_kl
 SECTION = "scan"
 HALF_LIFE = 32.0
 SERIAL_AIM, COPY_AIM = 10.0, 2.0
-"""At 20,480 tokens: at least so many times as fast as the serial scan, at most so many times as slow as a copy of its bytes."""
+"""At 20,480 tokens: at least so many times as the serial scan, at most so many times as slow as a copy of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_scan(given: ScanSet, kernels: str) -> Tensor:
 
 
 def time_copy(bench: Bench, moved: int) -> Timing:
-    """A device copy that reads and writes `moved` bytes together, its memory as cold as the other's."""
+    """A device copy that reads and writes `moved` bytes together, its memory as the other's."""
     count = max(moved // 8, 1)
     pairs = [torch.randn(2, count, device=bench.device) for _ in range(sets_for(bench, moved))]
     return time_small(bench, [lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs])

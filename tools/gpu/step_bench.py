@@ -17,10 +17,10 @@ from gpu.policies import Shape, new_policy, one_rank, random_shard, score, with_
 from gpu.report import FIGURE, SKIPPED, Row, aimed, duration, reason
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import ModelConfig, OptimizerSettings
-from megatron_fipo.config.precision import fp8_obstacle
-from megatron_fipo.model.accelerators import find_accelerators
+from megatron_fipo.config.gpu_rules import fp8_obstacle
+from megatron_fipo.environment.accelerators import find_accelerators
 from megatron_fipo.objective import PolicyObjective, policy_loss
-from megatron_fipo.trainer.policy import Policy
+from megatron_fipo.trainer.rank_model import Policy
 
 SECTION = "step"
 MODELS = {

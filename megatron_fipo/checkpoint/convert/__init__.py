@@ -1,0 +1,1 @@
+"""Offline conversion between Hugging Face folders and Megatron-Core checkpoints."""

@@ -1,0 +1,238 @@
+"""Weights in Megatron-Core's distributed format (`torch_dist`), written and read by pieces: no GPU, no process group, no model.
+
+The format is torch.distributed.checkpoint's: `.metadata` names all tensors and the files that hold their pieces. Layers are
+stacked: parameter `decoder.layers.7.mlp.linear_fc2.weight` is index 7 of the tensor `decoder.layers.mlp.linear_fc2.weight`.
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.families.family import Weight
+
+WEIGHTS = "weights"
+"""The folder of these files within a checkpoint."""
+FILE_BYTES = 2_000_000_000
+WORKERS = min(4, os.cpu_count() or 1)
+"""Threads that convert; each holds one piece."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a stored tensor."""
+
+    key: str
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def stacked_key(weight: Weight) -> str:
+    """The name of the tensor in which all layers of a parameter lie."""
+    return weight.megatron if weight.layer is None else weight.megatron.replace(f"layers.{weight.layer}.", "layers.", 1)
+
+
+def extra_state_keys(weights: Iterable[Weight], num_layers: int) -> list[str]:
+    """Megatron-Core's linear layers each keep an `_extra_state` (for FP8); it is empty here, but has to be there."""
+    modules = dict.fromkeys(stacked_key(weight).rpartition(".")[0] for weight in weights if ".linear_" in weight.megatron)
+    return [f"{module}._extra_state/shard_{layer}_{num_layers}" for module in modules for layer in range(num_layers)]
+
+
+def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results in order, from `WORKERS` threads. The first error stops what has not begun, and is raised."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# Writing
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Asks for each tensor when its turn to be written comes."""
+
+    def __init__(self, resolve: Callable[[MetadataIndex], torch.Tensor | io.BytesIO]) -> None:
+        super().__init__()
+        self.resolve = resolve
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        return self.resolve(write_item.index)
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing of when and where: the same weights give the same files."""
+
+
+def write_weights(
+    folder: Path,
+    pieces: Sequence[tuple[Piece, torch.dtype]],
+    extra_states: Sequence[str],
+    content: Mapping[str, Any],
+    read: Callable[[Piece], torch.Tensor],
+) -> None:
+    """Write a checkpoint folder that `dist_checkpointing.load` reads under any layout, calling `read` once for each piece.
+
+    `content` is what `dist_checkpointing.load_content_metadata` will give. At most `WORKERS` pieces are in memory at one time.
+    A file holds one tensor, or 2 GB of one. Raises OSError.
+    """
+    by_index = {MetadataIndex(piece.key, piece.offset): piece for piece, _ in pieces}
+    plans = [SavePlan([_write_item(piece, dtype) for piece, dtype in group]) for group in _by_file(pieces)]
+    plans.append(SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states]))
+    plans, metadata = create_default_global_save_plan(plans)
+    writer = _Writer(folder)
+    writer.set_up_storage_writer(True)
+    plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
+
+    def resolve(index: MetadataIndex) -> torch.Tensor | io.BytesIO:
+        if index.offset is None:
+            return _empty_extra_state()
+        piece = by_index[index]
+        return read(piece).reshape(piece.size)
+
+    planner = _LazyPlanner(resolve)
+    try:
+        results = in_parallel(lambda plan: writer.write_data(plan, planner).wait(), plans)
+    except RuntimeError as error:
+        # torch.save reports a disk that refuses as an inconsistency of its own that came of it.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    writer.finish(metadata, results)
+    # What Megatron-Core wants beside it: state that all ranks have in common, and last the format's name.
+    torch.save({"content_metadata": dict(content)}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+def _write_item(piece: Piece, dtype: torch.dtype) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))
+    data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(piece.whole))
+    return WriteItem(MetadataIndex(piece.key, piece.offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def _by_file(pieces: Sequence[tuple[Piece, torch.dtype]]) -> Iterator[list[tuple[Piece, torch.dtype]]]:
+    """One tensor to a file, as torch keeps the last piece of each tensor in memory until its file is complete."""
+    for key in dict.fromkeys(piece.key for piece, _ in pieces):
+        group: list[tuple[Piece, torch.dtype]] = []
+        filled = 0
+        for piece, dtype in pieces:
+            if piece.key == key:
+                size = prod(piece.size) * dtype.itemsize
+                if group and filled + size > FILE_BYTES:
+                    yield group
+                    group, filled = [], 0
+                group.append((piece, dtype))
+                filled += size
+        yield group
+
+
+def _empty_extra_state() -> io.BytesIO:
+    content = io.BytesIO()
+    torch.save([None], content)
+    return content
+
+
+# Reading
+
+_PICKLED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes only what a checkpoint's metadata consists of: a checkpoint may come from anywhere."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _PICKLED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            return _MetadataUnpickler(file).load()
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.target[tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+
+class WeightsReader:
+    """The tensors of a checkpoint's weights folder. UserError where its metadata is missing or damaged. Threads may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = _Reader(folder)
+        try:
+            metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(metadata, True)
+            stored = metadata.state_dict_metadata
+        except FileNotFoundError:
+            raise UserError(f"{folder} is no distributed checkpoint of Megatron-Core: it has no .metadata") from None
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
+            raise UserError(f"{folder / '.metadata'} is no readable metadata of a checkpoint: {error}") from None
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
+        }
+        """By key; objects that are no tensors are left out."""
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """[size] of one box, put together from the stored pieces that it touches; those are read whole, one at a time."""
+        stored = self.tensors[piece.key]
+        items = create_read_items_for_chunk_list(
+            piece.key, stored, [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))]
+        )
+        if sum(prod(item.lengths) for item in items) != prod(piece.size):
+            raise UserError(f"{self.folder} does not hold all of {piece.key} (wanted {piece.size} at {piece.offset})")
+        target = torch.empty(piece.size, dtype=stored.properties.dtype)
+        self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+        return target

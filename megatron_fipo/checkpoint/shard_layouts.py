@@ -1,0 +1,171 @@
+"""How Hugging Face tensors and Megatron's tensor-parallel shards are made of each other, and which rank holds which.
+
+Each `Layout` is a pair of functions: `shard` reads from the parts what one rank holds, `join` puts the shards of all ranks
+together and takes them apart into whole parts again. They are exact inverses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_fipo.families.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Weight
+from megatron_fipo.families.vocab import padded_vocab_size
+from megatron_fipo.model.layer_spec import SHARED_NAMES
+
+
+class Source(Protocol):
+    """A tensor, or a slice of a safetensors file that is read only where it is indexed."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor: ...
+
+
+class _Converter(Protocol):
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor: ...
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]: ...
+
+
+class _Replicated:
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+        return parts[0][:]
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+        return [shards[0]]
+
+
+class _Column:
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+        return _rows(parts[0], rank, size)
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+        return [torch.cat(list(shards))]
+
+
+class _Row:
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+        width = _shape(parts[0])[1] // size
+        return parts[0][:, rank * width : (rank + 1) * width]
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+        return [torch.cat(list(shards), dim=1)]
+
+
+class _Vocabulary:
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+        rows, width = _shape(parts[0])
+        height = padded_vocab_size(rows, size) // size
+        first, last = min(rank * height, rows), min((rank + 1) * height, rows)
+        held = parts[0][first:last]
+        return torch.cat((held, held.new_zeros(height - len(held), width)))
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+        return [torch.cat(list(shards))[: architecture.vocab_size]]
+
+
+class _GateUp:
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+        return torch.cat([_rows(part, rank, size) for part in parts])
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[which] for half in halves]) for which in (0, 1)]
+
+
+class _Qkv:
+    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+        groups = architecture.num_query_groups // size
+        held = [_rows(part, rank, size) for part in parts]
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in held], dim=1).flatten(0, 1)
+
+    def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+        head = architecture.kv_channels
+        queries = head * (architecture.num_attention_heads // architecture.num_query_groups)
+        whole = torch.cat(list(shards)).unflatten(0, (architecture.num_query_groups, -1))
+        return [part.flatten(0, 1) for part in whole.split([queries, head, head], dim=1)]
+
+
+LAYOUTS: dict[Layout, _Converter] = {
+    Layout.REPLICATED: _Replicated(),
+    Layout.COLUMN: _Column(),
+    Layout.ROW: _Row(),
+    Layout.VOCABULARY: _Vocabulary(),
+    Layout.GATE_UP: _GateUp(),
+    Layout.QKV: _Qkv(),
+}
+
+
+def shard(weight: Weight, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    """What tensor-parallel rank `rank` of `size` holds of a weight, read from its Hugging Face parts (in the rule's order)."""
+    return LAYOUTS[weight.layout].shard(parts, architecture, rank, size)
+
+
+def join(weight: Weight, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
+    """The whole Hugging Face parts, in the rule's order, from the shards of all ranks; vocabulary padding is cut off."""
+    return LAYOUTS[weight.layout].join(shards, architecture)
+
+
+def _shape(source: Source) -> Sequence[int]:
+    return source.shape if isinstance(source, torch.Tensor) else source.get_shape()  # type: ignore[attr-defined]
+
+
+def _rows(source: Source, rank: int, size: int) -> torch.Tensor:
+    height = _shape(source)[0] // size
+    return source[rank * height : (rank + 1) * height]
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """Which parameter of this rank's chunks each weight of the model is."""
+
+    family: Family
+    architecture: Architecture
+    weights: list[Weight]
+    """All weights of the whole model, in Hugging Face order; the same list on every rank."""
+    parameters: dict[str, torch.nn.Parameter]
+    """The ones held by this rank, by their name in the whole model."""
+
+    def local(self) -> list[tuple[Weight, torch.nn.Parameter]]:
+        """The weights to read on this rank. The last stage's copy of a tied embedding is one more reading of the embedding."""
+        pairs = [(weight, self.parameters[weight.megatron]) for weight in self.weights if weight.megatron in self.parameters]
+        if self.architecture.share_embeddings_and_output_weights and OUTPUT_WEIGHT in self.parameters:
+            embedding = next(weight for weight in self.weights if weight.megatron == EMBEDDING_WEIGHT)
+            pairs.append((embedding, self.parameters[OUTPUT_WEIGHT]))
+        return pairs
+
+
+def map_model(model_chunks: Sequence[torch.nn.Module]) -> ModelMap:
+    """Match the parameters of this rank's chunks (wrapped or not) with the family's table.
+
+    ValueError naming a parameter that the table does not have: nothing can be left behind unnoticed.
+    """
+    chunks = [_unwrap(chunk) for chunk in model_chunks]
+    family, architecture = chunks[0].family, chunks[0].architecture
+    weights = list(family.weights(architecture))
+    parameters = {name: parameter for chunk in chunks for name, parameter in _global_parameters(chunk)}
+    unknown = set(parameters) - {weight.megatron for weight in weights} - {OUTPUT_WEIGHT}
+    if unknown:
+        raise ValueError(f"the table of family {family.name} has no rule for {', '.join(sorted(unknown))}")
+    return ModelMap(family, architecture, weights, parameters)
+
+
+def _unwrap(chunk: Any) -> Any:
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def _global_parameters(chunk: GPTModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters under the names of the whole model: layers counted over all stages, norms named as in `SHARED_NAMES`."""
+    named = []
+    for name, parameter in chunk.named_parameters():
+        if name.startswith("decoder.layers."):
+            index, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            for portable, shared in SHARED_NAMES.items():
+                if rest.startswith(portable):
+                    rest = shared + rest.removeprefix(portable)
+            name = f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
+        named.append((name, parameter))
+    return named

@@ -1,0 +1,3 @@
+from megatron_fipo.cli.main import main
+
+main()

@@ -1,0 +1,62 @@
+"""Checkpoints between the run's folder and the trainer's ranks: written in the background, complete or invisible, checked at load."""
+
+import contextlib
+from pathlib import Path
+
+from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+
+
+class CheckpointSaver:
+    """One save at a time. A save that fails raises its reason as `UserError` and leaves the older checkpoints as they were."""
+
+    def __init__(self, directory: RunDirectory, trainer: TrainerGroup) -> None:
+        self.directory = directory
+        self.trainer = trainer
+        self._pending: PendingSave | None = None
+
+    def save(self, state: LoopState) -> None:
+        """Begin to save `state` with the ranks' weights, unless that very iteration is saved already."""
+        self.finish()
+        if self.directory.has(state.iteration):
+            return
+        self._pending = self.directory.begin_save(state)
+        with self._or_abandon(self._pending):
+            self.trainer.call("start_save", str(self._pending.partial))
+
+    def finish_if_written(self) -> None:
+        """Complete the save under way if the ranks have written it."""
+        self._finish(blocking=False)
+
+    def finish(self) -> None:
+        """Complete the save under way, if there is one."""
+        self._finish(blocking=True)
+
+    def load(self, checkpoint: Path) -> bool:
+        """Check every file of a checkpoint and load it into the ranks. False where another layout wrote it."""
+        problems = [problem for part in self.trainer.call("check_files", str(checkpoint)) for problem in part]
+        self.directory.refuse_damaged(checkpoint, problems)
+        return all(self.trainer.call("load", str(checkpoint)))
+
+    def _finish(self, blocking: bool) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        with self._or_abandon(pending):
+            if not all(self.trainer.call("save_finished", blocking)):
+                return
+            files = {
+                name: record for part in self.trainer.call("hash_files", str(pending.partial)) for name, record in part.items()
+            }
+            self.directory.commit(pending, files)
+        self._pending = None
+
+    @contextlib.contextmanager
+    def _or_abandon(self, pending: PendingSave):
+        try:
+            yield
+        except (UserError, RuntimeError):
+            self._pending = None
+            self.directory.abandon(pending)
+            raise

@@ -1,0 +1,110 @@
+"""The Ray cluster of a run, and the rollout engines on it."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from megatron_fipo.config import Config, Machine
+from megatron_fipo.driver.rollout.pool import EnginePool
+from megatron_fipo.environment.machine import this_machine
+from megatron_fipo.families.family import Architecture
+from megatron_fipo.weight_sync.object_store import BUCKETS_IN_STORE, transport_for
+
+OBJECT_STORE_BASE_BYTES = 128 * 2**20
+"""What Ray's object store holds besides weights and trajectories."""
+PICKLED_BYTES_PER_TOKEN = 16
+"""Of a trajectory: id, mask and log-probability."""
+
+
+def engine_class(name: str) -> type:
+    """The class behind `rollout.engine`. UserError where its library is missing or of a version that does not work."""
+    if name == "vllm":
+        from megatron_fipo.engine.vllm_engine import VLLMEngine, check_vllm
+
+        check_vllm()
+        return VLLMEngine
+    from megatron_fipo.engine.local import LocalEngine
+
+    return LocalEngine
+
+
+def start_engines(
+    config: Config, model_path: str, machine: Machine, say: Callable[[str], None], trainer: PlacementGroup | None = None
+) -> EnginePool:
+    """The configured engines. Without a `trainer` to send them weights they serve those of `model_path`."""
+    rollout, model = config.rollout, config.model
+    source = "Hugging Face folder"
+    if trainer is not None:
+        source = transport_for(rollout.engine, "cuda" if machine.gpus else "cpu", rollout.placement)
+    say(f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}")
+    arguments: dict[str, Any] = {
+        "model_path": str(Path(model_path).resolve()),
+        "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "load_weights": trainer is None,
+    }
+    if rollout.engine == "vllm":
+        arguments |= {
+            "max_model_len": rollout.max_prompt_length + rollout.max_response_length,
+            "tensor_parallel_size": rollout.engine_tensor_parallel_size,
+            "gpu_memory_share": rollout.gpu_memory_share,
+            "deterministic": config.deterministic,
+        }
+    return EnginePool(
+        engine_class(rollout.engine),
+        arguments,
+        rollout,
+        gpus_per_engine=rollout.engine_tensor_parallel_size if machine.gpus else 0,
+        keep_batches=config.deterministic,
+        loaded_weights_serve=trainer is None,
+        trainer_placement=trainer if rollout.placement == "colocated" else None,
+    )
+
+
+def run_cluster(config: Config, architecture: Architecture) -> contextlib.AbstractContextManager[Machine]:
+    """The Ray cluster that a run of `config` needs."""
+    workers = config.parallel.world_size + config.rollout.num_engines
+    return ray_cluster(config.ray_address, workers=workers, store_bytes=object_store_bytes(config, architecture))
+
+
+def object_store_bytes(config: Config, architecture: Architecture) -> int:
+    """Room for weights on their way to the engines and for the longest iteration on its way to the ranks.
+
+    A tensor larger than a bucket travels alone: the embedding is the largest. Beyond a third of the memory Ray spills to the disk.
+    """
+    embedding = architecture.vocab_size * architecture.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    buckets = BUCKETS_IN_STORE * max(config.rollout.weight_bucket_mb * 2**20, embedding)
+    responses = config.batch.prompts_per_iteration * config.batch.responses_per_prompt
+    tokens = responses * (config.rollout.max_prompt_length + config.rollout.max_response_length)
+    needed = OBJECT_STORE_BASE_BYTES + buckets + tokens * PICKLED_BYTES_PER_TOKEN
+    return min(needed, psutil.virtual_memory().total // 3)
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None, *, workers: int, store_bytes: int = OBJECT_STORE_BASE_BYTES) -> Iterator[Machine]:
+    """Join the cluster at `address`, or start one on this machine that is just large enough and ends with the run.
+
+    Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
+    """
+    machine = this_machine()
+    # One connection keeps CUDA's order of launches, by which Megatron-Core overlaps tensor-parallel communication with products.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
+    if address:
+        ray.init(address=address, **options)
+        resources = ray.cluster_resources()
+        machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+    else:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # "local", since without an address RAY_ADDRESS or a cluster that runs on this machine would be joined.
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=store_bytes, **options)
+    try:
+        yield machine
+    finally:
+        ray.shutdown()

@@ -1,0 +1,81 @@
+"""Held-out accuracy from several responses per problem: avg@k, cons@k, pass@k, and how long they are. Pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+from megatron_fipo.tasks.score import NO_ANSWER
+
+
+@dataclass(frozen=True)
+class EvaluatedResponse:
+    """What the metrics look at in one response."""
+
+    answer: str
+    """The extracted answer, or `NO_ANSWER`."""
+    accuracy: float
+    """1 for a right response, 0 for a wrong one."""
+    length: int
+    """Response tokens."""
+    truncated: bool
+    """Cut at the response limit."""
+
+
+def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[str, float]:
+    """Metrics over problems with k responses each, the same k for all. Accuracies are means over problems.
+
+    `avg_at_k`: share of right responses. `cons_at_k`: see `consensus`. `pass_at_k`: share of problems with a right response.
+    `length_q25`, `length_mean`, `length_median`, `length_q75` in tokens and `truncated`, the share of cut responses, are over
+    all responses. `k` and `problems` say what all this is measured on.
+    Raises ValueError without responses or for unequal numbers of them.
+    """
+    counts = {len(responses) for responses in problems}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            f"every problem must have the same number of responses, at least one, but the numbers are {sorted(counts)}"
+        )
+    k = counts.pop()
+    right = [sum(response.accuracy > 0 for response in responses) for responses in problems]
+    everything = [response for responses in problems for response in responses]
+    q25, median, q75 = np.quantile([response.length for response in everything], [0.25, 0.5, 0.75]).tolist()
+    return {
+        "avg_at_k": float(np.mean(right)) / k,
+        "cons_at_k": float(np.mean([consensus(responses) for responses in problems])),
+        "pass_at_k": float(np.mean([pass_at(k, k, count) for count in right])),
+        "length_q25": q25,
+        "length_mean": float(np.mean([response.length for response in everything])),
+        "length_median": median,
+        "length_q75": q75,
+        "truncated": float(np.mean([response.truncated for response in everything])),
+        "k": float(k),
+        "problems": float(len(problems)),
+    }
+
+
+def consensus(responses: Sequence[EvaluatedResponse]) -> float:
+    """Accuracy of the answer that most responses give. Those without an answer have no vote; 0 if none has one.
+
+    A tie gives the mean accuracy of the tied answers: what drawing one of them would give on average, but the same on every
+    run and in every order of the responses.
+    """
+    votes: dict[str, list[float]] = {}
+    for response in responses:
+        if response.answer != NO_ANSWER:
+            votes.setdefault(response.answer, []).append(response.accuracy)
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
+    return float(np.mean([np.mean(accuracies) for accuracies in votes.values() if len(accuracies) == most]))
+
+
+def pass_at(n: int, k: int, right: int) -> float:
+    """Unbiased estimate, from k responses of which `right` are right, that at least one of n responses is right.
+
+    1 − C(k − right, n) / C(k, n): the share of n-subsets with a right response. Drawing with replacement instead, as the
+    authors' code does, underestimates it. Raises ValueError unless 1 ≤ n ≤ k and 0 ≤ right ≤ k.
+    """
+    if not (1 <= n <= k and 0 <= right <= k):
+        raise ValueError(f"pass@{n} can't be estimated from {k} responses of which {right} are right")
+    return 1.0 - comb(k - right, n) / comb(k, n)

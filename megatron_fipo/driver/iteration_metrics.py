@@ -1,0 +1,89 @@
+"""The numbers of one iteration, from what rollout and update reported. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.driver.rollout.collector import Collected
+
+# Over the mini-steps of an iteration most statistics average; these do not.
+MINIMA = ("influence/min",)
+MAXIMA = ("influence/max", "rollout/log_prob_difference_max")
+TOTALS = (
+    "policy/dropped_sequences",
+    "policy/nonfinite_sequences",
+    "policy/sequences",
+    "policy/tokens",
+    "policy/kept_tokens",
+    "policy/skipped_steps",
+    "rollout/compared_tokens",
+)
+FIRST = ("policy/sigma_log_ratio",)
+"""Of the first mini-step, where old and new weights are the same: anything but 0 is numerical noise that FutureKL amplifies."""
+
+
+def over_mini_steps(mini_steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One number per statistic for the iteration."""
+    values = {}
+    for name in mini_steps[0]:
+        series = [step[name] for step in mini_steps]
+        if name in MINIMA:
+            values[name] = min(series)
+        elif name in MAXIMA:
+            values[name] = max(series)
+        elif name in TOTALS:
+            values[name] = sum(series)
+        elif name in FIRST:
+            values[name] = series[0]
+        else:
+            values[name] = sum(series) / len(series)
+    return values
+
+
+def rollout_values(collected: Collected, trained: Sequence[Trajectory], version: int) -> dict[str, float]:
+    """What dynamic sampling did and what the responses trained on, by an update of weights `version`, look like."""
+    counts = collected.counts
+    lengths = np.array([trajectory.response_length for trajectory in trained], dtype=float)
+    advantages = np.array([trajectory.advantage for trajectory in trained])
+    quartiles = np.percentile(lengths, [0, 25, 50, 75, 100])
+    return {
+        "reward/mean": float(np.mean([trajectory.reward for trajectory in trained])),
+        "accuracy/mean": float(np.mean([trajectory.accuracy for trajectory in trained])),
+        "groups/used": float(len(collected.groups)),
+        "groups/surplus": float(counts.waiting),
+        "groups/unfinished": float(counts.unfinished),
+        "groups/from_earlier": float(counts.from_earlier),
+        "groups/stale": float(counts.stale),
+        "groups/all_right": float(counts.all_right),
+        "groups/all_wrong": float(counts.all_wrong),
+        "groups/failed": float(counts.failed),
+        "rollout/prompts": float(counts.prompts),
+        "rollout/truncated": float(np.mean([trajectory.finish_reason == "length" for trajectory in trained])),
+        "rollout/unused_share": counts.unused_share,
+        "tokens/generated": float(counts.generated_tokens),
+        "tokens/used": float(counts.used_tokens),
+        "tokens/filtered": float(counts.filtered_tokens),
+        "tokens/dropped": float(counts.dropped_tokens),
+        "tokens/carried": float(counts.carried_tokens),
+        **dict(
+            zip(("length/min", "length/q25", "length/median", "length/q75", "length/max"), map(float, quartiles), strict=True)
+        ),
+        "length/mean": float(lengths.mean()),
+        "advantage/length_weighted": float((advantages * lengths).sum() / lengths.sum()),
+        **staleness_values(trained, version),
+    }
+
+
+def staleness_values(trained: Sequence[Trajectory], version: int) -> dict[str, float]:
+    """How many weight versions before `version` the responses were begun, and the share of their tokens by age."""
+    ages = np.array([version - trajectory.oldest_version for trajectory in trained])
+    spans = [(version - span.version, span.end - span.start) for trajectory in trained for span in trajectory.spans]
+    token_ages, tokens = np.array(spans).T
+    return {
+        "staleness/mean": float(ages.mean()),
+        "staleness/max": float(ages.max()),
+        "staleness/tokens_age_0": float(tokens[token_ages == 0].sum() / tokens.sum()),
+        "staleness/tokens_age_1": float(tokens[token_ages == 1].sum() / tokens.sum()),
+        "staleness/tokens_older": float(tokens[token_ages > 1].sum() / tokens.sum()),
+    }

@@ -1,0 +1,285 @@
+"""The training loop: rollout → score → filter → advantages → pack → old log-probs → mini-steps → push weights → evaluate.
+
+It runs in the driver and holds no tensor: ranks and engines are Ray actors behind `TrainerGroup` and `EnginePool`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megatron_fipo.batching.iteration_batch import IterationBatch, plan_iteration
+from megatron_fipo.clock import clock
+from megatron_fipo.config import Config
+from megatron_fipo.driver.checkpoint_saver import CheckpointSaver
+from megatron_fipo.driver.console import Console
+from megatron_fipo.driver.evaluation import evaluate
+from megatron_fipo.driver.iteration_metrics import over_mini_steps, rollout_values
+from megatron_fipo.driver.rollout.collector import Collected
+from megatron_fipo.driver.rollout.dump import write_dump
+from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, Rollouts
+from megatron_fipo.driver.rollout.prompt_group import Group
+from megatron_fipo.driver.stop import Stop
+from megatron_fipo.driver.tracking import Trackers
+from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.errors import UserError, writing
+from megatron_fipo.objective.advantages import group_advantages
+from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
+from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
+from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.score import Scorer
+from megatron_fipo.trainer.rl_worker import IterationReport, TokenWeights
+
+
+@dataclass
+class Parts:
+    """What the loop works with; `run.py` puts it together."""
+
+    trainer: TrainerGroup
+    rollouts: Rollouts
+    held_out: list[Problem]
+    """Empty where nothing is to be evaluated."""
+    scorer: Scorer
+    decode: Callable[[Sequence[int]], str]
+    pad_token_id: int
+    console: Console
+    trackers: Trackers
+    stop: Stop
+
+
+class Loop:
+    """One run, from its last checkpoint or from the start to `config.iterations`."""
+
+    def __init__(self, config: Config, directory: RunDirectory, parts: Parts) -> None:
+        self.config = config
+        self.directory = directory
+        self.parts = parts
+        self.metrics = MetricsLog(directory.path)
+        self.samples = SampleLog(directory.path)
+        self.state = LoopState()
+        self.saver = CheckpointSaver(directory, parts.trainer)
+
+    def run(self) -> None:
+        """Train until `config.iterations`. Raises `Interrupted`, with the state saved, where it has to stop before."""
+        config, parts = self.config, self.parts
+        self._resume()
+        try:
+            parts.rollouts.push_weights(self.state.weight_version)
+            self._evaluate_if_due()
+            while self.state.iteration < config.iterations:
+                self._iterate()
+                check_stop(parts.stop)
+                self._evaluate_if_due()
+                if self._due(config.checkpoint.every):
+                    self._save()
+                check_stop(parts.stop)
+        except Interrupted:
+            if self.state.iteration == 0:
+                parts.console.note("stopped before the first update, so there is nothing to save")
+            else:
+                self._save()
+                self.saver.finish()
+                parts.console.note(
+                    f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on from there"
+                )
+            raise
+        self.saver.finish()
+
+    def _iterate(self) -> None:
+        config, state, parts = self.config, self.state, self.parts
+        seconds: dict[str, float] = {}
+        start = time.perf_counter()
+
+        parts.console.phase("rollout")
+        with clock(seconds, "rollout"):
+            collected = parts.rollouts.groups(state.iteration + 1, state.weight_version)
+            set_advantages(collected.groups)
+        batch = plan_iteration(collected.groups, config, parts.pad_token_id)
+        lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
+        wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
+
+        parts.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
+        results = parts.trainer.call("train_iteration", ray.put(batch), lr, wanted, meanwhile=parts.rollouts.during_update())
+        report = next(report for report, _ in results if report is not None)
+        seconds |= report.seconds
+
+        state.iteration += 1
+        state.weight_version += 1
+        try:
+            self.saver.finish_if_written()
+            with clock(seconds, "rollout_wait"):
+                parts.rollouts.after_update()
+            with clock(seconds, "weight_sync"):
+                parts.rollouts.push_weights(state.weight_version)
+        finally:  # the iteration is complete, whatever becomes of the engines
+            seconds["total"] = time.perf_counter() - start
+            weights = [weights for _, part in results for weights in part]
+            self._record(collected, batch, report, wanted, weights, lr, seconds)
+
+    def _record(
+        self,
+        collected: Collected,
+        batch: IterationBatch,
+        report: IterationReport,
+        wanted: list[int],
+        token_weights: list[TokenWeights],
+        lr: float,
+        seconds: dict[str, float],
+    ) -> None:
+        """Write down an iteration that is complete. A disk that does not take it stops the run, with the state saved."""
+        state, parts = self.state, self.parts
+        values = {
+            **rollout_values(collected, batch.trajectories, state.weight_version - 1),
+            **{f"engines/{name}": float(count) for name, count in asdict(parts.rollouts.take_counts()).items()},
+            **over_mini_steps(report.mini_steps),
+            "learning_rate": lr,
+            "weights/version": float(state.weight_version),
+            **{f"time/{phase}": duration for phase, duration in seconds.items()},
+        }
+        parts.console.iteration(state.iteration, values)
+        every = self.config.rollout.dump_every
+        try:
+            self._log("iteration", values)
+            self._log_samples(batch, wanted, token_weights)
+            if every and state.iteration % every == 0:
+                write_dump(self.directory.path / "rollouts", state.iteration, collected.groups, self.config.rollout.temperature)
+        except UserError as error:
+            raise Interrupted from error
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate the weights as they are, unless that is not due now or was done before the run was last stopped."""
+        evaluation, done = self.config.evaluation, self.state.iteration
+        due = evaluation.before_training if done == 0 else self._due(evaluation.every)
+        if not due or not self.parts.held_out:
+            return
+        records = read_metrics(self.directory.path)
+        if not any(record.kind == "evaluation" and record.iteration == done for record in records):
+            try:
+                self._evaluate()
+            except UserError as error:
+                raise Interrupted from error
+
+    def _evaluate(self) -> None:
+        config, parts, version = self.config, self.parts, self.state.weight_version
+        rollouts = parts.rollouts
+        assert isinstance(rollouts, LiveRollouts)
+        parts.console.phase("evaluation")
+        start = time.perf_counter()
+        evaluation = evaluate(
+            lambda requests, sampling: rollouts.generate(requests, sampling, version),
+            parts.held_out,
+            parts.scorer,
+            parts.decode,
+            config.evaluation,
+            max_new_tokens=config.rollout.max_response_length,
+            seed=config.seed,
+        )
+        self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
+        parts.console.evaluation(self.state.iteration, evaluation.values)
+        write_table(self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl", evaluation.table)
+
+    def _save(self) -> None:
+        self.parts.console.phase("checkpoint")
+        self.state.rollout = self.parts.rollouts.state()
+        self.saver.save(self.state)
+        if not self.config.checkpoint.asynchronous:
+            self.saver.finish()
+
+    def _resume(self) -> None:
+        checkpoint = self.directory.latest()
+        if checkpoint is None:
+            self.metrics.truncate_after(-1)
+            self.samples.truncate_after(-1)
+            return
+        self.parts.console.phase("checking and loading the checkpoint")
+        same_layout = self.saver.load(checkpoint)
+        self.state = self.directory.load_state(checkpoint)
+        live = isinstance(self.parts.rollouts, LiveRollouts)
+        if bool(self.state.rollout) != live:
+            before, now = ("with", "without") if live else ("without", "with")
+            raise UserError(
+                f"{checkpoint} comes from training {before} --replay and does not go on {now} it: what is still to be sampled is not the "
+                "same; choose another run_dir"
+            )
+        self.parts.rollouts.load_state(self.state.rollout)
+        self.metrics.truncate_after(self.state.iteration)
+        self.samples.truncate_after(self.state.iteration)
+        again = (
+            "" if same_layout else "; the parallel layout is another one, so the ranks' random states start anew from the seed"
+        )
+        self.parts.console.note(f"continuing from {checkpoint}{again}")
+
+    def _log(self, kind: Any, values: dict[str, float]) -> None:
+        self.metrics.log(kind, self.state.iteration, values)
+        self.parts.trackers.log(kind, self.state.iteration, values)
+
+    def _log_samples(self, batch: IterationBatch, wanted: list[int], weights: list[TokenWeights]) -> None:
+        for index in wanted:
+            trajectory = batch.trajectories[index]
+            influence = None
+            if self.config.objective.name == "fipo":
+                influence = [1.0] * trajectory.response_length
+                for part in weights:
+                    if part.trajectory == index:
+                        for position, weight in zip(part.positions, part.weights, strict=True):
+                            influence[position] = weight
+            self.samples.log(
+                Sample(
+                    iteration=self.state.iteration,
+                    prompt=self.parts.decode(trajectory.prompt_ids),
+                    tokens=[self.parts.decode([token]) for token in trajectory.response_ids],
+                    influence_weights=influence,
+                    reward=trajectory.reward,
+                    accuracy=trajectory.accuracy,
+                    advantage=trajectory.advantage,
+                    finish_reason=trajectory.finish_reason,
+                )
+            )
+
+    def _due(self, every: int, ahead: int = 0) -> bool:
+        """Whether something done every so many iterations (0: only after the last) comes after this one, or `ahead` later."""
+        done = self.state.iteration + ahead
+        return done == self.config.iterations or (every > 0 and done % every == 0)
+
+
+def check_stop(stop: Stop) -> None:
+    """Raises `Interrupted` where a signal or the time limit asked for it."""
+    if stop.requested():
+        raise Interrupted
+
+
+def set_advantages(groups: Sequence[Group]) -> None:
+    """Write each response's advantage within its group."""
+    trajectories = [trajectory for group in groups for trajectory in group]
+    advantages = group_advantages(
+        [trajectory.reward for trajectory in trajectories], [trajectory.group_id for trajectory in trajectories]
+    )
+    for trajectory, advantage in zip(trajectories, advantages, strict=True):
+        trajectory.advantage = float(advantage)
+
+
+def learning_rate(lr: float, iteration: int, warmup_iterations: int) -> float:
+    """The rate of iteration `iteration` (from 0): linear up to `lr` over the warm-up, constant after it.
+
+    The first iteration already moves the weights. (The authors' scheduler gives it a rate of 0, a whole iteration for nothing.)
+    """
+    return lr * min(1.0, (iteration + 1) / max(warmup_iterations, 1))
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object per line."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _samples_to_show(batch: IterationBatch) -> list[int]:
+    """A right and a wrong response of the last mini-batch: it trains on the oldest log-probs, so its weights say most."""
+    members = sorted(index for rank in batch.mini_batches[-1] for micro in rank for index in micro)
+    right = [index for index in members if batch.trajectories[index].accuracy > 0]
+    wrong = [index for index in members if batch.trajectories[index].accuracy <= 0]
+    return right[:1] + wrong[:1]

@@ -1,0 +1,1 @@
+"""How the driver fills an iteration: requests to engines, their replies, groups of responses, dynamic sampling."""

@@ -1,0 +1,73 @@
+"""Engines as Ray actors: where they run, and starting each one again in its place."""
+
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from megatron_fipo.driver.placement import node_by_node, reserve
+from megatron_fipo.errors import UserError
+
+COLOCATED_GPU_SHARE = 0.5
+"""Of a GPU, for Ray's bookkeeping, that a colocated engine takes and the trainer rank beside it leaves. Memory is another matter."""
+CONTROL_CALLS = 4
+"""Calls besides `generate` that an engine takes at one time: a health probe, an abort, two buckets of weights."""
+
+
+class EngineActors:
+    """Handles of `size` actors of one engine class, by number. Each has its own bundle of a placement group, also after a restart."""
+
+    def __init__(
+        self,
+        engine_class: Any,
+        engine_kwargs: dict[str, Any],
+        size: int,
+        *,
+        gpus_per_engine: int,
+        trainer_placement: PlacementGroup | None = None,
+    ) -> None:
+        """Reserve the places (1 CPU and `gpus_per_engine` GPUs each); nothing is started yet.
+
+        With `trainer_placement` (one bundle with one GPU per trainer rank) engines live in the trainer's bundles instead, each
+        with `COLOCATED_GPU_SHARE` of the GPU there, which the rank has to leave free. Raises `UserError` where there is no room.
+        """
+        self._arguments = engine_kwargs
+        self._own_placement = None
+        self._options: dict[str, Any] = {"max_concurrency": engine_class.calls_at_once + CONTROL_CALLS}
+        if trainer_placement is None:
+            bundle = {"CPU": 1, "GPU": gpus_per_engine} if gpus_per_engine else {"CPU": 1}
+            self._own_placement = reserve(bundle, size, "rollout engines", "lower rollout.num_engines")
+            self._placement = self._own_placement
+            self._bundles = list(range(size))
+            self._options |= {"num_cpus": 1, "num_gpus": gpus_per_engine}
+        else:
+            self._placement, self._bundles = trainer_placement, node_by_node(trainer_placement)
+            if gpus_per_engine > 1 or size > len(self._bundles):
+                raise UserError(
+                    f"rollout.placement=colocated puts an engine on one GPU of one trainer rank, so {size} engines of "
+                    f"{gpus_per_engine} GPUs do not fit {len(self._bundles)} ranks; lower rollout.num_engines or "
+                    "rollout.engine_tensor_parallel_size, or choose rollout.placement=separate"
+                )
+            self._options |= {"num_cpus": 0, "num_gpus": COLOCATED_GPU_SHARE if gpus_per_engine else 0}
+        self._actor_class: Any = ray.remote(engine_class)
+        self._handles: dict[int, ActorHandle] = {}
+
+    def __getitem__(self, number: int) -> ActorHandle:
+        return self._handles[number]
+
+    def start(self, number: int) -> None:
+        """Start an actor; returns at once. Where one was killed, Ray waits until its place is free."""
+        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=self._bundles[number])
+        self._handles[number] = self._actor_class.options(**self._options, scheduling_strategy=strategy).remote(**self._arguments)
+
+    def kill(self, number: int) -> None:
+        """End the actor, also one whose process is dead already, hangs or was stopped."""
+        ray.kill(self._handles.pop(number))
+
+    def shutdown(self) -> None:
+        for number in list(self._handles):
+            self.kill(number)
+        if self._own_placement is not None:
+            remove_placement_group(self._own_placement)

@@ -1,0 +1,163 @@
+"""The responses to one prompt: how they grow over calls and weight versions, how they are saved, and how they are scored."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.engine.protocol import Generation, GenerationRequest
+from megatron_fipo.objective.advantages import overlong_penalty
+from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.score import Scorer
+
+Group = list[Trajectory]
+"""The scored responses to one prompt."""
+
+
+def request_seed(seed: int, request_id: str) -> int:
+    """A seed in [0, 2^63) that depends on the run's seed and the request's name only."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}|{request_id}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class Response:
+    """One response, as it has been sampled."""
+
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    """Which weights sampled which tokens; no two neighbours have the same version."""
+    finish_reason: str | None = None
+    """`stop` or `length`; None while it is not finished."""
+
+    def add(self, generation: Generation) -> None:
+        """Append what one call sampled behind this response."""
+        start, version = len(self.token_ids), generation.weight_version
+        self.token_ids += generation.response_ids
+        self.log_probs += generation.log_probs
+        end = len(self.token_ids)
+        if self.spans and self.spans[-1].version == version:
+            self.spans[-1].end = end
+        elif end > start:
+            self.spans.append(VersionSpan(version, start, end))
+        if generation.finish_reason != "abort":
+            self.finish_reason = generation.finish_reason
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, every bit kept. Arrays travel as base64: as decimals the log-probs of a large run would take minutes."""
+        return {
+            "token_ids": _pack(self.token_ids, "<i4"),
+            "log_probs": _pack(self.log_probs, "<f8"),
+            "spans": [asdict(span) for span in self.spans],
+            "finish_reason": self.finish_reason,
+        }
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Response":
+        """The inverse of `to_json`."""
+        return cls(
+            _unpack(state["token_ids"], "<i4"),
+            _unpack(state["log_probs"], "<f8"),
+            [VersionSpan(**span) for span in state["spans"]],
+            state["finish_reason"],
+        )
+
+
+@dataclass
+class PromptGroup:
+    """A prompt in work. `serial` counts the prompts of a run in the order of the dataset."""
+
+    serial: int
+    problem: Problem
+    responses: list[Response]
+
+    @property
+    def group_id(self) -> str:
+        return f"{self.serial}-{self.problem.problem_id}"
+
+    @property
+    def finished(self) -> bool:
+        return all(response.finish_reason is not None for response in self.responses)
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens sampled so far."""
+        return sum(len(response.token_ids) for response in self.responses)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Version of the oldest weights that sampled one of its tokens; None where there is no token yet."""
+        return min((response.spans[0].version for response in self.responses if response.spans), default=None)
+
+    def requests(self, seed: int) -> list[GenerationRequest]:
+        """What is still to be generated. A request's seed depends on the run's `seed`, its serial, prompt and place alone."""
+        return [
+            GenerationRequest(
+                request_id := f"{self.group_id}/{place}",
+                self.problem.prompt_ids,
+                request_seed(seed, request_id),
+                tuple(response.token_ids),
+            )
+            for place, response in enumerate(self.responses)
+            if response.finish_reason is None
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able; the problem itself stays in the dataset."""
+        return {
+            "serial": self.serial,
+            "problem_id": self.problem.problem_id,
+            "responses": [response.to_json() for response in self.responses],
+        }
+
+
+def parse_request_id(request_id: str) -> tuple[int, int]:
+    """The serial of the group and the place of the response that a request of `PromptGroup.requests` is for."""
+    return int(request_id.partition("-")[0]), int(request_id.rpartition("/")[2])
+
+
+@dataclass(frozen=True)
+class GroupScorer:
+    """Turns a finished group into scored trajectories."""
+
+    scorer: Scorer
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to text, special tokens left out."""
+    max_response_length: int
+    overlong_buffer: int
+    overlong_factor: float
+
+    def __call__(self, group: PromptGroup) -> Group:
+        """`reward` is the score plus the overlong penalty; `accuracy` is the score's own."""
+        return [self._trajectory(group, response) for response in group.responses]
+
+    def _trajectory(self, group: PromptGroup, response: Response) -> Trajectory:
+        if response.finish_reason is None:
+            raise ValueError(f"group {group.group_id} has an unfinished response and can't be scored")
+        length = len(response.token_ids)
+        score = self.scorer(self.decode(response.token_ids), group.problem, response.finish_reason)
+        penalty = float(overlong_penalty(length, self.max_response_length, self.overlong_buffer, self.overlong_factor))
+        return Trajectory(
+            group_id=group.group_id,
+            prompt_ids=list(group.problem.prompt_ids),
+            response_ids=response.token_ids,
+            response_mask=[1] * length,
+            rollout_log_probs=response.log_probs,
+            spans=response.spans,
+            finish_reason=response.finish_reason,
+            reward=score.reward + penalty,
+            accuracy=score.accuracy,
+            extra={"problem_id": group.problem.problem_id, "answer": score.answer, **score.extra},
+        )
+
+
+def _pack(values: Sequence[int] | Sequence[float], dtype: str) -> str:
+    return base64.b64encode(np.asarray(values, dtype=dtype).tobytes()).decode("ascii")
+
+
+def _unpack(packed: str, dtype: str) -> list[Any]:
+    return np.frombuffer(base64.b64decode(packed), dtype=dtype).tolist()

@@ -1,0 +1,155 @@
+"""Supervised training from random weights: how the base model of a small task is made.
+
+The same ranks, packing, head and optimizer as reinforcement learning; only the loss is plain cross-entropy on the response.
+"""
+
+import math
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+import torch
+from rich.progress import Progress
+
+from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.checkpoint.random_weights import write_random_model
+from megatron_fipo.config import (
+    HeadConfig,
+    ModelConfig,
+    OptimizerSettings,
+    SftConfig,
+    validate_sft,
+)
+from megatron_fipo.driver.cluster import ray_cluster
+from megatron_fipo.driver.train import load_tokenizer, pad_id
+from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.environment.machine import this_machine
+from megatron_fipo.errors import UserError
+from megatron_fipo.families.registry import read_architecture
+from megatron_fipo.tasks.countdown.problems import generate_problems, supervised_trace
+from megatron_fipo.trainer.rank import MegatronRank, RankSettings
+
+STEPS_PER_CALL = 20
+"""Optimizer steps per message to the ranks."""
+
+
+class SupervisedWorker(MegatronRank):
+    """One rank of supervised training."""
+
+    def train_steps(
+        self, batches: list[list[list[list[Trajectory]]]], rates: list[float], pad_token_id: int
+    ) -> list[float] | None:
+        """One optimizer step per batch ([data-parallel rank][micro-batch][trajectory]); the losses, from the reporting rank."""
+        from megatron.core import parallel_state
+
+        losses = []
+        for batch, lr in zip(batches, rates, strict=True):
+            mine = batch[parallel_state.get_data_parallel_rank()]
+            losses.append(self.policy.supervised_step(self.shards(mine, pad_token_id), lr).statistics.get("loss", math.nan))
+        return losses if self.reports else None
+
+
+def train(config: SftConfig) -> None:
+    """`megatron-fipo sft`: imitate generated traces and write the model to `output_dir` in Hugging Face format."""
+    machine = this_machine()
+    source = Path(config.model_config_path)
+    architecture = read_architecture(source)
+    validate_sft(config, architecture, machine)
+    target = Path(config.output_dir)
+    if target.exists():
+        raise UserError(f"output_dir {target} already exists; remove it or choose another.")
+    tokenizer = load_tokenizer(str(source), trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json.")
+    traces = countdown_traces(config, tokenizer)
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_cluster(None, workers=config.parallel.world_size),
+        Progress() as progress,
+    ):
+        initial = Path(folder) / "initial"
+        write_random_model(source, initial, config.seed, getattr(torch, config.dtype))
+        settings = _rank_settings(config, initial)
+        trainer = TrainerGroup(SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings)
+        for line in trainer.call("describe")[0]:
+            progress.console.print(line)
+        bar = progress.add_task("supervised training", total=config.steps)
+        for start in range(0, config.steps, STEPS_PER_CALL):
+            count = min(STEPS_PER_CALL, config.steps - start)
+            batches = ray.put([_plan(_take(traces, config.tokens_per_step), config) for _ in range(count)])
+            results = trainer.call("train_steps", batches, rates[start : start + count], pad_id(tokenizer))
+            losses = next(result for result in results if result is not None)
+            progress.update(bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        trainer.call("export_hf", str(initial), str(target))
+        trainer.shutdown()
+    print(f"model {target}")
+
+
+def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajectory]:
+    """Endless: the training problems in shuffled epochs, each time with a new trace."""
+    problems = generate_problems(config.data.train_size, held_out=False, seed=config.seed)
+    rng = random.Random(f"supervised {config.seed}")
+    while True:
+        rng.shuffle(problems)
+        for problem in problems:
+            prompt = tokenizer.encode(problem.prompt, add_special_tokens=False)  # type: ignore[attr-defined]
+            response = tokenizer.encode(supervised_trace(problem, rng), add_special_tokens=False)  # type: ignore[attr-defined]
+            response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
+            ones = [1] * len(response)
+            yield Trajectory(
+                str(problem), prompt, response, ones, [0.0] * len(response), [VersionSpan(0, 0, len(response))], "stop"
+            )
+
+
+def learning_rate(config: SftConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to a tenth."""
+    settings = config.optimizer
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(config.steps - settings.warmup_steps, 1)
+    return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def _take(traces: Iterator[Trajectory], tokens: int) -> list[Trajectory]:
+    """Whole traces until they hold at least `tokens` tokens."""
+    taken: list[Trajectory] = []
+    while sum(trace.length for trace in taken) < tokens:
+        taken.append(next(traces))
+    return taken
+
+
+def _plan(traces: list[Trajectory], config: SftConfig) -> list[list[list[Trajectory]]]:
+    parallel = config.parallel
+    plan = plan_micro_batches(
+        [trace.length for trace in traces],
+        data_parallel_size=parallel.data_parallel_size,
+        token_budget=2 * config.tokens_per_step,
+        length_multiple=parallel.length_multiple,
+        count_multiple=micro_batch_multiple(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size),
+    )
+    return [[[traces[i] for i in micro] for micro in rank] for rank in plan]
+
+
+def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
+    optimizer = OptimizerSettings(
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta2=config.optimizer.adam_beta2,
+        clip_grad=config.optimizer.clip_grad,
+    )
+    model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec)
+    return RankSettings(
+        model,
+        config.parallel,
+        HeadConfig(),
+        optimizer,
+        temperature=1.0,
+        seed=config.seed,
+        deterministic=False,
+        outside_wait_s=0.0,
+    )

@@ -1,0 +1,242 @@
+"""The rollout engine on `transformers`: batched decoding with a KV cache, for laptops, tests and models without a vLLM port.
+
+The loop is our own and not `model.generate` for three reasons: finished rows leave the batch at once (lengths are ragged),
+a prompt is computed once for all of its responses, and each response draws from a random stream of its own.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_fipo.engine.model_folder import load_model
+from megatron_fipo.engine.protocol import NO_WEIGHTS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.errors import UserError
+from megatron_fipo.weight_sync.object_store import tensor_checksum
+
+
+@dataclass
+class _Row:
+    """One response while it is decoded. It starts as an aborted one and becomes what its last token makes of it."""
+
+    uniforms: np.ndarray
+    """One number per token that may still come."""
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finish_reason: str = "abort"
+
+
+class LocalEngine:
+    """A `RolloutEngine`; one process, one device (the GPU where there is one, else one CPU thread).
+
+    Token `t` of a response, counted from the beginning of its prefix, is drawn by inverse CDF from uniform number `t` of a stream
+    seeded with `request.seed`. So the draw depends neither on the other requests of the batch, nor on how many engines serve, nor
+    on how often the response was aborted and continued. What remains is the rounding of the logits, which may differ in the last
+    bits with the shape of the batch: a draw that falls within that distance of a boundary (about one in a million in float32) may
+    go the other way.
+
+    Methods may be called from several threads. One call of `generate` or one bucket of weights has the model at a time; `ping` and
+    `abort` never wait.
+    """
+
+    requests_per_call: ClassVar[int] = 512
+    """More responses decoded together gain no speed on a CPU and cost KV cache."""
+    calls_at_once: ClassVar[int] = 1
+
+    def __init__(self, model_path: str, dtype: str, trust_remote_code: bool = False, load_weights: bool = True) -> None:
+        """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves.
+
+        Without `load_weights` the weights in the folder are not read; the engine serves after its first weight update.
+        """
+        self._model_path = model_path
+        self._dtype = dtype
+        self._trust_remote_code = trust_remote_code
+        self._load_weights = load_weights
+        self._model: Any = None
+        self._end_ids: frozenset[int] = frozenset()
+        self._version = NO_WEIGHTS
+        self._received: set[str] | None = None
+        self._check = False
+        self._using_model = threading.Lock()
+        self._abort = threading.Event()
+
+    def ready(self) -> None:
+        """Load the model (once). Raises `UserError` where the folder is unreadable or names no end-of-sequence token."""
+        with self._using_model:
+            if self._model is None:
+                torch.set_num_threads(1)
+                model, self._end_ids = load_model(self._model_path, self._dtype, self._trust_remote_code, self._load_weights)
+                self._device = "cuda" if torch.cuda.is_available() else "cpu"
+                self._model = model.eval().requires_grad_(False).to(self._device)
+                self._version = 0 if self._load_weights else NO_WEIGHTS
+
+    def ping(self) -> int:
+        """The version served; -1 before there are weights."""
+        return self._version
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        """Continue each request's response to its end, all in one batch.
+
+        Log-probs are of the distribution at `sampling.temperature` over the whole vocabulary, before top-p truncation;
+        at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the rows still running, and
+        their logits [rows, V] of one step.
+        """
+        with self._using_model:
+            if self._version == NO_WEIGHTS or self._received is not None:
+                raise RuntimeError("generate() was called before there were weights or within a weight update")
+            self._abort.clear()
+            rows = self._decode(requests, sampling)
+            return [Generation(tuple(row.tokens), tuple(row.log_probs), row.finish_reason, self._version) for row in rows]
+
+    def abort(self) -> None:
+        self._abort.set()
+
+    @torch.inference_mode()
+    def _decode(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[_Row]:
+        """One row per request. Between any two tokens it may be aborted."""
+        limit = sampling.max_new_tokens
+        rows = [_Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :]) for request in requests]
+        logits, cache, mask = self._prefill([request.prompt_ids + request.prefix for request in requests])
+        running = rows
+        while not self._abort.is_set():
+            uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(self._device)
+            tokens, log_probs = sample_tokens(logits, uniforms, sampling)
+            survivors = self._append(running, tokens.tolist(), log_probs.tolist())
+            if not survivors:
+                break
+            if len(survivors) < len(running):
+                index = torch.tensor(survivors, device=self._device)
+                running = [running[i] for i in survivors]
+                cache.batch_select_indices(index)
+                tokens, mask = tokens[index], mask[index]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            positions = mask.sum(-1, keepdim=True) - 1
+            logits = self._model(
+                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).logits[:, -1]
+        return rows
+
+    def _prefill(self, contexts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
+        """Run each distinct context once, left-padded; return logits [rows, V], cache and mask [rows, P] of every row."""
+        from transformers import DynamicCache
+
+        place = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
+        width = max(map(len, place))
+        ids = torch.zeros(len(place), width, dtype=torch.long)
+        mask = torch.zeros(len(place), width, dtype=torch.long)
+        for context, row in place.items():
+            ids[row, width - len(context) :] = torch.tensor(context)
+            mask[row, width - len(context) :] = 1
+        ids, mask = ids.to(self._device), mask.to(self._device)
+        cache = DynamicCache(config=self._model.config)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        index = torch.tensor([place[context] for context in contexts], device=self._device)
+        cache.batch_select_indices(index)
+        return output.logits[index, -1], cache, mask[index]
+
+    def _append(self, running: Sequence[_Row], tokens: Sequence[int], log_probs: Sequence[float]) -> list[int]:
+        """Add one token to each row; return the indices of the rows that go on."""
+        survivors = []
+        for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
+            row.tokens.append(token)
+            row.log_probs.append(log_prob)
+            if token in self._end_ids:
+                row.finish_reason = "stop"
+            elif len(row.tokens) == len(row.uniforms):
+                row.finish_reason = "length"
+            else:
+                survivors.append(index)
+        return survivors
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def begin_weight_update(self, check: bool) -> None:
+        """Until `finish_weight_update`, tensors may come and `generate` is refused. Beginning again forgets a broken update."""
+        with self._using_model:
+            self._received, self._check = set(), check
+
+    @torch.no_grad()
+    def load_weights(self, bucket: dict[str, Tensor]) -> None:
+        """Copy the named tensors into the model. A name, shape or dtype that the model does not have is a `UserError`."""
+        with self._using_model:
+            if self._received is None:
+                raise RuntimeError("load_weights() was called outside begin_weight_update() and finish_weight_update()")
+            held = self._held()
+            for name, tensor in bucket.items():
+                if name not in held:
+                    raise UserError(
+                        f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
+                    )
+                target = held[name]
+                if target.shape != tensor.shape or target.dtype != tensor.dtype:
+                    raise UserError(
+                        f"weight {name} is {tuple(target.shape)} {target.dtype} in the rollout engine but {tuple(tensor.shape)} "
+                        f"{tensor.dtype} in the trainer; both must come from the same model.path and model.dtype"
+                    )
+                target.copy_(tensor)
+            self._received.update(bucket)
+
+    def finish_weight_update(self, version: int) -> dict[str, str]:
+        """Adopt `version`; where the update began with `check`, return the checksums of the updated names, read back from the model.
+
+        Raises `UserError` where a weight of the model was not updated. Tied weights (`lm_head.weight` and the embedding) count as
+        updated by either name.
+        """
+        with self._using_model:
+            if self._received is None:
+                raise RuntimeError("finish_weight_update() was called without begin_weight_update()")
+            held = self._held()
+            updated = {held[name].data_ptr() for name in self._received}
+            missing = [name for name, tensor in held.items() if tensor.data_ptr() not in updated]
+            if missing:
+                raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
+            checksums = {name: tensor_checksum(name, held[name]) for name in self._received} if self._check else {}
+            self._version, self._received = version, None
+            return checksums
+
+    def sleep(self) -> None:
+        """Nothing: only engines on vLLM share a GPU with the trainer."""
+
+    def wake(self) -> None:
+        """Nothing, as `sleep`."""
+
+    def _held(self) -> dict[str, Tensor]:
+        """Every weight by its Hugging Face name; tied ones under each of their names."""
+        return self._model.state_dict()
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverse CDF: (tokens [B] int64, their log-probs [B] float32).
+
+    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). With top-p, the smallest set of most likely tokens whose
+    probability reaches `top_p` stays, and the uniform number picks within it.
+    """
+    greedy = sampling.temperature == 0
+    log_probs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
+    if greedy:
+        tokens = log_probs.argmax(dim=-1)
+    else:
+        # In float64 and with u <= 1 - 2^-53, u * total rounds below total: the search never runs past the last likely token.
+        probs = log_probs.double().exp()
+        order = None
+        if sampling.top_p < 1:
+            probs, order = probs.sort(dim=-1, descending=True, stable=True)
+            probs = probs * (probs.cumsum(-1) - probs < sampling.top_p)
+        cdf = probs.cumsum(dim=-1)
+        ranks = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+        tokens = (ranks if order is None else order.gather(-1, ranks)).squeeze(-1)
+    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)

@@ -1,0 +1,336 @@
+"""The rollout engine on vLLM: an asynchronous Ray actor around `vllm.AsyncLLMEngine`."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megatron_fipo.engine.protocol import NO_WEIGHTS, RAY_LOGS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.vllm_start import (
+    ModelFacts,
+    Settings,
+    check_model,
+    check_vllm,
+    engine_arguments,
+    prepare_environment,
+    read_model,
+    reason,
+)
+from megatron_fipo.errors import UserError
+from megatron_fipo.weight_sync.shared_memory import description, in_shared_memory
+
+
+class VLLMEngine:
+    """A `RolloutEngine`: vLLM's engine process (and with tensor parallelism its workers) behind one actor, on one node.
+
+    Each request is one vLLM request; vLLM batches whatever is running. A response depends on its seed and the weights, up to the
+    rounding of logits, which may differ in the last bits with the batch; with `deterministic` one call runs at a time, as one
+    batch that is complete before its first step, so that the same call gives the same bits.
+
+    Log-probs are those after temperature over the whole vocabulary, before top-p truncation, at every setting; greedy ones
+    (temperature 0) are those of temperature 1. `vllm_transfer.NormalizedLogits` says how.
+    """
+
+    requests_per_call: ClassVar[int] = 16
+    calls_at_once: ClassVar[int] = 64
+
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str,
+        *,
+        max_model_len: int,
+        trust_remote_code: bool = False,
+        load_weights: bool = True,
+        tensor_parallel_size: int = 1,
+        gpu_memory_share: float = 0.85,
+        deterministic: bool = False,
+    ) -> None:
+        """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves.
+
+        `max_model_len` is the longest prompt plus the longest response. Without `load_weights` the weights in the folder are not
+        read; the engine serves after its first weight update.
+        """
+        self._settings = Settings(
+            model_path=model_path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            load_weights=load_weights,
+            max_model_len=max_model_len,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_share=gpu_memory_share,
+            max_num_seqs=self.requests_per_call * self.calls_at_once,
+            deterministic=deterministic,
+        )
+        self._gpu = False
+        self._llm: Any = None
+        self._model: ModelFacts
+        self._version = NO_WEIGHTS
+        self._update: _Update | None = None
+        self._worker_updating = False
+        self._loading = asyncio.Lock()
+        self._batch = asyncio.Lock()
+        self._running: set[str] = set()
+        self._requests = 0
+        self._aborts = 0
+
+    async def ready(self) -> None:
+        """Start vLLM and load the model (once), in a thread, so that `ping` is answered meanwhile.
+
+        UserError where vLLM is missing or of another version, the folder is unreadable, vLLM does not know the architecture or
+        the sizes don't fit (tensor parallelism, memory, length).
+        """
+        async with self._loading:
+            if self._llm is None:
+                self._llm = await asyncio.to_thread(self._start)
+                await self._llm.get_supported_tasks()  # or the first request would ask, half registered
+                self._version = 0 if self._settings.load_weights else NO_WEIGHTS
+
+    def _start(self) -> Any:
+        check_vllm()
+        import torch
+
+        self._gpu = torch.cuda.is_available()
+        self._model = read_model(self._settings)
+        prepare_environment(self._gpu)
+        from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.platforms import current_platform
+
+        check_model(self._settings, self._model, current_platform.get_device_total_memory() if self._gpu else None)
+        path = self._settings.model_path
+        try:
+            config = AsyncEngineArgs(**engine_arguments(self._settings, self._gpu)).create_engine_config()
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"vLLM refuses model.path {path} (max_model_len is rollout.max_prompt_length + rollout.max_response_length): "
+                f"{reason(error)}"
+            ) from error
+        try:
+            return AsyncLLMEngine.from_vllm_config(config, disable_log_stats=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"vLLM could not load model.path {path}: {reason(error)}; its log is in {RAY_LOGS}") from error
+
+    async def ping(self) -> int:
+        """The version served; -1 before there are weights. RuntimeError where vLLM's engine process is dead."""
+        if self._llm is not None and self._llm.errored:
+            raise RuntimeError("vLLM's engine process is dead")
+        return self._version
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        """Continue each request's response to its end. UserError where prompt and limit do not fit `max_model_len`."""
+        if self._version == NO_WEIGHTS or self._update is not None:
+            raise RuntimeError("generate() was called before there were weights or within a weight update")
+        for request in requests:
+            if len(request.prompt_ids) + sampling.max_new_tokens > self._settings.max_model_len:
+                raise UserError(
+                    f"request {request.request_id} has a prompt of {len(request.prompt_ids)} tokens, which with a response of "
+                    f"{sampling.max_new_tokens} exceeds the engine's {self._settings.max_model_len}; raise rollout.max_prompt_length"
+                )
+        version, aborts = self._version, self._aborts
+        ids = [f"{self._requests + index}" for index in range(len(requests))]
+        self._requests += len(ids)
+        self._running.update(ids)
+        try:
+            if self._settings.deterministic:
+                async with self._batch:
+                    async with self._paused():
+                        collectors = await self._submit(ids, requests, sampling, aborts)
+                    outputs = [await collector.get() for collector in collectors]
+            else:
+                collectors = await self._submit(ids, requests, sampling, aborts)
+                outputs = [await collector.get() for collector in collectors]
+        except BaseException:
+            await self._llm.abort(ids)  # what is left of the call would run on for nobody
+            raise
+        finally:
+            self._running.difference_update(ids)
+        never_began = [Generation((), (), "abort", version)] * (len(requests) - len(outputs))
+        return [_generation(output, version) for output in outputs] + never_began
+
+    async def _submit(
+        self, ids: Sequence[str], requests: Sequence[GenerationRequest], sampling: SamplingParams, aborts: int
+    ) -> list[Any]:
+        """Hand requests to vLLM in order, until an abort comes; one collector for each, whose `get` waits for its end."""
+        from vllm.inputs import tokens_input
+
+        collectors: list[Any] = []
+        for request_id, request in zip(ids, requests, strict=True):
+            if self._aborts != aborts:
+                break
+            prompt = tokens_input([*request.prompt_ids, *request.prefix])
+            collectors.append(await self._llm.add_request(request_id, prompt, self._sampling(request, sampling)))
+        return collectors
+
+    def _sampling(self, request: GenerationRequest, sampling: SamplingParams) -> Any:
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        greedy = sampling.temperature == 0
+        return VLLMSamplingParams(
+            temperature=1.0 if greedy else sampling.temperature,
+            top_k=1 if greedy else 0,
+            top_p=1.0 if greedy else sampling.top_p,
+            max_tokens=sampling.max_new_tokens - len(request.prefix),
+            seed=_seed(request),
+            stop_token_ids=sorted(self._model.end_ids),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Requests queue up meanwhile."""
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            yield
+        finally:
+            await self._llm.resume_generation()
+
+    async def abort(self) -> None:
+        self._aborts += 1
+        await self._llm.abort(list(self._running))
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    async def begin_weight_update(self, check: bool) -> None:
+        """Stop generation and forget every cached key and value. Without `check`, no checksums are computed.
+
+        Beginning again forgets a broken update.
+        """
+        self._update = _Update(self._model, check)  # from here on `generate` refuses
+        await self.abort()  # also ends calls that are still handing in requests, which would queue up behind the pause
+        await self._llm.pause_generation(mode="abort", clear_cache=True)
+        if self._worker_updating:
+            self._worker_updating = False
+            await self._llm.finish_weight_update()
+        await self._llm.start_weight_update()
+        self._worker_updating = True
+
+    async def load_weights(self, bucket: dict[str, Tensor]) -> None:
+        """Give the tensors to every worker, through shared memory of the bucket's size.
+
+        UserError for a name, shape or dtype that the model does not have, and for a weight that came before in this update.
+        """
+        update = self._current_update()
+        update.take(description(bucket))
+        with in_shared_memory(bucket) as info:
+            await self._update_workers({**info, "check": update.check})
+
+    async def nccl_init(self, info: dict[str, Any]) -> None:
+        """Join the trainer's NCCL group: the fields of vLLM's `NCCLWeightTransferInitInfo`. Returns when all ranks have joined.
+
+        Like `nccl_update` written against vLLM 0.32 and never run on hardware.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def nccl_update(self, info: dict[str, Any]) -> None:
+        """Take the tensors that the trainer broadcasts meanwhile: `names`, `dtype_names`, `shapes` in its order."""
+        update = self._current_update()
+        update.take(info)
+        await self._update_workers({**info, "check": update.check})
+
+    async def _update_workers(self, info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        try:
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+        except BaseException:
+            self._worker_updating = False  # vLLM ends an update that failed
+            raise
+
+    async def finish_weight_update(self, version: int) -> dict[str, str]:
+        """Adopt `version`; where the update began with `check`, return the checksums that the workers computed from the buffers they loaded from.
+
+        UserError where a weight of the model did not come; tied weights may come under either name.
+        """
+        update = self._current_update()
+        missing = update.missing()
+        if missing:
+            raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
+        checksums: dict[str, str] = {}
+        if update.check:
+            checksums, *others = await self._llm.collective_rpc("received_checksums")
+            for worker, other in enumerate(others, start=1):
+                for name in checksums:
+                    if other.get(name) != checksums[name]:
+                        raise RuntimeError(f"workers 0 and {worker} of the rollout engine received different bytes for {name}")
+        await self._llm.finish_weight_update(str(version))
+        self._worker_updating = False
+        await self._llm.resume_generation()
+        self._version, self._update = version, None
+        return checksums
+
+    def _current_update(self) -> "_Update":
+        if self._update is None:
+            raise RuntimeError("weights came outside begin_weight_update() and finish_weight_update()")
+        return self._update
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back, weights and KV cache. Nothing on a CPU."""
+        if self._gpu:
+            await self._llm.sleep(level=2)
+            self._version = NO_WEIGHTS
+
+    async def wake(self) -> None:
+        """Take the memory again. The weights are undefined until the next update."""
+        if self._gpu:
+            await self._llm.wake_up()
+
+
+class _Update:
+    """The names that one weight update has brought so far, held against the model's."""
+
+    def __init__(self, model: ModelFacts, check: bool) -> None:
+        self.check = check
+        self._weights = model.weights
+        self._received: set[str] = set()
+
+    def take(self, info: dict[str, Any]) -> None:
+        """Note the tensors of `names`, `dtype_names`, `shapes`, or UserError, with nothing noted."""
+        names: list[str] = info["names"]
+        for name, dtype, shape in zip(names, info["dtype_names"], info["shapes"], strict=True):
+            weight = self._weights.get(name)
+            if weight is None:
+                raise UserError(
+                    f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
+                )
+            if (weight.shape, weight.dtype) != (tuple(shape), f"torch.{dtype}"):
+                raise UserError(
+                    f"weight {name} is {weight.shape} {weight.dtype} in the rollout engine but {tuple(shape)} torch.{dtype} in "
+                    "the trainer; both must come from the same model.path and model.dtype"
+                )
+            if name in self._received:
+                raise UserError(f"weight {name} came twice in one weight update; begin the update again")
+        self._received.update(names)
+
+    def missing(self) -> list[str]:
+        """Weights that came under none of their names."""
+        storages = {self._weights[name].storage for name in self._received}
+        return [name for name, weight in self._weights.items() if weight.storage not in storages]
+
+
+def _seed(request: GenerationRequest) -> int:
+    """63 bits. A continued response draws other numbers than it began with."""
+    digest = hashlib.sha256(f"{request.seed}|{len(request.prefix)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _generation(output: Any, version: int) -> Generation:
+    """From vLLM's `RequestOutput`."""
+    response = output.outputs[0]
+    tokens = tuple(response.token_ids)
+    log_probs = tuple(response.logprobs.logprobs) if tokens else ()
+    if response.finish_reason not in ("stop", "length", "abort"):
+        raise RuntimeError(f"vLLM ended a request with {response.finish_reason!r}")
+    return Generation(tokens, log_probs, response.finish_reason, version)

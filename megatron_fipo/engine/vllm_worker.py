@@ -1,0 +1,168 @@
+"""How weights get into vLLM's worker processes: a backend of vLLM's own weight-transfer interface, and the worker extension.
+
+vLLM imports this module in every worker, because `VLLMEngine` names `WorkerExtension` as `worker_extension_cls`; importing it
+registers the backend. Start, finish and the handshake over NCCL are those of vLLM's own backend `nccl`, which brackets the
+update with layerwise reloading: a layer is filled in a fresh copy, post-processed (packed on a CPU) and copied over the old one,
+so CUDA graphs stay valid. New here are the path through shared memory, for CPUs and for engines that share the trainer's GPUs, and
+the checksums.
+
+**Whole tensors go to every tensor-parallel worker**, which keeps its slice: (TP - 1) / TP of the bytes are in vain. vLLM 0.32
+has two backends that send slices only, and neither fits here. `nccl_m2n` reshards straight into a worker's parameter only where
+a checkpoint tensor is one vLLM parameter; those that vLLM fuses (q, k, v; gate and up; experts), most of a model, arrive
+whole. It also describes the trainer's layout as Shard or Replicate over one mesh of contiguous ranks, which Megatron's fused, interleaved
+qkv split over pipeline stages is not. `sharded_rdt` records the slices that each worker's loaders cut and pulls just
+those, but its producer gathers a layer's whole Hugging Face tensors first, so it spares the wire and not the gathering, and it
+needs Ray Direct Transport over NIXL on both sides. A source of slices cut straight from Megatron's shards is the missing piece.
+"""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from megatron_fipo.engine.vllm_start import OWNER_VARIABLE
+from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.shared_memory import read_bucket
+
+BACKEND = "megatron_fipo"
+
+
+@dataclass
+class BucketInfo(NCCLWeightTransferUpdateInfo):
+    """Names, dtypes and shapes of the tensors that come now: in the file `path`, or over NCCL where it is None."""
+
+    path: str | None = None
+    check: bool = True
+    """Compute checksums."""
+
+
+class BucketTransfer(NCCLWeightTransferEngine):
+    """The backend `megatron_fipo`, in one worker. The path over NCCL is written against vLLM 0.32 and has not run on hardware."""
+
+    update_info_cls = BucketInfo
+    model: Any
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.checksums: dict[str, str] = {}
+        """Of each tensor received in this update, computed from the buffer it came in."""
+        self._loading = False
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Join a communicator, having left the one before: vLLM would keep its buffers."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        if self._loading:  # a broken update: what its layers have received would count as received in this one
+            super().finish_weight_update()
+        super().start_weight_update()
+        self._loading, self.checksums = True, {}
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._loading = False
+        if self.device.type == "cpu":
+            # A head keeps a packed copy there. Tied to the embedding it receives nothing itself, so vLLM leaves the old copy.
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        assert isinstance(update_info, BucketInfo)
+        model: Any = _Checked(self.model, self.checksums) if update_info.check else self.model
+        if update_info.path is not None:
+            model.load_weights(read_bucket(update_info.path, update_info.names, update_info.dtype_names, update_info.shapes))
+            return
+        target: Any = self.model
+        self.model = model
+        try:
+            super().receive_weights(update_info)
+        finally:
+            self.model = target
+
+
+class _Checked:
+    """A model for `load_weights` alone, which notes the checksum of each tensor before the model takes it."""
+
+    def __init__(self, model: Any, checksums: dict[str, str]) -> None:
+        self._model = model
+        self._checksums = checksums
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        return self._model.load_weights(self._noted(weights))
+
+    def _noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self._checksums[name] = tensor_checksum(name, tensor)
+            yield name, tensor
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)
+
+
+class WorkerExtension:
+    """What vLLM's worker class gets on top, for `collective_rpc`."""
+
+    weight_transfer_engine: Any
+
+    def received_checksums(self) -> dict[str, str]:
+        """Of the update that is going on."""
+        return self.weight_transfer_engine.checksums
+
+
+class NormalizedLogits(LogitsProcessor):
+    """Makes logits log-probs, after temperature and before top-k and top-p. It changes nothing in what is sampled.
+
+    With `logprobs_mode="processed_logits"` vLLM then returns the log-prob of the sampled token over the whole vocabulary.
+    vLLM's own modes give it before temperature (`raw_logprobs`) or renormalised over the nucleus (`processed_logprobs`).
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        """Processors that can't change the largest logit run after temperature."""
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """[rows, V] float32."""
+        return torch.log_softmax(logits, dim=-1)
+
+
+def _end_with_owner() -> None:
+    """End vLLM's engine process (this one, or this worker's parent) once the actor is gone.
+
+    vLLM's engine process does not notice when the process that started it is killed: it would keep its GPU for ever.
+    """
+    owner = int(os.environ[OWNER_VARIABLE])
+    engine_process = os.getpid() if os.getppid() == owner else os.getppid()
+
+    def wait_for_end() -> None:
+        try:
+            poll = select.poll()
+            poll.register(os.pidfd_open(owner), select.POLLIN)
+            poll.poll()
+        except ProcessLookupError:
+            pass
+        os.kill(engine_process, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, name="end-with-owner", daemon=True).start()
+
+
+if os.environ.get(OWNER_VARIABLE, str(os.getpid())) != str(os.getpid()):  # the actor imports this module too
+    _end_with_owner()

@@ -1,0 +1,15 @@
+"""Llama 3, 3.1, 3.2 (text) and 3.3, and older ones of the same form: no biases, no head norms, rotary scaling 'llama3' or none."""
+
+from typing import Any
+
+from megatron_fipo.families.dense_decoder import dense_architecture, dense_rules, refuse_true
+from megatron_fipo.families.family import Architecture, Family
+
+
+def translate(config: dict[str, Any]) -> Architecture:
+    """As `dense_architecture`; UserError for biases too."""
+    refuse_true(config, "attention_bias", "mlp_bias")
+    return dense_architecture(config)
+
+
+LLAMA = Family("llama", ("LlamaForCausalLM",), translate, dense_rules())

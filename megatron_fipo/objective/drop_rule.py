@@ -1,0 +1,49 @@
+"""What becomes of whole responses: which are left out, and what their tokens weigh. The same on every context-parallel rank.
+
+Letter: S sequences in the micro-batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.objective.config import PolicyObjective
+from megatron_fipo.objective.loss_inputs import PolicyRows
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One answer per response."""
+
+    non_finite: Tensor
+    """bool [S]: a number of one of its rows is not finite."""
+    dropped: Tensor
+    """bool [S]: the drop rule leaves it out."""
+    kept: Tensor
+    """bool [S]: neither."""
+    weight: Tensor
+    """[S]: what each kept row of it weighs in the loss sum."""
+    reference_weight: Tensor
+    """0-d: that weight in the authors' mean per micro-batch, sequences / kept tokens over all context-parallel ranks."""
+
+
+@torch.no_grad()
+def judge_sequences(totals: Tensor, rows: PolicyRows, objective: PolicyObjective) -> Sequences:
+    """From totals [S, 2] over all context-parallel ranks: rows that are not finite, and dual-clipped rows.
+
+    The authors' mean per micro-batch, weighted by sequences, is a sum too: Σ_mb n_mb·mean_mb = Σ over rows of n_mb / kept
+    tokens of the micro-batch. What is kept is known on every context-parallel rank, so no collective is needed for it.
+    """
+    non_finite = totals[:, 0] > 0
+    dropped = ~non_finite & (totals[:, 1] > 1) & objective.drops
+    kept = ~(non_finite | dropped)
+    length = rows.response_length
+    reference_weight = (length > 0).sum() / (length * kept).sum().clamp(min=1)  # dropped sequences count as sequences
+    if objective.unit == "kept_sequences":
+        weight = 1.0 / length.clamp(min=1)
+    elif objective.unit == "kept_tokens":
+        weight = torch.ones_like(length)
+    else:
+        weight = reference_weight.to(length.dtype).expand_as(length)
+    return Sequences(non_finite, dropped, kept, weight, reference_weight)

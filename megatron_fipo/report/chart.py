@@ -1,0 +1,164 @@
+"""Draws a panel as an inline SVG that follows the page's colours and typeface.
+
+matplotlib knows fixed colours only, so each colour is drawn as a placeholder that no other part of the drawing uses and then replaced by
+a CSS variable: the same SVG is readable on light and dark pages. Text stays text, in the page's typeface.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from io import StringIO
+from typing import Any, Optional
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from megatron_fipo.report.figures import Panel
+from megatron_fipo.report.run_data import Run
+
+_PLACEHOLDERS = {
+    "ink": "#010101",
+    "faint": "#010102",
+    "blue": "#010103",
+    "orange": "#010104",
+    "teal": "#010105",
+    "magenta": "#010106",
+    "grey": "#010107",
+}
+_SIZE_INCHES = (4.7, 2.35)
+_MARKED_POINTS = 30
+"""Up to so many points each is marked, so that single values and gaps are visible."""
+_BARS = 60
+"""Up to so many iterations a stacked panel has bars, beyond them areas."""
+_LOG_SPAN = 100.0
+"""Positive values that span more than this factor get a logarithmic axis."""
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.size": 10.0,
+    "axes.edgecolor": _PLACEHOLDERS["faint"],
+    "axes.labelcolor": _PLACEHOLDERS["ink"],
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _PLACEHOLDERS["faint"],
+    "grid.linewidth": 0.6,
+    "xtick.color": _PLACEHOLDERS["faint"],
+    "xtick.labelcolor": _PLACEHOLDERS["ink"],
+    "ytick.color": _PLACEHOLDERS["faint"],
+    "ytick.labelcolor": _PLACEHOLDERS["ink"],
+    "ytick.major.size": 0.0,
+    "lines.markersize": 3.0,
+}
+
+
+def panel_series(panel: Panel, run: Run) -> dict[str, dict[int, float]]:
+    """Metric → series, for the panel's metrics that have a finite value in this run."""
+    names = [line.metric for line in panel.lines] + ([panel.band.low, panel.band.high] if panel.band else [])
+    series = {name: run.series(name) for name in names}
+    return {name: values for name, values in series.items() if any(math.isfinite(value) for value in values.values())}
+
+
+def draw(panel: Panel, run: Run) -> Optional[str]:
+    """The panel as an `<svg>` element, or None where the run has no data for it."""
+    series = panel_series(panel, run)
+    if not series:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        if panel.stacked:
+            _draw_stack(axes, panel, series)
+        else:
+            _draw_lines(axes, panel, series)
+        _finish_axes(axes, panel, series, run.iterations)
+        buffer = StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue(), panel.title)
+
+
+def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]]) -> None:
+    band = panel.band
+    if band and band.low in series and band.high in series:
+        low, high = series[band.low], series[band.high]
+        both = [iteration for iteration in low if iteration in high]
+        axes.fill_between(
+            both,
+            [low[i] for i in both],
+            [high[i] for i in both],
+            color=_PLACEHOLDERS[band.colour],
+            alpha=0.18,
+            linewidth=0,
+        )
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color=_PLACEHOLDERS["grey"], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    for line in panel.lines:
+        if line.metric in series:
+            values = series[line.metric]
+            axes.plot(
+                list(values),
+                list(values.values()),
+                color=_PLACEHOLDERS[line.colour],
+                linestyle=(0, (2, 2)) if line.dashed else "-",
+                marker="o" if len(values) <= _MARKED_POINTS and not line.dashed else None,
+                linewidth=1.5 if len(values) <= _BARS else 1.0,
+                clip_on=False,  # a line that runs along the edge is seen whole
+                zorder=3,
+            )
+
+
+def _draw_stack(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]]) -> None:
+    lines = [line for line in panel.lines if line.metric in series]
+    iterations = sorted({iteration for line in lines for iteration in series[line.metric]})
+    rows = [[max(_finite(series[line.metric].get(i, 0.0)), 0.0) for i in iterations] for line in lines]
+    colours = [_PLACEHOLDERS[line.colour] for line in lines]
+    if len(iterations) > _BARS:
+        axes.stackplot(iterations, rows, colors=colours, linewidth=0)
+        return
+    bottom = [0.0] * len(iterations)
+    for row, colour in zip(rows, colours, strict=True):
+        axes.bar(iterations, row, bottom=bottom, color=colour, width=0.82, linewidth=0)
+        bottom = [low + value for low, value in zip(bottom, row, strict=True)]
+
+
+def _finish_axes(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]], iterations: int) -> None:
+    values = [value for one in series.values() for value in one.values() if math.isfinite(value)]
+    if not panel.stacked and not panel.percent and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
+        axes.set_yscale("log")
+    elif panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=all(value == round(value) for value in values)))
+        if max(values) >= 10_000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
+    if (panel.from_zero or panel.stacked) and axes.get_yscale() != "log":
+        axes.set_ylim(bottom=0.0, top=None if max(values) > 0 else 1.0)
+    last = max(iterations, 1)
+    left, right = (0.4, 0.6) if panel.stacked else (0.0, 0.0)  # half a bar
+    axes.set_xlim(left - 0.02 * last, right + 1.02 * last)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set_xlabel("iteration")
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _themed(svg: str, title: str) -> str:
+    """The `<svg>` element alone: CSS variables for colours, the page's typeface, no ids that several figures would share."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    for name, placeholder in _PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
+    return re.sub(r"<svg ", f'<svg role="img" aria-label="{title}" ', svg, count=1)

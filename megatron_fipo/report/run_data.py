@@ -1,0 +1,59 @@
+"""A run as the report sees it: what its folder holds, read once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import yaml
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.report.samples import choose_samples
+from megatron_fipo.run_dir.metrics_log import Record, Sample, read_metrics
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Metrics by iteration. Names of held-out metrics begin with `evaluation/`, all others belong to training iterations."""
+
+    name: str
+    records: list[Record]
+    """At least one."""
+    samples: list[Sample] = field(default_factory=list)
+    """The few to show."""
+    config: Optional[str] = None
+    """The resolved configuration as YAML text; None where the run saved none."""
+
+    def series(self, name: str) -> dict[int, float]:
+        """Iteration → value of one metric, rising; empty where the run does not have it. A later line replaces an earlier one."""
+        values = {record.iteration: record.values[name] for record in self.records if name in record.values}
+        return dict(sorted(values.items()))
+
+    def evaluations(self) -> list[Record]:
+        """By iteration, rising."""
+        return sorted((record for record in self.records if record.kind == "evaluation"), key=lambda record: record.iteration)
+
+    @property
+    def iterations(self) -> int:
+        return max(record.iteration for record in self.records)
+
+    def setting(self, key: str) -> Optional[str]:
+        """A configured value by its dotted name, as text; None where there is no readable configuration or no such key."""
+        try:
+            value = yaml.safe_load(self.config or "")
+        except yaml.YAMLError:
+            return None
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return None if value is None else str(value)
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run's folder. Raises `UserError` where it has no metrics."""
+    records = read_metrics(run_dir)
+    if not records:
+        raise UserError(f"{run_dir} holds no metrics to report; give the folder of a run that has finished an iteration")
+    config_path = run_dir / CONFIG_FILE
+    config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else None
+    return Run(run_dir.resolve().name, records, choose_samples(run_dir), config)

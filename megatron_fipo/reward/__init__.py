@@ -1,1 +1,0 @@
-"""Rewards: pure functions from a response to a `Score`, by name in `registry`."""

@@ -1,0 +1,76 @@
+"""What a run may change when it goes on, and the refusal of what it may not."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fipo.config import Config, differences
+from megatron_fipo.config.load import leaves
+from megatron_fipo.errors import UserError
+
+FREE_KEYS = (
+    "run_dir",
+    "iterations",
+    "max_walltime_minutes",
+    "ray_address",
+    "deterministic",
+    "checkpoint.",
+    "evaluation.",
+    "tracking.",
+    "head.",
+    "model.recompute",
+    "model.layer_spec",
+    "optimizer.cpu_offload",
+    "rollout.num_engines",
+    "rollout.engine_tensor_parallel_size",
+    "rollout.placement",
+    "rollout.gpu_memory_share",
+    "rollout.max_retries",
+    "rollout.timeout_s",
+    "rollout.health_timeout_s",
+    "rollout.max_restarts",
+    "rollout.weight_bucket_mb",
+    "rollout.check_weight_sync",
+    "rollout.dump_every",
+)
+"""How long the run goes on, how its work is spread, guarded and watched. Everything else would make it another run."""
+PACKING_KEYS = ("batch.max_tokens_per_micro_batch", "parallel.")
+"""They decide which responses share a micro-batch. Free too, as the normalisation does not depend on that."""
+IN_FLIGHT_KEY = "rollout.prompts_in_flight"
+"""Free too with rollout.unfinished=drop, which trains on the same prompts however many are on their way at one time. With `continue`
+it decides how old the responses are that are trained on."""
+
+
+def refuse_changes(owner: Path, stored: Config, config: Config, allow_change: Sequence[str] = ()) -> list[str]:
+    """Compare a run's settings with those of `owner`, its folder or its newest checkpoint.
+
+    Returns a line for each change that only `allow_change` permits; raises `UserError` that lists the others with both values.
+    """
+    before, after = dict(leaves(stored)), dict(leaves(config))
+    changed = [key for key in differences(stored, config) if not key.startswith(_free_keys(stored, config))]
+    lines = {key: f"{key} was {before[key]} and is {after[key]}" for key in changed}
+    refused = [key for key in changed if key not in allow_change]
+    if refused:
+        raise UserError(
+            f"{owner} belongs to a run with other settings ({'; '.join(lines[key] for key in refused)}): restore them, choose "
+            f"another run_dir, or make this run another one from here on with --allow-change {','.join(changed)}"
+        )
+    return list(lines.values())
+
+
+def _free_keys(stored: Config, config: Config) -> tuple[str, ...]:
+    free: tuple[str, ...] = FREE_KEYS
+    if stored.objective.normalization == config.objective.normalization == "token_mean":
+        free += PACKING_KEYS
+    if stored.rollout.unfinished == config.rollout.unfinished == "drop":
+        free += (IN_FLIGHT_KEY,)
+    return free
+
+
+def refuse_unknown(allow_change: Sequence[str]) -> None:
+    """Raise `UserError` where one of these is not the full name of a setting."""
+    keys = [key for key, _ in leaves(Config)]
+    for key in allow_change:
+        if key not in keys:
+            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+            raise UserError(f"--allow-change {key}: there is no such setting; did you mean '{nearest}'?")

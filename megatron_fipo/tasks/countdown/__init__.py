@@ -1,0 +1,1 @@
+"""Countdown: reach a target with three numbers. Problems, a tokenizer, and the scorer."""

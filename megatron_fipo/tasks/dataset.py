@@ -1,0 +1,78 @@
+"""The order in which training sees its problems: seeded, endless, and resumable at any problem."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.tasks.problem import Problem
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+class Dataset:
+    """Problems in an order that depends on the seed and the epoch only, a new one each epoch.
+
+    The order is by a hash, not by a random generator, so it is the same on every machine and library version.
+    """
+
+    def __init__(self, problems: Sequence[Problem], seed: int):
+        if not problems:
+            raise UserError("the training set has no problems; check data.train_path or data.train_size")
+        self.problems = list(problems)
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        fingerprint = hashlib.blake2b(digest_size=16)
+        for problem in self.problems:
+            fingerprint.update(_digest(problem.problem_id, problem.prompt_text))
+        self._fingerprint = fingerprint.hexdigest()
+        self._order = self._shuffled()
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def _shuffled(self) -> list[int]:
+        return sorted(range(len(self.problems)), key=lambda index: _digest(self.seed, self.epoch, index))
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems; runs on into the next epoch where one ends."""
+        taken: list[Problem] = []
+        while len(taken) < count:
+            if self.position == len(self.problems):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            end = min(self.position + count - len(taken), len(self.problems))
+            taken += [self.problems[index] for index in self._order[self.position : end]]
+            self.position = end
+        return taken
+
+    def put_back(self, count: int) -> None:
+        """Undo the last `count` problems taken: the next `take` gives them again."""
+        epoch, position = divmod(self.epoch * len(self.problems) + self.position - count, len(self.problems))
+        if count < 0 or epoch < 0:
+            raise ValueError(f"{count} problems cannot be put back after {self.epoch} epochs and {self.position} problems")
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._order = self._shuffled()
+        self.position = position
+
+    def state(self) -> dict[str, Any]:
+        """Where the order stands, as JSON-able values: epoch and position, and what they are a position in."""
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "fingerprint": self._fingerprint}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `state` was taken. UserError if it belongs to another seed or to other problems."""
+        if state["seed"] != self.seed:
+            raise UserError(
+                f"the checkpoint's data order has seed {state['seed']} but this run has seed {self.seed}; set it back"
+            )
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError(
+                "the training set is not the one of the checkpoint, so its position means nothing here; "
+                "restore the data or start in a new run_dir"
+            )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self._order = self._shuffled()

@@ -1,0 +1,284 @@
+"""One rank's share of the policy: model chunks, gradient buffers, optimizer, and the three things done with them.
+
+`log_probs` scores responses, `policy_step` takes one optimizer step on the FIPO family of losses, `supervised_step` one on plain
+cross-entropy. All three run the same forward over `PackedShard`s through Megatron-Core's pipeline schedule, so any mixture of
+tensor, sequence, pipeline, context and data parallelism is a matter of configuration.
+
+Normalisation happens once: the loss function returns a sum and a count (`calculate_per_token_loss`), Megatron sums gradients
+and counts over micro-batches and over the data × context ranks, and divides at the end.
+"""
+
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_fipo.batching.shard import PackedShard
+from megatron_fipo.checkpoint.hf_import import load_hf_weights
+from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.config.gpu_rules import check_accelerators
+from megatron_fipo.environment.accelerators import find_accelerators
+from megatron_fipo.errors import UserError
+from megatron_fipo.model import mcore
+from megatron_fipo.model.build import build_model
+from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
+from megatron_fipo.model.logprob_head.head import HeadRequest
+from megatron_fipo.model.megatron_precision import optimizer_precision
+from megatron_fipo.objective import PolicyObjective, Statistics, policy_loss
+from megatron_fipo.objective.kernels.choice import kernels_obstacle
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step leaves for the log. Statistics and weights exist on the last pipeline stage only."""
+
+    grad_norm: float
+    skipped: bool
+    """True where the gradient was not finite: parameters and optimizer state are as before."""
+    statistics: dict[str, float]
+    influence_weights: list[torch.Tensor]
+    """[R] per micro-batch, on this rank's rows."""
+
+
+class Policy:
+    """Model and optimizer of one rank. Needs `parallel.initialize` first. UserError where the settings cannot run here."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        head: HeadConfig,
+        optimizer: OptimizerSettings,
+        temperature: float,
+        device: torch.device,
+    ) -> None:
+        check_accelerators(model, optimizer, find_accelerators())
+        if reason := kernels_obstacle(head.kernels, device):
+            raise UserError(f"head.kernels={head.kernels} cannot run here: {reason}; set it to auto or torch")
+        self.device = device
+        self.head = head
+        self.temperature = temperature
+        self.clip_grad = optimizer.clip_grad
+        self.weight_decay = optimizer.weight_decay
+        self.modules = build_model(Path(model.path), model, parallel, model_class=LogProbGPTModel)
+        self.model_config = self.modules[0].config
+        self.vocab_size = self.modules[0].unpadded_vocab_size
+        self.chunks = self._wrap(parallel, optimizer)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(model, optimizer), self.chunks, use_gloo_process_groups=False)
+        self._connect(parallel)
+        self.context_group = parallel_state.get_context_parallel_group()
+        self.statistics_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def _wrap(self, parallel: ParallelConfig, optimizer: OptimizerSettings) -> list[DistributedDataParallel]:
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=optimizer.distributed,
+            overlap_grad_reduce=parallel.overlap_communication,
+            fp8_param_gather=self.model_config.fp8_param,
+        )
+        chunks = []
+        for index, module in enumerate(self.modules):
+            module = module.to(self.device)
+            if self.model_config.bf16:
+                module = Float16Module(self.model_config, module)
+            chunks.append(DistributedDataParallel(self.model_config, ddp_config, module, disable_bucketing=index > 0))
+        fused = [mcore.fuse_gradient_accumulation(chunk) for chunk in chunks]
+        self.fuses_gradients = all(fused)
+        return chunks
+
+    def _connect(self, parallel: ParallelConfig) -> None:
+        """The callbacks by which Megatron's schedule reaches the optimizer and the gradient buffers."""
+        config = self.model_config
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_communication:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            grad_sync = [chunk.start_grad_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            config.grad_sync_func = grad_sync if len(grad_sync) > 1 else grad_sync[0]
+
+    def load_hf(self, folder: Path) -> None:
+        """Take the weights of a Hugging Face folder; the optimizer's master copies follow, exact where parameters round (FP8)."""
+        exact = load_hf_weights(self.modules, folder)
+        self.optimizer.reload_model_params(self._named(exact) if exact else None)
+
+    def _named(self, exact: dict[torch.nn.Parameter, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """All parameters by Megatron's names of chunk and parameter, those in `exact` with the values there."""
+        keys = ["model"] if len(self.modules) == 1 else [f"model{index}" for index in range(len(self.modules))]
+        return {
+            key: {name: exact.get(parameter, parameter) for name, parameter in module.named_parameters()}
+            for key, module in zip(keys, self.modules, strict=True)
+        }
+
+    @property
+    def is_last_stage(self) -> bool:
+        return parallel_state.is_pipeline_last_stage()
+
+    def log_probs(self, shards: Sequence[PackedShard]) -> list[torch.Tensor]:
+        """Score the response rows without gradient: [R] fp32 per shard on the last pipeline stage, an empty list elsewhere."""
+
+        def collect(output: tuple[torch.Tensor, torch.Tensor], non_loss_data: bool) -> torch.Tensor:
+            return output[0]
+
+        with torch.no_grad():
+            return self._run(shards, lambda shard: collect, forward_only=True)
+
+    def policy_step(self, shards: Sequence[PackedShard], objective: PolicyObjective, lr: float) -> StepResult:
+        """One optimizer step on a mini-batch, given old log-probs and advantages in the shards' rows.
+
+        Collectives besides the model's own: one all-gather over the context-parallel group per micro-batch (the FutureKL
+        aggregates), and two small all-reduces of the statistics over data × context ranks per step.
+        """
+
+        def loss(shard: PackedShard) -> Callable:
+            return partial(_policy_loss, shard=shard, objective=objective, group=self.context_group, kernels=self.head.kernels)
+
+        records, grad_norm, skipped = self._update(shards, loss, lr, objective.entropy_coefficient != 0)
+        statistics: dict[str, float] = {}
+        if self.is_last_stage:
+            merged = records[0]["statistics"]
+            for record in records[1:]:
+                merged = merged.merge(record["statistics"])
+            statistics = merged.reduce(self.statistics_group).finalize()
+        return StepResult(grad_norm, skipped, statistics, [record["influence_weights"] for record in records])
+
+    def supervised_step(self, shards: Sequence[PackedShard], lr: float) -> StepResult:
+        """One optimizer step on the cross-entropy of the response rows, averaged over all tokens of the mini-batch."""
+        records, grad_norm, skipped = self._update(shards, lambda shard: _cross_entropy, lr, False)
+        statistics: dict[str, float] = {}
+        if self.is_last_stage:
+            sums = torch.stack([record["sums"] for record in records]).sum(dim=0)
+            torch.distributed.all_reduce(sums, group=self.statistics_group)
+            total, tokens = sums.tolist()
+            statistics = {"loss": total / max(tokens, 1.0), "tokens": tokens}
+        return StepResult(grad_norm, skipped, statistics, [])
+
+    def _update(
+        self, shards: Sequence[PackedShard], loss: Callable[[PackedShard], Callable], lr: float, entropy_gradient: bool
+    ) -> tuple[list[dict[str, Any]], float, bool]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        records = self._run(shards, loss, forward_only=False, entropy_gradient=entropy_gradient)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            # Megatron marks norms and biases with 0 and leaves it to the scheduler to act on that.
+            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
+        found_inf = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = bool(found_inf) or not math.isfinite(grad_norm)
+        if not skipped:
+            if self.clip_grad > 0:
+                parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+                decoupled = mcore.uses_decoupled_gradients(self.optimizer)
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm, decoupled)
+            self.optimizer.step_with_ready_grads()
+        return records, grad_norm, skipped
+
+    def _run(
+        self,
+        shards: Sequence[PackedShard],
+        loss: Callable[[PackedShard], Callable],
+        forward_only: bool,
+        entropy_gradient: bool = False,
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches; returns what the loss functions reported on the last stage."""
+
+        def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
+            shard: PackedShard = next(iterator)
+            output = forward_log_probs(
+                model,
+                shard.input_ids,
+                shard.position_ids,
+                packed_sequence_parameters(shard),
+                self._request(shard, entropy_gradient),
+            )
+            return output, loss(shard)
+
+        iterators = [iter(shards) for _ in self.chunks]
+        many = len(self.chunks) > 1
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if many else iterators[0],
+            model=self.chunks if many else self.chunks[0],
+            num_microbatches=len(shards),
+            seq_length=max(shard.input_ids.shape[1] for shard in shards) * parallel_state.get_context_parallel_world_size(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _request(self, shard: PackedShard, entropy_gradient: bool) -> HeadRequest:
+        return HeadRequest(
+            row_index=shard.row_index,
+            labels=shard.labels,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            settings=self.head,
+            entropy_gradient=entropy_gradient,
+        )
+
+
+def _optimizer_config(model: ModelConfig, settings: OptimizerSettings) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        use_distributed_optimizer=settings.distributed,
+        **optimizer_precision(model, settings),
+    )
+
+
+def packed_sequence_parameters(shard: PackedShard) -> PackedSeqParams:
+    """Megatron's description of a pack. Padding belongs to its sequence: it trails, so causal attention never shows it."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=shard.cu_seqlens_padded,
+        cu_seqlens_kv=shard.cu_seqlens_padded,
+        cu_seqlens_q_padded=shard.cu_seqlens_padded,
+        cu_seqlens_kv_padded=shard.cu_seqlens_padded,
+        max_seqlen_q=shard.max_seqlen,
+        max_seqlen_kv=shard.max_seqlen,
+    )
+
+
+def _policy_loss(
+    output: tuple[torch.Tensor, torch.Tensor],
+    *,
+    shard: PackedShard,
+    objective: PolicyObjective,
+    group: torch.distributed.ProcessGroup,
+    kernels: str,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    log_probs, entropy = output
+    loss = policy_loss(log_probs, entropy, shard.rows, objective, group, kernels)
+    statistics: Statistics = loss.statistics
+    return (
+        loss.loss_sum,
+        loss.normalizer.to(torch.int32),
+        {"statistics": statistics, "influence_weights": loss.influence_weights},
+    )
+
+
+def _cross_entropy(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    total = -output[0].sum()
+    tokens = torch.full((), output[0].numel(), dtype=torch.int32, device=total.device)
+    return total, tokens, {"sums": torch.stack((total.detach(), tokens.float()))}

@@ -1,0 +1,233 @@
+"""The rank of a reinforcement-learning run: old log-probs, optimizer steps, weights out, state in and out."""
+
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from megatron_fipo.batching.iteration_batch import IterationBatch
+from megatron_fipo.batching.shard import PackedShard
+from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
+from megatron_fipo.checkpoint.hf_export import describe_hf_tensors, iterate_hf_tensors
+from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
+from megatron_fipo.checkpoint.rng import load_rng, save_rng
+from megatron_fipo.clock import clock
+from megatron_fipo.config import Config
+from megatron_fipo.config.gpu_rules import TORCH_ADAM
+from megatron_fipo.errors import UserError
+from megatron_fipo.model.mcore import ADAM
+from megatron_fipo.objective import FIPOConfig, PolicyObjective
+from megatron_fipo.trainer.rank import MegatronRank, RankSettings
+from megatron_fipo.weight_sync.nccl import NcclSync
+from megatron_fipo.weight_sync.object_store import Transport, WeightSyncError, push_weights, transport_for
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """What the updates of one iteration showed, reduced over all ranks."""
+
+    mini_steps: list[dict[str, float]]
+    """Statistics of each optimizer step, `policy/grad_norm` included."""
+    seconds: dict[str, float]
+    """Wall time of `old_log_probs` and `update` on this rank."""
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Influence weights of some rows of one trajectory, from the rank that holds them."""
+
+    trajectory: int
+    positions: list[int]
+    """Within the response."""
+    weights: list[float]
+
+
+class TrainerWorker(MegatronRank):
+    """One rank of the trainer. `TrainerGroup` makes Ray actors of this class."""
+
+    def __init__(self, rank: int, world_size: int, config: Config) -> None:
+        settings = RankSettings(
+            config.model,
+            config.parallel,
+            config.head,
+            config.optimizer,
+            config.rollout.temperature,
+            config.seed,
+            config.deterministic,
+            config.rollout.timeout_s,
+        )
+        super().__init__(rank, world_size, settings)
+        self.config = config
+
+    def build(self) -> None:
+        if self.device.type == "cuda" and ADAM == "torch":
+            raise UserError(TORCH_ADAM)
+        super().build()
+        self.reference = self._snapshot() if self.config.objective.kl_coefficient else None
+        self.writer = CheckpointWriter()
+        self.nccl = self._nccl_sync()
+
+    def train_iteration(
+        self, batch: IterationBatch, lr: float, samples: list[int]
+    ) -> tuple[IterationReport | None, list[TokenWeights]]:
+        """Record old log-probs, then take one optimizer step per mini-batch.
+
+        `samples` are indices into the batch whose influence weights (of the step that trains them) are wanted for the report.
+        The report comes from the first rank of the last pipeline stage, the weights from whichever ranks hold the tokens.
+        """
+        seconds: dict[str, float] = {}
+        steps = [self._shards(batch, step) for step in range(len(batch.mini_batches))]
+        with clock(seconds, "old_log_probs", self.device):
+            steps = self._with_old_log_probs(steps)
+        objective = policy_objective(self.config)
+        mini_steps, token_weights = [], []
+        with clock(seconds, "update", self.device):
+            for step, shards in enumerate(steps):
+                result = self.policy.policy_step(shards, objective, lr)
+                mini_steps.append(
+                    {**result.statistics, "policy/grad_norm": result.grad_norm, "policy/skipped_steps": float(result.skipped)}
+                )
+                token_weights += self._token_weights(batch, step, shards, result.influence_weights, samples)
+        if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
+            torch.cuda.empty_cache()  # the engines that wake now take the memory
+        if not self.reports:
+            return None, token_weights
+        return IterationReport(mini_steps, seconds), token_weights
+
+    def push_weights(self, engines: dict[int, Any], version: int, check: bool) -> tuple[int, str] | None:
+        """Send the weights to these engines, in Hugging Face names (collective; rank 0 sends). `check` compares checksums.
+
+        Returns None, or on rank 0 the number of an engine that did not take them and why; then no engine counts as updated.
+        """
+        modules, rollout = self.policy.modules, self.config.rollout
+        try:
+            if self.nccl is not None:
+                # Its TransferStuckError is not caught: the ranks hang in a collective then and have to be ended.
+                self.nccl.push(engines, version, timeout_s=rollout.timeout_s, check=check)
+            else:
+                bucket_bytes = rollout.weight_bucket_mb * 2**20
+                tensors = iterate_hf_tensors(modules)
+                push_weights(tensors, engines, version, bucket_bytes=bucket_bytes, timeout_s=rollout.timeout_s, check=check)
+        except WeightSyncError as error:
+            return error.engine, error.reason
+        return None
+
+    def _nccl_sync(self) -> NcclSync | None:
+        """The way over NCCL where it is the transport, made on all ranks."""
+        modules, rollout = self.policy.modules, self.config.rollout
+        if transport_for(rollout.engine, self.device.type, rollout.placement) is not Transport.NCCL:
+            return None
+        return NcclSync(
+            lambda: iterate_hf_tensors(modules, to_host=False),
+            describe_hf_tensors(modules),
+            rank=self.rank,
+            device=self.device,
+            workers_per_engine=rollout.engine_tensor_parallel_size,
+            buffer_bytes=rollout.weight_bucket_mb * 2**20,
+        )
+
+    def start_save(self, folder: str) -> None:
+        """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""
+        asynchronous = self.config.checkpoint.asynchronous
+        self.writer.start(self.policy.modules, self.policy.optimizer, Path(folder) / "weights", asynchronous)
+        save_rng(Path(folder), self.rank)
+
+    def save_finished(self, blocking: bool) -> bool:
+        """Whether all of it is on disk (collective). UserError with the writer's reason where it failed."""
+        return self.writer.finished(blocking)
+
+    def hash_files(self, folder: str) -> dict[str, FileRecord]:
+        """Size and checksum of this rank's share of a checkpoint's files."""
+        return hash_files(Path(folder), self.rank, self.world_size)
+
+    def check_files(self, folder: str) -> list[str]:
+        """What is damaged in this rank's share of a checkpoint's files, a sentence each."""
+        return check_files(Path(folder), read_manifest(Path(folder)), self.rank, self.world_size)
+
+    def load(self, folder: str) -> bool:
+        """Continue from a checkpoint (collective). False where the layout differs, so that random states start anew from the seed."""
+        load_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder) / "weights")
+        return load_rng(Path(folder), self.rank, self.world_size)
+
+    def _shards(self, batch: IterationBatch, step: int) -> list[PackedShard]:
+        return self.shards(batch.micro_batches(step, parallel_state.get_data_parallel_rank()), batch.pad_token_id)
+
+    def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> list[list[PackedShard]]:
+        """The same shards scored by the weights before the first update, and by the reference."""
+        scored = [self._score(shards, PackedShard.with_old_log_probs) for shards in steps]
+        if self.reference is not None:
+            with self._reference_weights():
+                scored = [self._score(shards, PackedShard.with_reference_log_probs) for shards in scored]
+        return scored
+
+    def _score(self, shards: list[PackedShard], place: Callable[[PackedShard, torch.Tensor], PackedShard]) -> list[PackedShard]:
+        """`shards` with log-probs put in by `place`; as they are on pipeline stages that see no log-probs."""
+        log_probs = self.policy.log_probs(shards)
+        if not self.policy.is_last_stage:
+            return shards
+        return [place(shard, values) for shard, values in zip(shards, log_probs, strict=True)]
+
+    def _snapshot(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for module in self.policy.modules for parameter in module.parameters()]
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The initial weights in place of the current ones for a while."""
+        assert self.reference is not None
+        current = self._snapshot()
+        self._place(self.reference)
+        try:
+            yield
+        finally:
+            self._place(current)
+
+    def _place(self, weights: list[torch.Tensor]) -> None:
+        parameters = [parameter for module in self.policy.modules for parameter in module.parameters()]
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+
+    def _token_weights(
+        self, batch: IterationBatch, step: int, shards: list[PackedShard], weights: list[torch.Tensor], samples: list[int]
+    ) -> list[TokenWeights]:
+        if not weights or parallel_state.get_tensor_model_parallel_rank() != 0:
+            return []
+        wanted, found = set(samples), []
+        indices = batch.mini_batches[step][parallel_state.get_data_parallel_rank()]
+        for shard, values, members in zip(shards, weights, indices, strict=True):
+            if not wanted.intersection(members):
+                continue
+            for index, per_token in zip(members, shard.scatter_rows(values), strict=True):
+                positions = np.flatnonzero(~np.isnan(per_token))
+                if index in wanted and len(positions):
+                    found.append(TokenWeights(index, positions.tolist(), per_token[positions].tolist()))
+        return found
+
+
+def policy_objective(config: Config) -> PolicyObjective:
+    """The objective's own immutable settings from the run's configuration."""
+    settings = config.objective
+    return PolicyObjective(
+        name=settings.name,
+        settings=FIPOConfig(
+            half_life=settings.half_life,
+            influence_clip=(settings.influence_clip[0], settings.influence_clip[1]) if settings.influence_clip else None,
+            safety_threshold=settings.safety_threshold,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
+            drop_dual_clipped=settings.drop_dual_clipped,
+            normalization=settings.normalization,
+        ),
+        kl_coefficient=settings.kl_coefficient,
+        entropy_coefficient=settings.entropy_coefficient,
+        correction=settings.correction,
+        correction_cap=settings.correction_cap,
+    )

@@ -1,0 +1,111 @@
+import sys
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from megatron_fipo.cli.doctor import COMPONENTS, Facts, gather_facts, main, rows
+
+BARE = Facts(
+    python="3.11.7", versions={component.name: None for component in COMPONENTS}, cuda=None, devices=(), apex_is_nvidia=False
+)
+
+
+def row(facts: Facts, name: str):
+    return next(row for row in rows(facts) if row.name == name)
+
+
+def test_everything_absent_says_what_is_lost():
+    found = rows(BARE)
+    assert [row.name for row in found] == ["Python", "CUDA", *(component.name for component in COMPONENTS)]
+    assert all(row.note for row in found[1:])
+    assert {row.name for row in found if row.severity == "missing"} == {
+        component.name for component in COMPONENTS if component.required
+    }
+
+
+def test_present_packages_show_their_version():
+    found = row(replace(BARE, versions=BARE.versions | {"vllm": "0.32.1"}), "vllm")
+    assert (found.state, found.severity) == ("0.32.1", "ok")
+    assert "rollout.engine=vllm" in found.note
+
+
+@pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "unknown version"])
+def test_a_vllm_that_cannot_be_used(version):
+    found = row(replace(BARE, versions=BARE.versions | {"vllm": version}), "vllm")
+    assert (found.state, found.severity) == (version, "optional")
+    assert ">=0.32,<0.33" in found.note
+
+
+@pytest.mark.parametrize(
+    ("cuda", "devices", "state", "severity"),
+    [
+        (None, (), "absent", "optional"),
+        ("12.8", (), "no device", "optional"),
+        ("12.8", ("H100", "H100", "L4"), "12.8", "ok"),
+    ],
+)
+def test_cuda(cuda, devices, state, severity):
+    found = row(replace(BARE, cuda=cuda, devices=devices), "CUDA")
+    assert (found.state, found.severity) == (state, severity)
+    if devices:
+        assert found.note == "2 x H100, 1 x L4"
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "version", "note"),
+    [
+        ((9, 0), "13.0", "2.9.0", "FP8 with model.fp8_recipe=delayed or tensorwise or blockwise"),
+        ((9, 0), "12.8", "2.9.0", "FP8 with model.fp8_recipe=delayed or tensorwise"),
+        ((8, 9), "13.0", "2.9.0", "FP8 with model.fp8_recipe=delayed or tensorwise"),
+        ((8, 0), "13.0", "2.9.0", "no FP8: the GPU has compute capability 8.0 and FP8 needs 8.9"),
+        ((9, 0), "13.0", "2.3.0", "no FP8: Transformer Engine 2.3.0 is installed and it needs 2.4"),
+        (None, None, "2.9.0", "no FP8: it needs a GPU"),
+    ],
+)
+def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, version, note):
+    facts = replace(BARE, versions=BARE.versions | {"transformer-engine": version}, cuda=cuda, capability=capability)
+    found = row(facts, "transformer-engine")
+    assert (found.state, found.severity) == (version, "ok")
+    assert found.note.startswith("fused layers and Adam on GPUs; ")
+    assert note in found.note
+
+
+def test_the_notes_name_what_each_package_does_here():
+    assert "head and loss kernels" in row(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
+    assert "the same numbers" in row(BARE, "triton").note
+    assert "training on GPUs needs it or apex" in row(BARE, "transformer-engine").note
+    assert "training on GPUs needs one of them" in row(BARE, "apex").note
+    assert "through cuDNN alone" in row(BARE, "flash-attn").note
+    apex = replace(BARE, versions=BARE.versions | {"apex": "0.1"}, apex_is_nvidia=True)
+    assert "have RMSNorm" in row(apex, "apex").note
+
+
+def test_the_apex_of_pypi_does_not_count():
+    with_apex = replace(BARE, versions=BARE.versions | {"apex": "0.9.10.dev0"})
+    found = row(with_apex, "apex")
+    assert found.severity == "optional"
+    assert "not NVIDIA's" in found.note
+    assert row(replace(with_apex, apex_is_nvidia=True), "apex").severity == "ok"
+
+
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_apex_is_told_apart_on_disk(nvidia, tmp_path, monkeypatch):
+    (tmp_path / "apex" / ("multi_tensor_apply" if nvidia else "templates")).mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('doctor must not import apex')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    facts = gather_facts()
+    assert facts.versions["apex"] == "unknown version"
+    assert facts.apex_is_nvidia == nvidia
+
+
+def test_this_environment():
+    facts = gather_facts()
+    assert facts.versions["torch"]
+    assert facts.versions["megatron-core"]
+    output = StringIO()
+    console = Console(file=output, width=120)
+    assert main(console) == 0
+    assert "megatron-core" in output.getvalue()

@@ -1,0 +1,57 @@
+"""A collector over a `ToyPool`, driven as the training loop drives it."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver.rollout.collector import Collected, Collector
+from tests.driver.toy_pool import MAX_LENGTH, SCORE_GROUP, ToyPool, dataset
+
+N = 3
+
+
+def make(pool: ToyPool, target: int = 3, **options: Any) -> Collector:
+    config = RolloutConfig(**{"prompts_in_flight": 4, "max_response_length": MAX_LENGTH, **options})
+    return Collector(dataset(), pool, SCORE_GROUP, config, target_groups=target, responses_per_prompt=N, seed=1)
+
+
+def until_enough(collector: Collector) -> None:
+    while not collector.enough:
+        collector.step(0.0)
+
+
+def train(collector: Collector, pool: ToyPool, mode: str, versions: Sequence[int], timing: random.Random) -> Iterator[Collected]:
+    """What the training loop does in each mode, with interruptions in between; yields while the collector is paused."""
+    for version in versions:
+        pool.version = version
+        collector.resume(version)
+        while not collector.enough:
+            collector.step(0.0)
+            if timing.random() < 0.1:  # as for an evaluation
+                collector.pause()
+                collector.resume(version)
+        if mode == "synchronous":
+            collector.pause()
+        collected = collector.take()
+        if mode != "synchronous":
+            for _ in range(timing.randrange(6)):
+                collector.step(0.0)
+        if mode == "one_step_off":
+            until_enough(collector)
+        collector.pause()
+        assert pool.outstanding == 0
+        yield collected
+
+
+def run(pool: ToyPool, iterations: int = 4, timing: int = 0, **options: Any) -> list[Collected]:
+    mode = options.get("mode", "synchronous")
+    return list(train(make(pool, **options), pool, mode, range(iterations), random.Random(timing)))
+
+
+def serials(collected: Collected) -> list[int]:
+    return [int(group[0].group_id.partition("-")[0]) for group in collected.groups]
+
+
+def responses(runs: Sequence[Collected]) -> list[list[tuple[str, list[int]]]]:
+    return [[(t.group_id, t.response_ids) for group in collected.groups for t in group] for collected in runs]

@@ -1,0 +1,131 @@
+"""The screen: plain rows in a log, a live line on a terminal, a time left that is right."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.driver.console import Console
+
+_VALUES = {"reward/mean": -0.25, "accuracy/mean": 0.375, "length/mean": 41.4, "influence/mean": 1.0123}
+_EVALUATION = {
+    "evaluation/avg_at_k": 0.27,
+    "evaluation/cons_at_k": 0.4,
+    "evaluation/pass_at_k": 0.64,
+    "evaluation/k": 4.0,
+    "evaluation/problems": 150.0,
+    "evaluation/length_mean": 29.0,
+}
+
+
+def test_a_log_gets_one_plain_line_per_iteration() -> None:
+    file = io.StringIO()
+    with Console(20, file) as console:
+        console.phase("evaluation")
+        console.evaluation(0, _EVALUATION)
+        for iteration in range(1, 3):
+            console.phase("rollout", detail="round 1")
+            console.iteration(iteration, _VALUES)
+        console.note("[bold]said[/bold] " + "word " * 40)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "held-out after 0: avg@4 0.270  cons@4 0.400  pass@4 0.640  length 29.0  (150 problems)"
+    assert lines[1].startswith("iteration  1/20  reward -0.250  accuracy  0.375  length     41  influence 1.0123  left ")
+    assert lines[3].startswith("[bold]said[/bold] word word")
+    assert all(character.isprintable() for line in lines for character in line)
+
+
+def test_colour_forced_by_the_environment_does_not_reach_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = io.StringIO()
+    with Console(1, file) as console:
+        console.phase("rollout")
+        console.iteration(1, _VALUES)
+        console.summary(_EVALUATION, _EVALUATION, Path("r"), Path("m"))
+    assert "\x1b" not in file.getvalue()
+
+
+def test_missing_and_non_finite_values_are_not_numbers() -> None:
+    file = io.StringIO()
+    with Console(2, file) as console:
+        console.iteration(1, {"reward/mean": float("nan")})
+        console.evaluation(1, {})
+    first, second = file.getvalue().splitlines()
+    assert first.split() == ["iteration", "1/2", "reward", "-", "left", "-"]
+    assert second == "held-out after 1: avg@- -  cons@- -  pass@- -  length -  (- problems)"
+
+
+def test_time_left_follows_recent_iterations_and_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    console = Console(100, io.StringIO())
+    console.phase("evaluation")
+    now += 1000
+    console.phase("rollout")
+    assert console.seconds_left is None
+    for iteration in range(41, 51):  # resumed after 40
+        now += 5
+        console.iteration(iteration, _VALUES)
+    assert console.seconds_left == pytest.approx(5 * 50)
+    for iteration in range(51, 61):
+        now += 20
+        console.iteration(iteration, _VALUES)
+    assert console.seconds_left == pytest.approx(20 * 40)
+
+
+def test_the_summary_compares_and_keeps_paths_in_one_piece(tmp_path: Path) -> None:
+    file = io.StringIO()
+    report = tmp_path / ("long_" * 20) / "report.html"
+    with Console(1, file) as console:
+        console.summary(
+            {"evaluation/avg_at_k": 0.25, "evaluation/length_mean": 30.0},
+            {"evaluation/avg_at_k": 0.5, "evaluation/length_mean": 20.0},
+            report,
+            Path("model"),
+        )
+    text = file.getvalue()
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:5]]
+        for line in text.splitlines()
+        if len(cells := line.split("│")) == 6
+    }
+    assert rows == {"avg@k": ["0.250", "0.500", "+0.250"], "response length, mean": ["30.0", "20.0", "-10.0"]}
+    assert f"report {report}" in text.splitlines()
+    assert "model  model" in text.splitlines()
+
+
+def test_a_summary_of_an_interrupted_run_shows_what_there_is() -> None:
+    file = io.StringIO()
+    Console(1, file).summary(None, None, None, Path("model"))
+    assert file.getvalue() == "model  model\n"
+
+
+def test_a_terminal_sees_the_phase_at_work() -> None:
+    program = """
+import time
+from megatron_fipo.driver.console import Console
+with Console(7) as console:
+    console.phase("old log-probs", detail="3 micro-batches")
+    time.sleep(0.6)
+    console.iteration(1, {"reward/mean": 0.5})
+"""
+    driver, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=terminal, env={**os.environ, "TERM": "xterm-256color"})
+    os.close(terminal)
+    output = b""
+    try:
+        while piece := os.read(driver, 4096):
+            output += piece
+    except OSError:  # Linux reports the other side's end so
+        pass
+    os.close(driver)
+    assert process.wait() == 0
+    text = output.decode()
+    assert "old log-probs" in text
+    assert "3 micro-batches" in text
+    assert "reward +0.500" in text
+    assert "\x1b[?25h" in text  # the cursor is given back

@@ -1,0 +1,135 @@
+"""Who gets weights when: a restarted engine that fails its push must not disturb the ones at work."""
+
+from typing import Any
+
+import pytest
+
+from megatron_fipo.config import Config, ModelConfig
+from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, StopUnsavedError
+from megatron_fipo.driver.trainer_group import TrainerLostError
+from megatron_fipo.errors import UserError
+
+
+class Trainer:
+    """Its pushes fail at the engines in `refusing`; it remembers whom it sent what."""
+
+    def __init__(self, *refusing: int) -> None:
+        self.refusing = set(refusing)
+        self.pushes: list[tuple[list[int], int, bool]] = []
+
+    def call(self, method: str, engines: dict[int, Any], version: int, check: bool) -> list[tuple[int, str] | None]:
+        self.pushes.append((sorted(engines), version, check))
+        return [next(((number, "died") for number in engines if number in self.refusing), None), None]
+
+
+class Pool:
+    """Engines by number and what they serve; a failed one is being started until the next look."""
+
+    starting = False
+    outstanding = 0
+
+    def __init__(self, versions: dict[int, int | None]) -> None:
+        self.versions = versions
+        self.lost: list[int] = []
+
+    def loaded(self, wait: bool) -> dict[int, Any]:
+        if wait:
+            self.versions |= dict.fromkeys(self.lost)
+            self.lost = []
+        return {number: object() for number in self.versions if number not in self.lost}
+
+    def stale(self) -> dict[int, Any]:
+        return {number: engine for number, engine in self.loaded(wait=False).items() if self.versions[number] is None}
+
+    def updated(self, numbers: Any, version: int) -> None:
+        self.versions |= dict.fromkeys(numbers, version)
+
+    def failed(self, number: int, reason: str) -> None:
+        self.lost.append(number)
+
+    def poll(self, timeout_s: float) -> list[Any]:
+        return []
+
+
+class Collector:
+    """Has enough after `steps` steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.paused = False
+
+    @property
+    def enough(self) -> bool:
+        return self.steps == 0
+
+    def resume(self, version: int) -> None: ...
+
+    def step(self, timeout_s: float) -> None:
+        self.steps -= 1
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def take(self) -> str:
+        return "groups"
+
+
+class Console:
+    def phase(self, *_: Any, **__: Any) -> None: ...
+
+
+def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveRollouts:
+    config = Config(model=ModelConfig(path="m"), run_dir="r")
+    config.deterministic = settings.pop("deterministic", False)
+    for name, value in settings.items():
+        setattr(config.rollout, name, value)
+    return LiveRollouts(config, collector, pool, trainer, Console(), lambda: None)  # type: ignore[arg-type]
+
+
+def test_a_push_to_a_restarted_engine_leaves_the_others_at_work():
+    trainer, pool = Trainer(1), Pool({0: 3, 1: None})
+    assert rollouts(trainer, pool, Collector(2)).groups(1, 3) == "groups"
+    assert trainer.pushes == [([1], 3, True)]
+    assert pool.versions[0] == 3
+
+
+def test_new_weights_reach_the_engines_that_can_take_them():
+    trainer, pool = Trainer(1), Pool({0: 3, 1: 3, 2: 3})
+    rollouts(trainer, pool, Collector(0)).push_weights(4)
+    assert [engines for engines, _, _ in trainer.pushes] == [[0, 1, 2], [0, 2]]
+    assert (pool.versions[0], pool.versions[2]) == (4, 4)
+
+
+def test_checksums_are_compared_every_so_many_pushes():
+    trainer = Trainer()
+    live = rollouts(trainer, Pool({0: None}), Collector(0), check_weight_sync=3)
+    for version in range(7):
+        live.push_weights(version)
+    assert [check for _, _, check in trainer.pushes] == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(UserError("no engine"), Interrupted), (TrainerLostError("rank"), TrainerLostError)]
+)
+def test_only_a_run_whose_trainer_lives_is_saved(error, expected):
+    class Broken(Trainer):
+        def call(self, *_: Any) -> list[tuple[int, str] | None]:
+            raise error
+
+    with pytest.raises(expected):
+        rollouts(Broken(), Pool({0: None}), Collector(0)).push_weights(1)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_when_the_old_weights_are_gone_a_deterministic_run_stops_and_others_begin_anew(deterministic):
+    collector = Collector(0)
+    live = rollouts(Trainer(), Pool({0: None}), collector, mode="one_step_off", deterministic=deterministic)
+    live.groups(1, 0)
+    collector.steps = 5
+    if deterministic:
+        with pytest.raises(StopUnsavedError, match="last checkpoint"):
+            live.after_update()
+    else:
+        live.after_update()
+    assert collector.paused
+    assert collector.steps == 5

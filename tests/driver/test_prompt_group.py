@@ -1,0 +1,104 @@
+"""Responses grow over calls without losing a bit, and a finished group is scored."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_fipo.batching.trajectory import VersionSpan
+from megatron_fipo.driver.rollout.prompt_group import GroupScorer, PromptGroup, Response, parse_request_id, request_seed
+from megatron_fipo.engine.protocol import Generation
+from megatron_fipo.tasks.problem import Problem
+from tests.driver.toy_pool import RIGHT, score
+
+PROBLEM = Problem("p", (3, 4), "prompt", "x", "test")
+
+
+def response(*calls: tuple[int, int, str]) -> Response:
+    """From (tokens, version, finish reason) of each call."""
+    grown = Response()
+    for count, version, reason in calls:
+        grown.add(Generation((9,) * count, (-0.5,) * count, reason, version))
+    return grown
+
+
+def test_spans_of_calls_with_the_same_weights_are_joined():
+    grown = response((0, 1, "abort"), (3, 1, "abort"), (2, 1, "abort"), (0, 2, "abort"), (4, 3, "abort"))
+    assert grown.spans == [VersionSpan(1, 0, 5), VersionSpan(3, 5, 9)]
+    assert grown.finish_reason is None
+    grown.add(Generation((RIGHT,), (-0.1,), "stop", 3))
+    assert grown.spans[-1] == VersionSpan(3, 5, 10)
+    assert grown.finish_reason == "stop"
+
+
+def test_a_group_is_as_old_as_its_oldest_token_and_asks_for_what_is_missing():
+    group = PromptGroup(7, PROBLEM, [response(), response((2, 5, "abort")), response((3, 6, "stop"))])
+    assert (group.oldest_version, group.tokens, group.finished) == (5, 5, False)
+    first, second = group.requests(seed=1)
+    assert (first.request_id, first.prefix) == ("7-p/0", ())
+    assert (second.request_id, second.prefix) == ("7-p/1", (9, 9))
+    assert PromptGroup(7, PROBLEM, [response()]).oldest_version is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**9), st.text(max_size=20), st.integers(0, 99))
+def test_a_request_is_found_again_whatever_the_problem_is_called(serial, name, place):
+    group = PromptGroup(serial, Problem(name, (1,), "", "", ""), [Response() for _ in range(place + 1)])
+    assert parse_request_id(group.requests(seed=0)[-1].request_id) == (serial, place)
+
+
+def test_seeds_differ_between_requests_and_repeat_between_runs():
+    def seeds(seed: int, serial: int) -> list[int]:
+        group = PromptGroup(serial, PROBLEM, [Response() for _ in range(4)])
+        return [request.seed for request in group.requests(seed)]
+
+    assert seeds(1, 0) == seeds(1, 0) == [request_seed(1, f"0-p/{place}") for place in range(4)]
+    assert len({*seeds(1, 0), *seeds(1, 1), *seeds(2, 0)}) == 12
+    assert all(0 <= seed < 2**63 for seed in seeds(1, 0))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(max_value=0, allow_nan=False))),
+    st.sampled_from(["stop", "length", "abort"]),
+)
+def test_responses_survive_json_to_the_bit(tokens, finish_reason):
+    grown = Response()
+    grown.add(Generation(tuple(token for token, _ in tokens), tuple(log_prob for _, log_prob in tokens), finish_reason, 3))
+    restored = Response.from_json(json.loads(json.dumps(grown.to_json())))
+    assert restored == grown
+    assert [type(token) for token in restored.token_ids] == [int] * len(tokens)
+
+
+def test_a_trajectory_carries_what_sampling_and_scoring_learnt():
+    scorer = GroupScorer(score, lambda ids: "".join(f" {i}" for i in ids), 8, overlong_buffer=4, overlong_factor=1.0)
+    right = Response()
+    right.add(Generation((9, 9), (-0.1, -0.2), "abort", 6))
+    right.add(Generation((RIGHT,), (-0.3,), "stop", 7))
+    long = response((5, 7, "abort"))
+    long.add(Generation((RIGHT,), (-0.1,), "stop", 7))
+    short, long_one, cut = scorer(PromptGroup(2, PROBLEM, [right, long, response((8, 7, "length"))]))
+    assert (short.reward, long_one.reward, cut.reward) == (1.0, 0.5, -2.0)
+    assert (short.accuracy, long_one.accuracy, cut.accuracy) == (1.0, 1.0, 0.0)
+    assert asdict(short) == {
+        "group_id": "2-p",
+        "prompt_ids": [3, 4],
+        "response_ids": [9, 9, RIGHT],
+        "response_mask": [1, 1, 1],
+        "rollout_log_probs": [-0.1, -0.2, -0.3],
+        "spans": [{"version": 6, "start": 0, "end": 2}, {"version": 7, "start": 2, "end": 3}],
+        "finish_reason": "stop",
+        "reward": 1.0,
+        "accuracy": 1.0,
+        "advantage": 0.0,
+        "extra": {"problem_id": "p", "answer": f" 9 9 {RIGHT}"},
+    }
+    assert cut.finish_reason == "length"
+
+
+def test_an_unfinished_response_is_never_scored():
+    scorer = GroupScorer(score, str, 8, 0, 1.0)
+    with pytest.raises(ValueError, match="unfinished"):
+        scorer(PromptGroup(0, PROBLEM, [response((2, 1, "abort"))]))

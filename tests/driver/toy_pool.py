@@ -1,0 +1,106 @@
+"""A pool in this process whose responses come from the requests' seeds and whose timing comes from a random generator of its own.
+
+What becomes of a prompt is scripted: the outcome of serial `s` is `outcomes[s % len(outcomes)]`.
+"""
+
+import random
+from collections.abc import Sequence
+
+from megatron_fipo.driver.rollout.pool import Settled
+from megatron_fipo.driver.rollout.prompt_group import GroupScorer, parse_request_id
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.tasks.dataset import Dataset
+from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.score import Score
+
+RIGHT, WRONG = 1, 2
+MAX_LENGTH = 12
+FAILING_PLACE = 1
+"""The response that fails, in a group that does."""
+OUTCOMES = ("mixed", "right", "wrong", "failed")
+
+
+def dataset(size: int = 50) -> Dataset:
+    return Dataset([Problem(f"p{index}", (index,), f"prompt {index}", "x", "test") for index in range(size)], seed=3)
+
+
+def score(response_text: str, problem: Problem, finish_reason: str) -> Score:
+    right = response_text.endswith(f" {RIGHT}")
+    return Score(1.0 if right else -1.0, float(right), answer=response_text)
+
+
+SCORE_GROUP = GroupScorer(score, lambda ids: " " + " ".join(map(str, ids)), MAX_LENGTH, 0, 1.0)
+
+
+def whole_response(request_id: str, seed: int, outcome: str) -> tuple[list[int], list[float]]:
+    """Token ids and log-probs of the response to a request, all calls together."""
+    rng = random.Random(seed)
+    length = rng.randint(1, MAX_LENGTH)
+    right = {"right": True, "wrong": False}.get(outcome, parse_request_id(request_id)[1] == 0)
+    tokens = [rng.randint(3, 99) for _ in range(length - 1)] + [RIGHT if right else WRONG]
+    return tokens, [-rng.random() for _ in range(length)]
+
+
+class ToyPool:
+    """`slots` requests run at a time, the others queue; every poll settles some of the running ones, in random order."""
+
+    def __init__(self, outcomes: Sequence[str], order: int = 0, slots: int = 8) -> None:
+        self.outcomes = outcomes
+        self.slots = slots
+        self.version = 0
+        self.submitted: list[list[GenerationRequest]] = []
+        """Every call of `submit`."""
+        self.most_groups = 0
+        """Most groups outstanding at a time."""
+        self.held_back: set[int] = set()
+        """Serials of groups that are at work but don't finish."""
+        self._rng = random.Random(order)
+        self._outstanding: dict[str, GenerationRequest] = {}
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._outstanding)
+
+    def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None:
+        assert sampling.max_new_tokens == MAX_LENGTH
+        assert not self._outstanding.keys() & {request.request_id for request in requests}
+        self.submitted.append(list(requests))
+        self._outstanding |= {request.request_id: request for request in requests}
+        self.most_groups = max(self.most_groups, len({parse_request_id(name)[0] for name in self._outstanding}))
+
+    def poll(self, timeout_s: float) -> list[Settled]:
+        running = [n for n in list(self._outstanding)[: self.slots] if parse_request_id(n)[0] not in self.held_back]
+        settled = self._rng.sample(running, self._rng.randint(min(1, len(running)), len(running)))
+        return [self._finish(self._outstanding.pop(name)) for name in settled]
+
+    def abort(self) -> list[Settled]:
+        """Running requests come back part done, now and then whole; queued ones empty."""
+        running = [self._outstanding.pop(name) for name in list(self._outstanding)[: self.slots]]
+        results = [self._cut(r) if self._rng.random() < 0.9 else self._finish(r) for r in running]
+        results += [Settled(name, Generation((), (), "abort", self.version)) for name in self._outstanding]
+        self._outstanding.clear()
+        self._rng.shuffle(results)
+        return results
+
+    def _finish(self, request: GenerationRequest) -> Settled:
+        tokens, log_probs = self._rest(request)
+        serial, place = parse_request_id(request.request_id)
+        if self._outcome(serial) == "failed" and place == FAILING_PLACE:
+            return Settled(request.request_id, None)
+        return Settled(request.request_id, Generation(tuple(tokens), tuple(log_probs), "stop", self.version))
+
+    def _cut(self, request: GenerationRequest) -> Settled:
+        tokens, log_probs = self._rest(request)
+        end = self._rng.randrange(len(tokens))
+        return Settled(request.request_id, Generation(tuple(tokens[:end]), tuple(log_probs[:end]), "abort", self.version))
+
+    def _rest(self, request: GenerationRequest) -> tuple[list[int], list[float]]:
+        tokens, log_probs = whole_response(
+            request.request_id, request.seed, self._outcome(parse_request_id(request.request_id)[0])
+        )
+        start = len(request.prefix)
+        assert tuple(tokens[:start]) == request.prefix
+        return tokens[start:], log_probs[start:]
+
+    def _outcome(self, serial: int) -> str:
+        return self.outcomes[serial % len(self.outcomes)]

@@ -1,0 +1,252 @@
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_fipo.checkpoint.shard_layouts import shard
+from megatron_fipo.config import Config, ModelConfig, ParallelConfig, load_config, validate
+from megatron_fipo.families.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Part, Rule, Weight
+from megatron_fipo.families.qwen2 import QWEN2
+from megatron_fipo.families.registry import read_architecture, read_model_config
+from megatron_fipo.families.vocab import padded_vocab_size
+from megatron_fipo.model import parallel as process_groups
+from megatron_fipo.model.build import build_model
+from megatron_fipo.plan.plan import make_plan, rank_groups
+from megatron_fipo.plan.render import print_plan
+from tests.ranks import run_ranks
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = [EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")]
+RECIPES += [EXAMPLES / name for name in ("qwen2.5-32b/fipo", "qwen2.5-7b-math/fipo")]
+
+
+def load_recipe(name: str, *overrides: str) -> Config:
+    """A shipped recipe; the countdown model's sizes come from the folder that its base model was made from."""
+    config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
+    config.model.path = str(EXAMPLES / ("countdown/model-config" if "countdown" in name else Path(name).parent))
+    return config
+
+
+def printed(config: Config) -> str:
+    family, architecture = read_model_config(config.model.path)
+    output = StringIO()
+    console = Console(file=output, width=80)
+    validate(config, architecture)
+    print_plan(config, architecture, make_plan(config, family, architecture), console)
+    return output.getvalue()
+
+
+class TestShippedRecipes:
+    def test_none_is_forgotten(self):
+        shipped = {path.with_suffix("") for path in EXAMPLES.glob("*/*.yaml")}
+        assert shipped == {*RECIPES, EXAMPLES / "countdown/sft"}
+
+    @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+    def test_loads_validates_and_dry_runs(self, recipe):
+        config = load_recipe(str(recipe.relative_to(EXAMPLES)))
+        text = printed(config)
+        assert f"Ranks: {config.parallel.world_size} = " in text
+        assert "…" not in text
+        assert f"{config.rollout.num_engines} {config.rollout.engine} engine" in text
+
+    def test_the_baselines_differ_in_the_objective_alone(self):
+        fipo, dapo, grpo = (load_recipe(f"countdown/{name}") for name in ("fipo", "dapo", "grpo"))
+        for name, other in (("dapo", dapo), ("grpo", grpo)):
+            assert other.objective.name == name
+            other.objective, other.run_dir = fipo.objective, fipo.run_dir
+            assert other == fipo
+
+    def test_32b(self):
+        config = load_recipe("qwen2.5-32b/fipo")
+        plan = make_plan(config, *read_model_config(config.model.path))
+        assert plan.parameters == 32_763_876_352
+        assert len(plan.groups) * 8 == 128
+        assert plan.work.mini_steps == 8
+        assert plan.work.tokens_per_mini_step == 64 * 16 * (2048 + 20480)
+        assert plan.work.micro_batches == 64 * 16 // 2
+        text = printed(config)
+        assert "32,763,876,352 (32.76B)" in text
+        assert all(f"{stage.parameters:,}" in text for stage in plan.stages)
+        # 2 bytes of weight, 4 of gradient, 12 of optimizer state over 4 context-parallel ranks
+        assert [stage.total_bytes for stage in plan.stages] == [stage.parameters * 9 for stage in plan.stages]
+
+    @pytest.mark.parametrize("folder", ["qwen2.5-32b", "qwen2.5-7b-math", "countdown/model-config"])
+    def test_the_parameter_count_is_that_of_transformers(self, folder):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EXAMPLES / folder))
+        family, architecture = read_model_config(EXAMPLES / folder)
+        assert family.parameters(architecture) == sum(parameter.numel() for parameter in model.parameters())
+
+    def test_the_published_7b_model_is_refused_until_its_positions_are_raised(self, tmp_path):
+        values = json.loads((EXAMPLES / "qwen2.5-7b-math/config.json").read_text(encoding="utf-8"))
+        (tmp_path / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096}), encoding="utf-8")
+        config = load_recipe("qwen2.5-7b-math/fipo")
+        with pytest.raises(Exception, match="12288 tokens exceed the model's max_position_embeddings=4096"):
+            validate(config, read_architecture(tmp_path))
+
+
+def _real_rank(rank: int, world_size: int, folder: str, parallel: ParallelConfig) -> tuple[int, tuple[int, int, int]]:
+    from megatron.core import parallel_state
+
+    process_groups.initialize(parallel, seed=1)
+    chunks = build_model(Path(folder), ModelConfig(path=folder, dtype="float32"), parallel)
+    coordinate = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=False),
+        parallel_state.get_context_parallel_rank(),
+    )
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()), coordinate
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        ParallelConfig(context_parallel_size=2, data_parallel_size=2),
+    ],
+    ids=["one", "tp2 pp2", "pp2 vpp2", "cp2 dp2"],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_each_rank_holds_what_the_plan_says(parallel, tied, tmp_path):
+    values = json.loads((EXAMPLES / "countdown/model-config/config.json").read_text(encoding="utf-8"))
+    values |= {"tie_word_embeddings": tied, "vocab_size": 1030}  # not a multiple of anything
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    config = load_recipe("countdown/fipo")
+    config.parallel = parallel
+    plan = make_plan(config, *read_model_config(tmp_path))
+
+    groups = {rank: group for group in plan.groups for rank in range(group.first_rank, group.last_rank + 1)}
+    assert sorted(groups) == list(range(parallel.world_size))
+    for rank, (parameters, coordinate) in enumerate(run_ranks(parallel.world_size, _real_rank, str(tmp_path), parallel)):
+        group = groups[rank]
+        assert coordinate == (group.pipeline, group.data, group.context)
+        assert parameters == plan.stages[group.pipeline].parameters
+
+
+def test_a_new_family_is_counted_by_its_table_alone():
+    """Norms of heads, a bias that is not split and a plain column layout, none of which Qwen2 has."""
+    layer = "decoder.layers.{layer}"
+    rules = (
+        Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (Part("e", ("vocab", "hidden")),)),
+        Rule(f"{layer}.self_attention.q_layernorm.weight", Layout.REPLICATED, (Part("{layer}.n", ("head",)),)),
+        Rule(f"{layer}.mlp.linear_fc1.weight", Layout.COLUMN, (Part("{layer}.up", ("ffn", "hidden")),)),
+        Rule(f"{layer}.mlp.linear_fc2.bias", Layout.REPLICATED, (Part("{layer}.b", ("hidden",)),)),
+        Rule(OUTPUT_WEIGHT, Layout.VOCABULARY, (Part("o", ("vocab", "hidden")),)),
+    )
+    hidden, ffn, head, vocab = 24, 48, 6, 33
+    architecture = Architecture(4, hidden, ffn, 4, 4, head, vocab, 512, 1e-6, 1e4, share_embeddings_and_output_weights=False)
+    family = Family("other", ("OtherForCausalLM",), lambda config: architecture, rules)
+    config = load_recipe("countdown/fipo", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+    plan = make_plan(config, family, architecture)
+    assert plan.parameters == 2 * vocab * hidden + 4 * (head + ffn * hidden + hidden)
+    on_each_stage = 17 * hidden + 2 * (head + ffn // 2 * hidden + hidden)
+    assert [stage.parameters for stage in plan.stages] == [on_each_stage, on_each_stage]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_rank_holds_of_each_weight_what_the_conversion_gives_it(size):
+    architecture = Architecture(1, 24, 48, 8, 4, 6, 1030, 512, 1e-6, 1e4, False)
+    weights = [*QWEN2.weights(architecture), Weight("column", Layout.COLUMN, ("c",), ((8, 3),))]
+    assert {weight.layout for weight in weights} == set(Layout)
+    for weight in weights:
+        held = shard(weight, [torch.zeros(shape) for shape in weight.shapes], architecture, size - 1, size)
+        assert weight.parameters_per_rank(size) == held.numel()
+
+
+def test_a_weight_that_does_not_split_is_an_error():
+    with pytest.raises(ValueError, match="the 9 parameters of odd do not split over 2"):
+        Weight("odd", Layout.COLUMN, ("odd",), ((3, 3),)).parameters_per_rank(2)
+
+
+class TestWork:
+    def test_micro_batches_round_up(self):
+        # longest sequence 176 tokens: a micro-batch of 300 holds 1, so 6 x 16 = 96 responses over 5 ranks need 20 of them
+        config = load_recipe("countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5")
+        work = make_plan(config, *read_model_config(config.model.path)).work
+        assert (work.longest_sequence, work.mini_steps, work.micro_batches) == (176, 4, 20)
+
+    def test_state_of_the_optimizer_is_shared_only_if_distributed(self):
+        def optimizer_bytes(*overrides):
+            config = load_recipe("countdown/fipo", "parallel.data_parallel_size=2", *overrides)
+            stage = make_plan(config, *read_model_config(config.model.path)).stages[0]
+            return stage.optimizer_bytes / stage.parameters
+
+        assert optimizer_bytes() == 4
+        assert optimizer_bytes("optimizer.distributed=false") == 8
+        assert optimizer_bytes("optimizer.distributed=false", "model.dtype=bfloat16") == 12
+
+
+class TestMemory:
+    def stage(self, *overrides, index=1):
+        """Of the 32B recipe; the one in the middle holds layers alone."""
+        config = load_recipe("qwen2.5-32b/fipo", *overrides)
+        return make_plan(config, *read_model_config(config.model.path)).stages[index]
+
+    def test_state_in_bfloat16(self):
+        """Two moments of 2 bytes and a master weight of 4, over 4 context-parallel ranks."""
+        stage = self.stage("optimizer.state_dtype=bfloat16")
+        assert stage.optimizer_bytes == stage.parameters * 8 // 4
+
+    @pytest.mark.parametrize("share", [0.25, 1.0])
+    def test_offloaded_state_and_its_gradients_are_in_host_memory(self, share):
+        stage = self.stage(f"optimizer.cpu_offload={share}")
+        assert stage.optimizer_bytes == stage.parameters * 12 * (1 - share) // 4
+        assert stage.host_bytes == stage.parameters * 16 * share // 4
+        ends = self.stage(f"optimizer.cpu_offload={share}", index=3)  # the largest
+        text = printed(load_recipe("qwen2.5-32b/fipo", f"optimizer.cpu_offload={share}"))
+        assert f"A rank holds up to {ends.host_bytes / 2**30:.2f} GiB more" in " ".join(text.split())
+
+    def test_nothing_is_said_of_host_memory_without_offload(self):
+        assert self.stage().host_bytes == 0
+        assert "host memory" not in printed(load_recipe("qwen2.5-32b/fipo"))
+
+    def test_fp8_copies_the_layers_matrices_or_takes_their_place(self):
+        plain, copies = self.stage(), self.stage("model.fp8=hybrid")
+        instead = self.stage("model.fp8=hybrid", "model.fp8_param_gather=true")
+        architecture = read_architecture(EXAMPLES / "qwen2.5-32b")
+        hidden, ffn = architecture.size("hidden"), architecture.size("ffn")
+        query, key = architecture.size("query"), architecture.size("key")
+        matrices = 16 * (hidden * (query + 2 * key) + query * hidden + 3 * hidden * ffn) // 8
+        assert copies.weight_bytes - plain.weight_bytes == 2 * matrices
+        assert instead.weight_bytes == plain.weight_bytes  # the FP8 matrix and its transpose, a byte each
+        assert matrices < plain.parameters < 1.001 * matrices  # the rest are norms and biases
+
+    def test_fp8_is_shown_and_its_blocks_fit_the_budget(self):
+        config = load_recipe("qwen2.5-32b/fipo", "model.fp8=hybrid", "model.fp8_param_gather=true")
+        text = " ".join(printed(config).split())
+        assert "bfloat16, products and layer weights in FP8 (hybrid, blockwise)" in text
+        work = make_plan(config, *read_model_config(config.model.path)).work
+        assert work.micro_batch_tokens == 11 * 4096 == 4 * 11264
+        config = load_recipe("qwen2.5-32b/fipo", "model.fp8=hybrid", "batch.max_tokens_per_micro_batch=12000")
+        assert make_plan(config, *read_model_config(config.model.path)).work.micro_batch_tokens == 11 * 4096
+
+    def test_the_heads_bound_is_shown(self):
+        text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.workspace_mb=300", "head.logits_memory_mb=40")).split())
+        assert "The head works in 300 MiB and keeps up to 40 MiB of logits" in text
+        text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.logits_memory_mb=0")).split())
+        assert "keeps no logits." in text
+
+
+def test_padded_vocab_size():
+    assert padded_vocab_size(32, 1) == 32
+    assert padded_vocab_size(33, 2) == 34
+    assert padded_vocab_size(1024, 3) == 1026
+    assert padded_vocab_size(1025, 1) == 1152
+    assert padded_vocab_size(152_064, 4) == 152_064
+    assert padded_vocab_size(152_064, 8) == 152_576
+
+
+def test_rank_groups_cover_every_coordinate_once():
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, context_parallel_size=3, data_parallel_size=2, pipeline_model_parallel_size=4
+    )
+    groups = rank_groups(parallel)
+    assert len({(group.pipeline, group.data, group.context) for group in groups}) == 24
+    assert all(group.last_rank - group.first_rank == 1 for group in groups)

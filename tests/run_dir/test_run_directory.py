@@ -1,0 +1,384 @@
+"""The run's folder: complete checkpoints or none, the right ones kept, and no run inside another run's folder."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.driver.loop import learning_rate
+from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir import run_directory as state_module
+from megatron_fipo.run_dir.metrics_log import MetricsLog
+from megatron_fipo.run_dir.retention import to_remove
+from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+
+MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
+
+
+def config(run_dir: Path, *overrides: str) -> Config:
+    return load_config(None, [f"model.path={MODEL}", f"run_dir={run_dir}", *overrides])
+
+
+def claimed(run_dir: Path, *overrides: str) -> RunDirectory:
+    directory = RunDirectory(run_dir)
+    directory.claim(config(run_dir, *overrides))
+    return directory
+
+
+def write_ranks(pending: PendingSave) -> dict[str, FileRecord]:
+    """What two ranks do between `begin_save` and `commit`."""
+    for rank in range(2):
+        (pending.partial / f"weights/__{rank}_0.distcp").write_bytes(os.urandom(100))
+        (pending.partial / f"rng/rank_{rank:05d}.safetensors").write_bytes(b"state")
+    return {name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()}
+
+
+def save(directory: RunDirectory, iteration: int) -> Path:
+    pending = directory.begin_save(LoopState(iteration=iteration, weight_version=iteration))
+    return directory.commit(pending, write_ranks(pending))
+
+
+def names(directory: RunDirectory) -> list[str]:
+    return sorted(path.name for path in directory.checkpoints.iterdir())
+
+
+def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
+    directory = claimed(tmp_path, "parallel.tensor_model_parallel_size=2")
+    assert directory.latest() is None
+    state = LoopState(12, 12, rollout={"position": 7, "waiting": [[0.1, None]]})
+    pending = directory.begin_save(state)
+    assert directory.latest() is None
+    assert not directory.has(12)
+    target = directory.commit(pending, write_ranks(pending))
+    assert directory.latest() == target == pending.target
+    assert directory.has(12)
+    assert directory.load_state(target) == state
+    manifest = read_manifest(target)
+    assert check_files(target, manifest) == []
+    assert manifest.info["iteration"] == 12
+    assert manifest.info["layout"]["tensor_model_parallel_size"] == 2
+    assert {"megatron-fipo", "megatron-core", "torch"} <= manifest.info["versions"].keys()
+    assert (target / "hf/config.json").read_bytes() == (MODEL / "config.json").read_bytes()
+    assert (target / "hf/tokenizer.json").exists()
+    assert not (target / "hf/model.safetensors").exists()
+    assert load_config(target / "config.yaml", []) == config(tmp_path, "parallel.tensor_model_parallel_size=2")
+    assert os.readlink(directory.checkpoints / "latest") == "iteration_000012"
+
+
+def test_only_complete_checkpoints_are_visible_while_one_is_written(tmp_path):
+    directory = claimed(tmp_path)
+    older = save(directory, 5)
+    pending = directory.begin_save(LoopState(iteration=6))
+    write_ranks(pending)
+    assert directory.latest() == older
+    assert [name for name in names(directory) if not name.startswith(".")] == ["iteration_000005", "latest"]
+    directory.abandon(pending)
+    assert names(directory) == ["iteration_000005", "latest"]
+
+
+@pytest.mark.parametrize("step", ["copy_companions", "save_config", "write_manifest", "_refuse_incomplete", "sync"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
+def test_a_save_that_fails_anywhere_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch, step, error):
+    directory = claimed(tmp_path)
+    older = save(directory, 5)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(state_module, step, fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
+        save(directory, 6)
+    monkeypatch.undo()
+    if step == "sync":  # the checkpoint was complete already
+        assert directory.latest() == directory.checkpoints / "iteration_000006"
+    else:
+        assert names(directory) == ["iteration_000005", "latest"]
+        assert directory.latest() == older
+    assert check_files(older, read_manifest(older)) == []
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unrecorded", "shorter"])
+def test_a_checkpoint_is_given_up_when_the_disk_does_not_hold_what_the_ranks_wrote(tmp_path, wrong):
+    directory = claimed(tmp_path)
+    pending = directory.begin_save(LoopState(iteration=3))
+    files = write_ranks(pending)
+    shard = pending.partial / "weights/__0_0.distcp"
+    if wrong == "missing":
+        shard.unlink()
+    elif wrong == "unrecorded":
+        shard.with_name("stray").write_text("x")
+    else:
+        shard.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"weights/.* is not what the ranks wrote"):
+        directory.commit(pending, files)
+    assert names(directory) == []
+
+
+def test_what_killed_runs_left_is_removed_by_the_next(tmp_path):
+    directory = claimed(tmp_path)
+    older = save(directory, 5)
+    torn = directory.begin_save(LoopState(iteration=6))
+    (directory.checkpoints / ".iteration_000004.removing").mkdir()
+    (directory.checkpoints / ".latest").symlink_to("iteration_000001")
+    directory._lock_file.close()
+    later = claimed(tmp_path)
+    assert later.latest() == older
+    assert names(later) == ["iteration_000005", "latest"]
+    # A writer that outlived its run does not reach the next save of the same iteration.
+    assert later.begin_save(LoopState(iteration=6)).partial != torn.partial
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        ((1, 0, 0), [12]),
+        ((3, 0, 0), [8, 10, 12]),
+        ((1, 1, 0), [6, 12]),
+        ((1, 2, 0), [4, 6, 12]),
+        ((1, 0, 4), [4, 8, 12]),
+        ((2, 1, 5), [6, 10, 12]),
+    ],
+)
+def test_retention(tmp_path, keep, left):
+    last, best, every = keep
+    settings = (f"checkpoint.keep_last={last}", f"checkpoint.keep_best={best}", f"checkpoint.keep_every={every}")
+    directory = claimed(tmp_path, *settings)
+    accuracies = {2: 0.1, 4: 0.5, 6: 0.6, 8: None, 10: 0.4, 12: 0.2}
+    log = MetricsLog(tmp_path)
+    for iteration, accuracy in accuracies.items():
+        if accuracy is not None:
+            log.log("evaluation", iteration, {"evaluation/avg_at_k": accuracy})
+        save(directory, iteration)
+    assert names(directory) == [*(f"iteration_{iteration:06d}" for iteration in left), "latest"]
+    assert directory.load_state(directory.latest()).iteration == 12
+
+
+def test_the_best_checkpoint_may_be_evaluated_after_it_was_saved(tmp_path):
+    """As one is that was saved when its run was stopped: the run that goes on from it evaluates it and saves no other."""
+    directory = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    save(directory, 3)
+    directory._lock_file.close()
+    later = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    log = MetricsLog(tmp_path)
+    for iteration, accuracy in ((3, 0.9), (4, 0.1), (5, 0.2)):
+        log.log("evaluation", iteration, {"evaluation/avg_at_k": accuracy})
+        log.log("iteration", iteration, {"reward/mean": 1.0})
+        if not later.has(iteration):
+            save(later, iteration)
+    assert names(later) == ["iteration_000003", "iteration_000005", "latest"]
+
+
+@given(
+    st.dictionaries(st.integers(1, 60), st.none() | st.floats(0, 1) | st.just(float("nan")), min_size=1),
+    st.integers(0, 4),
+    st.integers(0, 4),
+    st.integers(0, 9),
+)
+def test_retention_keeps_the_newest_and_exactly_what_was_asked_for(checkpoints, last, best, every):
+    removed = to_remove(list(checkpoints.items()), last, best, every)
+    stay = sorted(checkpoints.keys() - set(removed))
+    assert max(checkpoints) in stay
+    assert sorted(checkpoints)[-max(last, 1) :] == stay[-max(last, 1) :]
+    assert not every or all(iteration % every for iteration in removed)
+    measured = sorted(value for value in checkpoints.values() if value is not None and value == value)
+    kept = sorted(checkpoints[iteration] for iteration in stay if checkpoints[iteration] in measured)
+    assert best == 0 or kept[-best:] == measured[-best:]
+    assert len(stay) <= max(last, 1) + best + (sum(iteration % every == 0 for iteration in checkpoints) if every else 0)
+
+
+def test_the_previous_checkpoint_is_the_newest_complete_older_one(tmp_path):
+    directory = claimed(tmp_path, "checkpoint.keep_last=9")
+    saved = [save(directory, iteration) for iteration in (999_999, 1_000_000, 1_000_001)]
+    assert directory.latest() == saved[2]
+    assert directory.previous(saved[2]) == saved[1]
+    (saved[1] / "manifest.json").unlink()
+    assert directory.previous(saved[2]) == saved[0]
+    assert directory.previous(saved[0]) is None
+
+
+def test_a_folder_belongs_to_its_settings(tmp_path):
+    directory = claimed(tmp_path, "seed=1")
+    save(directory, 1)
+    stored = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError) as caught:
+        directory.claim(config(tmp_path, "seed=2", "optimizer.lr=1e-5"))
+    assert "optimizer.lr was 1e-06 and is 1e-05; seed was 1 and is 2" in str(caught.value)
+    assert "--allow-change optimizer.lr,seed" in str(caught.value)
+    assert (tmp_path / "config.yaml").read_bytes() == stored
+
+
+def test_named_settings_may_change_and_only_those(tmp_path):
+    directory = claimed(tmp_path, "seed=1")
+    save(directory, 1)
+    changed = config(tmp_path, "seed=2", "optimizer.lr=1e-5")
+    with pytest.raises(UserError, match=r"other settings \(seed was 1 and is 2\)"):
+        directory.claim(changed, ["optimizer.lr"])
+    assert directory.claim(changed, ["optimizer.lr", "seed", "objective.clip_low"]) == [
+        "optimizer.lr was 1e-06 and is 1e-05",
+        "seed was 1 and is 2",
+    ]
+    save(directory, 2)
+    assert directory.claim(changed) == []
+    with pytest.raises(UserError, match="seed was 2 and is 1"):
+        directory.claim(config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
+
+
+@pytest.mark.parametrize(("key", "nearest"), [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")])
+def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
+    with pytest.raises(UserError, match=f"--allow-change {key}: there is no such setting; did you mean '.*{nearest}"):
+        RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), [key])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
+    directory = claimed(tmp_path)
+    directory.claim(config(tmp_path, "seed=2"))
+    MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5})
+    with pytest.raises(UserError, match=r"other settings \(seed"):
+        directory.claim(config(tmp_path, "seed=3"))
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first = claimed(tmp_path)
+    with pytest.raises(UserError, match="another process"):
+        RunDirectory(tmp_path).claim(config(tmp_path))
+    assert first.path == tmp_path
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        RunDirectory(tmp_path / "file").claim(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([], ["iterations=900", "parallel.tensor_model_parallel_size=2", "run_dir=elsewhere"]),
+        ([], ["checkpoint.keep_best=3", "max_walltime_minutes=30", "deterministic=true", "rollout.dump_every=1"]),
+        ([], ["rollout.num_engines=4", "rollout.placement=colocated", "rollout.max_restarts=0", "rollout.check_weight_sync=9"]),
+        ([], ["batch.max_tokens_per_micro_batch=30000"]),
+        (["rollout.unfinished=drop"], ["rollout.prompts_in_flight=7"]),
+    ],
+)
+def test_what_a_run_may_change(tmp_path, first, then):
+    directory = claimed(tmp_path, *first)
+    save(directory, 1)
+    assert directory.claim(config(tmp_path, *first, *then)) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([], "rollout.temperature=0.9"),
+        ([], "rollout.max_staleness=3"),
+        ([], "rollout.engine=vllm"),
+        ([], "model.path=elsewhere"),
+        (["objective.normalization=reference_micro_batch"], "batch.max_tokens_per_micro_batch=30000"),
+        (["objective.normalization=reference_micro_batch"], "parallel.data_parallel_size=2"),
+        (["objective.normalization=reference_micro_batch"], "parallel.context_parallel_size=2"),
+        (["rollout.unfinished=continue"], "rollout.prompts_in_flight=7"),
+    ],
+)
+def test_what_a_run_may_not_change(tmp_path, first, then):
+    directory = claimed(tmp_path, *first)
+    save(directory, 1)
+    with pytest.raises(UserError, match=then.partition("=")[0]):
+        directory.claim(config(tmp_path, *first, then))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path, order):
+    normalization = [f"objective.normalization={name}" for name in ("token_mean", "reference_micro_batch")]
+    directory = claimed(tmp_path, normalization[order[0]])
+    save(directory, 1)
+    with pytest.raises(UserError, match=r"parallel\.data_parallel_size was 1 and is 2"):
+        directory.claim(config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"), ["objective.normalization"])
+
+
+def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
+    """Whatever was written into config.yaml since: a run that was refused, or allowed to change and never saved."""
+    directory = claimed(tmp_path, "checkpoint.keep_last=2")
+    save(directory, 1)
+    directory.claim(config(tmp_path, "seed=2"), ["seed"])
+    directory.claim(config(tmp_path, "seed=1"))
+    with pytest.raises(UserError, match="seed was 1 and is 2"):
+        directory.claim(config(tmp_path, "seed=2"))
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        RunDirectory(tmp_path).claim(config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("step", ["write", "mkdir"])
+def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, step):
+    """Whether the settings or the folder after them find no room, and whatever a process killed there leaves."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_, **__):
+        raise full
+
+    directory, mkdir = RunDirectory(tmp_path), Path.mkdir
+    if step == "write":
+        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # killed: its temporary file stays
+    else:
+        monkeypatch.setattr(
+            Path, "mkdir", lambda path, *args, **kwargs: (fail if path.name == "checkpoints" else mkdir)(path, *args, **kwargs)
+        )
+    with pytest.raises(UserError, match="No space left"):
+        directory.claim(config(tmp_path))
+    monkeypatch.undo()
+    assert list(tmp_path.glob("config.yaml*"))
+    directory._lock_file.close()
+    assert claimed(tmp_path).latest() is None
+
+
+def test_an_empty_folder_for_checkpoints_is_in_nobody_s_way_and_one_with_files_is(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    claimed(tmp_path)
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints/weights.bin").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        RunDirectory(other).claim(config(other))
+
+
+def test_a_model_folder_that_vanished_costs_the_checkpoint_and_not_the_older_one(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(load_config(None, [f"model.path={model}", f"run_dir={tmp_path / 'run'}"]))
+    save(directory, 1)
+    (model / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model folder .*model is gone or has no config\.json"):
+        save(directory, 2)
+    assert names(directory) == ["iteration_000001", "latest"]
+
+
+def test_saving_comes_after_claiming(tmp_path):
+    with pytest.raises(RuntimeError, match="claim"):
+        RunDirectory(tmp_path).begin_save(LoopState())
+
+
+def test_loop_state_survives_json_exactly(tmp_path):
+    directory = claimed(tmp_path)
+    state = LoopState(1, 1, rollout={"log_probs": [-0.1, -1e-30, 1 / 3]})
+    pending = directory.begin_save(state)
+    assert json.loads((pending.partial / "loop.json").read_text())["rollout"]["log_probs"][2] == 1 / 3
+    assert directory.load_state(directory.commit(pending, write_ranks(pending))) == state
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_then_stays():
+    assert [learning_rate(1.0, iteration, 4) for iteration in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(3e-4, 0, 0) == 3e-4

@@ -1,0 +1,139 @@
+"""Countdown: solvable problems, disjoint splits, stable generation, honest traces, and a tokenizer that AutoTokenizer loads."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.tasks.countdown.problems import (
+    CountdownProblem,
+    Expression,
+    attempt,
+    evaluate,
+    generate_problems,
+    parse_expression,
+    supervised_trace,
+)
+from megatron_fipo.tasks.countdown.tokenizer import CHARACTERS, build_tokenizer, save_tokenizer
+from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.scorers import scorer
+
+TRAIN = generate_problems(4000, held_out=False, seed=1)
+HELD_OUT = generate_problems(150, held_out=True, seed=1)
+
+
+def accuracy(problem: CountdownProblem, response: str) -> float:
+    return scorer("countdown")(response, Problem("", (), "", str(problem), ""), "stop").accuracy
+
+
+def parsed(text: str) -> Expression:
+    expression = parse_expression(text)
+    assert expression is not None
+    return expression
+
+
+def test_expressions_are_worked_out_left_to_right():
+    expression = Expression((3, 7, 5), ("*", "+"))
+    assert (str(expression), evaluate(expression)) == ("3*7+5", 26)
+    assert attempt(expression, 26) == "3*7=21+5=26-26=0;"
+    assert evaluate(parsed("3+7*5")) == 50
+    assert attempt(parsed("3-7*5"), 7) == "3-7=-4*5=-20-7=-27;"
+
+
+def test_problems_are_what_the_task_says():
+    for problem in TRAIN + HELD_OUT:
+        assert all(1 <= number <= 9 for number in problem.numbers)
+        assert 1 <= problem.target <= 99
+        assert accuracy(problem, supervised_trace(problem, random.Random(0), right_probability=1.0)) == 1.0  # solvable
+        assert CountdownProblem.parse(str(problem)) == problem
+    assert re.fullmatch(r"\d,\d,\d=\d{1,2}:", TRAIN[0].prompt)
+
+
+def test_no_problem_is_in_both_splits_whatever_the_seed_or_the_order_of_numbers():
+    def keys(problems):
+        return {(tuple(sorted(p.numbers)), p.target) for p in problems}
+
+    for seed in (1, 2):
+        assert not keys(generate_problems(4000, held_out=False, seed=seed)) & keys(generate_problems(450, held_out=True, seed=3))
+    assert len(keys(HELD_OUT)) == 150  # no problem twice in another order while others are left
+    assert len(set(TRAIN)) == 4000
+
+
+def test_generation_depends_on_the_seed_and_on_nothing_else():
+    assert generate_problems(50, held_out=False, seed=1) == TRAIN[:50]
+    assert generate_problems(50, held_out=False, seed=2) != TRAIN[:50]
+    code = "from megatron_fipo.tasks.countdown.problems import *; print([str(p) for p in generate_problems(20, held_out=False, seed=1)])"
+    other = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
+    ).stdout
+    assert other.strip() == str([str(p) for p in TRAIN[:20]])
+
+
+def test_more_problems_than_there_are_is_refused():
+    with pytest.raises(UserError, match=r"data.evaluation_size is 9999 but countdown has \d+ such problems"):
+        generate_problems(9999, held_out=True, seed=1)
+
+
+def test_traces_search_honestly_and_often_give_up():
+    rng = random.Random(5)
+    traces = [(problem, supervised_trace(problem, rng)) for problem in TRAIN]
+    first_right = lengths = 0
+    for problem, trace in traces:
+        work, answer = trace.split("#")
+        attempts = work.split(";")[:-1]
+        assert len(set(attempts)) == len(attempts)
+        for step in attempts:
+            match = re.fullmatch(r"(\d[-+*]\d)=-?\d+([-+*]\d)=(-?\d+)-(\d+)=(-?\d+)", step)
+            assert match
+            tried = parsed(match[1] + match[2])
+            assert attempt(tried, problem.target) == step + ";"
+            assert tried.numbers == problem.numbers
+            assert (int(match[3]) == problem.target) == (step == attempts[-1] and accuracy(problem, "#" + answer) == 1.0)
+        first_right += attempts[0].endswith("=0")
+        lengths += len(trace) + 1
+    assert 0.22 < first_right / len(traces) < 0.28
+    assert 0.45 < sum(accuracy(p, t) for p, t in traces) / len(traces) < 0.6
+    assert 34 < lengths / len(traces) < 46
+
+
+def test_patience_buys_accuracy_with_length():
+    def measure(give_up):
+        rng = random.Random(5)
+        traces = [(p, supervised_trace(p, rng, give_up_probabilities=(give_up, give_up))) for p in TRAIN[:1000]]
+        return sum(accuracy(p, t) for p, t in traces), sum(len(t) for _, t in traces)
+
+    (hasty_right, hasty_length), (patient_right, patient_length) = measure(0.6), measure(0.1)
+    assert patient_right > 1.3 * hasty_right
+    assert patient_length > 1.3 * hasty_length
+
+
+def test_an_unsolvable_problem_has_no_trace():
+    with pytest.raises(ValueError, match="1,1,1=99 has no solution"):
+        supervised_trace(CountdownProblem((1, 1, 1), 99), random.Random(0))
+
+
+@pytest.mark.parametrize("model_type", [None, "qwen2", "llama", "qwen3"])
+def test_the_tokenizer_loads_beside_any_model_and_round_trips(tmp_path, model_type, caplog, capfd):
+    save_tokenizer(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 32}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+    assert len(tokenizer) == 32
+    assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == {0, 1}
+    text = "3,7,5=26:3*7=21+5=26;#3*7+5" + CHARACTERS
+    ids = tokenizer(text)["input_ids"]
+    assert ids == build_tokenizer()(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text

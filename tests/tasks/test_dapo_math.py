@@ -1,0 +1,54 @@
+"""The DAPO reward: every golden verdict of the published scorer, and no text makes it raise."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.score import NO_ANSWER
+from megatron_fipo.tasks.scorers import scorer
+
+GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "dapo_scorer.jsonl").open()]
+score = scorer("dapo_math")
+
+
+def problem(ground_truth: str) -> Problem:
+    return Problem("0", (1,), "", ground_truth, "math_dapo")
+
+
+def test_all_golden_rows_agree():
+    assert len(GOLDEN) == 400
+    assert {row["score"] for row in GOLDEN} == {1.0, -1.0}
+    for row in GOLDEN:
+        result = score(row["response"], problem(row["ground_truth"]), "stop")
+        assert (result.reward, bool(result.accuracy), result.answer) == (row["score"], row["acc"], row["pred"]), row
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("so x. Answer: 12", "12"),
+        ("Answer: 1\nAnswer: 2", "2"),
+        ("ANSWER :\n 1,024 dollars", "1024"),
+        ("Answer: \\boxed{\\frac12}", "\\frac{1}{2}"),
+        ("Answer: $x = 5$", "5"),
+        ("Answer: 7" + "!" * 300, NO_ANSWER),
+        ("The result is 12", NO_ANSWER),
+    ],
+)
+def test_what_counts_as_the_answer(response, answer):
+    assert score(response, problem("12"), "length").answer == answer
+
+
+def test_the_value_is_compared_as_a_string_only():
+    assert score("Answer: 0.5", problem("1/2"), "stop").reward == -1.0
+    assert score("Answer: 1/2", problem("1/2"), "stop").reward == 1.0
+
+
+@given(st.text(max_size=400) | st.text(alphabet="Answer: $\\frac{}text=,1\n", max_size=400).map("Answer: ".__add__), st.text())
+def test_it_never_raises(response, ground_truth):
+    result = score(response, problem(ground_truth), "stop")
+    assert (result.reward, result.accuracy) in {(1.0, 1.0), (-1.0, 0.0)}

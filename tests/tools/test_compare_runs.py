@@ -1,0 +1,75 @@
+"""Runs are compared over seeds, and only where the comparison means something."""
+
+import importlib.util
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.report.synthetic_run import write_synthetic_run
+
+_TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_runs", _TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compare_runs"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_has_mean_and_spread_over_seeds(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        write_synthetic_run(tmp_path / f"{objective}-{seed}", objective, iterations=10, seed=seed)
+        for objective in ("grpo", "fipo")
+        for seed in (1, 2, 3)
+    ]
+    assert tool.main([*map(str, runs), "--out", str(tmp_path / "out" / "countdown")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:3] for row in rows] == [[name, "1, 2, 3", iteration] for name in ("fipo", "grpo") for iteration in ("0", "10")]
+
+    after = [tool.load(run).run.evaluations()[-1].values["evaluation/avg_at_k"] for run in runs if "fipo" in run.name]
+    assert rows[1][3] == f"{statistics.fmean(after):.3f} ± {statistics.stdev(after):.3f}"
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert set(written) == {"countdown.svg", "countdown.png", "countdown.table.md"}
+    assert all(written.values())
+
+
+def test_a_curve_covers_the_iterations_that_all_seeds_have(tool: ModuleType, tmp_path: Path) -> None:
+    short = tool.load(write_synthetic_run(tmp_path / "a", iterations=5, seed=1))
+    long = tool.load(write_synthetic_run(tmp_path / "b", iterations=10, seed=2))
+    iterations, mean, spread = tool.curve([short, long], "evaluation/avg_at_k")
+    assert iterations == [0, 5]
+    values = [run.run.series("evaluation/avg_at_k")[5] for run in (short, long)]
+    assert (mean[1], spread[1]) == pytest.approx((statistics.fmean(values), statistics.stdev(values)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        ({"seed": 1}, {"seed": 1}, "b repeats fipo with seed 1"),
+        ({"seed": 1}, {"seed": 2, "lr": 1.0}, "differ in optimizer.lr"),
+        ({"seed": 1}, {"seed": 2, "iterations": 6}, "differ in iterations"),
+    ],
+)
+def test_runs_that_can_not_be_compared_are_refused(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: dict, second: dict, reason: str
+) -> None:
+    runs = [
+        write_synthetic_run(tmp_path / name, **{"iterations": 5, **settings}) for name, settings in (("a", first), ("b", second))
+    ]
+    assert tool.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no metrics" in capsys.readouterr().err
