@@ -22,13 +22,19 @@ import torch
 import torch.distributed as dist
 
 
-def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _rank_main(
+    function: Callable[..., Any], args: tuple, rank: int, world_size: int, store: str, pipe: Connection
+) -> None:
     status = 1
     try:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         torch.manual_seed(1234)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
         )
         result = function(rank, world_size, *args)
         dist.barrier()
@@ -46,7 +52,9 @@ def _rank_main(function: Callable[..., Any], args: tuple, rank: int, world_size:
         os._exit(status)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0
+) -> list[Any]:
     """Call `function(rank, world_size, *args)` on every rank of a gloo world; return the results by rank.
 
     Results travel by pickle (return plain CPU tensors and numbers). The first error kills the other ranks and is raised.
@@ -57,7 +65,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         processes, pipes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, args=(function, args, rank, world_size, store, sender))
+            process = context.Process(
+                target=_rank_main, args=(function, args, rank, world_size, store, sender)
+            )
             process.start()
             sender.close()
             processes.append(process)
@@ -80,7 +90,9 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
         pending = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise TimeoutError(f"ranks {[r for r in range(len(pipes)) if r not in results]} gave no result in {timeout_s} s")
+            raise TimeoutError(
+                f"ranks {[r for r in range(len(pipes)) if r not in results]} gave no result in {timeout_s} s"
+            )
         for pipe in ready:
             rank = pipes.index(pipe)
             try:

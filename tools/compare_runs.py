@@ -57,7 +57,9 @@ def load(run_dir: Path) -> SeedRun:
         config = yaml.safe_load(run.config or "")
         objective, seed = str(config["objective"]["name"]), int(config["seed"])
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{run_dir}/config.yaml does not name objective.name and seed; give folders of finished runs") from error
+        raise UserError(
+            f"{run_dir}/config.yaml does not name objective.name and seed; give folders of finished runs"
+        ) from error
     if not run.evaluations():
         raise UserError(f"{run_dir} was never evaluated on held-out problems; leave it out")
     settings = {key: value for key, value in _flat(config).items() if key.split(".")[0] not in _MAY_DIFFER}
@@ -77,9 +79,16 @@ def group_runs(runs: Sequence[SeedRun]) -> dict[str, list[SeedRun]]:
             )
         group = groups.setdefault(run.objective, [])
         if any(other.seed == run.seed for other in group):
-            raise UserError(f"{run.run.name} repeats {run.objective} with seed {run.seed}; leave one of the two out")
+            raise UserError(
+                f"{run.run.name} repeats {run.objective} with seed {run.seed}; leave one of the two out"
+            )
         group.append(run)
-    return dict(sorted(groups.items(), key=lambda item: list(_COLOURS).index(item[0]) if item[0] in _COLOURS else len(_COLOURS)))
+    return dict(
+        sorted(
+            groups.items(),
+            key=lambda item: list(_COLOURS).index(item[0]) if item[0] in _COLOURS else len(_COLOURS),
+        )
+    )
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -105,9 +114,13 @@ def table(groups: Mapping[str, Sequence[SeedRun]]) -> str:
         for position in (0, -1):
             iterations = sorted({run.run.evaluations()[position].iteration for run in runs})
             if len(iterations) > 1:
-                raise UserError(f"the runs of {objective} end at iterations {iterations}; compare runs of the same length")
+                raise UserError(
+                    f"the runs of {objective} end at iterations {iterations}; compare runs of the same length"
+                )
             cells = [_cell(runs, position, metric, form) for _, metric, form in _COLUMNS]
-            lines.append(f"| {objective} | {', '.join(str(run.seed) for run in runs)} | {iterations[0]} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {objective} | {', '.join(str(run.seed) for run in runs)} | {iterations[0]} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -119,7 +132,9 @@ def plot(groups: Mapping[str, Sequence[SeedRun]]) -> Figure:
             iterations, mean, spread = curve(runs, metric)
             if iterations:
                 colour = _COLOURS.get(objective, "#6a7079")
-                axes.plot(iterations, mean, color=colour, linewidth=1.6, label=f"{objective} ({len(runs)} seeds)")
+                axes.plot(
+                    iterations, mean, color=colour, linewidth=1.6, label=f"{objective} ({len(runs)} seeds)"
+                )
                 low = [m - s for m, s in zip(mean, spread, strict=True)]
                 high = [m + s for m, s in zip(mean, spread, strict=True)]
                 axes.fill_between(iterations, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -149,13 +164,21 @@ def _cell(runs: Sequence[SeedRun], position: int, metric: str, form: str) -> str
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix: settings}
-    return {key: value for name, part in settings.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, part in settings.items()
+        for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument("--out", required=True, type=Path, help="where to write, without an ending: docs/results/countdown")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="where to write, without an ending: docs/results/countdown"
+    )
     options = parser.parse_args(arguments)
     try:
         groups = group_runs([load(run_dir) for run_dir in options.run_dirs])

@@ -83,7 +83,10 @@ def loss_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
     x, plan = inputs.log_probs, inputs.rows.plan
     for dtype in (torch.float32, torch.float64):
         given = x.to(dtype), x.new_zeros(len(x), 0), plan
-        yield f"scan, {dtype}".replace("torch.", ""), lambda given=given: scan_future_kl(*given, 32.0, kernels="triton")
+        yield (
+            f"scan, {dtype}".replace("torch.", ""),
+            lambda given=given: scan_future_kl(*given, 32.0, kernels="triton"),
+        )
     recipe = recipe_inputs([700, 20])
     yield "recipe", lambda: loss_and_gradients(recipe, FIPO, "triton")
     for name, objective in OBJECTIVES.items():
@@ -113,23 +116,34 @@ def noted_launches() -> list[Launch]:
     for scenarios in (loss_scenarios, head_scenarios):
         for name, run in scenarios():
 
-            def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, _name: str = name, **named: Any) -> None:
+            def note(
+                kernel: JITFunction, *args: Any, grid: Any, warmup: bool, _name: str = name, **named: Any
+            ) -> None:
                 launch = describe_launch(_name, kernel, args, named)
                 launches.setdefault(launch.key, launch)
 
             # The switch for the interpreter is read when kernels are defined, and again when their use on CPU tensors is judged.
-            with mock.patch.object(JITFunction, "run", note), mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+            with (
+                mock.patch.object(JITFunction, "run", note),
+                mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+            ):
                 run()
     return list(launches.values())
 
 
 def describe_launch(scenario: str, kernel: JITFunction, args: tuple, named: dict[str, Any]) -> Launch:
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {n: v for n, v in named.items() if n in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {
+        n: v for n, v in named.items() if n in kernel.arg_names
+    }
     options = {name: value for name, value in named.items() if name not in kernel.arg_names}
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
@@ -161,10 +175,19 @@ def resource_usage(cubin: bytes, ptx: str, arch: int) -> Usage:
         target = re.search(r"\.target (\w+)", ptx)
         assembler = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
         verbose = _output(
-            [assembler, "-v", f"--gpu-name={target[1] if target else f'sm_{arch}'}", text, "-o", Path(folder) / "out"]
+            [
+                assembler,
+                "-v",
+                f"--gpu-name={target[1] if target else f'sm_{arch}'}",
+                text,
+                "-o",
+                Path(folder) / "out",
+            ]
         )
     spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", verbose))
-    return Usage(*(int(_found(name, usage)) for name in ("REG", "STACK")), spilled, int(_found("SHARED", usage)))
+    return Usage(
+        *(int(_found(name, usage)) for name in ("REG", "STACK")), spilled, int(_found("SHARED", usage))
+    )
 
 
 def _found(name: str, usage: str) -> str:
@@ -182,11 +205,15 @@ def _output(command: list[Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
     arch = parser.parse_args().arch
     print(f"Triton {triton.__version__}, sm_{arch}\n")
-    print("| kernel | first launched by | warps | registers | stack | spills | shared memory |\n|---|---|---|---|---|---|---|")
+    print(
+        "| kernel | first launched by | warps | registers | stack | spills | shared memory |\n|---|---|---|---|---|---|---|"
+    )
     sound = True
     for launch in noted_launches():
         usage = compile_launch(launch, arch)

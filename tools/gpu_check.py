@@ -53,7 +53,9 @@ PACKAGES = {
 def main() -> int:
     arguments = _arguments()
     if arguments.child:
-        return run_cases(_named(arguments.child), arguments.from_case, Path(arguments.rows), lambda: _bench(arguments))
+        return run_cases(
+            _named(arguments.child), arguments.from_case, Path(arguments.rows), lambda: _bench(arguments)
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
     chosen = [_named(name) for name in arguments.only.split(",")] if arguments.only else list(SECTIONS)
     report = _run(chosen, arguments)
@@ -64,9 +66,15 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu-check"), help="folder for table, JSON, log and profile")
-    parser.add_argument("--only", help="sections, with commas: " + ", ".join(section.name for section in SECTIONS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu-check"), help="folder for table, JSON, log and profile"
+    )
+    parser.add_argument(
+        "--only", help="sections, with commas: " + ", ".join(section.name for section in SECTIONS)
+    )
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU")
     for internal in ("--child", "--rows"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -93,7 +101,10 @@ def _run(chosen: list[Section], arguments: argparse.Namespace) -> Report:
 
     def say(row: Row) -> None:
         rows.append(row)
-        print(f"[{time.monotonic() - start:5.0f} s] {row.section}: {row.name}: {row.result} ({row.verdict})", flush=True)
+        print(
+            f"[{time.monotonic() - start:5.0f} s] {row.section}: {row.name}: {row.result} ({row.verdict})",
+            flush=True,
+        )
         _write(report(False), arguments.output)
 
     (arguments.output / "step_profile.txt").unlink(missing_ok=True)
@@ -143,7 +154,9 @@ def _gpu() -> str:
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         name, driver = (
-            subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0].split(",")
+            subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+            .stdout.splitlines()[0]
+            .split(",")
         )
         return f"{name.strip()}, driver {driver.strip()}"
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):

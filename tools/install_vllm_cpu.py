@@ -30,7 +30,9 @@ def main() -> int:
         print(f"installing {VLLM} without its requirements")
         pip("--no-deps", str(VLLM))
     elif not VLLM.specifier.contains(before[VLLM.name]):
-        return fail(f"{VLLM.name} {before[VLLM.name]} is installed, not {VLLM}: pip uninstall {VLLM.name} first")
+        return fail(
+            f"{VLLM.name} {before[VLLM.name]} is installed, not {VLLM}: pip uninstall {VLLM.name} first"
+        )
     required = requirements(VLLM.name)
     if XGRAMMAR not in before:
         pip("--no-deps", *(str(requirement) for requirement in required if requirement.name == XGRAMMAR))

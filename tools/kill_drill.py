@@ -60,12 +60,23 @@ class Run:
     def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
-        self.command = [sys.executable, "-m", "megatron_fipo.cli", "train", CONFIG, *TINY, *overrides, f"run_dir={folder}"]
+        self.command = [
+            sys.executable,
+            "-m",
+            "megatron_fipo.cli",
+            "train",
+            CONFIG,
+            *TINY,
+            *overrides,
+            f"run_dir={folder}",
+        ]
         self.driver: subprocess.Popen
 
     def start(self) -> None:
         with open(self.log, "a") as log:
-            self.driver = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.driver = subprocess.Popen(
+                self.command, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
 
     def wait(self) -> tuple[int, str]:
         """Exit code and last line, when the driver has ended and all its processes are gone."""
@@ -94,11 +105,17 @@ class Drill:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("count", metavar="N", type=int, help="disturbed runs")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings of all the runs")
     parser.add_argument("--seed", type=int, default=1, help="of victims and moments (default 1)")
-    parser.add_argument("--folder", type=Path, help="where the runs go (default: a temporary folder, removed if all went well)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the runs go (default: a temporary folder, removed if all went well)",
+    )
     options = parser.parse_intermixed_args(arguments)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-drill-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +179,11 @@ def disturbed(run: Run, victim: str, undisturbed: Path, duration: float, rng: ra
         if len(reasons) == STARTS:
             return Drill(victim, after_s, time.time() - killed, reasons, [f"not done after {STARTS} starts"])
         run.start()
-    later = [record.time for record in read_metrics(run.folder) if record.kind == "iteration" and record.time > killed]
+    later = [
+        record.time
+        for record in read_metrics(run.folder)
+        if record.kind == "iteration" and record.time > killed
+    ]
     recovery_s = min(later, default=time.time()) - killed
     return Drill(victim, after_s, recovery_s, reasons, differences(undisturbed, run.folder))
 
@@ -194,7 +215,9 @@ def find(victim: str, driver: int) -> list[psutil.Process]:
     titles = {process: title for process in descendants() if (title := title_of(process)) is not None}
     ranks = {process.pid for process, title in titles.items() if title.startswith("ray::TrainerWorker")}
     if victim == "rollout engine":
-        return [process for process, title in titles.items() if title.startswith("ray::") and "Engine" in title]
+        return [
+            process for process, title in titles.items() if title.startswith("ray::") and "Engine" in title
+        ]
     with_parents = [(process, parent_of(process)) for process in titles if process.pid in ranks]
     if victim == "trainer rank":
         return [process for process, parent in with_parents if parent not in ranks]
@@ -239,16 +262,22 @@ def differences(one: Path, other: Path) -> list[str]:
     found = []
     names = sorted({path.name for run in (one, other) for path in (run / "model").glob("*.safetensors")})
     for name in names:
-        contents = [path.read_bytes() if (path := run / "model" / name).exists() else None for run in (one, other)]
+        contents = [
+            path.read_bytes() if (path := run / "model" / name).exists() else None for run in (one, other)
+        ]
         if contents[0] != contents[1]:
             found.append(f"model/{name} differs")
     if not names:
         found.append("no weights to compare")
     first, second = numbers(one), numbers(other)
-    found += [f"{kind} {iteration} is in one log only" for kind, iteration in sorted(first.keys() ^ second.keys())]
+    found += [
+        f"{kind} {iteration} is in one log only" for kind, iteration in sorted(first.keys() ^ second.keys())
+    ]
     for key in sorted(first.keys() & second.keys()):
         different = [
-            name for name in sorted(first[key].keys() | second[key].keys()) if first[key].get(name) != second[key].get(name)
+            name
+            for name in sorted(first[key].keys() | second[key].keys())
+            if first[key].get(name) != second[key].get(name)
         ]
         if different:
             found.append(f"{key[0]} {key[1]} differs in {', '.join(different)}")
@@ -259,7 +288,9 @@ def numbers(run_dir: Path) -> dict[tuple[str, int], dict[str, str]]:
     """Kind and iteration → metrics as text that names every bit."""
     return {
         (record.kind, record.iteration): {
-            name: json.dumps(value) for name, value in record.values.items() if not name.startswith(NOT_COMPARED)
+            name: json.dumps(value)
+            for name, value in record.values.items()
+            if not name.startswith(NOT_COMPARED)
         }
         for record in read_metrics(run_dir)
     }

@@ -61,7 +61,11 @@ MUTANTS = (
         SHARD,
         "labels=torch.from_numpy(whole.ids[row_token + 1])",
         "labels=torch.from_numpy(whole.ids[local[np.minimum(row_index + 1, len(local) - 1)]])",
-        ("batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once", f"{GRID}[cp2-fipo", NO_ROWS),
+        (
+            "batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once",
+            f"{GRID}[cp2-fipo",
+            NO_ROWS,
+        ),
     ),
     Mutant(
         "denominator counts dropped tokens",
@@ -106,7 +110,11 @@ MUTANTS = (
         (HEAD, f"{GRID}[tp2-fipo", f"{COLLECTIVES}[tp2"),
     ),
     Mutant(
-        "one dual-clipped token drops", SEQUENCES, "(totals[:, 1] > 1)", "(totals[:, 1] > 0)", (LOSS, GOLDEN, f"{GRID}[1-fipo")
+        "one dual-clipped token drops",
+        SEQUENCES,
+        "(totals[:, 1] > 1)",
+        "(totals[:, 1] > 0)",
+        (LOSS, GOLDEN, f"{GRID}[1-fipo"),
     ),
     Mutant(
         "dual-clipped tokens counted per rank",
@@ -169,7 +177,10 @@ MUTANTS = (
         "model/build.py",
         "perform_initialization=True,",
         "perform_initialization=False,",
-        (f"{GRID}[tp2-fipo", "distributed/test_policy_grid.py::test_updated_weights_equal_those_of_one_rank[tp2"),
+        (
+            f"{GRID}[tp2-fipo",
+            "distributed/test_policy_grid.py::test_updated_weights_equal_those_of_one_rank[tp2",
+        ),
     ),
     Mutant(
         "norms and biases decayed",
@@ -241,14 +252,22 @@ MUTANTS = (
         LOSS_FILE,
         "    if objective.corrects:\n        surrogate",
         "    if rows.rollout_log_probs is not None:\n        surrogate",
-        (f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss", LOSS, f"{GRID}[1-fipo-False-160"),
+        (
+            f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss",
+            LOSS,
+            f"{GRID}[1-fipo-False-160",
+        ),
     ),
     Mutant(
         "correction: denominator leaves masked tokens out",
         LOSS_FILE,
         '"kept_tokens": kept,',
         '"kept_tokens": kept * (correction_factor(tokens.mismatch.weight, objective) > 0 if objective.corrects else 1),',
-        (f"{CORRECTION}::test_tokens_left_out_by_the_mask_still_count", f"{CORRECTION}::{WEIGHED}", f"{GRID}[cp2-mis"),
+        (
+            f"{CORRECTION}::test_tokens_left_out_by_the_mask_still_count",
+            f"{CORRECTION}::{WEIGHED}",
+            f"{GRID}[cp2-mis",
+        ),
     ),
     Mutant(
         "correction: a NaN of the engine goes unnoticed",
@@ -272,7 +291,10 @@ MUTANTS = (
         SHARD,
         "torch.from_numpy(whole.rollout_log_probs[row_token])",
         "torch.from_numpy(whole.rollout_log_probs[row_token - 1])",
-        ("batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once", f"{GRID}[1-tis"),
+        (
+            "batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once",
+            f"{GRID}[1-tis",
+        ),
     ),
     Mutant(
         "correction: effective sample size not divided by the tokens",

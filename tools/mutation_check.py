@@ -24,7 +24,11 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest in the copy, with Triton and its interpreter for the kernels' tests alone; `make venv-triton` installs it."""
     kernels = any(argument.startswith(f"tests/{FOLDER}") for argument in arguments)
     paths = [str(folder), str(ROOT / ".venv" / "triton")] if kernels else [str(folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "1000", "TRITON_INTERPRET": str(int(kernels))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "COLUMNS": "1000",
+        "TRITON_INTERPRET": str(int(kernels)),
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -68,14 +72,20 @@ def chosen(everything: list[str], beginnings: tuple[str, ...]) -> list[str]:
 
 def main() -> int:
     words = sys.argv[1:]
-    mutants = [mutant for mutant in MUTANTS + KERNEL_MUTANTS if not words or any(word in mutant.name for word in words)]
+    mutants = [
+        mutant
+        for mutant in MUTANTS + KERNEL_MUTANTS
+        if not words or any(word in mutant.name for word in words)
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name in ("megatron_fipo", "tests", "tools", "docs"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         everything = collect(folder)
-        unbroken = pytest(folder, sorted({test for mutant in mutants for test in chosen(everything, mutant.caught_by)}))
+        unbroken = pytest(
+            folder, sorted({test for mutant in mutants for test in chosen(everything, mutant.caught_by)})
+        )
         if unbroken:
             print("fails without any fault:", *unbroken, sep="\n  ")
             return 1
@@ -94,7 +104,8 @@ def main() -> int:
             blind = [b for b in mutant.caught_by if not any(test.startswith(b) for test in failed)]
             escaped += bool(blind)
             cells = [
-                f"{'**not** ' if b in blind else ''}`{b.split('::')[1]}{'…]' if '[' in b else ''}`" for b in mutant.caught_by
+                f"{'**not** ' if b in blind else ''}`{b.split('::')[1]}{'…]' if '[' in b else ''}`"
+                for b in mutant.caught_by
             ]
             print(f"| {mutant.name} | {', '.join(cells)} |", flush=True)
     return 1 if escaped else 0

@@ -21,10 +21,14 @@ class IterationBatch:
     pad_token_id: int
 
     def micro_batches(self, step: int, data_parallel_rank: int) -> list[list[Trajectory]]:
-        return [[self.trajectories[i] for i in indices] for indices in self.mini_batches[step][data_parallel_rank]]
+        return [
+            [self.trajectories[i] for i in indices] for indices in self.mini_batches[step][data_parallel_rank]
+        ]
 
 
-def plan_iteration(groups: Sequence[Sequence[Trajectory]], config: Config, pad_token_id: int) -> IterationBatch:
+def plan_iteration(
+    groups: Sequence[Sequence[Trajectory]], config: Config, pad_token_id: int
+) -> IterationBatch:
     """Cut an iteration into mini-batches of whole groups, and each of those into balanced micro-batches."""
     parallel = config.parallel
     size = config.batch.mini_batch_prompts

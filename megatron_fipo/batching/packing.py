@@ -26,7 +26,9 @@ def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CR
     return lengths + lengths**2 / attention_crossover
 
 
-def micro_batch_multiple(pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None) -> int:
+def micro_batch_multiple(
+    pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None
+) -> int:
     """The number of micro-batches per rank has to be a multiple of this for Megatron's schedule.
 
     The interleaved schedule passes micro-batches round in groups of as there are stages and refuses a part of a group.
@@ -71,12 +73,16 @@ def plan_micro_batches(
     costs = sequence_cost(tokens, attention_crossover)
     order = np.argsort(-tokens, kind="stable")
     groups = max(1, -(-int(tokens.sum()) // (token_budget * data_parallel_size * count_multiple)))
-    while (bins := _fill(order, tokens, costs, groups * count_multiple * data_parallel_size, token_budget)) is None:
+    while (
+        bins := _fill(order, tokens, costs, groups * count_multiple * data_parallel_size, token_budget)
+    ) is None:
         groups += 1
     return _spread(bins, costs, data_parallel_size)
 
 
-def _fill(order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, count: int, budget: int) -> list[list[int]] | None:
+def _fill(
+    order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, count: int, budget: int
+) -> list[list[int]] | None:
     """Fills `count` micro-batches: balanced if that fits, else tightly, else None."""
     for balanced in (True, False):
         bins: list[list[int]] = [[] for _ in range(count)]

@@ -56,13 +56,17 @@ class PackedShard:
 
     def to(self, device: torch.device | str) -> "PackedShard":
         """The same shard with its tensors on `device`; host arrays stay."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | PolicyRows)}
+        moved: dict[str, Any] = {
+            k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | PolicyRows)
+        }
         return replace(self, **moved)
 
     def with_old_log_probs(self, old_log_probs: Tensor) -> "PackedShard":
         """The same shard whose rows have these old log-probs, float32 [R] on the shard's device."""
         if old_log_probs.shape != self.labels.shape:
-            raise ValueError(f"old_log_probs has shape {list(old_log_probs.shape)}, but the shard has {self.num_rows} rows")
+            raise ValueError(
+                f"old_log_probs has shape {list(old_log_probs.shape)}, but the shard has {self.num_rows} rows"
+            )
         return replace(self, rows=replace(self.rows, old_log_probs=old_log_probs))
 
     def with_reference_log_probs(self, reference_log_probs: Tensor) -> "PackedShard":
@@ -84,8 +88,12 @@ class PackedShard:
             raise ValueError(f"values have shape {list(host.shape)}, but the shard has {self.num_rows} rows")
         starts = np.cumsum(self.response_lengths) - self.response_lengths
         flat = np.full(int(self.response_lengths.sum()), np.nan, dtype=host.dtype)
-        flat[starts[self.row_sequence] + self.row_position + 1 - self.prompt_lengths[self.row_sequence]] = host
-        trajectories = np.count_nonzero(self.prompt_lengths)  # a prompt is never empty, so this leaves out the padding sequence
+        flat[starts[self.row_sequence] + self.row_position + 1 - self.prompt_lengths[self.row_sequence]] = (
+            host
+        )
+        trajectories = np.count_nonzero(
+            self.prompt_lengths
+        )  # a prompt is never empty, so this leaves out the padding sequence
         return np.split(flat, starts[1:])[:trajectories]
 
 
@@ -127,13 +135,17 @@ def build_shard(
             f"a multiple of {2 * context_parallel_size}"
         )
     if pack_multiple > 1 and pack_multiple % length_multiple:
-        raise ValueError(f"pack_multiple is {pack_multiple}, which is no multiple of length_multiple {length_multiple}")
+        raise ValueError(
+            f"pack_multiple is {pack_multiple}, which is no multiple of length_multiple {length_multiple}"
+        )
     for index, trajectory in enumerate(trajectories):
         _check(index, trajectory, max_position)
     whole = _lay_out(trajectories, length_multiple, pack_multiple, pad_token_id)
     table = zigzag_table(whole.padded, context_parallel_size)
 
-    local = _held_tokens(whole.starts, table.first[context_parallel_rank], table.length[context_parallel_rank])
+    local = _held_tokens(
+        whole.starts, table.first[context_parallel_rank], table.length[context_parallel_rank]
+    )
     sequence = whole.sequence[local]
     position = local - whole.starts[sequence]
     row_index = np.flatnonzero(whole.is_row[local])
@@ -185,7 +197,9 @@ class _Layout:
     """float32 [S]."""
 
 
-def _lay_out(trajectories: Sequence[Trajectory], length_multiple: int, pack_multiple: int, pad_token_id: int) -> _Layout:
+def _lay_out(
+    trajectories: Sequence[Trajectory], length_multiple: int, pack_multiple: int, pad_token_id: int
+) -> _Layout:
     prompts = np.array([len(t.prompt_ids) for t in trajectories] or [0], dtype=np.int64)
     responses = np.array([t.response_length for t in trajectories] or [0], dtype=np.int64)
     padded = np.maximum(padded_lengths(prompts + responses, length_multiple), length_multiple)
@@ -236,10 +250,14 @@ def _check(index: int, trajectory: Trajectory, max_position: int) -> None:
     for field in ("response_mask", "rollout_log_probs"):
         if len(getattr(trajectory, field)) != trajectory.response_length:
             length = len(getattr(trajectory, field))
-            raise ValueError(f"{name} has {trajectory.response_length} response tokens but {length} values in {field}")
+            raise ValueError(
+                f"{name} has {trajectory.response_length} response tokens but {length} values in {field}"
+            )
     if trajectory.length > max_position:
         raise ValueError(
             f"{name} has {trajectory.length} tokens, but the model has {max_position} positions; lower the length limits"
         )
     if not math.isfinite(trajectory.advantage):
-        raise ValueError(f"{name} has the advantage {trajectory.advantage}; a reward of its group is not finite")
+        raise ValueError(
+            f"{name} has the advantage {trajectory.advantage}; a reward of its group is not finite"
+        )

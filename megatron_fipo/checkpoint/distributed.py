@@ -32,7 +32,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -83,7 +86,11 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
 
     def start(
-        self, modules: list[torch.nn.Module], optimizer: MegatronOptimizer | None, folder: Path, asynchronous: bool
+        self,
+        modules: list[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        folder: Path,
+        asynchronous: bool,
     ) -> None:
         """Begin to write into an existing empty folder; without `asynchronous`, also wait until it is written.
 
@@ -151,7 +158,9 @@ def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
     for group in optimizer.param_groups:
-        group.update(betas=(optimizer.config.adam_beta1, optimizer.config.adam_beta2), eps=optimizer.config.adam_eps)
+        group.update(
+            betas=(optimizer.config.adam_beta1, optimizer.config.adam_beta2), eps=optimizer.config.adam_eps
+        )
     count_steps_once(optimizer)
 
 
@@ -170,7 +179,9 @@ def _names(modules: list[Any]) -> list[str]:
     return ["model"] if len(modules) == 1 else [f"model{index}" for index in range(len(modules))]
 
 
-def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer | None, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    modules: list[Any], optimizer: MegatronOptimizer | None, is_loading: bool
+) -> dict[str, Any]:
     """Megatron's description of what this rank holds. Saving, it gathers the optimizer state (module docstring)."""
     metadata = ensure_metadata_has_dp_cp_group({"distrib_optim_sharding_type": "fully_reshardable"})
     state: dict[str, Any] = {}
@@ -181,7 +192,9 @@ def _sharded_state(modules: list[Any], optimizer: MegatronOptimizer | None, is_l
         state[name] = {key: value for key, value in tensors.items() if not isinstance(value, ShardedObject)}
     if optimizer is not None:
         make_optimizer_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=metadata
+        )
         drop_classes(optimizer, state["optimizer"])
     for name in _names(modules):  # not before the optimizer's part, which knows parameters by identity
         for value in state[name].values():
@@ -207,7 +220,9 @@ def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path)
     try:
         loaded = dist_checkpointing.load(state, str(folder), strategy)
     except CheckpointException as error:
-        raise UserError(f"checkpoint {folder} is damaged: {_by_rank(_reasons(error))}; use an earlier one") from None
+        raise UserError(
+            f"checkpoint {folder} is damaged: {_by_rank(_reasons(error))}; use an earlier one"
+        ) from None
     for name, module in zip(_names(modules), modules, strict=True):
         module.load_state_dict(loaded[name], strict=False)  # all but the objects left out above
     return loaded
@@ -219,10 +234,17 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
     architecture, written = _architecture(modules), {}
     try:
         written = (dist_checkpointing.load_content_metadata(str(folder)) or {})["architecture"]
-        there = {item.key: item.global_shape for item in dist_checkpointing.load_tensors_metadata(str(folder)).values()}
+        there = {
+            item.key: item.global_shape
+            for item in dist_checkpointing.load_tensors_metadata(str(folder)).values()
+        }
     except (Exception, CheckpointException) as error:  # an unpickled index that is damaged may raise anything
         problem = _one_line(error)
-        if COMMON_STATE_FILE and (folder / ".metadata").exists() and not (folder / COMMON_STATE_FILE).exists():
+        if (
+            COMMON_STATE_FILE
+            and (folder / ".metadata").exists()
+            and not (folder / COMMON_STATE_FILE).exists()
+        ):
             problem = f"it has no {COMMON_STATE_FILE}; if Megatron-Core 0.19 or later wrote it, only such a release can read it"
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (problem, here))
@@ -241,7 +263,11 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
         for key, (shape, padded) in wanted.items()
         if key in there and tuple(there[key])[padded:] != shape[padded:]
     ]
-    surplus = {key for key in there.keys() - wanted.keys() if "optimizer" in state or not key.startswith("optimizer.")}
+    surplus = {
+        key
+        for key in there.keys() - wanted.keys()
+        if "optimizer" in state or not key.startswith("optimizer.")
+    }
     if absent := wanted.keys() - there.keys():
         different.append(f"it lacks {listing(absent, limit=3)}")
     if surplus:

@@ -103,7 +103,11 @@ def save_hf(
 
 def _shapes(model: ModelMap) -> dict[str, tuple[int, ...]]:
     """Shape of each Hugging Face tensor, in export order."""
-    return {name: shape for weight in model.weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    return {
+        name: shape
+        for weight in model.weights
+        for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
 
 
 def _raise_everywhere(problem: str | None) -> None:
@@ -129,7 +133,10 @@ def _collect(
 
     `sending` is what this rank has under way to the first stage: the parts of at most one weight.
     """
-    stage, tp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    stage, tp_rank = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
     parts = None
     if stage == owner:
         shards = _gather(full_precision(model.parameters[weight.megatron]), weight.layout)
@@ -173,5 +180,7 @@ def _gather(shard: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
         return [shard]
     receives = group.rank() == 0
     shards = [torch.empty_like(shard) for _ in range(group.size())] if receives else []
-    dist.gather(shard.contiguous(), shards if receives else None, dst=dist.get_global_rank(group, 0), group=group)
+    dist.gather(
+        shard.contiguous(), shards if receives else None, dst=dist.get_global_rank(group, 0), group=group
+    )
     return shards

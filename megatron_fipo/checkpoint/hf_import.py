@@ -17,7 +17,9 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 @torch.no_grad()
-def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> dict[torch.nn.Parameter, torch.Tensor]:
+def load_hf_weights(
+    model_chunks: Sequence[torch.nn.Module], folder: str | Path
+) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Fill every parameter of this rank's chunks from a folder of safetensors, cast to the parameter's dtype.
 
     Returns, on the CPU, the values of those that round them (FP8), for whoever keeps master weights: none in a bf16 model.
@@ -25,14 +27,19 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path)
     UserError that lists missing and unexpected tensors, or names a tensor of the wrong shape; parameters are untouched then.
     """
     model = map_model(model_chunks)
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     source = SafetensorsFolder(folder)
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     check_tensors(model.weights, model.architecture, source)
     for weight, parameter in model.local():
         values = shard(weight, [source.slice(name) for name in weight.names], model.architecture, rank, size)
         if values.shape != parameter.shape:
-            raise ValueError(f"{weight.megatron} has shape {tuple(parameter.shape)}, its shard {tuple(values.shape)}")
+            raise ValueError(
+                f"{weight.megatron} has shape {tuple(parameter.shape)}, its shard {tuple(values.shape)}"
+            )
         parameter.copy_(values)
         if is_quantized(parameter):
             exact[parameter] = values.contiguous()
@@ -41,7 +48,9 @@ def load_hf_weights(model_chunks: Sequence[torch.nn.Module], folder: str | Path)
 
 def check_tensors(weights: Sequence[Weight], architecture: Architecture, source: SafetensorsFolder) -> None:
     """UserError unless the folder holds exactly the model's tensors, in the model's shapes."""
-    expected = {name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    expected = {
+        name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
     found = {name for name in source.tensors if not name.endswith(IGNORED_SUFFIXES)}
     if architecture.share_embeddings_and_output_weights:
         found.discard("lm_head.weight")
@@ -53,4 +62,6 @@ def check_tensors(weights: Sequence[Weight], architecture: Architecture, source:
     for name, shape in expected.items():
         stored = source.tensors[name].shape
         if stored != shape:
-            raise UserError(f"{name} in {source.folder} has shape {list(stored)}; config.json asks for {list(shape)}")
+            raise UserError(
+                f"{name} in {source.folder} has shape {list(stored)}; config.json asks for {list(shape)}"
+            )

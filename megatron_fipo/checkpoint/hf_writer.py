@@ -77,7 +77,9 @@ class HFWriter:
             self.partial.mkdir(parents=True)
             copy_companions(source, self.partial)
             self._set_dtype(config, set(dtypes.values()))
-            self._places = self._write_headers({name: (dtypes[name], tuple(shape)) for name, shape in shapes.items()})
+            self._places = self._write_headers(
+                {name: (dtypes[name], tuple(shape)) for name, shape in shapes.items()}
+            )
         except OSError as error:
             self._fail(error)
 
@@ -118,19 +120,28 @@ class HFWriter:
         if len(dtypes) == 1:
             stored = str(dtypes.pop()).removeprefix("torch.")
             if config.get(key) != stored:
-                (self.partial / "config.json").write_text(json.dumps({**config, key: stored}, indent=2) + "\n")
+                (self.partial / "config.json").write_text(
+                    json.dumps({**config, key: stored}, indent=2) + "\n"
+                )
 
     def _write_headers(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, _Place]:
         """Begin each file: the header's length (8 bytes), the header as JSON, and room for the tensors behind it."""
         places: dict[str, _Place] = {}
         for file in dict.fromkeys(self.files.values()):
             # Wide elements first, so that every tensor is aligned to its own.
-            names = sorted((name for name in tensors if self.files[name] == file), key=lambda name: -tensors[name][0].itemsize)
+            names = sorted(
+                (name for name in tensors if self.files[name] == file),
+                key=lambda name: -tensors[name][0].itemsize,
+            )
             entries, starts, filled = {}, {}, 0
             for name in names:
                 dtype, shape = tensors[name]
                 starts[name], filled = filled, filled + prod(shape) * dtype.itemsize
-                entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], filled]}
+                entries[name] = {
+                    "dtype": DTYPE_NAMES[dtype],
+                    "shape": list(shape),
+                    "data_offsets": [starts[name], filled],
+                }
             text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             path, begin = self.partial / file, 8 + len(text)
@@ -155,7 +166,9 @@ def copy_companions(source: Path, folder: Path) -> None:
     Raises OSError, and `UserError` where `source` is no model folder (any more).
     """
     if not (source / "config.json").is_file():
-        raise UserError(f"the model folder {source} is gone or has no config.json; restore it, then run the same command again")
+        raise UserError(
+            f"the model folder {source} is gone or has no config.json; restore it, then run the same command again"
+        )
     for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, folder / path.name)

@@ -56,7 +56,11 @@ def list_files(folder: Path) -> list[str]:
 
 def write_manifest(folder: Path, files: Mapping[str, FileRecord], info: Mapping[str, Any]) -> None:
     """Write the manifest, when the files it names are on the disk, and wait until it is there too. UserError when the disk refuses."""
-    content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}, "info": dict(info)}
+    content = {
+        "format": FORMAT,
+        "files": {name: asdict(files[name]) for name in sorted(files)},
+        "info": dict(info),
+    }
     with writing(folder / NAME):
         _map(lambda name: sync(folder / name), sorted(files))
         (folder / NAME).write_text(json.dumps(content, indent=1) + "\n")
@@ -75,11 +79,14 @@ def read_manifest(folder: Path) -> Manifest:
                 "load it with the version of Megatron-FIPO that wrote it"
             )
         files = {
-            _inside(name): FileRecord(int(record["size"]), str(record["sha256"])) for name, record in content["files"].items()
+            _inside(name): FileRecord(int(record["size"]), str(record["sha256"]))
+            for name, record in content["files"].items()
         }
         return Manifest(files, dict(content["info"]))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}), so the folder is not a complete checkpoint") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}), so the folder is not a complete checkpoint"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged and says nothing about its checkpoint ({error!r})") from None
 
@@ -90,7 +97,11 @@ def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 
     Reads every byte. An empty list from all shares means that the folder is what was written.
     """
     names = sorted({*manifest.files, *list_files(folder)})[share::shares]
-    return [problem for problem in _map(lambda name: check_file(folder / name, manifest.files.get(name)), names) if problem]
+    return [
+        problem
+        for problem in _map(lambda name: check_file(folder / name, manifest.files.get(name)), names)
+        if problem
+    ]
 
 
 def check_file(path: Path, written: FileRecord | None) -> str | None:

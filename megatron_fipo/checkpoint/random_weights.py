@@ -22,14 +22,18 @@ def random_hf_weight(name: str, shape: tuple[int, ...], initializer_range: float
     return torch.empty(shape).normal_(0.0, initializer_range, generator=generator)
 
 
-def write_random_model(source: str | Path, target: str | Path, seed: int, dtype: torch.dtype = torch.float32) -> None:
+def write_random_model(
+    source: str | Path, target: str | Path, seed: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Write the model that `source/config.json` describes to `target`, with random weights; tokenizer and the like are copied.
 
     One process, no Megatron groups needed. UserError as for `save_hf`, and for an unknown architecture.
     """
     family, architecture = read_model_config(source)
     shapes = {
-        name: shape for weight in family.weights(architecture) for name, shape in zip(weight.names, weight.shapes, strict=True)
+        name: shape
+        for weight in family.weights(architecture)
+        for name, shape in zip(weight.names, weight.shapes, strict=True)
     }
     writer = HFWriter(Path(source), Path(target), shapes, dtype)
     for name, shape in shapes.items():

@@ -58,7 +58,9 @@ def _layout(world_size: int) -> dict[str, str]:
         "world_size": str(world_size),
         "tensor_model_parallel_size": str(parallel_state.get_tensor_model_parallel_world_size()),
         "pipeline_model_parallel_size": str(parallel_state.get_pipeline_model_parallel_world_size()),
-        "virtual_pipeline_model_parallel_size": str(parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
+        "virtual_pipeline_model_parallel_size": str(
+            parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+        ),
         "context_parallel_size": str(parallel_state.get_context_parallel_world_size()),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
@@ -69,4 +71,6 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the generator states in {path} cannot be read ({error}); use an earlier checkpoint") from None
+        raise UserError(
+            f"the generator states in {path} cannot be read ({error}); use an earlier checkpoint"
+        ) from None

@@ -38,12 +38,16 @@ class SafetensorsFolder:
         files = sorted({*index.values()}) if index is not None else [SINGLE_NAME]
         absent = [file for file in files if not (self.folder / file).is_file()]
         if absent:
-            raise UserError(f"model folder {self.folder} lacks {listing(absent)}, which its index names; copy it again")
+            raise UserError(
+                f"model folder {self.folder} lacks {listing(absent)}, which its index names; copy it again"
+            )
         found = {name: tensor for file in files for name, tensor in self._read_header(file).items()}
         if index is not None:
             lost = [name for name, file in index.items() if name not in found or found[name].file != file]
             if lost:
-                raise UserError(f"the files in {self.folder} do not hold {listing(lost)}, though {INDEX_NAME} says so")
+                raise UserError(
+                    f"the files in {self.folder} do not hold {listing(lost)}, though {INDEX_NAME} says so"
+                )
             found = {name: found[name] for name in index}
         self.tensors: dict[str, StoredTensor] = found
         """By name, as the index (or the single file) lists them."""
@@ -64,19 +68,26 @@ class SafetensorsFolder:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{index} is not a readable index of safetensors: {error!r}") from None
         if not (self.folder / SINGLE_NAME).is_file():
-            raise UserError(f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read")
+            raise UserError(
+                f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read"
+            )
         return None
 
     def _read_header(self, file: str) -> dict[str, StoredTensor]:
         with self._open(file) as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {
+                name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
 
     def _open(self, file: str) -> Any:
         try:
             return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / file} is not a readable safetensors file (damaged or cut short?): {error}") from None
+            raise UserError(
+                f"{self.folder / file} is not a readable safetensors file (damaged or cut short?): {error}"
+            ) from None
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:

@@ -11,7 +11,14 @@ from typing import Any, Protocol
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_fipo.families.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Weight
+from megatron_fipo.families.family import (
+    EMBEDDING_WEIGHT,
+    OUTPUT_WEIGHT,
+    Architecture,
+    Family,
+    Layout,
+    Weight,
+)
 from megatron_fipo.families.vocab import padded_vocab_size
 from megatron_fipo.model.layer_spec import SHARED_NAMES
 
@@ -23,13 +30,17 @@ class Source(Protocol):
 
 
 class _Converter(Protocol):
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor: ...
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor: ...
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]: ...
 
 
 class _Replicated:
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor:
         return parts[0][:]
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
@@ -37,7 +48,9 @@ class _Replicated:
 
 
 class _Column:
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor:
         return _rows(parts[0], rank, size)
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
@@ -45,7 +58,9 @@ class _Column:
 
 
 class _Row:
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor:
         width = _shape(parts[0])[1] // size
         return parts[0][:, rank * width : (rank + 1) * width]
 
@@ -54,7 +69,9 @@ class _Row:
 
 
 class _Vocabulary:
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor:
         rows, width = _shape(parts[0])
         height = padded_vocab_size(rows, size) // size
         first, last = min(rank * height, rows), min((rank + 1) * height, rows)
@@ -66,7 +83,9 @@ class _Vocabulary:
 
 
 class _GateUp:
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor:
         return torch.cat([_rows(part, rank, size) for part in parts])
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
@@ -75,7 +94,9 @@ class _GateUp:
 
 
 class _Qkv:
-    def shard(self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+    def shard(
+        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    ) -> torch.Tensor:
         groups = architecture.num_query_groups // size
         held = [_rows(part, rank, size) for part in parts]
         return torch.cat([part.unflatten(0, (groups, -1)) for part in held], dim=1).flatten(0, 1)
@@ -97,7 +118,9 @@ LAYOUTS: dict[Layout, _Converter] = {
 }
 
 
-def shard(weight: Weight, parts: Sequence[Source], architecture: Architecture, rank: int, size: int) -> torch.Tensor:
+def shard(
+    weight: Weight, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+) -> torch.Tensor:
     """What tensor-parallel rank `rank` of `size` holds of a weight, read from its Hugging Face parts (in the rule's order)."""
     return LAYOUTS[weight.layout].shard(parts, architecture, rank, size)
 
@@ -129,7 +152,11 @@ class ModelMap:
 
     def local(self) -> list[tuple[Weight, torch.nn.Parameter]]:
         """The weights to read on this rank. The last stage's copy of a tied embedding is one more reading of the embedding."""
-        pairs = [(weight, self.parameters[weight.megatron]) for weight in self.weights if weight.megatron in self.parameters]
+        pairs = [
+            (weight, self.parameters[weight.megatron])
+            for weight in self.weights
+            if weight.megatron in self.parameters
+        ]
         if self.architecture.share_embeddings_and_output_weights and OUTPUT_WEIGHT in self.parameters:
             embedding = next(weight for weight in self.weights if weight.megatron == EMBEDDING_WEIGHT)
             pairs.append((embedding, self.parameters[OUTPUT_WEIGHT]))

@@ -50,35 +50,59 @@ class _Command(argparse.ArgumentParser):
 def add_convert(commands) -> None:
     """Add `convert to-megatron` and `convert to-hf` to the command line's subparsers."""
     convert = _add(commands, "convert", "convert between Hugging Face and Megatron checkpoint folders")
-    directions = convert.add_subparsers(title="directions", metavar="DIRECTION", required=True, parser_class=_Command)
+    directions = convert.add_subparsers(
+        title="directions", metavar="DIRECTION", required=True, parser_class=_Command
+    )
     to_megatron = _add(directions, "to-megatron", "Hugging Face folder to Megatron checkpoint folder")
-    to_megatron.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
+    to_megatron.add_argument(
+        "source", metavar="SRC", type=Path, help="folder with config.json and safetensors"
+    )
     to_megatron.set_defaults(handler=run_to_megatron)
     to_hf = _add(directions, "to-hf", "Megatron checkpoint folder to Hugging Face folder")
-    to_hf.add_argument("source", metavar="SRC", type=Path, help="folder made by to-megatron, or a checkpoint of a run")
+    to_hf.add_argument(
+        "source", metavar="SRC", type=Path, help="folder made by to-megatron, or a checkpoint of a run"
+    )
     to_hf.set_defaults(handler=run_to_hf)
     for command in (to_megatron, to_hf):
-        command.add_argument("target", metavar="DST", type=Path, nargs="?", help="folder to make; must not exist")
         command.add_argument(
-            "--dtype", choices=("keep", "bfloat16", "float32"), default="keep", help="of all tensors (default: keep, bit for bit)"
+            "target", metavar="DST", type=Path, nargs="?", help="folder to make; must not exist"
+        )
+        command.add_argument(
+            "--dtype",
+            choices=("keep", "bfloat16", "float32"),
+            default="keep",
+            help="of all tensors (default: keep, bit for bit)",
         )
         command.add_argument(
             "--dry-run",
             action="store_true",
             help="print every tensor's name on both sides, its shape, and each rank's shard; needs config.json only, writes nothing",
         )
-        for name, what in (("tensor", "ranks that share a matrix"), ("pipeline", "ranks that share the layers")):
+        for name, what in (
+            ("tensor", "ranks that share a matrix"),
+            ("pipeline", "ranks that share the layers"),
+        ):
             command.add_argument(
-                f"--{name}-parallel", metavar="N", type=_positive, default=1, help=f"{what}, for --dry-run (default 1)"
+                f"--{name}-parallel",
+                metavar="N",
+                type=_positive,
+                default=1,
+                help=f"{what}, for --dry-run (default 1)",
             )
         command.add_argument(
-            "--virtual-pipeline-parallel", metavar="N", type=_positive, help="model chunks of each pipeline rank, for --dry-run"
+            "--virtual-pipeline-parallel",
+            metavar="N",
+            type=_positive,
+            help="model chunks of each pipeline rank, for --dry-run",
         )
 
 
 def _add(commands, name: str, summary: str) -> argparse.ArgumentParser:
     return commands.add_parser(
-        name, help=summary, description=dedent(CONVERT_HELP), formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=summary,
+        description=dedent(CONVERT_HELP),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
@@ -140,7 +164,9 @@ def _done(summary: "Summary", target: Path, display: "Display") -> int:
 
     rate = summary.bytes / max(display.seconds, 1e-9)
     size = decimal(summary.bytes)
-    print(f"wrote {target}: {summary.tensors} tensors, {size} in {display.seconds:.1f} s ({decimal(int(rate))}/s)")
+    print(
+        f"wrote {target}: {summary.tensors} tensors, {size} in {display.seconds:.1f} s ({decimal(int(rate))}/s)"
+    )
     if summary.rounded:
         print(
             f"rounded to the dtype asked for: {len(summary.rounded)} of Megatron's parameters, {min(summary.rounded)} among them"
@@ -155,10 +181,23 @@ class Display:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
         self._what = ""
         self._task: TaskID | None = None

@@ -28,7 +28,13 @@ class Component:
 COMPONENTS = (
     Component("torch", "torch", True, "tensors and gradients", "nothing runs"),
     Component("megatron-core", "megatron.core", True, "model, parallelism, optimizer", "nothing trains"),
-    Component("transformers", "transformers", True, "configs, tokenizers, the local rollout engine", "no model can be read"),
+    Component(
+        "transformers",
+        "transformers",
+        True,
+        "configs, tokenizers, the local rollout engine",
+        "no model can be read",
+    ),
     Component("ray", "ray", True, "runs trainer ranks and rollout engines", "nothing trains"),
     Component("omegaconf", "omegaconf", True, "reads configurations", "no configuration can be read"),
     Component(
@@ -55,7 +61,11 @@ COMPONENTS = (
         "rollout.engine=local makes the rollouts: the same responses, slower, for small models only",
     ),
     Component(
-        "flash-attn", "flash_attn", False, "attention within transformer-engine", "transformer-engine attends through cuDNN alone"
+        "flash-attn",
+        "flash_attn",
+        False,
+        "attention within transformer-engine",
+        "transformer-engine attends through cuDNN alone",
     ),
     Component(
         "triton",
@@ -64,7 +74,13 @@ COMPONENTS = (
         "head and loss kernels on GPUs, and what torch.compile fuses",
         "head, loss and small fusions run as plain torch: the same numbers, slower on GPUs",
     ),
-    Component("wandb", "wandb", False, "tracking", "a run says so once and goes on without it, unless tracking.wandb=disabled"),
+    Component(
+        "wandb",
+        "wandb",
+        False,
+        "tracking",
+        "a run says so once and goes on without it, unless tracking.wandb=disabled",
+    ),
 )
 
 
@@ -93,7 +109,11 @@ class Row:
 
 def rows(facts: Facts) -> list[Row]:
     """One row per component, Python and CUDA first."""
-    return [Row("Python", facts.python, "", "ok"), _cuda_row(facts), *(_row(component, facts) for component in COMPONENTS)]
+    return [
+        Row("Python", facts.python, "", "ok"),
+        _cuda_row(facts),
+        *(_row(component, facts) for component in COMPONENTS),
+    ]
 
 
 def _cuda_row(facts: Facts) -> Row:
@@ -103,7 +123,12 @@ def _cuda_row(facts: Facts) -> Row:
     if facts.cuda:
         note = f"torch was built for CUDA {facts.cuda} but sees no device; training runs on CPU cores, for small models only"
         return Row("CUDA", "no device", note, "optional")
-    return Row("CUDA", "absent", "training runs on CPU cores, through the same code: for small models only", "optional")
+    return Row(
+        "CUDA",
+        "absent",
+        "training runs on CPU cores, through the same code: for small models only",
+        "optional",
+    )
 
 
 def _row(component: Component, facts: Facts) -> Row:
@@ -112,7 +137,12 @@ def _row(component: Component, facts: Facts) -> Row:
         note = f"this is PyPI's apex, a web toolkit, not NVIDIA's: pip uninstall apex. Without NVIDIA's: {component.loss}"
         return Row("apex", f"{version}, not NVIDIA's", note, "optional")
     if component.name == "vllm" and version is not None and not is_supported(version):
-        return Row("vllm", version, f"rollout.engine=vllm needs {SUPPORTED_VLLM}. Without it: {component.loss}", "optional")
+        return Row(
+            "vllm",
+            version,
+            f"rollout.engine=vllm needs {SUPPORTED_VLLM}. Without it: {component.loss}",
+            "optional",
+        )
     if component.name == "transformer-engine" and version is not None:
         return Row(component.name, version, f"{component.use}; {_fp8_note(facts)}", "ok")
     if version is not None:
@@ -150,7 +180,11 @@ def _cuda() -> tuple[str | None, tuple[str, ...], tuple[int, int] | None]:
         return None, (), None
     devices = range(torch.cuda.device_count())
     names = tuple(torch.cuda.get_device_name(index) for index in devices)
-    return torch.version.cuda, names, min((torch.cuda.get_device_capability(index) for index in devices), default=None)
+    return (
+        torch.version.cuda,
+        names,
+        min((torch.cuda.get_device_capability(index) for index in devices), default=None),
+    )
 
 
 def _version(component: Component) -> str | None:

@@ -13,7 +13,9 @@ from megatron_fipo.errors import UserError
 
 Handler = Callable[[argparse.Namespace], int]
 
-OVERRIDES = "settings that win over the file, for example optimizer.lr=1e-5 objective.influence_clip=[0.8,1.2]"
+OVERRIDES = (
+    "settings that win over the file, for example optimizer.lr=1e-5 objective.influence_clip=[0.8,1.2]"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as in `... --dry-run | head`; Python would complain again when it flushes at the end
+    except (
+        BrokenPipeError
+    ):  # as in `... --dry-run | head`; Python would complain again when it flushes at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -58,16 +62,33 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sft(commands)
     report = _add(commands, "report", "rebuild the report of a run", REPORT_HELP, run_report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="the run_dir of a training run, finished or not")
-    _add(commands, "doctor", "show which accelerations are installed, and what is lost without each", DOCTOR_HELP, run_doctor)
+    _add(
+        commands,
+        "doctor",
+        "show which accelerations are installed, and what is lost without each",
+        DOCTOR_HELP,
+        run_doctor,
+    )
     add_convert(commands)
-    config = _add(commands, "config", "print every setting with its meaning and default", CONFIG_HELP, run_config)
-    config.add_argument("command", nargs="?", choices=("train", "sft"), default="train", help="whose settings (default: train)")
+    config = _add(
+        commands, "config", "print every setting with its meaning and default", CONFIG_HELP, run_config
+    )
+    config.add_argument(
+        "command",
+        nargs="?",
+        choices=("train", "sft"),
+        default="train",
+        help="whose settings (default: train)",
+    )
     return parser
 
 
 def _add(commands, name: str, summary: str, description: str, handler: Handler) -> argparse.ArgumentParser:
     command = commands.add_parser(
-        name, help=summary, description=dedent(description), formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=summary,
+        description=dedent(description),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(handler=handler)
     return command
@@ -108,7 +129,10 @@ def _add_train(commands) -> None:
         help="settings in which an existing run may go on differently, though they change its mathematics",
     )
     command.add_argument(
-        "--replay", metavar="DIR", type=Path, help="train on the responses dumped there (rollout.dump_every), without engines"
+        "--replay",
+        metavar="DIR",
+        type=Path,
+        help="train on the responses dumped there (rollout.dump_every), without engines",
     )
 
 
@@ -151,7 +175,9 @@ EVALUATE_HELP = """\
 
 def _add_evaluate(commands) -> None:
     command = _add(commands, "evaluate", "measure a model on held-out problems", EVALUATE_HELP, run_evaluate)
-    command.add_argument("model_dir", metavar="HF_DIR", help="folder with config.json, safetensors and tokenizer")
+    command.add_argument(
+        "model_dir", metavar="HF_DIR", help="folder with config.json, safetensors and tokenizer"
+    )
     command.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file as for train")
     command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
     command.add_argument(
@@ -169,7 +195,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if path is not None and "=" in path:
         path, overrides = None, [path, *overrides]
     if path is None:
-        overrides.insert(0, "run_dir=runs/evaluation")  # the schema asks for one; evaluating writes nothing there
+        overrides.insert(
+            0, "run_dir=runs/evaluation"
+        )  # the schema asks for one; evaluating writes nothing there
     overrides.append(f"model.path={json.dumps(arguments.model_dir, ensure_ascii=False)}")
     config = load_config(path, overrides)
     from megatron_fipo.families.registry import read_architecture
@@ -194,9 +222,13 @@ SFT_HELP = """\
 
 
 def _add_sft(commands) -> None:
-    command = _add(commands, "sft", "make the base model of a small task by supervised training", SFT_HELP, run_sft)
+    command = _add(
+        commands, "sft", "make the base model of a small task by supervised training", SFT_HELP, run_sft
+    )
     command.add_argument("config", metavar="CONFIG", help="YAML file")
-    command.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES.split(",")[0] + " steps=500 seed=2")
+    command.add_argument(
+        "overrides", metavar="key=value", nargs="*", help=OVERRIDES.split(",")[0] + " steps=500 seed=2"
+    )
 
 
 def run_sft(arguments: argparse.Namespace) -> int:

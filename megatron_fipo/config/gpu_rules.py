@@ -44,13 +44,9 @@ def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
     if machine.transformer_engine is None:
         return f"it needs Transformer Engine ({INSTALL})"
     if _below(machine.transformer_engine, OLDEST_TRANSFORMER_ENGINE):
-        return (
-            f"Transformer Engine {machine.transformer_engine} is installed and it needs {OLDEST_TRANSFORMER_ENGINE} ({INSTALL})"
-        )
+        return f"Transformer Engine {machine.transformer_engine} is installed and it needs {OLDEST_TRANSFORMER_ENGINE} ({INSTALL})"
     if machine.capability < FP8_CAPABILITY:
-        return (
-            f"the GPU has compute capability {_dotted(machine.capability)} and FP8 needs {_dotted(FP8_CAPABILITY)} (Ada, Hopper)"
-        )
+        return f"the GPU has compute capability {_dotted(machine.capability)} and FP8 needs {_dotted(FP8_CAPABILITY)} (Ada, Hopper)"
     if recipe != "blockwise":
         return None
     if machine.capability < BLOCKWISE_CAPABILITY:
@@ -62,14 +58,18 @@ def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
             f"{_dotted(machine.capability)} needs {BLOCKWISE_AFTER_HOPPER} ({INSTALL})"
         )
     if machine.cuda is None or _below(machine.cuda, BLOCKWISE_CUDA):
-        return f"torch was built for CUDA {machine.cuda} and blockwise needs {BLOCKWISE_CUDA}; choose tensorwise"
+        return (
+            f"torch was built for CUDA {machine.cuda} and blockwise needs {BLOCKWISE_CUDA}; choose tensorwise"
+        )
     return None
 
 
 def check_layers(layer_spec: str, dtype: str) -> None:
     """Refuse Transformer Engine's layers in float32, for which its attention over packed sequences has no kernel. UserError."""
     if layer_spec == "transformer_engine" and dtype != "bfloat16":
-        raise UserError(f"layer_spec=transformer_engine needs dtype=bfloat16, not {dtype}; use auto or portable")
+        raise UserError(
+            f"layer_spec=transformer_engine needs dtype=bfloat16, not {dtype}; use auto or portable"
+        )
 
 
 def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
@@ -78,7 +78,9 @@ def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
         if model.fp8_param_gather:
             raise UserError("model.fp8_param_gather=true needs model.fp8=hybrid or e4m3")
     elif model.layer_spec == "portable":
-        raise UserError(f"model.fp8={model.fp8} needs Transformer Engine's layers; set model.layer_spec to auto")
+        raise UserError(
+            f"model.fp8={model.fp8} needs Transformer Engine's layers; set model.layer_spec to auto"
+        )
     elif model.dtype != "bfloat16":
         raise UserError(f"model.fp8={model.fp8} needs model.dtype=bfloat16, not {model.dtype}")
     elif model.fp8_recipe == "delayed" and model.recompute == "full":
@@ -87,17 +89,23 @@ def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
             "log-probs; choose blockwise or tensorwise, or another model.recompute"
         )
     if model.fp8_param_gather and not optimizer.distributed:
-        raise UserError("model.fp8_param_gather=true needs optimizer.distributed=true, which keeps the exact master weights")
+        raise UserError(
+            "model.fp8_param_gather=true needs optimizer.distributed=true, which keeps the exact master weights"
+        )
     if model.fp8_param_gather and model.fp8_recipe == "delayed":
         raise UserError(
             "model.fp8_param_gather=true needs model.fp8_recipe=blockwise or tensorwise: delayed has seen no scale yet when the "
             "weights are loaded, and would round them away"
         )
     if model.fp8_param_gather and optimizer.cpu_offload:
-        raise UserError("optimizer.cpu_offload cannot update weights kept in FP8; set it to 0 or model.fp8_param_gather to false")
+        raise UserError(
+            "optimizer.cpu_offload cannot update weights kept in FP8; set it to 0 or model.fp8_param_gather to false"
+        )
     for key, wanted, default in _state_settings(optimizer):
         if wanted != default and not (optimizer.distributed and model.dtype == "bfloat16"):
-            raise UserError(f"optimizer.{key}={wanted} needs optimizer.distributed=true and model.dtype=bfloat16")
+            raise UserError(
+                f"optimizer.{key}={wanted} needs optimizer.distributed=true and model.dtype=bfloat16"
+            )
     if optimizer.cpu_offload and optimizer.state_dtype != "float32":
         raise UserError(
             f"optimizer.cpu_offload={optimizer.cpu_offload} updates float32 state only; set optimizer.state_dtype=float32 or "
@@ -109,9 +117,15 @@ def check_accelerators(model: ModelConfig, optimizer: OptimizerSettings, machine
     """Refuse settings that this machine's GPUs or packages cannot carry out. UserError."""
     reason = None if model.fp8 == "none" else fp8_obstacle(model.fp8_recipe, machine)
     if reason:
-        raise UserError(f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}")
+        raise UserError(
+            f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}"
+        )
     engine = machine.transformer_engine
-    if machine.capability is not None and engine is not None and not _below(engine, OLDEST_TRANSFORMER_ENGINE):
+    if (
+        machine.capability is not None
+        and engine is not None
+        and not _below(engine, OLDEST_TRANSFORMER_ENGINE)
+    ):
         return
     for key, wanted, default in _state_settings(optimizer):
         if wanted != default:
@@ -134,7 +148,9 @@ def check_fp8_split(hidden: int, split: dict[str, int], parallel: ParallelConfig
     """
     tp = parallel.tensor_model_parallel_size
     if hidden % 16:
-        raise UserError(f"model.fp8 needs multiples of 16, but the model's hidden size is {hidden}; set model.fp8=none")
+        raise UserError(
+            f"model.fp8 needs multiples of 16, but the model's hidden size is {hidden}; set model.fp8=none"
+        )
     for what, size in split.items():
         if size % (16 * tp):
             raise UserError(

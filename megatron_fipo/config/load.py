@@ -47,7 +47,9 @@ def load_config(path: str | Path | None, overrides: list[str], schema: type = Co
         raise UserError(_explain(error, name)) from None
     for key, value, choices in _choice_fields(config):
         if value not in choices:
-            raise UserError(f"{key} is '{value}', but has to be one of: {', '.join(choices)}{_suggestion(value, choices)}")
+            raise UserError(
+                f"{key} is '{value}', but has to be one of: {', '.join(choices)}{_suggestion(value, choices)}"
+            )
     return config
 
 
@@ -62,7 +64,9 @@ def save_config(config: Any, path: str | Path) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+        ) as file:
             temporary = file.name
             file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
             file.flush()
@@ -72,7 +76,9 @@ def save_config(config: Any, path: str | Path) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room there or choose another folder"
+        ) from error
 
 
 def differences(a: Any, b: Any) -> list[str]:
@@ -107,9 +113,13 @@ def _read_yaml(path: Path) -> dict:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(
+            f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     if not isinstance(values, DictConfig):
-        raise UserError(f"{path} has to be a mapping of sections such as 'model:' and 'objective:', not a list or a single value")
+        raise UserError(
+            f"{path} has to be a mapping of sections such as 'model:' and 'objective:', not a list or a single value"
+        )
     return OmegaConf.to_container(values, resolve=False)  # type: ignore[return-value]
 
 
@@ -120,7 +130,9 @@ def _read_override(override: str) -> dict:
 
     key, equals, _ = override.partition("=")
     if not equals or not key or not all(part.isidentifier() for part in key.split(".")):
-        raise UserError(f"override '{override}' has to look like section.key=value, for example optimizer.lr=1e-5")
+        raise UserError(
+            f"override '{override}' has to look like section.key=value, for example optimizer.lr=1e-5"
+        )
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)  # type: ignore[return-value]
     except (yaml.YAMLError, OmegaConfBaseException):
@@ -137,7 +149,9 @@ def _refuse_unknown_keys(values: dict, schema: Any, source: str, root: Any = Non
         if not is_dataclass(types[name]):
             continue
         if not isinstance(value, dict):
-            raise UserError(f"{source}: '{key}' is a section and has to hold keys such as {key}.{fields(types[name])[0].name}")
+            raise UserError(
+                f"{source}: '{key}' is a section and has to hold keys such as {key}.{fields(types[name])[0].name}"
+            )
         _refuse_unknown_keys(value, types[name], source, root, f"{key}.")
 
 
@@ -171,4 +185,6 @@ def _choice_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, str, tu
 def _explain(error: Any, source: str) -> str:
     """OmegaConf's message is its first line; the lines after it repeat the key and internals."""
     reason = first_line(error)
-    return f"{source}: {error.full_key}: {reason}" if getattr(error, "full_key", None) else f"{source}: {reason}"
+    return (
+        f"{source}: {error.full_key}: {reason}" if getattr(error, "full_key", None) else f"{source}: {reason}"
+    )

@@ -95,7 +95,9 @@ class Machine:
     """None where they are not known, on a Ray cluster of other machines; its ranks look for themselves."""
 
 
-def validate(config: Config, architecture: "Architecture | None" = None, machine: Machine | None = None) -> None:
+def validate(
+    config: Config, architecture: "Architecture | None" = None, machine: Machine | None = None
+) -> None:
     """Check a training configuration; raises UserError naming the first key at fault and the mend.
 
     Without `architecture` the checks against the model are left out, without `machine` those against cores and GPUs.
@@ -126,7 +128,9 @@ def validate_evaluation(config: Config, architecture: "Architecture | None" = No
     _check_positions(config.rollout, architecture)
 
 
-def validate_sft(config: SftConfig, architecture: "Architecture | None" = None, machine: Machine | None = None) -> None:
+def validate_sft(
+    config: SftConfig, architecture: "Architecture | None" = None, machine: Machine | None = None
+) -> None:
     """Check a supervised configuration; arguments as in `validate`. Raises UserError."""
     _check_ranges(config)
     _check_parallel(config.parallel, architecture)
@@ -134,7 +138,9 @@ def validate_sft(config: SftConfig, architecture: "Architecture | None" = None, 
         _check_machine(config.parallel, config.layer_spec, machine)
     check_layers(config.layer_spec, config.dtype)
     if config.optimizer.warmup_steps > config.steps:
-        raise UserError(f"optimizer.warmup_steps={config.optimizer.warmup_steps} has to be at most steps={config.steps}")
+        raise UserError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} has to be at most steps={config.steps}"
+        )
 
 
 def _check_ranges(config: Any) -> None:
@@ -185,11 +191,15 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
         )
 
 
-def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, rollout: RolloutConfig | None = None) -> None:
+def _check_machine(
+    parallel: ParallelConfig, layer_spec: str, machine: Machine, rollout: RolloutConfig | None = None
+) -> None:
     """Ranks and rollout engines take GPUs of their own, unless colocated; on a machine without GPUs the engines share the ranks' cores."""
     kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
     apart = rollout is not None and machine.gpus and rollout.placement == "separate"
-    engines = rollout.num_engines * rollout.engine_tensor_parallel_size if rollout is not None and apart else 0
+    engines = (
+        rollout.num_engines * rollout.engine_tensor_parallel_size if rollout is not None and apart else 0
+    )
     if parallel.world_size + engines > available:
         ranks = (
             f"the sizes of `parallel` need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
@@ -202,7 +212,9 @@ def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine, 
             if rollout is not None and engines
             else ""
         )
-        raise UserError(f"{ranks}{more}, but there are {available} {kind}; lower one or join a larger Ray cluster (ray_address)")
+        raise UserError(
+            f"{ranks}{more}, but there are {available} {kind}; lower one or join a larger Ray cluster (ray_address)"
+        )
     if layer_spec == "transformer_engine" and not machine.gpus:
         raise UserError("layer_spec=transformer_engine needs a GPU; use auto or portable here")
 
@@ -216,7 +228,9 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
         split = {what: architecture.size(name) for name, what in names.items()}
         check_fp8_split(architecture.hidden_size, split, config.parallel)
     if machine is not None and not machine.gpus:
-        check_accelerators(model, optimizer, Accelerators(capability=None, cuda=None, transformer_engine=None))
+        check_accelerators(
+            model, optimizer, Accelerators(capability=None, cuda=None, transformer_engine=None)
+        )
     elif machine is not None and machine.accelerators is not None:
         check_accelerators(model, optimizer, machine.accelerators)
         check_adam(machine.accelerators)
@@ -225,7 +239,9 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
             "objective.kl_coefficient puts the initial weights in place for a while, which would round those that "
             "model.fp8_param_gather=true keeps; set it to false"
         )
-    if config.deterministic and (model.fp8_param_gather or (model.fp8 != "none" and model.fp8_recipe == "delayed")):
+    if config.deterministic and (
+        model.fp8_param_gather or (model.fp8 != "none" and model.fp8_recipe == "delayed")
+    ):
         raise UserError(
             "deterministic=true promises the same bits after a resume, but checkpoints hold neither FP8 weights nor delayed scales; "
             "set model.fp8_param_gather=false and model.fp8_recipe=blockwise or tensorwise"
@@ -240,7 +256,9 @@ def _check_batch(config: Config) -> None:
             f"batch.prompts_per_iteration={batch.prompts_per_iteration}"
         )
     if batch.responses_per_prompt < 2:
-        raise UserError("batch.responses_per_prompt has to be at least 2: advantages compare the responses to one prompt")
+        raise UserError(
+            "batch.responses_per_prompt has to be at least 2: advantages compare the responses to one prompt"
+        )
     if parallel.data_parallel_size > batch.mini_batch_prompts * batch.responses_per_prompt:
         raise UserError(
             f"parallel.data_parallel_size={parallel.data_parallel_size} exceeds the "
@@ -275,7 +293,9 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
     if rollout.engine != "vllm":
         for key, other in (("engine_tensor_parallel_size", 1), ("placement", "separate")):
             if getattr(rollout, key) != other:
-                raise UserError(f"rollout.{key}={getattr(rollout, key)} needs rollout.engine=vllm, not {rollout.engine}")
+                raise UserError(
+                    f"rollout.{key}={getattr(rollout, key)} needs rollout.engine=vllm, not {rollout.engine}"
+                )
     if rollout.placement == "colocated" and rollout.mode != "synchronous":
         raise UserError(
             f"rollout.placement=colocated needs rollout.mode=synchronous, not {rollout.mode}: engines sleep during updates"
@@ -289,7 +309,9 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
             f"{rollout.engine_tensor_parallel_size} do not fit; lower them or choose separate"
         )
     if rollout.mode != "synchronous" and rollout.max_staleness < 1:
-        raise UserError(f"rollout.mode={rollout.mode} trains on groups one version old; raise rollout.max_staleness to 1 or more")
+        raise UserError(
+            f"rollout.mode={rollout.mode} trains on groups one version old; raise rollout.max_staleness to 1 or more"
+        )
     if rollout.mode == "fully_asynchronous" and rollout.unfinished == "drop":
         raise UserError(
             "rollout.mode=fully_asynchronous needs rollout.unfinished=continue: new weights come while responses are half done"
@@ -315,12 +337,20 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
 def _check_objective(objective: ObjectiveSettings) -> None:
     clip = objective.influence_clip
     if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1] and math.isfinite(clip[1])):
-        raise UserError(f"objective.influence_clip={clip} has to be two rising numbers, such as [1.0,1.2], or null")
-    key, clip_above = ("clip_low", objective.clip_low) if objective.name == "grpo" else ("clip_high", objective.clip_high)
+        raise UserError(
+            f"objective.influence_clip={clip} has to be two rising numbers, such as [1.0,1.2], or null"
+        )
+    key, clip_above = (
+        ("clip_low", objective.clip_low) if objective.name == "grpo" else ("clip_high", objective.clip_high)
+    )
     if not objective.dual_clip > 1 + clip_above:
-        raise UserError(f"objective.dual_clip={objective.dual_clip} has to be above 1 + objective.{key} = {1 + clip_above}")
+        raise UserError(
+            f"objective.dual_clip={objective.dual_clip} has to be above 1 + objective.{key} = {1 + clip_above}"
+        )
     if objective.kl_coefficient and objective.name != "grpo":
-        raise UserError(f"objective.kl_coefficient is for grpo only; set it to 0 with objective.name={objective.name}")
+        raise UserError(
+            f"objective.kl_coefficient is for grpo only; set it to 0 with objective.name={objective.name}"
+        )
     if objective.normalization != "token_mean" and objective.name == "grpo":
         raise UserError(
             f"objective.normalization={objective.normalization} is not for grpo, which averages per response; leave it token_mean"
@@ -335,9 +365,13 @@ def _check_data(config: Config, training: bool) -> None:
         return
     if training and not data.train_path:
         raise UserError(f"data.source={data.source} needs data.train_path, a file of training rows")
-    if not data.evaluation_path and (not training or config.evaluation.every or config.evaluation.before_training):
+    if not data.evaluation_path and (
+        not training or config.evaluation.every or config.evaluation.before_training
+    ):
         hint = ", or evaluation.every=0 and evaluation.before_training=false" if training else ""
-        raise UserError(f"data.source={data.source} needs data.evaluation_path, a file of held-out rows{hint}")
+        raise UserError(
+            f"data.source={data.source} needs data.evaluation_path, a file of held-out rows{hint}"
+        )
 
 
 def _check_positions(rollout: RolloutConfig, architecture: "Architecture | None") -> None:

@@ -8,7 +8,7 @@ parallel settings are Megatron-Core's own. `megatron-fipo config` prints all of 
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 
 def _choice(default: str, *others: str) -> Any:
@@ -58,7 +58,7 @@ class ParallelConfig:
     """Split norms and residuals over the tensor-parallel ranks too (less memory; needs tensor_model_parallel_size > 1)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the stack of layers."""
-    virtual_pipeline_model_parallel_size: Optional[int] = None
+    virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule); null for one."""
     context_parallel_size: int = 1
     """Ranks that share each sequence."""
@@ -87,7 +87,9 @@ class ParallelConfig:
 
         A multiple of `length_multiple`, and no more than that for `token_multiple` 1.
         """
-        return math.lcm(self.length_multiple, self.context_parallel_size * self._sequence_shards * token_multiple)
+        return math.lcm(
+            self.length_multiple, self.context_parallel_size * self._sequence_shards * token_multiple
+        )
 
     @property
     def _sequence_shards(self) -> int:
@@ -116,7 +118,7 @@ class ObjectiveSettings:
     `grpo` averages per response and clips symmetrically at clip_low."""
     half_life: float = 32.0
     """Tokens after which a future log-ratio counts half (the paper's tau); .inf for no decay."""
-    influence_clip: Optional[list[float]] = field(default_factory=lambda: [1.0, 1.2])
+    influence_clip: list[float] | None = field(default_factory=lambda: [1.0, 1.2])
     """Lowest and highest influence weight; null means the authors' `no clip`, which is [0, 10]."""
     safety_threshold: float = 10.0
     """Where the advantage is negative and the ratio is above this, the influence weight is kept within [0.8, 1]."""
@@ -244,9 +246,9 @@ class DataConfig:
 
     source: str = _choice("parquet", "jsonl", "countdown")
     """`parquet` and `jsonl` read rows of prompt, reward_model.ground_truth, data_source; `countdown` generates problems."""
-    train_path: Optional[str] = None
+    train_path: str | None = None
     """File of training rows (parquet, jsonl)."""
-    evaluation_path: Optional[str] = None
+    evaluation_path: str | None = None
     """File of held-out rows (parquet, jsonl)."""
     deduplicate: bool = True
     """Keep the first of rows with the same prompt, and say how many went."""
@@ -338,9 +340,9 @@ class Config:
     """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died (within
     max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, where timing decides
     what is sampled."""
-    max_walltime_minutes: Optional[float] = None
+    max_walltime_minutes: float | None = None
     """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
-    ray_address: Optional[str] = None
+    ray_address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine."""
 
 

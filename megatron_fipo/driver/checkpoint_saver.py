@@ -47,7 +47,9 @@ class CheckpointSaver:
             if not all(self.trainer.call("save_finished", blocking)):
                 return
             files = {
-                name: record for part in self.trainer.call("hash_files", str(pending.partial)) for name, record in part.items()
+                name: record
+                for part in self.trainer.call("hash_files", str(pending.partial))
+                for name, record in part.items()
             }
             self.directory.commit(pending, files)
         self._pending = None

@@ -35,14 +35,20 @@ def engine_class(name: str) -> type:
 
 
 def start_engines(
-    config: Config, model_path: str, machine: Machine, say: Callable[[str], None], trainer: PlacementGroup | None = None
+    config: Config,
+    model_path: str,
+    machine: Machine,
+    say: Callable[[str], None],
+    trainer: PlacementGroup | None = None,
 ) -> EnginePool:
     """The configured engines. Without a `trainer` to send them weights they serve those of `model_path`."""
     rollout, model = config.rollout, config.model
     source = "Hugging Face folder"
     if trainer is not None:
         source = transport_for(rollout.engine, "cuda" if machine.gpus else "cpu", rollout.placement)
-    say(f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}")
+    say(
+        f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}"
+    )
     arguments: dict[str, Any] = {
         "model_path": str(Path(model_path).resolve()),
         "dtype": model.dtype,
@@ -70,7 +76,9 @@ def start_engines(
 def run_cluster(config: Config, architecture: Architecture) -> contextlib.AbstractContextManager[Machine]:
     """The Ray cluster that a run of `config` needs."""
     workers = config.parallel.world_size + config.rollout.num_engines
-    return ray_cluster(config.ray_address, workers=workers, store_bytes=object_store_bytes(config, architecture))
+    return ray_cluster(
+        config.ray_address, workers=workers, store_bytes=object_store_bytes(config, architecture)
+    )
 
 
 def object_store_bytes(config: Config, architecture: Architecture) -> int:
@@ -78,7 +86,9 @@ def object_store_bytes(config: Config, architecture: Architecture) -> int:
 
     A tensor larger than a bucket travels alone: the embedding is the largest. Beyond a third of the memory Ray spills to the disk.
     """
-    embedding = architecture.vocab_size * architecture.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    embedding = (
+        architecture.vocab_size * architecture.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
+    )
     buckets = BUCKETS_IN_STORE * max(config.rollout.weight_bucket_mb * 2**20, embedding)
     responses = config.batch.prompts_per_iteration * config.batch.responses_per_prompt
     tokens = responses * (config.rollout.max_prompt_length + config.rollout.max_response_length)
@@ -87,7 +97,9 @@ def object_store_bytes(config: Config, architecture: Architecture) -> int:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, *, workers: int, store_bytes: int = OBJECT_STORE_BASE_BYTES) -> Iterator[Machine]:
+def ray_cluster(
+    address: str | None, *, workers: int, store_bytes: int = OBJECT_STORE_BASE_BYTES
+) -> Iterator[Machine]:
     """Join the cluster at `address`, or start one on this machine that is just large enough and ends with the run.
 
     Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
@@ -95,7 +107,11 @@ def ray_cluster(address: str | None, *, workers: int, store_bytes: int = OBJECT_
     machine = this_machine()
     # One connection keeps CUDA's order of launches, by which Megatron-Core overlaps tensor-parallel communication with products.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
+    options: dict[str, Any] = {
+        "runtime_env": {"env_vars": environment},
+        "log_to_driver": False,
+        "logging_level": "error",
+    }
     if address:
         ray.init(address=address, **options)
         resources = ray.cluster_resources()
@@ -103,7 +119,13 @@ def ray_cluster(address: str | None, *, workers: int, store_bytes: int = OBJECT_
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # "local", since without an address RAY_ADDRESS or a cluster that runs on this machine would be joined.
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, object_store_memory=store_bytes, **options)
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            object_store_memory=store_bytes,
+            **options,
+        )
     try:
         yield machine
     finally:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Optional, TextIO
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleRenderable, Group
@@ -44,28 +44,30 @@ _RECENT_ITERATIONS = 10
 class Console:
     """The run's screen, used as a context manager. All methods may also be called outside of it; then nothing is live."""
 
-    def __init__(self, total_iterations: int, file: Optional[TextIO] = None) -> None:
+    def __init__(self, total_iterations: int, file: TextIO | None = None) -> None:
         file = file or sys.stdout
         self._terminal = file.isatty()
         self._rich = RichConsole(file=file, force_terminal=self._terminal, highlight=False)
-        self._live: Optional[Live] = None
+        self._live: Live | None = None
         self._spinner = Spinner("dots")
         self._total = total_iterations
         self._iteration = 0
         self._phase = "starting"
         self._detail = ""
         self._phase_start = time.monotonic()
-        self._last_iteration_end: Optional[float] = None
+        self._last_iteration_end: float | None = None
         self._durations: deque[float] = deque(maxlen=_RECENT_ITERATIONS)
 
     def __enter__(self) -> "Console":
         if self._terminal:
-            self._live = Live(get_renderable=self._render, console=self._rich, refresh_per_second=4, transient=True)
+            self._live = Live(
+                get_renderable=self._render, console=self._rich, refresh_per_second=4, transient=True
+            )
             self._live.start()
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop_live()
 
@@ -84,9 +86,13 @@ class Console:
             self._durations.append(now - self._last_iteration_end)
         self._last_iteration_end = now
         self._iteration = iteration
-        cells = "  ".join(f"{title} {_cell(values, name, form):>6}" for title, name, form in _COLUMNS if name in values)
+        cells = "  ".join(
+            f"{title} {_cell(values, name, form):>6}" for title, name, form in _COLUMNS if name in values
+        )
         width = len(str(self._total))
-        self._print(f"iteration {iteration:>{width}}/{self._total}  {cells}  left {_duration(self.seconds_left)}")
+        self._print(
+            f"iteration {iteration:>{width}}/{self._total}  {cells}  left {_duration(self.seconds_left)}"
+        )
 
     def evaluation(self, iteration: int, values: Mapping[str, float]) -> None:
         """The weights after `iteration` (0: before training) were evaluated with `values`."""
@@ -97,7 +103,9 @@ class Console:
             for title, name in (("avg", "avg_at_k"), ("cons", "cons_at_k"), ("pass", "pass_at_k"))
         )
         length = _cell(values, "evaluation/length_mean", "{:.1f}")
-        self._print(f"held-out after {iteration}: {scores}  length {length}  ({problems} problems)", style="bold cyan")
+        self._print(
+            f"held-out after {iteration}: {scores}  length {length}  ({problems} problems)", style="bold cyan"
+        )
 
     def note(self, text: str) -> None:
         """A sentence that stays on the screen."""
@@ -105,10 +113,10 @@ class Console:
 
     def summary(
         self,
-        before: Optional[Mapping[str, float]],
-        after: Optional[Mapping[str, float]],
-        report_path: Optional[Path],
-        model_path: Optional[Path],
+        before: Mapping[str, float] | None,
+        after: Mapping[str, float] | None,
+        report_path: Path | None,
+        model_path: Path | None,
     ) -> None:
         """The end of the run: evaluation values before and after, and where its products are. None stands for what there is not."""
         self._stop_live()
@@ -125,7 +133,7 @@ class Console:
                 self._print(f"{title:6} {path}", style="bold")
 
     @property
-    def seconds_left(self) -> Optional[float]:
+    def seconds_left(self) -> float | None:
         """From the mean of the last iterations, evaluations included; None before the first has ended."""
         if not self._durations:
             return None
@@ -159,12 +167,14 @@ def _cell(values: Mapping[str, float], name: str, form: str) -> str:
     return form.format(value) if math.isfinite(value) else _ABSENT
 
 
-def _before_after(before: Mapping[str, float], after: Mapping[str, float], name: str, form: str) -> tuple[str, str, str]:
+def _before_after(
+    before: Mapping[str, float], after: Mapping[str, float], name: str, form: str
+) -> tuple[str, str, str]:
     change = {name: after.get(name, math.nan) - before.get(name, math.nan)}
     return _cell(before, name, form), _cell(after, name, form), _cell(change, name, form.replace("{:", "{:+"))
 
 
-def _duration(seconds: Optional[float]) -> str:
+def _duration(seconds: float | None) -> str:
     """`45 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds is None:
         return _ABSENT

@@ -40,7 +40,11 @@ def evaluate(
     """
     k = settings.samples_per_problem
     requests = [
-        GenerationRequest(f"evaluation-{place}/{sample}", problem.prompt_ids, request_seed(seed, f"evaluation-{place}/{sample}"))
+        GenerationRequest(
+            f"evaluation-{place}/{sample}",
+            problem.prompt_ids,
+            request_seed(seed, f"evaluation-{place}/{sample}"),
+        )
         for place, problem in enumerate(problems)
         for sample in range(k)
     ]
@@ -56,7 +60,9 @@ def evaluate(
             text = decode(generation.response_ids)
             score = scorer(text, problem, generation.finish_reason)
             truncated = generation.finish_reason == "length"
-            answered.append(EvaluatedResponse(score.answer, score.accuracy, len(generation.response_ids), truncated))
+            answered.append(
+                EvaluatedResponse(score.answer, score.accuracy, len(generation.response_ids), truncated)
+            )
             table.append(
                 {
                     "problem_id": problem.problem_id,
@@ -71,6 +77,8 @@ def evaluate(
             )
         responses.append(answered)
     if not responses:
-        raise UserError(f"every one of the {len(problems)} evaluation problems had a request that failed; see {RAY_LOGS}")
+        raise UserError(
+            f"every one of the {len(problems)} evaluation problems had a request that failed; see {RAY_LOGS}"
+        )
     values = {f"evaluation/{name}": value for name, value in evaluation_values(responses).items()}
     return Evaluation({**values, "evaluation/failed": float(len(problems) - len(responses))}, table)

@@ -67,7 +67,11 @@ def rollout_values(collected: Collected, trained: Sequence[Trajectory], version:
         "tokens/dropped": float(counts.dropped_tokens),
         "tokens/carried": float(counts.carried_tokens),
         **dict(
-            zip(("length/min", "length/q25", "length/median", "length/q75", "length/max"), map(float, quartiles), strict=True)
+            zip(
+                ("length/min", "length/q25", "length/median", "length/q75", "length/max"),
+                map(float, quartiles),
+                strict=True,
+            )
         ),
         "length/mean": float(lengths.mean()),
         "advantage/length_weighted": float((advantages * lengths).sum() / lengths.sum()),
@@ -78,7 +82,9 @@ def rollout_values(collected: Collected, trained: Sequence[Trajectory], version:
 def staleness_values(trained: Sequence[Trajectory], version: int) -> dict[str, float]:
     """How many weight versions before `version` the responses were begun, and the share of their tokens by age."""
     ages = np.array([version - trajectory.oldest_version for trajectory in trained])
-    spans = [(version - span.version, span.end - span.start) for trajectory in trained for span in trajectory.spans]
+    spans = [
+        (version - span.version, span.end - span.start) for trajectory in trained for span in trajectory.spans
+    ]
     token_ages, tokens = np.array(spans).T
     return {
         "staleness/mean": float(ages.mean()),

@@ -103,7 +103,9 @@ class Loop:
         wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
 
         parts.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
-        results = parts.trainer.call("train_iteration", ray.put(batch), lr, wanted, meanwhile=parts.rollouts.during_update())
+        results = parts.trainer.call(
+            "train_iteration", ray.put(batch), lr, wanted, meanwhile=parts.rollouts.during_update()
+        )
         report = next(report for report, _ in results if report is not None)
         seconds |= report.seconds
 
@@ -134,7 +136,10 @@ class Loop:
         state, parts = self.state, self.parts
         values = {
             **rollout_values(collected, batch.trajectories, state.weight_version - 1),
-            **{f"engines/{name}": float(count) for name, count in asdict(parts.rollouts.take_counts()).items()},
+            **{
+                f"engines/{name}": float(count)
+                for name, count in asdict(parts.rollouts.take_counts()).items()
+            },
             **over_mini_steps(report.mini_steps),
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
@@ -146,7 +151,12 @@ class Loop:
             self._log("iteration", values)
             self._log_samples(batch, wanted, token_weights)
             if every and state.iteration % every == 0:
-                write_dump(self.directory.path / "rollouts", state.iteration, collected.groups, self.config.rollout.temperature)
+                write_dump(
+                    self.directory.path / "rollouts",
+                    state.iteration,
+                    collected.groups,
+                    self.config.rollout.temperature,
+                )
         except UserError as error:
             raise Interrupted from error
 
@@ -180,7 +190,10 @@ class Loop:
         )
         self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
         parts.console.evaluation(self.state.iteration, evaluation.values)
-        write_table(self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl", evaluation.table)
+        write_table(
+            self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl",
+            evaluation.table,
+        )
 
     def _save(self) -> None:
         self.parts.console.phase("checkpoint")
@@ -209,7 +222,9 @@ class Loop:
         self.metrics.truncate_after(self.state.iteration)
         self.samples.truncate_after(self.state.iteration)
         again = (
-            "" if same_layout else "; the parallel layout is another one, so the ranks' random states start anew from the seed"
+            ""
+            if same_layout
+            else "; the parallel layout is another one, so the ranks' random states start anew from the seed"
         )
         self.parts.console.note(f"continuing from {checkpoint}{again}")
 
@@ -256,7 +271,8 @@ def set_advantages(groups: Sequence[Group]) -> None:
     """Write each response's advantage within its group."""
     trajectories = [trajectory for group in groups for trajectory in group]
     advantages = group_advantages(
-        [trajectory.reward for trajectory in trajectories], [trajectory.group_id for trajectory in trajectories]
+        [trajectory.reward for trajectory in trajectories],
+        [trajectory.group_id for trajectory in trajectories],
     )
     for trajectory, advantage in zip(trajectories, advantages, strict=True):
         trajectory.advantage = float(advantage)

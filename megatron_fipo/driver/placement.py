@@ -1,7 +1,12 @@
 """Room for actors that belong together: the trainer's ranks, or the rollout engines."""
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from megatron_fipo.errors import UserError
 

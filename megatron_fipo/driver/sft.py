@@ -48,7 +48,11 @@ class SupervisedWorker(MegatronRank):
         losses = []
         for batch, lr in zip(batches, rates, strict=True):
             mine = batch[parallel_state.get_data_parallel_rank()]
-            losses.append(self.policy.supervised_step(self.shards(mine, pad_token_id), lr).statistics.get("loss", math.nan))
+            losses.append(
+                self.policy.supervised_step(self.shards(mine, pad_token_id), lr).statistics.get(
+                    "loss", math.nan
+                )
+            )
         return losses if self.reports else None
 
 
@@ -63,7 +67,9 @@ def train(config: SftConfig) -> None:
         raise UserError(f"output_dir {target} already exists; remove it or choose another.")
     tokenizer = load_tokenizer(str(source), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json.")
+        raise UserError(
+            f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json."
+        )
     traces = countdown_traces(config, tokenizer)
     rates = [learning_rate(config, step) for step in range(config.steps)]
     with (
@@ -74,7 +80,9 @@ def train(config: SftConfig) -> None:
         initial = Path(folder) / "initial"
         write_random_model(source, initial, config.seed, getattr(torch, config.dtype))
         settings = _rank_settings(config, initial)
-        trainer = TrainerGroup(SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings)
+        trainer = TrainerGroup(
+            SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings
+        )
         for line in trainer.call("describe")[0]:
             progress.console.print(line)
         bar = progress.add_task("supervised training", total=config.steps)
@@ -83,7 +91,9 @@ def train(config: SftConfig) -> None:
             batches = ray.put([_plan(_take(traces, config.tokens_per_step), config) for _ in range(count)])
             results = trainer.call("train_steps", batches, rates[start : start + count], pad_id(tokenizer))
             losses = next(result for result in results if result is not None)
-            progress.update(bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}")
+            progress.update(
+                bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         trainer.call("export_hf", str(initial), str(target))
         trainer.shutdown()
@@ -102,7 +112,13 @@ def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajector
             response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
             ones = [1] * len(response)
             yield Trajectory(
-                str(problem), prompt, response, ones, [0.0] * len(response), [VersionSpan(0, 0, len(response))], "stop"
+                str(problem),
+                prompt,
+                response,
+                ones,
+                [0.0] * len(response),
+                [VersionSpan(0, 0, len(response))],
+                "stop",
             )
 
 
@@ -130,7 +146,9 @@ def _plan(traces: list[Trajectory], config: SftConfig) -> list[list[list[Traject
         data_parallel_size=parallel.data_parallel_size,
         token_budget=2 * config.tokens_per_step,
         length_multiple=parallel.length_multiple,
-        count_multiple=micro_batch_multiple(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size),
+        count_multiple=micro_batch_multiple(
+            parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+        ),
     )
     return [[[traces[i] for i in micro] for micro in rank] for rank in plan]
 

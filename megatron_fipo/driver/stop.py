@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Optional
+from typing import Any
 
 import psutil
 
@@ -32,7 +32,7 @@ class Stop:
     `max_walltime_minutes` counts from the start of the process and only asks. `say` prints a line for the user.
     """
 
-    def __init__(self, max_walltime_minutes: Optional[float], say: Callable[[str], None]) -> None:
+    def __init__(self, max_walltime_minutes: float | None, say: Callable[[str], None]) -> None:
         self._limit_minutes = max_walltime_minutes
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._say = say

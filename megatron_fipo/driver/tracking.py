@@ -73,12 +73,19 @@ class Trackers:
 
     def _lose(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
-        self._say(f"{name} does not work ({first_line(error)}); training goes on without it, metrics.jsonl has everything")
+        self._say(
+            f"{name} does not work ({first_line(error)}); training goes on without it, metrics.jsonl has everything"
+        )
 
 
 class _Wandb:
     def __init__(
-        self, config: TrackingConfig, run_dir: Path, resolved_config: dict[str, Any], run_name: str, say: Callable[[str], None]
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        resolved_config: dict[str, Any],
+        run_name: str,
+        say: Callable[[str], None],
     ) -> None:
         import wandb
 
@@ -99,14 +106,18 @@ class _Wandb:
 
         online = config.wandb == "online"
         if online and not wandb.login(prompt=False, verify=False):
-            say("wandb has no API key, so this run is recorded offline; run `wandb login`, then upload it with `wandb sync`")
+            say(
+                "wandb has no API key, so this run is recorded offline; run `wandb login`, then upload it with `wandb sync`"
+            )
             online = False
         try:
             self._run = start(online)
         except wandb.errors.CommError as error:
             if not online:
                 raise
-            say(f"wandb can't be reached ({first_line(error)}), so this run is recorded offline; upload it with `wandb sync`")
+            say(
+                f"wandb can't be reached ({first_line(error)}), so this run is recorded offline; upload it with `wandb sync`"
+            )
             self._run = start(online=False)
         id_file.write_text(self._run.id + "\n")
         # Its own axis, not wandb's step counter: that refuses steps that a resumed run logs a second time.
@@ -124,11 +135,15 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._open: Callable[[int], SummaryWriter] = lambda first: SummaryWriter(str(folder), purge_step=first)
+        self._open: Callable[[int], SummaryWriter] = lambda first: SummaryWriter(
+            str(folder), purge_step=first
+        )
         self._writer: SummaryWriter | None = None
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:  # a resumed run hides what the interrupted one wrote of this iteration and later ones
+        if (
+            self._writer is None
+        ):  # a resumed run hides what the interrupted one wrote of this iteration and later ones
             self._writer = self._open(iteration)
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)

@@ -37,12 +37,16 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     """`megatron-fipo train`: run or continue `config`, then write model and report. Returns the exit code (see `driver/stop.py`)."""
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
-    source = None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
+    source = (
+        None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
+    )
     if source is None:
         engine_class(config.rollout.engine)  # refuses before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
-        train_set, held_out = load_datasets(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
+        train_set, held_out = load_datasets(
+            config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note
+        )
         directory = RunDirectory(Path(config.run_dir).resolve())
         for change in directory.claim(config, allow_change):
             console.note(change)
@@ -58,7 +62,9 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
                 console.note(line)
             rollouts: Rollouts
             if source is not None:
-                console.note(f"training on the responses in {source.folder}; without engines, nothing is evaluated")
+                console.note(
+                    f"training on the responses in {source.folder}; without engines, nothing is evaluated"
+                )
                 rollouts, held_out = ReplayRollouts(source), []
             else:
                 pool = start_engines(config, config.model.path, machine, console.note, trainer.placement)
@@ -66,12 +72,18 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
                 collector = make_collector(config, train_set, pool, tokenizer)
                 rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
                 if not held_out:
-                    console.note("there are no held-out problems (data.evaluation_path), so nothing will be evaluated")
-            trackers = Trackers(config.tracking, directory.path, asdict(config), directory.path.name, say=console.note)
+                    console.note(
+                        "there are no held-out problems (data.evaluation_path), so nothing will be evaluated"
+                    )
+            trackers = Trackers(
+                config.tracking, directory.path, asdict(config), directory.path.name, say=console.note
+            )
             stack.callback(trackers.close)
             stack.callback(report, directory.path, console)
             score, text = scorer(config.reward.name), decoder(tokenizer)
-            parts = Parts(trainer, rollouts, held_out, score, text, pad_id(tokenizer), console, trackers, stop)
+            parts = Parts(
+                trainer, rollouts, held_out, score, text, pad_id(tokenizer), console, trackers, stop
+            )
             try:
                 Loop(config, directory, parts).run()
             except Interrupted as interrupted:
@@ -87,7 +99,9 @@ def start_trainer(config: Config, machine: Machine) -> TrainerGroup:
     """The trainer's ranks with the model built and loaded."""
     share = 1 - COLOCATED_GPU_SHARE if config.rollout.placement == "colocated" else 1.0
     gpus = int(machine.gpus > 0)
-    return TrainerGroup(TrainerWorker, config.parallel.world_size, gpus, gpu_share=share, config=with_absolute_paths(config))
+    return TrainerGroup(
+        TrainerWorker, config.parallel.world_size, gpus, gpu_share=share, config=with_absolute_paths(config)
+    )
 
 
 def make_collector(config: Config, train_set: Dataset, pool: EnginePool, tokenizer: Any) -> Collector:
@@ -126,7 +140,10 @@ def summarise(run_dir: Path, console: Console) -> None:
     iterations = [record.values for record in records if record.kind == "iteration"]
     generated = sum(values["tokens/generated"] for values in iterations)
     if generated:
-        used, filtered = (sum(values[f"tokens/{name}"] for values in iterations) / generated for name in ("used", "filtered"))
+        used, filtered = (
+            sum(values[f"tokens/{name}"] for values in iterations) / generated
+            for name in ("used", "filtered")
+        )
         console.note(
             f"of the sampled tokens {used:.1%} were trained on and {filtered:.1%} belonged to groups all right or all wrong; "
             f"{iterations[-1]['rollout/unused_share']:.1%} of the informative responses went unused"
@@ -140,9 +157,14 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
     """`megatron-fipo evaluate`: held-out accuracy of a Hugging Face folder; prints it and writes every response to `output`."""
     tokenizer = load_tokenizer(model_dir, config.model.trust_remote_code)
     with Console(0) as console:
-        held_out = load_evaluation(config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note)
+        held_out = load_evaluation(
+            config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note
+        )
         console.phase("evaluation")
-        with run_cluster(config, read_architecture(Path(model_dir))) as machine, contextlib.ExitStack() as stack:
+        with (
+            run_cluster(config, read_architecture(Path(model_dir))) as machine,
+            contextlib.ExitStack() as stack,
+        ):
             pool = start_engines(config, model_dir, machine, console.note)
             stack.callback(pool.shutdown)
             evaluation = evaluate_problems(
@@ -170,9 +192,13 @@ def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
-        raise UserError(f"model folder {folder} does not exist; give model.path a folder in Hugging Face format.")
+        raise UserError(
+            f"model folder {folder} does not exist; give model.path a folder in Hugging Face format."
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # what a damaged tokenizer.json raises depends on where the damage is
         raise UserError(
             f"cannot read the tokenizer in {folder} ({first_line(error)}); restore tokenizer.json and tokenizer_config.json"

@@ -28,7 +28,12 @@ class TrainerGroup:
     """
 
     def __init__(
-        self, worker_class: type, world_size: int, gpus_per_rank: int, gpu_share: float = 1.0, **worker_arguments: Any
+        self,
+        worker_class: type,
+        world_size: int,
+        gpus_per_rank: int,
+        gpu_share: float = 1.0,
+        **worker_arguments: Any,
     ) -> None:
         """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them, leaving the rest to a colocated engine.
 
@@ -36,13 +41,17 @@ class TrainerGroup:
         """
         self._failure: TrainerLostError | None = None
         bundle = {"CPU": 1, "GPU": gpus_per_rank} if gpus_per_rank else {"CPU": 1}
-        self.placement: PlacementGroup = reserve(bundle, world_size, "trainer ranks", "lower the parallel sizes")
+        self.placement: PlacementGroup = reserve(
+            bundle, world_size, "trainer ranks", "lower the parallel sizes"
+        )
         remote: Any = ray.remote(worker_class)
         self.actors: list[ActorHandle] = [
             remote.options(
                 num_cpus=1,
                 num_gpus=gpus_per_rank * gpu_share,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=bundle_index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.placement, placement_group_bundle_index=bundle_index
+                ),
             ).remote(rank=rank, world_size=world_size, **worker_arguments)
             for rank, bundle_index in enumerate(node_by_node(self.placement))
         ]
@@ -95,4 +104,6 @@ def _describe(rank: int, method: str, error: ray.exceptions.RayError) -> Trainer
     if isinstance(cause, UserError):
         return TrainerLostError(str(cause))
     _logger.error("%s", error)  # the rank's traceback, which the sentence would hide
-    return TrainerLostError(f"trainer rank {rank} failed in {method}: {type(cause).__name__}: {first_line(cause)}")
+    return TrainerLostError(
+        f"trainer rank {rank} failed in {method}: {type(cause).__name__}: {first_line(cause)}"
+    )

@@ -47,7 +47,9 @@ class LocalEngine:
     """More responses decoded together gain no speed on a CPU and cost KV cache."""
     calls_at_once: ClassVar[int] = 1
 
-    def __init__(self, model_path: str, dtype: str, trust_remote_code: bool = False, load_weights: bool = True) -> None:
+    def __init__(
+        self, model_path: str, dtype: str, trust_remote_code: bool = False, load_weights: bool = True
+    ) -> None:
         """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves.
 
         Without `load_weights` the weights in the folder are not read; the engine serves after its first weight update.
@@ -69,7 +71,9 @@ class LocalEngine:
         with self._using_model:
             if self._model is None:
                 torch.set_num_threads(1)
-                model, self._end_ids = load_model(self._model_path, self._dtype, self._trust_remote_code, self._load_weights)
+                model, self._end_ids = load_model(
+                    self._model_path, self._dtype, self._trust_remote_code, self._load_weights
+                )
                 self._device = "cuda" if torch.cuda.is_available() else "cpu"
                 self._model = model.eval().requires_grad_(False).to(self._device)
                 self._version = 0 if self._load_weights else NO_WEIGHTS
@@ -89,10 +93,15 @@ class LocalEngine:
         """
         with self._using_model:
             if self._version == NO_WEIGHTS or self._received is not None:
-                raise RuntimeError("generate() was called before there were weights or within a weight update")
+                raise RuntimeError(
+                    "generate() was called before there were weights or within a weight update"
+                )
             self._abort.clear()
             rows = self._decode(requests, sampling)
-            return [Generation(tuple(row.tokens), tuple(row.log_probs), row.finish_reason, self._version) for row in rows]
+            return [
+                Generation(tuple(row.tokens), tuple(row.log_probs), row.finish_reason, self._version)
+                for row in rows
+            ]
 
     def abort(self) -> None:
         self._abort.set()
@@ -101,11 +110,16 @@ class LocalEngine:
     def _decode(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[_Row]:
         """One row per request. Between any two tokens it may be aborted."""
         limit = sampling.max_new_tokens
-        rows = [_Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :]) for request in requests]
+        rows = [
+            _Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :])
+            for request in requests
+        ]
         logits, cache, mask = self._prefill([request.prompt_ids + request.prefix for request in requests])
         running = rows
         while not self._abort.is_set():
-            uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(self._device)
+            uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(
+                self._device
+            )
             tokens, log_probs = sample_tokens(logits, uniforms, sampling)
             survivors = self._append(running, tokens.tolist(), log_probs.tolist())
             if not survivors:
@@ -118,7 +132,11 @@ class LocalEngine:
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             positions = mask.sum(-1, keepdim=True) - 1
             logits = self._model(
-                input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             ).logits[:, -1]
         return rows
 
@@ -148,7 +166,9 @@ class LocalEngine:
         cache.batch_select_indices(index)
         return output.logits[index, -1], cache, mask[index]
 
-    def _append(self, running: Sequence[_Row], tokens: Sequence[int], log_probs: Sequence[float]) -> list[int]:
+    def _append(
+        self, running: Sequence[_Row], tokens: Sequence[int], log_probs: Sequence[float]
+    ) -> list[int]:
         """Add one token to each row; return the indices of the rows that go on."""
         survivors = []
         for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
@@ -174,7 +194,9 @@ class LocalEngine:
         """Copy the named tensors into the model. A name, shape or dtype that the model does not have is a `UserError`."""
         with self._using_model:
             if self._received is None:
-                raise RuntimeError("load_weights() was called outside begin_weight_update() and finish_weight_update()")
+                raise RuntimeError(
+                    "load_weights() was called outside begin_weight_update() and finish_weight_update()"
+                )
             held = self._held()
             for name, tensor in bucket.items():
                 if name not in held:
@@ -203,8 +225,12 @@ class LocalEngine:
             updated = {held[name].data_ptr() for name in self._received}
             missing = [name for name, tensor in held.items() if tensor.data_ptr() not in updated]
             if missing:
-                raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
-            checksums = {name: tensor_checksum(name, held[name]) for name in self._received} if self._check else {}
+                raise UserError(
+                    f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}"
+                )
+            checksums = (
+                {name: tensor_checksum(name, held[name]) for name in self._received} if self._check else {}
+            )
             self._version, self._received = version, None
             return checksums
 

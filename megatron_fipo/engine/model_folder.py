@@ -6,14 +6,18 @@ from typing import Any
 from megatron_fipo.errors import UserError, first_line
 
 
-def load_model(path: str, dtype: str, trust_remote_code: bool, load_weights: bool) -> tuple[Any, frozenset[int]]:
+def load_model(
+    path: str, dtype: str, trust_remote_code: bool, load_weights: bool
+) -> tuple[Any, frozenset[int]]:
     """The model on the current device, and the tokens that end a response.
 
     Without `load_weights` the weights in the folder are not read and those of the model are undefined. `UserError` where the folder is
     unreadable, of an architecture that `transformers` does not know, or names no end-of-sequence token.
     """
     if not Path(path, "config.json").is_file():
-        raise UserError(f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format")
+        raise UserError(
+            f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format"
+        )
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -23,10 +27,14 @@ def load_model(path: str, dtype: str, trust_remote_code: bool, load_weights: boo
     try:
         config = AutoConfig.from_pretrained(path, **options)
         if load_weights:
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype), **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=getattr(torch, dtype), **options
+            )
         else:
             with no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+                )
             model.tie_weights()
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         has_own = Path(path, "generation_config.json").is_file()
@@ -37,7 +45,9 @@ def load_model(path: str, dtype: str, trust_remote_code: bool, load_weights: boo
     # Some tokenizer classes invent an end token that the folder does not name: its id lies beyond the vocabulary.
     end_ids = frozenset(token for token in named if token < config.get_text_config().vocab_size)
     if not end_ids:
-        raise UserError(f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set eos_token")
+        raise UserError(
+            f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set eos_token"
+        )
     return model, end_ids
 
 

@@ -99,7 +99,9 @@ class VLLMEngine:
         from vllm import AsyncEngineArgs, AsyncLLMEngine
         from vllm.platforms import current_platform
 
-        check_model(self._settings, self._model, current_platform.get_device_total_memory() if self._gpu else None)
+        check_model(
+            self._settings, self._model, current_platform.get_device_total_memory() if self._gpu else None
+        )
         path = self._settings.model_path
         try:
             config = AsyncEngineArgs(**engine_arguments(self._settings, self._gpu)).create_engine_config()
@@ -111,7 +113,9 @@ class VLLMEngine:
         try:
             return AsyncLLMEngine.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"vLLM could not load model.path {path}: {reason(error)}; its log is in {RAY_LOGS}") from error
+            raise UserError(
+                f"vLLM could not load model.path {path}: {reason(error)}; its log is in {RAY_LOGS}"
+            ) from error
 
     async def ping(self) -> int:
         """The version served; -1 before there are weights. RuntimeError where vLLM's engine process is dead."""
@@ -163,7 +167,9 @@ class VLLMEngine:
             if self._aborts != aborts:
                 break
             prompt = tokens_input([*request.prompt_ids, *request.prefix])
-            collectors.append(await self._llm.add_request(request_id, prompt, self._sampling(request, sampling)))
+            collectors.append(
+                await self._llm.add_request(request_id, prompt, self._sampling(request, sampling))
+            )
         return collectors
 
     def _sampling(self, request: GenerationRequest, sampling: SamplingParams) -> Any:
@@ -205,7 +211,9 @@ class VLLMEngine:
         Beginning again forgets a broken update.
         """
         self._update = _Update(self._model, check)  # from here on `generate` refuses
-        await self.abort()  # also ends calls that are still handing in requests, which would queue up behind the pause
+        await (
+            self.abort()
+        )  # also ends calls that are still handing in requests, which would queue up behind the pause
         await self._llm.pause_generation(mode="abort", clear_cache=True)
         if self._worker_updating:
             self._worker_updating = False
@@ -255,14 +263,18 @@ class VLLMEngine:
         update = self._current_update()
         missing = update.missing()
         if missing:
-            raise UserError(f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}")
+            raise UserError(
+                f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}"
+            )
         checksums: dict[str, str] = {}
         if update.check:
             checksums, *others = await self._llm.collective_rpc("received_checksums")
             for worker, other in enumerate(others, start=1):
                 for name in checksums:
                     if other.get(name) != checksums[name]:
-                        raise RuntimeError(f"workers 0 and {worker} of the rollout engine received different bytes for {name}")
+                        raise RuntimeError(
+                            f"workers 0 and {worker} of the rollout engine received different bytes for {name}"
+                        )
         await self._llm.finish_weight_update(str(version))
         self._worker_updating = False
         await self._llm.resume_generation()

@@ -108,11 +108,16 @@ def read_model(settings: Settings) -> ModelFacts:
     import torch
 
     with torch.device("meta"):
-        model, end_ids = load_model(settings.model_path, settings.dtype, settings.trust_remote_code, load_weights=False)
+        model, end_ids = load_model(
+            settings.model_path, settings.dtype, settings.trust_remote_code, load_weights=False
+        )
     text = model.config.get_text_config()
     tensors = model.state_dict(keep_vars=True)
     return ModelFacts(
-        weights={name: Weight(tuple(tensor.shape), str(tensor.dtype), id(tensor)) for name, tensor in tensors.items()},
+        weights={
+            name: Weight(tuple(tensor.shape), str(tensor.dtype), id(tensor))
+            for name, tensor in tensors.items()
+        },
         weight_bytes=sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values()),
         end_ids=end_ids,
         layers=text.num_hidden_layers,

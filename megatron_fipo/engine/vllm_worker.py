@@ -26,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -64,7 +67,9 @@ class BucketTransfer(NCCLWeightTransferEngine):
         super().init_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
-        if self._loading:  # a broken update: what its layers have received would count as received in this one
+        if (
+            self._loading
+        ):  # a broken update: what its layers have received would count as received in this one
             super().finish_weight_update()
         super().start_weight_update()
         self._loading, self.checksums = True, {}
@@ -82,7 +87,9 @@ class BucketTransfer(NCCLWeightTransferEngine):
         assert isinstance(update_info, BucketInfo)
         model: Any = _Checked(self.model, self.checksums) if update_info.check else self.model
         if update_info.path is not None:
-            model.load_weights(read_bucket(update_info.path, update_info.names, update_info.dtype_names, update_info.shapes))
+            model.load_weights(
+                read_bucket(update_info.path, update_info.names, update_info.dtype_names, update_info.shapes)
+            )
             return
         target: Any = self.model
         self.model = model

@@ -21,4 +21,6 @@ def installed_version(module: str, package: str) -> str | None:
 def has_nvidia_apex() -> bool:
     """Whether apex is NVIDIA's: it has `multi_tensor_apply`; the web toolkit of the same name on PyPI has not."""
     spec = find_spec("apex")
-    return spec is not None and any((Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations or ())
+    return spec is not None and any(
+        (Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations or ()
+    )

@@ -6,12 +6,22 @@ A family adds to it the weights that not all of them have, and says which varian
 from typing import Any
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.families.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Layout, Part, Rule, read_size
+from megatron_fipo.families.family import (
+    EMBEDDING_WEIGHT,
+    OUTPUT_WEIGHT,
+    Architecture,
+    Layout,
+    Part,
+    Rule,
+    read_size,
+)
 
 _LAYER = "decoder.layers.{layer}"
 _HF = "model.layers.{layer}"
 
-_EMBEDDING = Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (Part("model.embed_tokens.weight", ("vocab", "hidden")),))
+_EMBEDDING = Rule(
+    EMBEDDING_WEIGHT, Layout.VOCABULARY, (Part("model.embed_tokens.weight", ("vocab", "hidden")),)
+)
 _EVERY_LAYER = (
     Rule(
         f"{_LAYER}.self_attention.linear_qkv.layer_norm_weight",
@@ -45,9 +55,15 @@ _EVERY_LAYER = (
             Part(f"{_HF}.mlp.up_proj.weight", ("ffn", "hidden")),
         ),
     ),
-    Rule(f"{_LAYER}.mlp.linear_fc2.weight", Layout.ROW, (Part(f"{_HF}.mlp.down_proj.weight", ("hidden", "ffn")),)),
+    Rule(
+        f"{_LAYER}.mlp.linear_fc2.weight",
+        Layout.ROW,
+        (Part(f"{_HF}.mlp.down_proj.weight", ("hidden", "ffn")),),
+    ),
 )
-_FINAL_NORM = Rule("decoder.final_layernorm.weight", Layout.REPLICATED, (Part("model.norm.weight", ("hidden",)),))
+_FINAL_NORM = Rule(
+    "decoder.final_layernorm.weight", Layout.REPLICATED, (Part("model.norm.weight", ("hidden",)),)
+)
 _OUTPUT = Rule(OUTPUT_WEIGHT, Layout.VOCABULARY, (Part("lm_head.weight", ("vocab", "hidden")),))
 
 QKV_BIAS = (
@@ -84,7 +100,9 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 """The numbers of Llama 3's rotary scaling that Megatron-Core has as constants; only the factor can be set there."""
 
 
-def dense_architecture(config: dict[str, Any], add_qkv_bias: bool = False, qk_layernorm: bool = False) -> Architecture:
+def dense_architecture(
+    config: dict[str, Any], add_qkv_bias: bool = False, qk_layernorm: bool = False
+) -> Architecture:
     """`config.json` as an `Architecture`. UserError naming the key for a missing or wrong one, or a variant not covered here.
 
     The heads' size is `head_dim`, or hidden_size / num_attention_heads where the config has none.
@@ -98,7 +116,9 @@ def dense_architecture(config: dict[str, Any], add_qkv_bias: bool = False, qk_la
             ffn_hidden_size=read_size(config, "intermediate_size"),
             num_attention_heads=heads,
             num_query_groups=read_size(config, "num_key_value_heads"),
-            kv_channels=read_size(config, "head_dim") if config.get("head_dim") is not None else hidden_size // heads,
+            kv_channels=read_size(config, "head_dim")
+            if config.get("head_dim") is not None
+            else hidden_size // heads,
             vocab_size=read_size(config, "vocab_size"),
             max_position_embeddings=read_size(config, "max_position_embeddings"),
             layernorm_epsilon=config["rms_norm_eps"],
@@ -112,7 +132,9 @@ def dense_architecture(config: dict[str, Any], add_qkv_bias: bool = False, qk_la
     except KeyError as missing:
         raise UserError(f"{missing} is missing; every model of this family needs it") from None
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act={config['hidden_act']!r} is not supported; models of this family have 'silu'")
+        raise UserError(
+            f"hidden_act={config['hidden_act']!r} is not supported; models of this family have 'silu'"
+        )
     return architecture
 
 
@@ -128,7 +150,9 @@ def read_rotary(config: dict[str, Any]) -> tuple[float, float]:
     if kind == "default":
         return base, 1.0
     if kind != "llama3":
-        raise UserError(f"rotary scaling {kind!r} (rope_parameters or rope_scaling) is not supported; 'default' and 'llama3' are")
+        raise UserError(
+            f"rotary scaling {kind!r} (rope_parameters or rope_scaling) is not supported; 'default' and 'llama3' are"
+        )
     for key, value in LLAMA3_SCALING.items():
         if parameters.get(key) != value:
             raise UserError(
@@ -144,4 +168,6 @@ def refuse_true(config: dict[str, Any], *keys: str) -> None:
     """UserError naming the first of `keys` that the config sets to true."""
     for key in keys:
         if config.get(key):
-            raise UserError(f"{key}=true is not supported; models of this family are covered with {key}=false only")
+            raise UserError(
+                f"{key}=true is not supported; models of this family are covered with {key}=false only"
+            )

@@ -120,7 +120,11 @@ class Weight:
             return self.parameters
         if self.layout is Layout.VOCABULARY:
             ((rows, *columns),) = self.shapes
-            return padded_vocab_size(rows, tensor_model_parallel_size) // tensor_model_parallel_size * prod(columns)
+            return (
+                padded_vocab_size(rows, tensor_model_parallel_size)
+                // tensor_model_parallel_size
+                * prod(columns)
+            )
         share, rest = divmod(self.parameters, tensor_model_parallel_size)
         if rest:
             raise ValueError(

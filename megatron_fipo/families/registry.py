@@ -10,7 +10,9 @@ from megatron_fipo.families.llama import LLAMA
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.families.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {name: family for family in (QWEN2, QWEN3, LLAMA) for name in family.architectures}
+FAMILIES: dict[str, Family] = {
+    name: family for family in (QWEN2, QWEN3, LLAMA) for name in family.architectures
+}
 """By the names in the `architectures` field of config.json."""
 
 
@@ -40,7 +42,9 @@ def find_family(hf_config: dict[str, Any]) -> Family:
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
-    raise UserError(f"architecture {', '.join(names) or '(none named)'} is not supported; known: {', '.join(FAMILIES)}")
+    raise UserError(
+        f"architecture {', '.join(names) or '(none named)'} is not supported; known: {', '.join(FAMILIES)}"
+    )
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
@@ -53,7 +57,9 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"the model folder {folder} has no config.json; give a folder in Hugging Face format") from None
+        raise UserError(
+            f"the model folder {folder} has no config.json; give a folder in Hugging Face format"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

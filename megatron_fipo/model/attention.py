@@ -60,11 +60,15 @@ def attention_plan(packed: PackedSeqParams, cp_rank: int, cp_size: int, device: 
     plan = getattr(packed, "_attention_plan", None)
     if plan is None:
         if packed.qkv_format != "thd":
-            raise ValueError(f"attention takes packed sequences (qkv_format 'thd'), not {packed.qkv_format!r}")
+            raise ValueError(
+                f"attention takes packed sequences (qkv_format 'thd'), not {packed.qkv_format!r}"
+            )
         cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
         lengths = cu_seqlens.diff().cpu()
         if int(lengths.max()) > int(packed.max_seqlen_q):
-            raise ValueError(f"a packed sequence has {int(lengths.max())} tokens, but max_seqlen_q is {packed.max_seqlen_q}")
+            raise ValueError(
+                f"a packed sequence has {int(lengths.max())} tokens, but max_seqlen_q is {packed.max_seqlen_q}"
+            )
         plan = build_plan(lengths, cp_rank, cp_size, device)
         packed._attention_plan = plan
     return plan
@@ -74,7 +78,9 @@ def build_plan(lengths: torch.Tensor, cp_rank: int, cp_size: int, device: torch.
     """The plan for sequences of the given global padded lengths (int [S], on the host). Pure but for the copy to `device`."""
     lengths = lengths.long()
     if cp_size > 1 and (lengths % (2 * cp_size)).any():
-        raise ValueError(f"packed sequences have to be padded to multiples of {2 * cp_size} for {cp_size} context-parallel ranks")
+        raise ValueError(
+            f"packed sequences have to be padded to multiples of {2 * cp_size} for {cp_size} context-parallel ranks"
+        )
     local_starts = (lengths.cumsum(0) - lengths) // cp_size
     local_total = int(lengths.sum()) // cp_size
     magnitudes = torch.tensor([int(length).bit_length() for length in lengths])
@@ -83,12 +89,19 @@ def build_plan(lengths: torch.Tensor, cp_rank: int, cp_size: int, device: torch.
         if magnitude == 0:
             continue
         members = (magnitudes == magnitude).nonzero().flatten()
-        buckets.append(_build_bucket(lengths[members], local_starts[members], local_total, cp_rank, cp_size, device))
+        buckets.append(
+            _build_bucket(lengths[members], local_starts[members], local_total, cp_rank, cp_size, device)
+        )
     return Plan(buckets, torch.cat([bucket.query_tokens for bucket in buckets]).argsort())
 
 
 def _build_bucket(
-    lengths: torch.Tensor, local_starts: torch.Tensor, local_total: int, cp_rank: int, cp_size: int, device: torch.device
+    lengths: torch.Tensor,
+    local_starts: torch.Tensor,
+    local_total: int,
+    cp_rank: int,
+    cp_size: int,
+    device: torch.device,
 ) -> Bucket:
     longest = int(lengths.max())
     batch, width = len(lengths), longest // cp_size
@@ -122,7 +135,9 @@ def _ragged(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, columns
 
 
-def zigzag_owner(positions: torch.Tensor, lengths: torch.Tensor, cp_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def zigzag_owner(
+    positions: torch.Tensor, lengths: torch.Tensor, cp_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which context-parallel rank holds a position of a sequence, and at which offset within its part. All int64 [T]."""
     chunk_length = lengths // (2 * cp_size)
     chunk = positions // chunk_length
@@ -165,7 +180,9 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [T, heads, d], key and value [T, groups, d] of this rank -> [T, heads · d]."""
         if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
-            raise ValueError("attention takes packed sequences only: give packed_seq_params, and no attention_mask or bias")
+            raise ValueError(
+                "attention takes packed sequences only: give packed_seq_params, and no attention_mask or bias"
+            )
         cp_size = self.cp_group.size()
         plan = attention_plan(packed_seq_params, self.cp_group.rank(), cp_size, query.device)
         key_value = torch.cat((key, value), dim=-1)
@@ -180,7 +197,9 @@ def attend(plan: Plan, query: torch.Tensor, key_value: torch.Tensor, scale: floa
     return torch.cat(attended).index_select(0, plan.order)
 
 
-def _attend_bucket(bucket: Bucket, query: torch.Tensor, key_value: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend_bucket(
+    bucket: Bucket, query: torch.Tensor, key_value: torch.Tensor, scale: float
+) -> torch.Tensor:
     """[tokens, heads, d]: one bucket's queries over its keys."""
     batch, query_width, key_width = bucket.size
     queries = _pad(query.index_select(0, bucket.query_tokens), bucket.query_slots, batch, query_width)

@@ -56,7 +56,11 @@ def build_model(
             vp_stage=vp_stage,
             **model_kwargs,
         )
-        chunk.family, chunk.architecture, chunk.unpadded_vocab_size = family, architecture, architecture.vocab_size
+        chunk.family, chunk.architecture, chunk.unpadded_vocab_size = (
+            family,
+            architecture,
+            architecture.vocab_size,
+        )
         chunks.append(chunk)
     return chunks
 
@@ -70,7 +74,9 @@ def check_split(architecture: Architecture, parallel: ParallelConfig) -> None:
         (architecture.ffn_hidden_size, "feed-forward columns"),
     ):
         if count % tp:
-            raise UserError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}"
+            )
     virtual_stages = parallel.virtual_pipeline_model_parallel_size
     stages = parallel.pipeline_model_parallel_size * (virtual_stages or 1)
     if architecture.num_layers % stages:
@@ -79,7 +85,9 @@ def check_split(architecture: Architecture, parallel: ParallelConfig) -> None:
             "parallel.pipeline_model_parallel_size or parallel.virtual_pipeline_model_parallel_size"
         )
     if virtual_stages and parallel.pipeline_model_parallel_size == 1:
-        raise UserError("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1")
+        raise UserError(
+            "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1"
+        )
 
 
 def transformer_config(

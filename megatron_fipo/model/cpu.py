@@ -54,12 +54,16 @@ def install() -> None:
     if torch.cuda.is_available() or is_installed():
         return
     if ROOT in sys.modules:
-        raise RuntimeError("megatron.core is already imported without the CPU platform; import megatron_fipo.model before it")
+        raise RuntimeError(
+            "megatron.core is already imported without the CPU platform; import megatron_fipo.model before it"
+        )
     _require_modules(PATCHES)
     torch.Tensor.cuda = _identity_cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.type = _tensor_type  # type: ignore[method-assign, assignment]
     # Imported by Megatron-Core, it would say that a CUDA toolkit is there and no device: `megatron-fipo doctor` does.
-    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime" not in record.getMessage()
+    )
     sys.meta_path.insert(0, _MegatronFinder())
 
 
@@ -74,7 +78,9 @@ def is_installed() -> bool:
 class _MegatronFinder(MetaPathFinder):
     """Finds `megatron.core` modules as usual, and patches each right after its body has run. Lets nobody import `FOR_GPUS`."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname in FOR_GPUS:
             spec = PathFinder.find_spec(fullname, path, target)
             if spec is not None:
@@ -122,7 +128,9 @@ class _RefusingLoader(Loader):
     """A package that is there and cannot be imported."""
 
     def exec_module(self, module: ModuleType) -> None:
-        raise ModuleNotFoundError(f"{module.__name__} computes on GPUs alone, and there is none", name=module.__name__)
+        raise ModuleNotFoundError(
+            f"{module.__name__} computes on GPUs alone, and there is none", name=module.__name__
+        )
 
 
 def _identity_compile(function: Any = None, **_: Any) -> Any:
@@ -245,7 +253,10 @@ class FusedAdam(torch.optim.Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 if not self.state[param]:
-                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                    self.state[param] = {
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
             adam(
                 params,
                 [param.grad for param in params],
@@ -270,14 +281,21 @@ def _require_modules(names: Iterable[str]) -> None:
     roots = [Path(place) for place in (namespace.submodule_search_locations or [])] if namespace else []
     for name in names:
         inside = Path(*name.split(".")[1:])
-        if not any((root / inside).with_suffix(".py").is_file() or (root / inside / "__init__.py").is_file() for root in roots):
-            raise RuntimeError(f"the CPU platform patches {name}, which the installed megatron-core does not have")
+        if not any(
+            (root / inside).with_suffix(".py").is_file() or (root / inside / "__init__.py").is_file()
+            for root in roots
+        ):
+            raise RuntimeError(
+                f"the CPU platform patches {name}, which the installed megatron-core does not have"
+            )
 
 
 def _replace(module: ModuleType, **names: Any) -> None:
     for name, value in names.items():
         if not hasattr(module, name):
-            raise RuntimeError(f"the CPU platform replaces {module.__name__}.{name}, which this megatron-core does not have")
+            raise RuntimeError(
+                f"the CPU platform replaces {module.__name__}.{name}, which this megatron-core does not have"
+            )
         setattr(module, name, value)
 
 
@@ -288,7 +306,9 @@ def _patch_random(module: ModuleType) -> None:
         _set_cuda_rng_state=lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
     )
     # The tracker warns whenever the CPU generator moved while the "CUDA" one was in use; here they are the same one.
-    logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(module.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {

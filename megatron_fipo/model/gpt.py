@@ -24,20 +24,28 @@ class LogProbGPTModel(GPTModel):
             return hidden_states
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return _apply_head(hidden_states, weight, labels, self.config.sequence_parallel, self.pg_collection.tp)
+        return _apply_head(
+            hidden_states, weight, labels, self.config.sequence_parallel, self.pg_collection.tp
+        )
 
 
 def _apply_head(hidden_states, weight, request: HeadRequest, sequence_parallel: bool, group):
     return response_log_probs(hidden_states, weight, request, group, sequence_parallel)
 
 
-def _output_processor(hidden_states, output_layer, output_weight, context, config, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _output_processor(
+    hidden_states, output_layer, output_weight, context, config, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     weight = output_layer.weight if output_weight is None else output_weight
     return _apply_head(hidden_states, weight, context, config.sequence_parallel, output_layer.tp_group)
 
 
 def forward_log_probs(
-    model: torch.nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, packed: PackedSeqParams, request: HeadRequest
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    packed: PackedSeqParams,
+    request: HeadRequest,
 ) -> Any:
     """Run one pipeline stage: (log_probs [R], entropy [R]) on the last stage, hidden states on the others."""
     arguments: dict[str, Any] = {

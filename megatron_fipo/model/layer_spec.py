@@ -46,11 +46,15 @@ def choose_layer_spec(wanted: str, dtype: str) -> str:
     if wanted == "auto":
         return TRANSFORMER_ENGINE if usable and dtype == "bfloat16" else PORTABLE
     if wanted == TRANSFORMER_ENGINE and not usable:
-        raise UserError(f"model.layer_spec=transformer_engine needs a GPU and the transformer-engine package ({INSTALL})")
+        raise UserError(
+            f"model.layer_spec=transformer_engine needs a GPU and the transformer-engine package ({INSTALL})"
+        )
     return wanted
 
 
-def block_spec(config: TransformerConfig, layer_spec: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, layer_spec: str, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers that this pipeline stage (and virtual stage) builds, and the norm behind the last layer."""
     if layer_spec == TRANSFORMER_ENGINE:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
@@ -72,10 +76,15 @@ def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=SHARED_NAMES,
         ),

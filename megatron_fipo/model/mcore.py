@@ -26,7 +26,11 @@ if not SUPPORTED[0] <= VERSION < SUPPORTED[1]:
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
 """Whether `GPTModel.forward` takes a function for the hidden states behind the final norm (0.18 and later)."""
 
-ASYNC_SAVE = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+ASYNC_SAVE = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 """Keywords by which `dist_checkpointing.save` uses its own background writer (newer releases prefer another package's)."""
 
 COMMON_STATE_FILE = "common.pt" if VERSION < (0, 19) else None
@@ -84,7 +88,9 @@ def make_optimizer_state(optimizer: MegatronOptimizer) -> None:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     if not part.optimizer.state[parameter]:
-                        part.optimizer.initialize_state(parameter, False)  # the master weights whole, no remainders
+                        part.optimizer.initialize_state(
+                            parameter, False
+                        )  # the master weights whole, no remainders
         else:
             part.init_state_fn(part.optimizer, part.config)
 

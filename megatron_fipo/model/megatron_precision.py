@@ -10,7 +10,11 @@ from megatron_fipo.config import ModelConfig, OptimizerSettings
 def layer_precision(model: ModelConfig) -> dict[str, Any]:
     """Keywords of `TransformerConfig`."""
     dtype = getattr(torch, model.dtype)
-    keywords: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
+    keywords: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+    }
     if model.fp8 != "none":
         keywords |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "fp8_param": model.fp8_param_gather}
     return keywords

@@ -32,7 +32,9 @@ def overlong_penalty(length: ArrayLike, max_length: int, buffer: int, factor: fl
     `length` may be a number or an array. A buffer of 0 means no penalty.
     """
     if not 0 <= buffer <= max_length:
-        raise ValueError(f"overlong buffer must be between 0 and the maximum length {max_length}, not {buffer}")
+        raise ValueError(
+            f"overlong buffer must be between 0 and the maximum length {max_length}, not {buffer}"
+        )
     excess = np.asarray(length, dtype=np.float64) - (max_length - buffer)
     return np.minimum(-excess / buffer * factor, 0.0) if buffer else np.zeros_like(excess)
 

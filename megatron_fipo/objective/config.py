@@ -1,7 +1,6 @@
 """The settings of the policy loss, checked when they are made."""
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to ±20 before they are exponentiated; beyond, the gradient is 0."""
@@ -17,7 +16,7 @@ class FIPOConfig:
 
     half_life: float = 32.0
     """Tokens after which a future log-ratio counts half (the paper's τ); `math.inf` for no decay."""
-    influence_clip: Optional[tuple[float, float]] = (1.0, 1.2)
+    influence_clip: tuple[float, float] | None = (1.0, 1.2)
     """Lowest and highest influence weight; None is the authors' "no clip", [0, 10]."""
     safety_threshold: float = 10.0
     """Where the advantage is negative and the ratio is above this, the influence weight is kept within [0.8, 1]."""
@@ -37,7 +36,9 @@ class FIPOConfig:
             object.__setattr__(self, "influence_clip", tuple(self.influence_clip))
             bounds = self.influence_clip
             if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
-                raise ValueError(f"influence_clip must be two bounds, 0 <= low <= high, or None, not {bounds}")
+                raise ValueError(
+                    f"influence_clip must be two bounds, 0 <= low <= high, or None, not {bounds}"
+                )
         if not self.half_life > 0:
             raise ValueError(f"half_life must be positive, not {self.half_life}")
         if not self.safety_threshold > 0:
@@ -49,7 +50,9 @@ class FIPOConfig:
         if not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
         if self.normalization not in ("token_mean", "reference_micro_batch"):
-            raise ValueError(f"normalization must be token_mean or reference_micro_batch, not {self.normalization!r}")
+            raise ValueError(
+                f"normalization must be token_mean or reference_micro_batch, not {self.normalization!r}"
+            )
 
     @property
     def influence_bounds(self) -> tuple[float, float]:
@@ -83,7 +86,9 @@ class PolicyObjective:
         if not self.kl_coefficient >= 0:
             raise ValueError(f"kl_coefficient must be 0 or more, not {self.kl_coefficient}")
         if self.kl_coefficient and self.name != "grpo":
-            raise ValueError(f"kl_coefficient is {self.kl_coefficient}, but {self.name} has no KL term: set it to 0 or use grpo")
+            raise ValueError(
+                f"kl_coefficient is {self.kl_coefficient}, but {self.name} has no KL term: set it to 0 or use grpo"
+            )
         if not self.entropy_coefficient >= 0:
             raise ValueError(f"entropy_coefficient must be 0 or more, not {self.entropy_coefficient}")
         if self.correction not in ("none", "tis", "mis"):

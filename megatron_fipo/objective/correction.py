@@ -5,7 +5,6 @@ token, w = e^δ its importance weight, R rows on this rank. Nothing here carries
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class Mismatch:
 
 
 @torch.no_grad()
-def compare(old_log_probs: Tensor, rollout_log_probs: Optional[Tensor], usable: Tensor) -> Mismatch:
+def compare(old_log_probs: Tensor, rollout_log_probs: Tensor | None, usable: Tensor) -> Mismatch:
     """δ and w of each row, from log-probs [R]; `usable` (bool [R]) are the rows whose trainer log-prob counts and is finite."""
     if rollout_log_probs is None:
         nothing = torch.zeros_like(old_log_probs)

@@ -39,7 +39,9 @@ def judge_sequences(totals: Tensor, rows: PolicyRows, objective: PolicyObjective
     dropped = ~non_finite & (totals[:, 1] > 1) & objective.drops
     kept = ~(non_finite | dropped)
     length = rows.response_length
-    reference_weight = (length > 0).sum() / (length * kept).sum().clamp(min=1)  # dropped sequences count as sequences
+    reference_weight = (length > 0).sum() / (length * kept).sum().clamp(
+        min=1
+    )  # dropped sequences count as sequences
     if objective.unit == "kept_sequences":
         weight = 1.0 / length.clamp(min=1)
     elif objective.unit == "kept_tokens":

@@ -18,8 +18,6 @@ sequences are cut, and a training script that allows TF32 matrix products cannot
 Letters: R rows (response tokens on this rank), S sequences, C chunks per sequence and rank, cp ranks, k riders.
 """
 
-from typing import Optional
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,7 +35,7 @@ def scan_future_kl(
     riders: Tensor,
     plan: ScanPlan,
     half_life: float,
-    group: Optional[dist.ProcessGroup] = None,
+    group: dist.ProcessGroup | None = None,
     kernels: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """FutureKL of every row, and sums of the riders over each whole sequence. No gradient flows through either.
@@ -67,9 +65,13 @@ def scan_future_kl(
     gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)  # [cp, S, C + k]
     aggregates, totals = gathered.split([plan.lead.shape[1], riders.shape[1]], dim=2)
     weights = _power(plan.distance, rate) * plan.follows
-    behind_chunk = torch.einsum("rsq,rsqc->sc", aggregates, weights)  # F at the first position after each chunk
+    behind_chunk = torch.einsum(
+        "rsq,rsqc->sc", aggregates, weights
+    )  # F at the first position after each chunk
 
-    future_kl = x64 + 2.0**-rate * carry + _power(plan.row_distance, rate) * behind_chunk.view(-1)[plan.row_segment]
+    future_kl = (
+        x64 + 2.0**-rate * carry + _power(plan.row_distance, rate) * behind_chunk.view(-1)[plan.row_segment]
+    )
     return future_kl.to(x.dtype), totals.sum(dim=0)
 
 
@@ -103,7 +105,7 @@ def decay_rate(half_life: float) -> float:
     return min(1.0 / half_life, LARGEST_RATE)
 
 
-def all_gather(local: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
+def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[S, ...] on every rank → [cp, S, ...]. One all-gather, or none without a group."""
     if group is None:
         return local.unsqueeze(0)
@@ -114,13 +116,17 @@ def all_gather(local: Tensor, group: Optional[dist.ProcessGroup]) -> Tensor:
 
 def _check_scan(x: Tensor, riders: Tensor, plan: ScanPlan) -> None:
     if x.shape != (plan.num_rows,) or riders.ndim != 2 or riders.shape[0] != plan.num_rows:
-        raise ValueError(f"x {list(x.shape)} and riders {list(riders.shape)} do not fit a plan of {plan.num_rows} rows")
+        raise ValueError(
+            f"x {list(x.shape)} and riders {list(riders.shape)} do not fit a plan of {plan.num_rows} rows"
+        )
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32 or float64, not {x.dtype}")
 
 
-def check_group(plan: ScanPlan, group: Optional[dist.ProcessGroup]) -> None:
+def check_group(plan: ScanPlan, group: dist.ProcessGroup | None) -> None:
     """ValueError unless the group has as many ranks as the plan was made for."""
     ranks = 1 if group is None else group.size()
     if ranks != plan.context_parallel_size:
-        raise ValueError(f"the plan is for {plan.context_parallel_size} context-parallel ranks, but the group has {ranks}")
+        raise ValueError(
+            f"the plan is for {plan.context_parallel_size} context-parallel ranks, but the group has {ranks}"
+        )

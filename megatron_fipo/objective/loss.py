@@ -9,7 +9,6 @@ Letters: R rows on this rank, S sequences in the micro-batch.
 
 import math
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -44,10 +43,10 @@ class _Tokens:
 
 def policy_loss(
     log_probs: Tensor,
-    entropy: Optional[Tensor],
+    entropy: Tensor | None,
     rows: PolicyRows,
     objective: PolicyObjective,
-    cp_group: Optional[dist.ProcessGroup] = None,
+    cp_group: dist.ProcessGroup | None = None,
     kernels: str = "auto",
 ) -> PolicyLoss:
     """Loss of the rows under `objective`. `docs/algorithm.md` goes through the steps.
@@ -110,14 +109,23 @@ def policy_loss(
     return PolicyLoss(loss_sum, normalizer, influence, future_kl, kept, statistics)
 
 
-def _contain_non_finite(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows, objective: PolicyObjective) -> _Tokens:
+def _contain_non_finite(
+    log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows, objective: PolicyObjective
+) -> _Tokens:
     """Replace what is masked or not finite by zeros *before* any arithmetic: 0·NaN would bring a NaN back in backward.
 
     The rollout engine's log-probs only count as a number of the row where the correction uses them.
     """
     mask = torch.ones_like(log_probs, dtype=torch.bool) if rows.mask is None else rows.mask
     rollout_log_probs = rows.rollout_log_probs if objective.corrects else None
-    inputs = (log_probs, rows.old_log_probs, rows.advantages, rows.reference_log_probs, entropy, rollout_log_probs)
+    inputs = (
+        log_probs,
+        rows.old_log_probs,
+        rows.advantages,
+        rows.reference_log_probs,
+        entropy,
+        rollout_log_probs,
+    )
     finite = torch.stack([value.detach().isfinite() for value in inputs if value is not None]).all(dim=0)
     usable = mask & finite
 
@@ -133,7 +141,9 @@ def _contain_non_finite(log_probs: Tensor, entropy: Optional[Tensor], rows: Poli
         log_ratio=log_ratio,
         ratio=log_ratio.exp(),
         entropy=nothing if entropy is None else contained(entropy),
-        reference_kl=nothing if rows.reference_log_probs is None else _k3(contained(rows.reference_log_probs - log_probs)),
+        reference_kl=nothing
+        if rows.reference_log_probs is None
+        else _k3(contained(rows.reference_log_probs - log_probs)),
         mismatch=compare(rows.old_log_probs, rows.rollout_log_probs, usable),
     )
 
@@ -156,7 +166,9 @@ def _influence_weights(future_kl: Tensor, tokens: _Tokens, objective: PolicyObje
 def _surrogate(tokens: _Tokens, influence: Tensor, objective: PolicyObjective) -> Tensor:
     """PPO's clipped surrogate of the influence-weighted advantage, with the dual clip."""
     advantages = tokens.advantages * influence
-    loss = torch.maximum(-advantages * tokens.ratio, -advantages * tokens.ratio.clamp(*objective.ratio_bounds))
+    loss = torch.maximum(
+        -advantages * tokens.ratio, -advantages * tokens.ratio.clamp(*objective.ratio_bounds)
+    )
     bound = -advantages * objective.settings.dual_clip
     return torch.where(advantages < 0, torch.minimum(loss, bound), loss)
 
@@ -186,4 +198,6 @@ def _token_statistics(
     }
     extremes = {"influence_max": influence, "influence_negative_min": -influence}
     mismatch = mismatch_statistics(tokens.mismatch, finite, objective.correction_cap)
-    return sums_where(finite, values) | maxima_where(finite, extremes) | mismatch | {"tokens": tokens.mask.sum()}
+    return (
+        sums_where(finite, values) | maxima_where(finite, extremes) | mismatch | {"tokens": tokens.mask.sum()}
+    )

@@ -4,7 +4,6 @@ Letters: R rows on this rank, S sequences in the micro-batch.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -28,17 +27,19 @@ class PolicyRows:
     """[S], response tokens of each sequence over all context-parallel ranks."""
     plan: ScanPlan
     """Where the rows lie; knows the sequence of each row."""
-    reference_log_probs: Optional[Tensor] = None
+    reference_log_probs: Tensor | None = None
     """[R], under the initial model; only for a KL term."""
-    rollout_log_probs: Optional[Tensor] = None
+    rollout_log_probs: Tensor | None = None
     """[R], under the rollout engine that sampled: for the off-policy correction, and compared with the old ones where given."""
-    mask: Optional[Tensor] = None
+    mask: Tensor | None = None
     """bool [R]: rows that count. None where every row is a response token, as in packed batches."""
 
     def to(self, device: torch.device | str) -> "PolicyRows":
         """The same rows on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        return replace(
+            self, **{name: value.to(device) for name, value in values.items() if value is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class PolicyLoss:
     statistics: Statistics
 
 
-def check_inputs(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows, objective: PolicyObjective) -> None:
+def check_inputs(
+    log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows, objective: PolicyObjective
+) -> None:
     """Raise ValueError for dtypes and shapes that disagree, and for inputs that the objective lacks."""
     if log_probs.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_probs must be float32 or float64, not {log_probs.dtype}")
@@ -67,12 +70,18 @@ def check_inputs(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows,
     given |= {name: getattr(rows, name) for name in per_row}
     for name, value in given.items():
         if value is not None and value.shape != (rows.plan.num_rows,):
-            raise ValueError(f"{name} has shape {list(value.shape)}, but the plan has {rows.plan.num_rows} rows")
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, but the plan has {rows.plan.num_rows} rows"
+            )
     if rows.response_length.shape != (rows.plan.num_sequences,):
         lengths = list(rows.response_length.shape)
-        raise ValueError(f"response_length has shape {lengths}, but the plan has {rows.plan.num_sequences} sequences")
+        raise ValueError(
+            f"response_length has shape {lengths}, but the plan has {rows.plan.num_sequences} sequences"
+        )
     if objective.kl_coefficient and rows.reference_log_probs is None:
-        raise ValueError(f"kl_coefficient is {objective.kl_coefficient}, but the rows have no reference_log_probs")
+        raise ValueError(
+            f"kl_coefficient is {objective.kl_coefficient}, but the rows have no reference_log_probs"
+        )
     if objective.corrects and rows.rollout_log_probs is None:
         raise ValueError(f"correction is {objective.correction}, but the rows have no rollout_log_probs")
     if objective.entropy_coefficient and entropy is None:

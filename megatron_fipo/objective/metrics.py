@@ -6,7 +6,6 @@ data-parallel ranks merge by addition and maximum, and no number depends on how 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -71,7 +70,7 @@ class Statistics:
         """Both together."""
         return Statistics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
-    def reduce(self, group: Optional[dist.ProcessGroup] = None) -> "Statistics":
+    def reduce(self, group: dist.ProcessGroup | None = None) -> "Statistics":
         """All ranks together. Two all-reduces over `group` (sum of 224 bytes, maximum of 24 bytes); none without a group."""
         if group is None:
             return self
@@ -93,7 +92,9 @@ class Statistics:
             "policy/loss": _ratio(s["loss"], s["normalizer"]),
             "policy/loss_token_mean": token_mean,
             "policy/loss_reference_micro_batch": reference,
-            "policy/normalization_gap": _ratio((token_mean - reference).abs(), torch.maximum(token_mean.abs(), reference.abs())),
+            "policy/normalization_gap": _ratio(
+                (token_mean - reference).abs(), torch.maximum(token_mean.abs(), reference.abs())
+            ),
             "policy/kl": -mean_log_ratio,
             "policy/sigma_log_ratio": variance.clamp(min=0).sqrt(),
             "policy/entropy": _ratio(s["entropy"], tokens),
@@ -117,7 +118,9 @@ class Statistics:
             "rollout/log_prob_difference_max": torch.where(compared > 0, largest_difference, 0.0),
             "rollout/kl": -_ratio(s["rollout_difference"], compared),
             "rollout/kl_k3": _ratio(s["rollout_k3"], compared),
-            "rollout/effective_sample_size": _ratio(s["importance"].square(), compared * s["importance_squared"]),
+            "rollout/effective_sample_size": _ratio(
+                s["importance"].square(), compared * s["importance_squared"]
+            ),
             "rollout/capped_fraction": _ratio(s["importance_capped"], compared),
         }
 
@@ -134,7 +137,10 @@ def sums_where(counted: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def maxima_where(counted: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each value's [R] largest over the rows that are `counted` (bool [R]); -inf over no rows."""
-    return {n: F.pad(torch.where(counted, v, -torch.inf), (0, 1), value=-torch.inf).amax() for n, v in values.items()}
+    return {
+        n: F.pad(torch.where(counted, v, -torch.inf), (0, 1), value=-torch.inf).amax()
+        for n, v in values.items()
+    }
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

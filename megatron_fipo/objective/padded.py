@@ -48,7 +48,9 @@ def future_kl(log_ratio: Tensor, response_mask: Tensor, half_life: float, kernel
     mask = _checked_mask(response_mask, {"log_ratio": log_ratio})
     values = torch.where(mask, _raised(log_ratio.detach()), 0.0).flatten()
     plan = _rectangle(*mask.shape, mask.device)
-    return scan_future_kl(values, values.new_empty(len(values), 0), plan, half_life, kernels=kernels)[0].view(mask.shape)
+    return scan_future_kl(values, values.new_empty(len(values), 0), plan, half_life, kernels=kernels)[0].view(
+        mask.shape
+    )
 
 
 def fipo_loss(
@@ -105,7 +107,9 @@ def _raised(value: Tensor) -> Tensor:
 def _checked_mask(mask: Tensor, given: dict[str, Tensor]) -> Tensor:
     """The mask as bool [B, L], once everything fits it."""
     if mask.ndim != 2 or mask.is_complex():
-        raise ValueError(f"response_mask must be bool, integer or floating [B, L], not {mask.dtype} {list(mask.shape)}")
+        raise ValueError(
+            f"response_mask must be bool, integer or floating [B, L], not {mask.dtype} {list(mask.shape)}"
+        )
     for name, value in given.items():
         if value.shape != mask.shape or not value.is_floating_point():
             expected = f"floating {list(mask.shape)} like response_mask"

@@ -29,10 +29,14 @@ class ChunkTable:
         for name in ("first", "length"):
             table = np.asarray(getattr(self, name))
             if table.ndim != 3 or table.dtype.kind not in "iu":
-                raise ValueError(f"chunk table: {name} must be integers [cp, S, C], not {table.dtype} {list(table.shape)}")
+                raise ValueError(
+                    f"chunk table: {name} must be integers [cp, S, C], not {table.dtype} {list(table.shape)}"
+                )
             object.__setattr__(self, name, table.astype(np.int64, order="C"))
         if self.first.shape != self.length.shape:
-            raise ValueError(f"chunk table: first is {list(self.first.shape)} but length is {list(self.length.shape)}")
+            raise ValueError(
+                f"chunk table: first is {list(self.first.shape)} but length is {list(self.length.shape)}"
+            )
 
     @property
     def context_parallel_size(self) -> int:
@@ -52,7 +56,9 @@ class ChunkTable:
             if (table < 0).any():
                 rank, sequence, chunk = (int(index[0]) for index in np.nonzero(table < 0))
                 value = table[rank, sequence, chunk]
-                raise ValueError(f"chunk table: {name} of chunk {chunk} of sequence {sequence} on rank {rank} is {value}")
+                raise ValueError(
+                    f"chunk table: {name} of chunk {chunk} of sequence {sequence} on rank {rank} is {value}"
+                )
         by_sequence = (self.num_sequences, self.context_parallel_size * self.chunks_per_rank)
         first, length = (table.transpose(1, 0, 2).reshape(by_sequence) for table in (self.first, self.length))
         order = np.argsort(np.where(length > 0, first, np.iinfo(np.int64).max), axis=1, kind="stable")
@@ -122,11 +128,17 @@ class ScanPlan:
     def to(self, device: torch.device | str) -> "ScanPlan":
         """The same plan with its tables on `device`."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "levels"}
-        return replace(self, **moved, levels=tuple(Level(level.slot.to(device), level.blocks) for level in self.levels))
+        return replace(
+            self, **moved, levels=tuple(Level(level.slot.to(device), level.blocks) for level in self.levels)
+        )
 
 
 def build_scan_plan(
-    table: ChunkTable, rank: int, row_sequence: np.ndarray, row_position: np.ndarray, device: torch.device | str = "cpu"
+    table: ChunkTable,
+    rank: int,
+    row_sequence: np.ndarray,
+    row_position: np.ndarray,
+    device: torch.device | str = "cpu",
 ) -> ScanPlan:
     """Index tables for `rank` (its index in the context-parallel group), whose row i is a position of a sequence.
 
@@ -143,7 +155,9 @@ def build_scan_plan(
     inside = (position[:, None] >= first[sequence]) & (position[:, None] < (first + length)[sequence])
     if not inside.any(axis=1).all():
         row = int(np.argmin(inside.any(axis=1)))
-        raise ValueError(f"rank {rank} does not hold position {position[row]} of sequence {sequence[row]} (row {row})")
+        raise ValueError(
+            f"rank {rank} does not hold position {position[row]} of sequence {sequence[row]} (row {row})"
+        )
     segment = sequence * table.chunks_per_rank + inside.argmax(axis=1)
 
     # Only the span between a segment's first and last row takes part in the scan.
@@ -177,14 +191,20 @@ def build_scan_plan(
     )
 
 
-def _checked_rows(table: ChunkTable, row_sequence: np.ndarray, row_position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked_rows(
+    table: ChunkTable, row_sequence: np.ndarray, row_position: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     sequence, position = np.asarray(row_sequence, dtype=np.int64), np.asarray(row_position, dtype=np.int64)
     if sequence.ndim != 1 or sequence.shape != position.shape:
-        raise ValueError(f"rows: sequences {list(sequence.shape)} and positions {list(position.shape)} must both be [R]")
+        raise ValueError(
+            f"rows: sequences {list(sequence.shape)} and positions {list(position.shape)} must both be [R]"
+        )
     outside = (sequence < 0) | (sequence >= table.num_sequences)
     if outside.any():
         row = int(outside.argmax())
-        raise ValueError(f"row {row} is of sequence {sequence[row]}, but the chunk table has {table.num_sequences} sequences")
+        raise ValueError(
+            f"row {row} is of sequence {sequence[row]}, but the chunk table has {table.num_sequences} sequences"
+        )
     return sequence, position
 
 

@@ -84,7 +84,10 @@ def make_plan(config: Config, family: Family, architecture: Architecture) -> Pla
         parameters=family.parameters(architecture),
         padded_vocab=padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size),
         groups=rank_groups(parallel),
-        stages=tuple(_stage(config, family, architecture, index) for index in range(parallel.pipeline_model_parallel_size)),
+        stages=tuple(
+            _stage(config, family, architecture, index)
+            for index in range(parallel.pipeline_model_parallel_size)
+        ),
         work=_work(config),
     )
 
@@ -105,7 +108,9 @@ def stage_layers(layers: int, parallel: ParallelConfig, index: int) -> tuple[ran
     return tuple(range((v * pp + index) * size, (v * pp + index + 1) * size) for v in range(chunks))
 
 
-def stage_weights(family: Family, architecture: Architecture, parallel: ParallelConfig, index: int) -> list[Weight]:
+def stage_weights(
+    family: Family, architecture: Architecture, parallel: ParallelConfig, index: int
+) -> list[Weight]:
     """The weights that pipeline stage `index` holds: those of its layers, the embedding at the start, all others at the end.
 
     A tied embedding is the output layer too, so the last stage holds it as well, as a copy of its own if it is not the first.
@@ -121,7 +126,9 @@ def _stage(config: Config, family: Family, architecture: Architecture, index: in
     parallel = config.parallel
     weights = stage_weights(family, architecture, parallel, index)
     parameters = sum(weight.parameters_per_rank(parallel.tensor_model_parallel_size) for weight in weights)
-    shards = parallel.data_parallel_size * parallel.context_parallel_size if config.optimizer.distributed else 1
+    shards = (
+        parallel.data_parallel_size * parallel.context_parallel_size if config.optimizer.distributed else 1
+    )
     return Stage(
         index=index,
         layers=stage_layers(architecture.num_layers, parallel, index),
@@ -130,8 +137,12 @@ def _stage(config: Config, family: Family, architecture: Architecture, index: in
         parameters=parameters,
         weight_bytes=_weight_bytes(config, weights),
         gradient_bytes=parameters * GRADIENT_BYTES,
-        optimizer_bytes=round(parameters * _optimizer_bytes(config) * (1 - config.optimizer.cpu_offload)) // shards,
-        host_bytes=round(parameters * (_optimizer_bytes(config) + GRADIENT_BYTES) * config.optimizer.cpu_offload) // shards,
+        optimizer_bytes=round(parameters * _optimizer_bytes(config) * (1 - config.optimizer.cpu_offload))
+        // shards,
+        host_bytes=round(
+            parameters * (_optimizer_bytes(config) + GRADIENT_BYTES) * config.optimizer.cpu_offload
+        )
+        // shards,
     )
 
 
@@ -140,7 +151,9 @@ def _weight_bytes(config: Config, weights: list[Weight]) -> int:
     tp, model = config.parallel.tensor_model_parallel_size, config.model
     element = BYTES_PER_ELEMENT[model.dtype]
     matrix = element if model.fp8 == "none" else FP8_BYTES if model.fp8_param_gather else element + FP8_BYTES
-    return sum(weight.parameters_per_rank(tp) * (matrix if weight.is_layer_matrix else element) for weight in weights)
+    return sum(
+        weight.parameters_per_rank(tp) * (matrix if weight.is_layer_matrix else element) for weight in weights
+    )
 
 
 def _optimizer_bytes(config: Config) -> int:

@@ -14,9 +14,16 @@ from megatron_fipo.plan.plan import Plan, Stage
 
 def print_plan(config: Config, architecture: Architecture, plan: Plan, console: Console) -> None:
     """Print what `train` would do with this configuration."""
-    for table in (_overview(config, architecture, plan), _ranks(config, plan), _stages(plan), _iteration(config, plan)):
+    for table in (
+        _overview(config, architecture, plan),
+        _ranks(config, plan),
+        _stages(plan),
+        _iteration(config, plan),
+    ):
         console.print(table)
-    console.print("Memory is weights, gradients and optimizer state of one rank; activations and rollout engines come on top.")
+    console.print(
+        "Memory is weights, gradients and optimizer state of one rank; activations and rollout engines come on top."
+    )
     host = max(stage.host_bytes for stage in plan.stages)
     if host:
         console.print(
@@ -39,21 +46,30 @@ def precision(model: ModelConfig) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("ranks", "layers", "holds") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("ranks", "layers", "holds") else "right", no_wrap=True
+        )
     return table
 
 
 def _overview(config: Config, architecture: Architecture, plan: Plan) -> RenderableType:
     padding = plan.padded_vocab - architecture.vocab_size
-    table = Table(title=Text("Run", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table = Table(
+        title=Text("Run", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+    )
     table.add_row("model", config.model.path)
-    table.add_row("parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {precision(config.model)}")
+    table.add_row(
+        "parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {precision(config.model)}"
+    )
     table.add_row(
         "shape",
         f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, {architecture.num_attention_heads} heads in "
         f"{architecture.num_query_groups} key-value groups, feed-forward {architecture.ffn_hidden_size}",
     )
-    table.add_row("vocabulary", f"{architecture.vocab_size:,}" + (f", padded to {plan.padded_vocab:,}" if padding else ""))
+    table.add_row(
+        "vocabulary",
+        f"{architecture.vocab_size:,}" + (f", padded to {plan.padded_vocab:,}" if padding else ""),
+    )
     table.add_row("objective", config.objective.name)
     table.add_row("sequence parallel", "yes" if config.parallel.sequence_parallel else "no")
     table.add_row("iterations", f"{config.iterations:,}")
@@ -94,20 +110,30 @@ def _stages(plan: Plan) -> RenderableType:
 def _iteration(config: Config, plan: Plan) -> RenderableType:
     work, rollout = plan.work, config.rollout
     table = Table(
-        title=Text("One iteration, at most", style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
+        title=Text("One iteration, at most", style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
     )
     table.add_row(
         "rollout",
         f"{work.responses_in_flight:,} responses at a time, {rollout.mode}, "
         f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}"
-        + (f" x {rollout.engine_tensor_parallel_size} ranks" if rollout.engine_tensor_parallel_size > 1 else ""),
+        + (
+            f" x {rollout.engine_tensor_parallel_size} ranks"
+            if rollout.engine_tensor_parallel_size > 1
+            else ""
+        ),
     )
     table.add_row("trained on", f"{work.responses:,} responses, {work.tokens_per_iteration:,} tokens")
     table.add_row(
-        "longest sequence", f"{work.longest_sequence:,} tokens, padded to a multiple of {config.parallel.length_multiple}"
+        "longest sequence",
+        f"{work.longest_sequence:,} tokens, padded to a multiple of {config.parallel.length_multiple}",
     )
     table.add_row("mini-steps", f"{work.mini_steps} optimizer steps")
-    table.add_row("tokens per step", f"{work.tokens_per_mini_step:,} in {work.responses_per_mini_step:,} responses")
+    table.add_row(
+        "tokens per step", f"{work.tokens_per_mini_step:,} in {work.responses_per_mini_step:,} responses"
+    )
     table.add_row(
         "micro-batches",
         f"{work.micro_batches} per step on each data-parallel rank, of {work.micro_batch_tokens:,} tokens "

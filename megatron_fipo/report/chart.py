@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from io import StringIO
-from typing import Any, Optional
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -62,10 +62,14 @@ def panel_series(panel: Panel, run: Run) -> dict[str, dict[int, float]]:
     """Metric → series, for the panel's metrics that have a finite value in this run."""
     names = [line.metric for line in panel.lines] + ([panel.band.low, panel.band.high] if panel.band else [])
     series = {name: run.series(name) for name in names}
-    return {name: values for name, values in series.items() if any(math.isfinite(value) for value in values.values())}
+    return {
+        name: values
+        for name, values in series.items()
+        if any(math.isfinite(value) for value in values.values())
+    }
 
 
-def draw(panel: Panel, run: Run) -> Optional[str]:
+def draw(panel: Panel, run: Run) -> str | None:
     """The panel as an `<svg>` element, or None where the run has no data for it."""
     series = panel_series(panel, run)
     if not series:
@@ -97,7 +101,9 @@ def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
             linewidth=0,
         )
     if panel.reference is not None:
-        axes.axhline(panel.reference, color=_PLACEHOLDERS["grey"], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(
+            panel.reference, color=_PLACEHOLDERS["grey"], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1
+        )
     for line in panel.lines:
         if line.metric in series:
             values = series[line.metric]
@@ -127,7 +133,9 @@ def _draw_stack(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
         bottom = [low + value for low, value in zip(bottom, row, strict=True)]
 
 
-def _finish_axes(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]], iterations: int) -> None:
+def _finish_axes(
+    axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]], iterations: int
+) -> None:
     values = [value for one in series.values() for value in one.values() if math.isfinite(value)]
     if not panel.stacked and not panel.percent and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
         axes.set_yscale("log")

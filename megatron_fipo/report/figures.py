@@ -1,7 +1,7 @@
 """Which figures a report has, and what each of them teaches. Pure data; `chart.py` draws it."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 Colour = Literal["blue", "orange", "teal", "magenta", "grey"]
 
@@ -32,8 +32,8 @@ class Panel:
     caption: str
     """What it shows, and what healthy looks like."""
     lines: tuple[Line, ...]
-    band: Optional[Band] = None
-    reference: Optional[float] = None
+    band: Band | None = None
+    reference: float | None = None
     """A horizontal line to compare with."""
     stacked: bool = False
     """The lines are parts of a whole and are drawn as areas on top of each other."""
@@ -192,7 +192,10 @@ INFLUENCE = Section(
             "Weights at a bound",
             "Share of tokens whose weight the clip range holds. Healthy: a minority; if most tokens sit at a bound, weights no longer "
             "tell tokens apart.",
-            (Line("influence/share_at_low", "at the lower"), Line("influence/share_at_high", "at the upper", "orange")),
+            (
+                Line("influence/share_at_low", "at the lower"),
+                Line("influence/share_at_high", "at the upper", "orange"),
+            ),
             percent=True,
             from_zero=True,
         ),

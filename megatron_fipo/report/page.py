@@ -44,7 +44,11 @@ def _header(run: Run) -> str:
     objective, model = run.setting("objective.name"), run.setting("model.path")
     times = [record.time for record in run.records]
     start = datetime.fromtimestamp(min(times), UTC)
-    facts = [f"{run.iterations:,} iterations", f"{start:%Y-%m-%d %H:%M} UTC", _minutes(max(times) - min(times))]
+    facts = [
+        f"{run.iterations:,} iterations",
+        f"{start:%Y-%m-%d %H:%M} UTC",
+        _minutes(max(times) - min(times)),
+    ]
     if model:
         facts.insert(0, f"model {escape(model)}")
     if objective:
@@ -63,9 +67,17 @@ def _headline(run: Run) -> str:
         for title, name, share in _HEADLINE
         if _has(before, name) or _has(after, name)
     )
-    problems = f"{after.values['evaluation/problems']:,.0f} problems" if _has(after, "evaluation/problems") else "the problems"
+    problems = (
+        f"{after.values['evaluation/problems']:,.0f} problems"
+        if _has(after, "evaluation/problems")
+        else "the problems"
+    )
     once = before is after
-    heads = f"<th>iteration {after.iteration}</th>" if once else f"<th>{_when(before)}</th><th>{_when(after)}</th><th>change</th>"
+    heads = (
+        f"<th>iteration {after.iteration}</th>"
+        if once
+        else f"<th>{_when(before)}</th><th>{_when(after)}</th><th>change</th>"
+    )
     return (
         f'<section class="headline"><h2>Held-out problems{"" if once else ", before and after"}</h2><div class="scroll">'
         f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -78,7 +90,11 @@ def _headline_row(title: str, before: Record, after: Record, name: str, share: b
     old, new = before.values.get(name, math.nan), after.values.get(name, math.nan)
     if before is after:
         return f"<tr><th>{title}</th><td><b>{_headline_number(new, share)}</b></td></tr>"
-    change = "–" if math.isnan(new - old) else (f"{100 * (new - old):+.1f} points" if share else f"{new - old:+,.1f} tokens")
+    change = (
+        "–"
+        if math.isnan(new - old)
+        else (f"{100 * (new - old):+.1f} points" if share else f"{new - old:+,.1f} tokens")
+    )
     cells = f"<td>{_headline_number(old, share)}</td><td><b>{_headline_number(new, share)}</b></td><td>{change.replace('-', '−')}</td>"
     return f"<tr><th>{title}</th>{cells}</tr>"
 
@@ -87,7 +103,11 @@ def _section(section: Section, run: Run) -> str:
     drawn = [(panel, draw(panel, run)) for panel in section.panels]
     figures = "".join(_figure(panel, svg, run) for panel, svg in drawn if svg is not None)
     absent = [panel.title for panel, svg in drawn if svg is None]
-    note = f'<p class="absent">Left out, because this run has no such data: {escape(", ".join(absent))}.</p>' if absent else ""
+    note = (
+        f'<p class="absent">Left out, because this run has no such data: {escape(", ".join(absent))}.</p>'
+        if absent
+        else ""
+    )
     grid = f'<div class="grid">{figures}</div>' if figures else ""
     return f"<section><h2>{escape(section.title)}</h2>{grid}{note}</section>"
 
@@ -99,7 +119,9 @@ def _figure(panel: Panel, svg: str, run: Run) -> str:
         if line.metric in series:
             last = [value for value in series[line.metric].values() if math.isfinite(value)][-1]
             mark = "area" if panel.stacked else ("dashes" if line.dashed else "line")
-            keys.append(_key(mark, line.colour, f"{escape(line.label)} <b>{_number(last, panel.percent)}</b>"))
+            keys.append(
+                _key(mark, line.colour, f"{escape(line.label)} <b>{_number(last, panel.percent)}</b>")
+            )
     if panel.band and panel.band.low in series and panel.band.high in series:
         keys.append(_key("band", panel.band.colour, escape(panel.band.label)))
     return (

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 import yaml
 
@@ -22,7 +21,7 @@ class Run:
     """At least one."""
     samples: list[Sample] = field(default_factory=list)
     """The few to show."""
-    config: Optional[str] = None
+    config: str | None = None
     """The resolved configuration as YAML text; None where the run saved none."""
 
     def series(self, name: str) -> dict[int, float]:
@@ -32,13 +31,16 @@ class Run:
 
     def evaluations(self) -> list[Record]:
         """By iteration, rising."""
-        return sorted((record for record in self.records if record.kind == "evaluation"), key=lambda record: record.iteration)
+        return sorted(
+            (record for record in self.records if record.kind == "evaluation"),
+            key=lambda record: record.iteration,
+        )
 
     @property
     def iterations(self) -> int:
         return max(record.iteration for record in self.records)
 
-    def setting(self, key: str) -> Optional[str]:
+    def setting(self, key: str) -> str | None:
         """A configured value by its dotted name, as text; None where there is no readable configuration or no such key."""
         try:
             value = yaml.safe_load(self.config or "")
@@ -53,7 +55,9 @@ def read_run(run_dir: Path) -> Run:
     """Read a run's folder. Raises `UserError` where it has no metrics."""
     records = read_metrics(run_dir)
     if not records:
-        raise UserError(f"{run_dir} holds no metrics to report; give the folder of a run that has finished an iteration")
+        raise UserError(
+            f"{run_dir} holds no metrics to report; give the folder of a run that has finished an iteration"
+        )
     config_path = run_dir / CONFIG_FILE
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else None
     return Run(run_dir.resolve().name, records, choose_samples(run_dir), config)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Optional
 
 from megatron_fipo.run_dir.metrics_log import Sample, read_samples
 
@@ -29,9 +28,11 @@ def choose_samples(run_dir: Path) -> list[Sample]:
     return [chosen[key] for key in sorted(chosen)]
 
 
-def colour_reach(samples: Sequence[Sample]) -> Optional[float]:
+def colour_reach(samples: Sequence[Sample]) -> float | None:
     """How far from 1 a weight has the full colour: the 98th percentile of the distance over all tokens; None without any weight."""
-    distances = sorted(abs(w - 1.0) for sample in samples for w in sample.influence_weights or () if math.isfinite(w))
+    distances = sorted(
+        abs(w - 1.0) for sample in samples for w in sample.influence_weights or () if math.isfinite(w)
+    )
     if not distances:
         return None
     return max(distances[math.ceil(0.98 * len(distances)) - 1], _LEAST_REACH)
@@ -47,10 +48,12 @@ def render_samples(samples: Sequence[Sample]) -> str:
         if reach is not None
         else "<p>The objective of this run has no influence weights, so tokens have no colour.</p>"
     )
-    return legend + f'<div class="samples">{"".join(_render_sample(sample, reach) for sample in samples)}</div>'
+    return (
+        legend + f'<div class="samples">{"".join(_render_sample(sample, reach) for sample in samples)}</div>'
+    )
 
 
-def _render_sample(sample: Sample, reach: Optional[float]) -> str:
+def _render_sample(sample: Sample, reach: float | None) -> str:
     verdict = "right" if sample.accuracy > 0 else "wrong"
     facts = (
         f'<span class="{verdict}">{verdict}</span>',
@@ -65,16 +68,18 @@ def _render_sample(sample: Sample, reach: Optional[float]) -> str:
     )
 
 
-def _render_tokens(sample: Sample, reach: Optional[float]) -> str:
-    weights: Sequence[Optional[float]] = sample.influence_weights or [None] * len(sample.tokens)
-    pieces = [_render_token(token, weight, reach) for token, weight in zip(sample.tokens, weights, strict=True)]
+def _render_tokens(sample: Sample, reach: float | None) -> str:
+    weights: Sequence[float | None] = sample.influence_weights or [None] * len(sample.tokens)
+    pieces = [
+        _render_token(token, weight, reach) for token, weight in zip(sample.tokens, weights, strict=True)
+    ]
     hidden = len(pieces) - _SHOWN_HEAD - _SHOWN_TAIL
     if hidden > 0:
         pieces[_SHOWN_HEAD:-_SHOWN_TAIL] = [f'<span class="cut"> … {hidden:,} tokens not shown … </span>']
     return "".join(pieces)
 
 
-def _render_token(token: str, weight: Optional[float], reach: Optional[float]) -> str:
+def _render_token(token: str, weight: float | None, reach: float | None) -> str:
     text = escape(token)
     if weight is None or reach is None:
         return text

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from megatron_fipo.errors import UserError, writing
 
@@ -46,7 +46,7 @@ class Sample:
     prompt: str
     tokens: list[str]
     """The response, one decoded piece of text per token; joined they read as the response."""
-    influence_weights: Optional[list[float]]
+    influence_weights: list[float] | None
     """The weight f_t of each token in the last mini-step that trained on it; None for objectives without weights."""
     reward: float
     accuracy: float
@@ -55,7 +55,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.influence_weights is not None and len(self.influence_weights) != len(self.tokens):
-            raise ValueError(f"a sample has {len(self.tokens)} tokens but {len(self.influence_weights)} influence weights")
+            raise ValueError(
+                f"a sample has {len(self.tokens)} tokens but {len(self.influence_weights)} influence weights"
+            )
 
 
 class JsonLinesLog:
@@ -189,5 +191,5 @@ def _to_null(value: Any) -> Any:
     return value
 
 
-def _from_null(value: Optional[float]) -> float:
+def _from_null(value: float | None) -> float:
     return math.nan if value is None else float(value)

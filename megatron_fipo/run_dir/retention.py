@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from typing import Optional
 
 
-def to_remove(checkpoints: Sequence[tuple[int, Optional[float]]], keep_last: int, keep_best: int, keep_every: int) -> list[int]:
+def to_remove(
+    checkpoints: Sequence[tuple[int, float | None]], keep_last: int, keep_best: int, keep_every: int
+) -> list[int]:
     """Iterations of the checkpoints that need not stay, in order.
 
     `checkpoints` are (iteration, held-out accuracy or None where it was not measured). The newest `keep_last`, but at least one,
     stay; so do the `keep_best` with the highest accuracy, of equal ones the newer, and every multiple of `keep_every` (0: none).
     """
     iterations = sorted(iteration for iteration, _ in checkpoints)
-    measured = [(accuracy, iteration) for iteration, accuracy in checkpoints if accuracy is not None and not math.isnan(accuracy)]
+    measured = [
+        (accuracy, iteration)
+        for iteration, accuracy in checkpoints
+        if accuracy is not None and not math.isnan(accuracy)
+    ]
     stay = set(iterations[-max(keep_last, 1) :])
     stay.update(iteration for _, iteration in sorted(measured, reverse=True)[:keep_best])
     if keep_every:

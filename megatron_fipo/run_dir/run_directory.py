@@ -93,12 +93,18 @@ class RunDirectory:
         refuse_unknown(allow_change)
         stored = self.path / CONFIG
         with writing(self.path):
-            if self.path.exists() and not stored.exists() and any(not _may_be_ours(path) for path in self.path.iterdir()):
+            if (
+                self.path.exists()
+                and not stored.exists()
+                and any(not _may_be_ours(path) for path in self.path.iterdir())
+            ):
                 raise UserError(f"{self.path} is not empty and holds no {CONFIG}; choose another run_dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             owner = self._owner()
-            allowed = refuse_changes(owner, load_config(owner / CONFIG, []), config, allow_change) if owner else []
+            allowed = (
+                refuse_changes(owner, load_config(owner / CONFIG, []), config, allow_change) if owner else []
+            )
             save_config(config, stored)  # before anything else: by it the folder is known as a run's
             self.checkpoints.mkdir(exist_ok=True)
             self._remove_leftovers()
@@ -140,7 +146,11 @@ class RunDirectory:
     def _damaged(self, checkpoint: Path, problems: Sequence[str]) -> UserError:
         more = f" (and {len(problems) - 1} more of its files)" if len(problems) > 1 else ""
         older = self.previous(checkpoint)
-        mend = f"to go on from {older.name}" if older else "to start the run again, since there is no older checkpoint"
+        mend = (
+            f"to go on from {older.name}"
+            if older
+            else "to start the run again, since there is no older checkpoint"
+        )
         return UserError(
             f"checkpoint {checkpoint} is damaged: {problems[0]}{more}; restore it from a copy, or remove that folder {mend}"
         )
@@ -150,7 +160,9 @@ class RunDirectory:
         try:
             state = LoopState(**json.loads((checkpoint / LOOP_STATE).read_bytes()))
         except (OSError, ValueError, TypeError) as error:
-            raise self._damaged(checkpoint, [f"its {LOOP_STATE} is no state of this version's loop ({error})"]) from None
+            raise self._damaged(
+                checkpoint, [f"its {LOOP_STATE} is no state of this version's loop ({error})"]
+            ) from None
         if _name(state.iteration) != checkpoint.name:
             raise self._damaged(checkpoint, [f"its {LOOP_STATE} is of iteration {state.iteration}"])
         return state
@@ -189,7 +201,9 @@ class RunDirectory:
                 _refuse_incomplete(partial, files)
                 write_manifest(partial, files, _info(_number(target), config))
                 if target.exists():
-                    raise UserError(f"{target} appeared while that checkpoint was being written; move it away")
+                    raise UserError(
+                        f"{target} appeared while that checkpoint was being written; move it away"
+                    )
                 partial.rename(target)
                 sync(self.checkpoints)
         except BaseException:
@@ -216,13 +230,17 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in {self.path}; wait for it or choose another run_dir") from None
+            raise UserError(
+                f"another process is training in {self.path}; wait for it or choose another run_dir"
+            ) from None
 
     def _owner(self) -> Path | None:
         """The folder whose settings the run has to keep: its newest checkpoint, or its own once an iteration is in the log."""
         checkpoint = self.latest()
         if checkpoint is None:
-            return self.path if any(record.kind == "iteration" for record in read_metrics(self.path)) else None
+            return (
+                self.path if any(record.kind == "iteration" for record in read_metrics(self.path)) else None
+            )
         problem = check_file(checkpoint / CONFIG, read_manifest(checkpoint).files.get(CONFIG))
         self.refuse_damaged(checkpoint, [problem] if problem else [])
         return checkpoint

@@ -41,7 +41,9 @@ IN_FLIGHT_KEY = "rollout.prompts_in_flight"
 it decides how old the responses are that are trained on."""
 
 
-def refuse_changes(owner: Path, stored: Config, config: Config, allow_change: Sequence[str] = ()) -> list[str]:
+def refuse_changes(
+    owner: Path, stored: Config, config: Config, allow_change: Sequence[str] = ()
+) -> list[str]:
     """Compare a run's settings with those of `owner`, its folder or its newest checkpoint.
 
     Returns a line for each change that only `allow_change` permits; raises `UserError` that lists the others with both values.

@@ -53,7 +53,9 @@ class Dataset:
         """Undo the last `count` problems taken: the next `take` gives them again."""
         epoch, position = divmod(self.epoch * len(self.problems) + self.position - count, len(self.problems))
         if count < 0 or epoch < 0:
-            raise ValueError(f"{count} problems cannot be put back after {self.epoch} epochs and {self.position} problems")
+            raise ValueError(
+                f"{count} problems cannot be put back after {self.epoch} epochs and {self.position} problems"
+            )
         if epoch != self.epoch:
             self.epoch = epoch
             self._order = self._shuffled()
@@ -61,7 +63,12 @@ class Dataset:
 
     def state(self) -> dict[str, Any]:
         """Where the order stands, as JSON-able values: epoch and position, and what they are a position in."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "fingerprint": self._fingerprint}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "fingerprint": self._fingerprint,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state` was taken. UserError if it belongs to another seed or to other problems."""

@@ -39,7 +39,9 @@ def _access_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"cannot read {path} ({os.strerror(error.errno)}); check its permissions and its disk") from error
+        raise UserError(
+            f"cannot read {path} ({os.strerror(error.errno)}); check its permissions and its disk"
+        ) from error
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -66,11 +68,20 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                raise UserError(f"{path} line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+                raise UserError(
+                    f"{path} line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+                ) from error
             except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); mend the line") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                raise UserError(f"{path} line {number} is beyond what can be read ({error}); mend the line") from error
+                raise UserError(
+                    f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); mend the line"
+                ) from error
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # a number of thousands of digits, thousands of brackets
+                raise UserError(
+                    f"{path} line {number} is beyond what can be read ({error}); mend the line"
+                ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number} is not a JSON object; write one object per line")
             yield number, row
@@ -115,13 +126,21 @@ class PromptEncoder:
     def _apply_template(self, where: str, prompt: list[tuple[str, str]]) -> str:
         messages = [{"role": role, "content": content} for role, content in prompt]
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
         except jinja2.TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses the prompt ({error}); mend its roles") from error
+            raise UserError(
+                f"{where}: the chat template refuses the prompt ({error}); mend its roles"
+            ) from error
 
 
 def read_problems(
-    path: Path, source: str, encode: PromptEncoder, deduplicate: bool, say: Callable[[str], None] = logger.info
+    path: Path,
+    source: str,
+    encode: PromptEncoder,
+    deduplicate: bool,
+    say: Callable[[str], None] = logger.info,
 ) -> list[Problem]:
     """All problems of a file, in file order. With `deduplicate`, the first of rows with the same prompt; `say` is told how many went.
 
@@ -130,7 +149,9 @@ def read_problems(
     """
     with _access_errors(path):
         if not path.is_file():
-            raise UserError(f"the data file {path} does not exist; check data.train_path and data.evaluation_path")
+            raise UserError(
+                f"the data file {path} does not exist; check data.train_path and data.evaluation_path"
+            )
     unit, reader = READERS[source]
     problems: dict[str, Problem] = {}
     seen: set[bytes] = set()
@@ -150,7 +171,9 @@ def read_problems(
         name = str(number) if extra.get("index") is None else str(extra["index"])
         if name in problems:
             name = f"{name}@{number}"
-        problems[name] = Problem(name, prompt_ids, text, ground_truth, str(row.get("data_source") or ""), extra)
+        problems[name] = Problem(
+            name, prompt_ids, text, ground_truth, str(row.get("data_source") or ""), extra
+        )
     if not problems:
         raise UserError(f"{path} has no rows; give a file with at least one problem")
     if repeated:
@@ -164,7 +187,9 @@ def _prompt(where: str, row: dict[str, Any]) -> Prompt:
         return prompt
     messages = prompt if isinstance(prompt, list) else []
     if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise UserError(f"{where} has no usable `prompt`; give a text or a list of messages with role and content")
+        raise UserError(
+            f"{where} has no usable `prompt`; give a text or a list of messages with role and content"
+        )
     return [(str(message.get("role") or "user"), message["content"]) for message in messages]
 
 

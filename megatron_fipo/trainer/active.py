@@ -33,11 +33,15 @@ def active_lines(facts: Active, model: ModelConfig, optimizer: OptimizerSettings
     """One line for each part of the model and the optimizer, for people."""
     engine = f"Transformer Engine {facts.transformer_engine}"
     fused = facts.layer_spec == TRANSFORMER_ENGINE
-    flash = f"flash-attn {facts.flash_attention} or cuDNN, as it chooses" if facts.flash_attention else "cuDNN"
+    flash = (
+        f"flash-attn {facts.flash_attention} or cuDNN, as it chooses" if facts.flash_attention else "cuDNN"
+    )
     fp8 = "none" if model.fp8 == "none" else f"{model.fp8}, scales {model.fp8_recipe}"
     masters = "no master weights" if model.dtype == "float32" else "master weights float32"
     state = f"moments {optimizer.state_dtype}, {masters}"
-    offload = f", {optimizer.cpu_offload:.0%} in host memory (torch's AdamW there)" if optimizer.cpu_offload else ""
+    offload = (
+        f", {optimizer.cpu_offload:.0%} in host memory (torch's AdamW there)" if optimizer.cpu_offload else ""
+    )
     return [
         f"layers: {engine if fused else 'portable, of plain torch and Megatron-Core'}, {model.dtype}",
         f"attention: {f'Transformer Engine through {flash}' if fused else 'torch scaled_dot_product_attention'}",

@@ -84,7 +84,12 @@ class MegatronRank:
         settings = self.settings
         model_parallel.initialize(settings.parallel, settings.seed)
         self.policy = Policy(
-            settings.model, settings.parallel, settings.head, settings.optimizer, settings.temperature, self.device
+            settings.model,
+            settings.parallel,
+            settings.head,
+            settings.optimizer,
+            settings.temperature,
+            self.device,
         )
         self.policy.load_hf(Path(settings.model.path))
 
@@ -127,7 +132,11 @@ class MegatronRank:
     def reports(self) -> bool:
         """The one rank whose statistics go to the log: all ranks of its stage hold the same."""
         first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        return self.policy.is_last_stage and first_replica and parallel_state.get_tensor_model_parallel_rank() == 0
+        return (
+            self.policy.is_last_stage
+            and first_replica
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
 
 
 def be_deterministic() -> None:

@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -77,7 +81,9 @@ class Policy:
         self.model_config = self.modules[0].config
         self.vocab_size = self.modules[0].unpadded_vocab_size
         self.chunks = self._wrap(parallel, optimizer)
-        self.optimizer = get_megatron_optimizer(_optimizer_config(model, optimizer), self.chunks, use_gloo_process_groups=False)
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(model, optimizer), self.chunks, use_gloo_process_groups=False
+        )
         self._connect(parallel)
         self.context_group = parallel_state.get_context_parallel_group()
         self.statistics_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -94,7 +100,9 @@ class Policy:
             module = module.to(self.device)
             if self.model_config.bf16:
                 module = Float16Module(self.model_config, module)
-            chunks.append(DistributedDataParallel(self.model_config, ddp_config, module, disable_bucketing=index > 0))
+            chunks.append(
+                DistributedDataParallel(self.model_config, ddp_config, module, disable_bucketing=index > 0)
+            )
         fused = [mcore.fuse_gradient_accumulation(chunk) for chunk in chunks]
         self.fuses_gradients = all(fused)
         return chunks
@@ -117,7 +125,9 @@ class Policy:
 
     def _named(self, exact: dict[torch.nn.Parameter, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """All parameters by Megatron's names of chunk and parameter, those in `exact` with the values there."""
-        keys = ["model"] if len(self.modules) == 1 else [f"model{index}" for index in range(len(self.modules))]
+        keys = (
+            ["model"] if len(self.modules) == 1 else [f"model{index}" for index in range(len(self.modules))]
+        )
         return {
             key: {name: exact.get(parameter, parameter) for name, parameter in module.named_parameters()}
             for key, module in zip(keys, self.modules, strict=True)
@@ -144,7 +154,13 @@ class Policy:
         """
 
         def loss(shard: PackedShard) -> Callable:
-            return partial(_policy_loss, shard=shard, objective=objective, group=self.context_group, kernels=self.head.kernels)
+            return partial(
+                _policy_loss,
+                shard=shard,
+                objective=objective,
+                group=self.context_group,
+                kernels=self.head.kernels,
+            )
 
         records, grad_norm, skipped = self._update(shards, loss, lr, objective.entropy_coefficient != 0)
         statistics: dict[str, float] = {}
@@ -167,7 +183,11 @@ class Policy:
         return StepResult(grad_norm, skipped, statistics, [])
 
     def _update(
-        self, shards: Sequence[PackedShard], loss: Callable[[PackedShard], Callable], lr: float, entropy_gradient: bool
+        self,
+        shards: Sequence[PackedShard],
+        loss: Callable[[PackedShard], Callable],
+        lr: float,
+        entropy_gradient: bool,
     ) -> tuple[list[dict[str, Any]], float, bool]:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -182,7 +202,9 @@ class Policy:
         skipped = bool(found_inf) or not math.isfinite(grad_norm)
         if not skipped:
             if self.clip_grad > 0:
-                parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+                parameters = [
+                    parameter for group in self.optimizer.param_groups for parameter in group["params"]
+                ]
                 decoupled = mcore.uses_decoupled_gradients(self.optimizer)
                 clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm, decoupled)
             self.optimizer.step_with_ready_grads()
@@ -215,7 +237,8 @@ class Policy:
             data_iterator=iterators if many else iterators[0],
             model=self.chunks if many else self.chunks[0],
             num_microbatches=len(shards),
-            seq_length=max(shard.input_ids.shape[1] for shard in shards) * parallel_state.get_context_parallel_world_size(),
+            seq_length=max(shard.input_ids.shape[1] for shard in shards)
+            * parallel_state.get_context_parallel_world_size(),
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -278,7 +301,9 @@ def _policy_loss(
     )
 
 
-def _cross_entropy(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def _cross_entropy(
+    output: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     total = -output[0].sum()
     tokens = torch.full((), output[0].numel(), dtype=torch.int32, device=total.device)
     return total, tokens, {"sums": torch.stack((total.detach(), tokens.float()))}

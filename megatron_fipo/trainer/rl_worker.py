@@ -92,7 +92,11 @@ class TrainerWorker(MegatronRank):
             for step, shards in enumerate(steps):
                 result = self.policy.policy_step(shards, objective, lr)
                 mini_steps.append(
-                    {**result.statistics, "policy/grad_norm": result.grad_norm, "policy/skipped_steps": float(result.skipped)}
+                    {
+                        **result.statistics,
+                        "policy/grad_norm": result.grad_norm,
+                        "policy/skipped_steps": float(result.skipped),
+                    }
                 )
                 token_weights += self._token_weights(batch, step, shards, result.influence_weights, samples)
         if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
@@ -114,7 +118,14 @@ class TrainerWorker(MegatronRank):
             else:
                 bucket_bytes = rollout.weight_bucket_mb * 2**20
                 tensors = iterate_hf_tensors(modules)
-                push_weights(tensors, engines, version, bucket_bytes=bucket_bytes, timeout_s=rollout.timeout_s, check=check)
+                push_weights(
+                    tensors,
+                    engines,
+                    version,
+                    bucket_bytes=bucket_bytes,
+                    timeout_s=rollout.timeout_s,
+                    check=check,
+                )
         except WeightSyncError as error:
             return error.engine, error.reason
         return None
@@ -157,7 +168,9 @@ class TrainerWorker(MegatronRank):
         return load_rng(Path(folder), self.rank, self.world_size)
 
     def _shards(self, batch: IterationBatch, step: int) -> list[PackedShard]:
-        return self.shards(batch.micro_batches(step, parallel_state.get_data_parallel_rank()), batch.pad_token_id)
+        return self.shards(
+            batch.micro_batches(step, parallel_state.get_data_parallel_rank()), batch.pad_token_id
+        )
 
     def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> list[list[PackedShard]]:
         """The same shards scored by the weights before the first update, and by the reference."""
@@ -167,7 +180,9 @@ class TrainerWorker(MegatronRank):
                 scored = [self._score(shards, PackedShard.with_reference_log_probs) for shards in scored]
         return scored
 
-    def _score(self, shards: list[PackedShard], place: Callable[[PackedShard, torch.Tensor], PackedShard]) -> list[PackedShard]:
+    def _score(
+        self, shards: list[PackedShard], place: Callable[[PackedShard, torch.Tensor], PackedShard]
+    ) -> list[PackedShard]:
         """`shards` with log-probs put in by `place`; as they are on pipeline stages that see no log-probs."""
         log_probs = self.policy.log_probs(shards)
         if not self.policy.is_last_stage:
@@ -175,7 +190,9 @@ class TrainerWorker(MegatronRank):
         return [place(shard, values) for shard, values in zip(shards, log_probs, strict=True)]
 
     def _snapshot(self) -> list[torch.Tensor]:
-        return [parameter.detach().clone() for module in self.policy.modules for parameter in module.parameters()]
+        return [
+            parameter.detach().clone() for module in self.policy.modules for parameter in module.parameters()
+        ]
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -195,7 +212,12 @@ class TrainerWorker(MegatronRank):
                 parameter.copy_(weight)
 
     def _token_weights(
-        self, batch: IterationBatch, step: int, shards: list[PackedShard], weights: list[torch.Tensor], samples: list[int]
+        self,
+        batch: IterationBatch,
+        step: int,
+        shards: list[PackedShard],
+        weights: list[torch.Tensor],
+        samples: list[int],
     ) -> list[TokenWeights]:
         if not weights or parallel_state.get_tensor_model_parallel_rank() != 0:
             return []
@@ -218,7 +240,9 @@ def policy_objective(config: Config) -> PolicyObjective:
         name=settings.name,
         settings=FIPOConfig(
             half_life=settings.half_life,
-            influence_clip=(settings.influence_clip[0], settings.influence_clip[1]) if settings.influence_clip else None,
+            influence_clip=(settings.influence_clip[0], settings.influence_clip[1])
+            if settings.influence_clip
+            else None,
             safety_threshold=settings.safety_threshold,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from megatron_fipo.checkpoint.hf_export import TensorInfo
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import CHECKSUM_THREADS, EngineCalls, WeightSyncError, tensor_checksum
+from megatron_fipo.weight_sync.object_store import (
+    CHECKSUM_THREADS,
+    EngineCalls,
+    WeightSyncError,
+    tensor_checksum,
+)
 
 GRACE_S = 10.0
 """Seconds in which a transfer whose engine failed may still end by itself."""
@@ -78,7 +83,9 @@ class NcclSync:
         a collective of the export, so whoever catches it has to kill them all.
         """
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the export reads parameters on other streams than the optimizer wrote them on
+            torch.cuda.synchronize(
+                self._device
+            )  # the export reads parameters on other streams than the optimizer wrote them on
         if not self._sends:
             self._source.exhaust()
             return
@@ -109,7 +116,11 @@ class NcclSync:
         wait((sending, client.failure), timeout=timeout_s + GRACE_S, return_when=FIRST_COMPLETED)
         wait((sending,), timeout=GRACE_S)
         if not sending.done():
-            reason = client.failure.exception() if client.failure.done() else "the engines are done, the trainer's rank 0 is not"
+            reason = (
+                client.failure.exception()
+                if client.failure.done()
+                else "the engines are done, the trainer's rank 0 is not"
+            )
             raise TransferStuckError(
                 f"the NCCL broadcast of the weights to rollout engines {', '.join(map(str, client.engines))} can't end: {reason}; "
                 "trainer and engines have to be started again, from the last checkpoint"
@@ -212,7 +223,12 @@ class _Client:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos = {number: {**init_info, "rank_offset": self._offsets[number]} for number in self.engines}
-        self._wait({number: engine.nccl_init.remote(infos[number]).future() for number, engine in self.engines.items()})
+        self._wait(
+            {
+                number: engine.nccl_init.remote(infos[number]).future()
+                for number, engine in self.engines.items()
+            }
+        )
 
     def start_weight_update(self) -> None:
         self._wait(self.calls.start("begin_weight_update", self._check))

@@ -40,7 +40,11 @@ def transport_for(engine: str, device: str, placement: str) -> Transport:
     NCCL takes no communicator with two ranks on one GPU, so colocated engines use the object store; `local` engines do since
     they are for small models.
     """
-    return Transport.NCCL if (engine, device, placement) == ("vllm", "cuda", "separate") else Transport.OBJECT_STORE
+    return (
+        Transport.NCCL
+        if (engine, device, placement) == ("vllm", "cuda", "separate")
+        else Transport.OBJECT_STORE
+    )
 
 
 class WeightSyncError(RuntimeError):
@@ -119,18 +123,24 @@ class EngineCalls:
 
     def start(self, method: str, *args: Any) -> dict[int, Future]:
         """Call a method of every engine; results by engine number."""
-        return {number: getattr(engine, method).remote(*args).future() for number, engine in self.engines.items()}
+        return {
+            number: getattr(engine, method).remote(*args).future() for number, engine in self.engines.items()
+        }
 
     def wait(self, calls: Mapping[int, Future]) -> dict[int, Any]:
         """All results, or the error of the first engine that failed, or of one that was not done at the deadline."""
         waiting = {call: number for number, call in calls.items()}
         results = {}
         while waiting:
-            done, _ = wait(waiting, timeout=max(0.0, self._deadline - time.monotonic()), return_when=FIRST_COMPLETED)
+            done, _ = wait(
+                waiting, timeout=max(0.0, self._deadline - time.monotonic()), return_when=FIRST_COMPLETED
+            )
             if not done:
                 number, *others = waiting.values()
                 also = f", nor did {', '.join(map(str, others))}" if others else ""
-                raise WeightSyncError(number, f"did not take the weights within rollout.timeout_s = {self._timeout_s:g} s{also}")
+                raise WeightSyncError(
+                    number, f"did not take the weights within rollout.timeout_s = {self._timeout_s:g} s{also}"
+                )
             for call in done:
                 number = waiting.pop(call)
                 results[number] = _result(number, call)
@@ -142,7 +152,9 @@ class EngineCalls:
         for number, checksums in held.items():
             difference = None if sent is None else first_difference(sent, checksums)
             if difference is not None:
-                raise WeightSyncError(number, f"holds other weights than were sent for version {version}: {difference}")
+                raise WeightSyncError(
+                    number, f"holds other weights than were sent for version {version}: {difference}"
+                )
 
 
 def first_difference(sent: Mapping[str, str], held: Mapping[str, str]) -> str | None:
@@ -173,7 +185,9 @@ class _Update:
             work.result()
         self._in_hand = [self._sender.submit(self._send, bucket)]
         if self._check:
-            checksums = {name: self._hashers.submit(tensor_checksum, name, tensor) for name, tensor in bucket.items()}
+            checksums = {
+                name: self._hashers.submit(tensor_checksum, name, tensor) for name, tensor in bucket.items()
+            }
             self._checksums |= checksums
             self._in_hand += checksums.values()
 
@@ -181,7 +195,9 @@ class _Update:
         for work in self._in_hand:
             work.result()
         self._calls.wait(self._taking)
-        sent = {name: checksum.result() for name, checksum in self._checksums.items()} if self._check else None
+        sent = (
+            {name: checksum.result() for name, checksum in self._checksums.items()} if self._check else None
+        )
         self._calls.finish(version, sent)
 
     def close(self) -> None:
@@ -206,7 +222,9 @@ class Bucket(dict[str, Tensor]):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, ([(name, tensor.dtype, tuple(tensor.shape), _as_bytes(tensor)) for name, tensor in self.items()],)
+        return _restore, (
+            [(name, tensor.dtype, tuple(tensor.shape), _as_bytes(tensor)) for name, tensor in self.items()],
+        )
 
 
 def _restore(parts: Sequence[tuple[str, torch.dtype, tuple[int, ...], np.ndarray]]) -> dict[str, Tensor]:

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.batching.packing import micro_batch_multiple, padded_lengths, plan_micro_batches, sequence_cost
+from megatron_fipo.batching.packing import (
+    micro_batch_multiple,
+    padded_lengths,
+    plan_micro_batches,
+    sequence_cost,
+)
 
 LENGTHS = st.lists(st.integers(1, 96), max_size=60)
 
@@ -19,9 +24,16 @@ def cost(lengths, members, multiple=1):
 
 
 @settings(max_examples=200, deadline=None)
-@given(lengths=LENGTHS, ranks=st.integers(1, 5), multiple=st.sampled_from([1, 2, 4, 8]), budget=st.integers(96, 300))
+@given(
+    lengths=LENGTHS,
+    ranks=st.integers(1, 5),
+    multiple=st.sampled_from([1, 2, 4, 8]),
+    budget=st.integers(96, 300),
+)
 def test_every_plan_keeps_its_promises(lengths, ranks, multiple, budget):
-    plan = plan_micro_batches(lengths, data_parallel_size=ranks, token_budget=budget, length_multiple=multiple)
+    plan = plan_micro_batches(
+        lengths, data_parallel_size=ranks, token_budget=budget, length_multiple=multiple
+    )
 
     assert sorted(i for rank in plan for members in rank for i in members) == list(range(len(lengths)))
     assert all(tokens(lengths, members, multiple) <= budget for rank in plan for members in rank)
@@ -29,13 +41,21 @@ def test_every_plan_keeps_its_promises(lengths, ranks, multiple, budget):
     assert len({len(rank) for rank in plan}) == 1
     places = ranks * len(plan[0])
     assert sum(not members for rank in plan for members in rank) == max(0, places - len(lengths))
-    assert plan == plan_micro_batches(lengths, data_parallel_size=ranks, token_budget=budget, length_multiple=multiple)
+    assert plan == plan_micro_batches(
+        lengths, data_parallel_size=ranks, token_budget=budget, length_multiple=multiple
+    )
 
 
 def test_a_micro_batch_still_fits_once_it_is_padded():
     lengths = [40, 40, 40, 40]
-    for pack_multiple, per_micro_batch in ((1, 2), (80, 2), (48, 1)):  # 90 tokens are 80 in whole blocks of 80, 48 in those of 48
-        plan = plan_micro_batches(lengths, data_parallel_size=1, token_budget=90, length_multiple=8, pack_multiple=pack_multiple)
+    for pack_multiple, per_micro_batch in (
+        (1, 2),
+        (80, 2),
+        (48, 1),
+    ):  # 90 tokens are 80 in whole blocks of 80, 48 in those of 48
+        plan = plan_micro_batches(
+            lengths, data_parallel_size=1, token_budget=90, length_multiple=8, pack_multiple=pack_multiple
+        )
         assert {len(members) for members in plan[0]} == {per_micro_batch}
 
 
@@ -81,12 +101,16 @@ def test_work_is_even_over_ranks_by_cost_not_by_tokens():
 
     # one long sequence costs as two half as long and then some: token balance would be 4 + 2·2 here
     lengths = [400, 200, 200, 100, 100]
-    plan = plan_micro_batches(lengths, data_parallel_size=2, token_budget=800, length_multiple=1, attention_crossover=10.0)
+    plan = plan_micro_batches(
+        lengths, data_parallel_size=2, token_budget=800, length_multiple=1, attention_crossover=10.0
+    )
     assert [[0]] in plan
 
 
 def test_the_costliest_micro_batch_comes_first():
-    plan = plan_micro_batches([10, 20, 90, 80, 30, 70], data_parallel_size=1, token_budget=100, length_multiple=1)
+    plan = plan_micro_batches(
+        [10, 20, 90, 80, 30, 70], data_parallel_size=1, token_budget=100, length_multiple=1
+    )
     costs = [cost([10, 20, 90, 80, 30, 70], members) for members in plan[0]]
     assert costs == sorted(costs, reverse=True)
 
@@ -98,7 +122,9 @@ def test_fewer_sequences_than_ranks_leave_empty_micro_batches():
 
 
 def test_a_sequence_above_the_budget_is_named_with_the_mend():
-    with pytest.raises(ValueError, match=r"sequence 1 has 97 tokens, 100 after padding.*max_tokens_per_micro_batch"):
+    with pytest.raises(
+        ValueError, match=r"sequence 1 has 97 tokens, 100 after padding.*max_tokens_per_micro_batch"
+    ):
         plan_micro_batches([3, 97], data_parallel_size=1, token_budget=99, length_multiple=4)
     with pytest.raises(ValueError, match="must be positive"):
         plan_micro_batches([3], data_parallel_size=0, token_budget=99, length_multiple=4)

@@ -41,7 +41,10 @@ def shards(trajectories, cp, multiple=None, **overrides):
         "pad_token_id": PAD,
         "max_position": 4096,
     } | overrides
-    return [build_shard(trajectories, context_parallel_size=cp, context_parallel_rank=rank, **arguments) for rank in range(cp)]
+    return [
+        build_shard(trajectories, context_parallel_size=cp, context_parallel_rank=rank, **arguments)
+        for rank in range(cp)
+    ]
 
 
 MASKS = st.lists(st.integers(0, 1), min_size=1, max_size=40)
@@ -55,13 +58,19 @@ BATCHES = st.lists(st.tuples(st.integers(1, 20), MASKS, st.floats(-3, 3, width=3
 def test_each_rank_holds_a_multiple_and_no_other_rows(batch, cp, factor):
     """FP8 multiplies whole blocks of tokens: the last sequence's padding fills them up."""
     multiple = zigzag_multiple(cp)
-    for shard, plain in zip(shards(batch, cp, pack_multiple=multiple * factor), shards(batch, cp), strict=True):
+    for shard, plain in zip(
+        shards(batch, cp, pack_multiple=multiple * factor), shards(batch, cp), strict=True
+    ):
         assert shard.input_ids.shape[1] * cp % (multiple * factor) == 0
         assert shard.input_ids.shape[1] - plain.input_ids.shape[1] < multiple * factor / cp
         assert torch.equal(shard.cu_seqlens_padded[:-1], plain.cu_seqlens_padded[:-1])
         assert shard.max_seqlen == int(shard.cu_seqlens_padded.diff().max())
     found, expected = (
-        sorted(row for part in parts for row in zip(part.row_sequence, part.row_position, part.labels.tolist(), strict=True))
+        sorted(
+            row
+            for part in parts
+            for row in zip(part.row_sequence, part.row_position, part.labels.tolist(), strict=True)
+        )
         for parts in (shards(batch, cp, pack_multiple=multiple * factor), shards(batch, cp))
     )
     assert found == expected
@@ -107,13 +116,17 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
         chosen = [k for k, m in enumerate(t.response_mask) if m]
         for k in chosen:
             position = len(t.prompt_ids) + k - 1
-            expected_rows.append((s, position, t.response_ids[k], t.advantage, t.rollout_log_probs[k], float(k == chosen[-1])))
+            expected_rows.append(
+                (s, position, t.response_ids[k], t.advantage, t.rollout_log_probs[k], float(k == chosen[-1]))
+            )
     if not batch:
         expected_held = [(0, p, PAD) for p in range(int(padded[0]))]
     assert sorted(held) == expected_held
     assert sorted(rows) == expected_rows
     for shard in parts:
-        assert shard.rows.response_length.tolist() == [float(sum(t.response_mask)) for t in batch] or not batch
+        assert (
+            shard.rows.response_length.tolist() == [float(sum(t.response_mask)) for t in batch] or not batch
+        )
         assert shard.max_seqlen == padded.max()
     assert all(padded % (zigzag_multiple(cp) * factor) == 0)
 
@@ -151,7 +164,11 @@ def loss_of(shard, objective=PolicyObjective()):  # noqa: B008
 
 def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
     """x of every row is its rollout log-prob, so FutureKL is a serial scan over response positions, tool tokens counting as 0."""
-    batch = [trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1), trajectory(2, [1] * 9, 1.5, 2), trajectory(3, [0, 1], 1.0, 3)]
+    batch = [
+        trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1),
+        trajectory(2, [1] * 9, 1.5, 2),
+        trajectory(3, [0, 1], 1.0, 3),
+    ]
     (shard,) = shards(batch, 1)
     result = loss_of(shard)[0]
     decay = 2 ** (-1 / 32)
@@ -172,7 +189,11 @@ def context_parallel_loss(rank, world_size, batch):
 
 
 def test_two_context_parallel_ranks_give_the_loss_and_gradient_of_the_unsplit_shard():
-    batch = [trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1), trajectory(2, [1] * 9, 1.5, 2), trajectory(1, [1] * 30, -1.0, 3)]
+    batch = [
+        trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1),
+        trajectory(2, [1] * 9, 1.5, 2),
+        trajectory(1, [1] * 30, -1.0, 3),
+    ]
     (whole,) = shards(batch, 1)
     result, gradient = loss_of(whole)
     first, second = run_ranks(2, context_parallel_loss, batch)
@@ -183,8 +204,15 @@ def test_two_context_parallel_ranks_give_the_loss_and_gradient_of_the_unsplit_sh
 
 
 def test_scattered_rows_of_all_ranks_fill_exactly_the_chosen_tokens():
-    batch = [trajectory(4, [1, 1, 0, 0, 1, 0], seed=1), trajectory(2, [1] * 9, seed=2), trajectory(3, [0, 0], seed=3)]
-    found = [np.stack(values) for values in zip(*(s.scatter_rows(s.labels.float()) for s in shards(batch, 4)), strict=True)]
+    batch = [
+        trajectory(4, [1, 1, 0, 0, 1, 0], seed=1),
+        trajectory(2, [1] * 9, seed=2),
+        trajectory(3, [0, 0], seed=3),
+    ]
+    found = [
+        np.stack(values)
+        for values in zip(*(s.scatter_rows(s.labels.float()) for s in shards(batch, 4)), strict=True)
+    ]
     for t, values in zip(batch, found, strict=True):
         np.testing.assert_array_equal((~np.isnan(values)).sum(axis=0), t.response_mask)
         np.testing.assert_array_equal(np.nansum(values, axis=0), np.array(t.response_ids) * t.response_mask)
@@ -214,7 +242,11 @@ def test_old_log_probs_and_device_moves_change_nothing_else():
     with pytest.raises(ValueError, match="2 rows"):
         shard.with_old_log_probs(torch.zeros(3))
     moved = shard.to("meta")
-    assert {moved.input_ids.device.type, moved.rows.advantages.device.type, moved.rows.plan.lead.device.type} == {"meta"}
+    assert {
+        moved.input_ids.device.type,
+        moved.rows.advantages.device.type,
+        moved.rows.plan.lead.device.type,
+    } == {"meta"}
 
 
 def test_trajectories_that_cannot_be_packed_are_named():
@@ -228,7 +260,9 @@ def test_trajectories_that_cannot_be_packed_are_named():
     ]:
         with pytest.raises(ValueError, match=f"trajectory 1 of group other .*{message}"):
             shards([good, replace(good, group_id="other", **{field: value})], 1)
-    with pytest.raises(ValueError, match="trajectory 0 of group g has 4 tokens, but the model has 3 positions"):
+    with pytest.raises(
+        ValueError, match="trajectory 0 of group g has 4 tokens, but the model has 3 positions"
+    ):
         shards([good], 1, max_position=3)
     with pytest.raises(ValueError, match="multiple of 4"):
         shards([good], 2, 2)

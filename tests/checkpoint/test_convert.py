@@ -110,13 +110,17 @@ def test_names_and_shapes_are_those_of_megatron_s_own_checkpoints(sources, check
     def body(rank, world):
         chunk: Any = reference.build(sources(family, "untied"), ParallelConfig())[0]
         dist_checkpointing.save(chunk.sharded_state_dict(), str(tmp_path / "own"))
-        loaded = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, str(checkpoints(family, "untied") / "weights"))
+        loaded = dist_checkpointing.load(
+            {"model": chunk.sharded_state_dict()}, str(checkpoints(family, "untied") / "weights")
+        )
         chunk.load_state_dict(loaded["model"])  # strict
 
     run_ranks(1, body)
     own, converted = (
         {
-            key: (tuple(entry.size), entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+            key: (tuple(entry.size), entry.properties.dtype)
+            if isinstance(entry, TensorStorageMetadata)
+            else None
             for key, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
         }
         for folder in (tmp_path / "own", checkpoints(family, "untied") / "weights")
@@ -152,14 +156,18 @@ SPLITS = {
         ("qwen2", "tied", "tp2_pp2_vpp2"),
     ],
 )
-def test_logits_of_a_loaded_checkpoint_equal_those_of_transformers(sources, checkpoints, monkeypatch, family, tied, split):
+def test_logits_of_a_loaded_checkpoint_equal_those_of_transformers(
+    sources, checkpoints, monkeypatch, family, tied, split
+):
     folder, parallel = sources(family, tied), SPLITS[split]
     load_converted(monkeypatch, checkpoints(family, tied))
     results = run_ranks(parallel.world_size, lambda rank, world: logits_of_rank(folder, parallel))
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         expected = torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
-    torch.testing.assert_close(gather_logits(results, parallel.tensor_model_parallel_size), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        gather_logits(results, parallel.tensor_model_parallel_size), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_vocabulary_that_is_padded_comes_back_without_its_padding(tmp_path, monkeypatch):
@@ -212,20 +220,29 @@ def test_the_same_model_gives_the_same_files_with_a_manifest_that_holds(sources,
     one, two = (read_manifest(tmp_path / name) for name in ("one", "two"))
     assert one == two
     assert check_files(tmp_path / "one", one) == []
-    assert {"weights/.metadata", "weights/metadata.json", "weights/common.pt", "hf/tokenizer.json"} < one.files.keys()
+    assert {
+        "weights/.metadata",
+        "weights/metadata.json",
+        "weights/common.pt",
+        "hf/tokenizer.json",
+    } < one.files.keys()
 
 
 # Dtypes
 
 
 def test_bfloat16_stays_bfloat16(source, tmp_path):
-    change(source, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    change(
+        source, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    )
     assert to_megatron(source, tmp_path / "converted", "keep", no_progress).rounded == set()
     to_hf(tmp_path / "converted", tmp_path / "back", "keep", no_progress)
     assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
     to_hf(tmp_path / "converted", tmp_path / "wide", "float32", no_progress)
-    assert_same(tensors_of(tmp_path / "wide"), {name: tensor.float() for name, tensor in tensors_of(source).items()})
+    assert_same(
+        tensors_of(tmp_path / "wide"), {name: tensor.float() for name, tensor in tensors_of(source).items()}
+    )
 
 
 def test_rounding_happens_when_asked_for_and_is_told(source, tmp_path, capsys):
@@ -235,9 +252,14 @@ def test_rounding_happens_when_asked_for_and_is_told(source, tmp_path, capsys):
     printed, progress = capsys.readouterr()
     assert re.search(r"wrote .*: 51 tensors, .* kB in .* s", printed)
     assert re.search(r"converting: (\d+\.\d kB) of \1 in \d+ s\nhashing: ", progress)
-    assert "rounded to the dtype asked for: 30 of Megatron's parameters" in printed  # all but the norm of ones
+    assert (
+        "rounded to the dtype asked for: 30 of Megatron's parameters" in printed
+    )  # all but the norm of ones
     to_hf(tmp_path / "converted", tmp_path / "back", "keep", no_progress)
-    assert_same(tensors_of(tmp_path / "back"), {name: tensor.bfloat16() for name, tensor in tensors_of(source).items()})
+    assert_same(
+        tensors_of(tmp_path / "back"),
+        {name: tensor.bfloat16() for name, tensor in tensors_of(source).items()},
+    )
 
 
 def test_parameters_of_several_dtypes_each_keep_theirs(source, tmp_path):
@@ -267,12 +289,16 @@ def half(name: str):
             "--dtype float32 drops 29 of 52 mantissa bits, --dtype bfloat16 drops 45 of 52",
         ),
         (
-            lambda tensors: tensors.update({(name := "model.layers.2.mlp.up_proj.weight"): tensors[name].bfloat16()}),
+            lambda tensors: tensors.update(
+                {(name := "model.layers.2.mlp.up_proj.weight"): tensors[name].bfloat16()}
+            ),
             "model.layers.2.mlp.up_proj.weight in .* is stored as bfloat16 and model.layers.0.mlp.gate_proj.weight as float32, but in "
             "Megatron they are one tensor; --dtype float32 keeps every bit",
         ),
         (
-            lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}),
+            lambda tensors: tensors.update(
+                {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}
+            ),
             "model.norm.weight in .* is stored as F8_E4M3; convert it",
         ),
     ],

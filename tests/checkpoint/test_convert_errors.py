@@ -45,18 +45,36 @@ def set_config(**values):
             lambda folder: change(folder, lambda tensors: tensors.update({"model.extra": torch.zeros(1)})),
             "holds model.extra that its config.json does not ask for",
         ),
-        (set_config(intermediate_size=128), r"gate_proj.weight in .* has shape \[96, 64\]; config.json asks for \[128, 64\]"),
-        (set_config(architectures=["MambaForCausalLM"]), "MambaForCausalLM is not supported; known: .*Qwen3ForCausalLM"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors.index.json nor model.safetensors"),
+        (
+            set_config(intermediate_size=128),
+            r"gate_proj.weight in .* has shape \[96, 64\]; config.json asks for \[128, 64\]",
+        ),
+        (
+            set_config(architectures=["MambaForCausalLM"]),
+            "MambaForCausalLM is not supported; known: .*Qwen3ForCausalLM",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "neither model.safetensors.index.json nor model.safetensors",
+        ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}})
+                json.dumps(
+                    {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
+                )
             ),
             "lacks model-00001-of-00002.safetensors, which its index names",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps({"weight_map": {"model.gone": "model.safetensors", "model.norm.weight": "model.safetensors"}})
+                json.dumps(
+                    {
+                        "weight_map": {
+                            "model.gone": "model.safetensors",
+                            "model.norm.weight": "model.safetensors",
+                        }
+                    }
+                )
             ),
             "do not hold model.gone, though model.safetensors.index.json says so",
         ),
@@ -87,24 +105,41 @@ def sealed(edit):
 
 def call_something(folder: Path) -> None:
     """Metadata that would run a command if it were unpickled without a guard."""
-    (folder / "weights" / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(folder / "owned").encode() + b"'\ntR.")
+    (folder / "weights" / ".metadata").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(folder / "owned").encode() + b"'\ntR."
+    )
 
 
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda folder: flip_a_byte(folder / "weights" / "__3_0.distcp"), "is damaged: .*__3_0.distcp has other content"),
-        (lambda folder: (folder / "weights" / "__1_0.distcp").unlink(), "is damaged: .*__1_0.distcp is missing"),
-        (lambda folder: (folder / "weights" / "more").write_text(""), "is damaged: .*more is not in the manifest"),
+        (
+            lambda folder: flip_a_byte(folder / "weights" / "__3_0.distcp"),
+            "is damaged: .*__3_0.distcp has other content",
+        ),
+        (
+            lambda folder: (folder / "weights" / "__1_0.distcp").unlink(),
+            "is damaged: .*__1_0.distcp is missing",
+        ),
+        (
+            lambda folder: (folder / "weights" / "more").write_text(""),
+            "is damaged: .*more is not in the manifest",
+        ),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (
             lambda folder: (folder / "manifest.json").unlink(),
             "a checkpoint without manifest.json, so it was not written to its end",
         ),
         (lambda folder: (folder / "weights" / ".metadata").unlink(), "it has no .metadata"),
-        (sealed(lambda folder: (folder / "weights" / ".metadata").write_bytes(b"\x80")), "no readable metadata"),
+        (
+            sealed(lambda folder: (folder / "weights" / ".metadata").write_bytes(b"\x80")),
+            "no readable metadata",
+        ),
         (sealed(call_something), "no readable metadata of a checkpoint: it asks for os.system"),
-        (lambda folder: set_config(tie_word_embeddings=True)(folder / "hf"), "holds output_layer.weight that its hf/config.json"),
+        (
+            lambda folder: set_config(tie_word_embeddings=True)(folder / "hf"),
+            "holds output_layer.weight that its hf/config.json",
+        ),
         (
             lambda folder: set_config(num_hidden_layers=5)(folder / "hf"),
             r"has shape \[4, 64\]; hf/config.json asks for \[5, 64\]",
@@ -113,7 +148,10 @@ def call_something(folder: Path) -> None:
             lambda folder: set_config(vocab_size=102)(folder / "hf"),
             r"embedding.word_embeddings.weight in .* has shape \[101, 64\]; hf/config.json asks for \[102, 64\]",
         ),
-        (lambda folder: set_config(architectures=["Qwen3ForCausalLM"])(folder / "hf"), "lacks .*k_layernorm.weight"),
+        (
+            lambda folder: set_config(architectures=["Qwen3ForCausalLM"])(folder / "hf"),
+            "lacks .*k_layernorm.weight",
+        ),
     ],
 )
 def test_a_bad_checkpoint_is_refused(checkpoint, tmp_path, edit, reason):

@@ -74,12 +74,21 @@ def test_every_tensor_comes_back_bit_for_bit(sources, tmp_path, family, tied, la
         save_hf(build(source, parallel), source, tmp_path / "saved")
 
     run_ranks(parallel.world_size, body)
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "saved" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {
-        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
+        *(
+            "model.safetensors",
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+        )
     }
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
@@ -100,15 +109,24 @@ def test_all_ranks_see_the_same_names_and_only_the_first_the_tensors(source):
         assert other == [(name, None) for name, _ in first]
 
 
-@pytest.mark.parametrize(("family", "tied"), [(family, tied) for family in FAMILIES for tied in ("untied", "tied")])
+@pytest.mark.parametrize(
+    ("family", "tied"), [(family, tied) for family in FAMILIES for tied in ("untied", "tied")]
+)
 def test_transformers_reads_the_sharded_bfloat16_model(sources, tmp_path, monkeypatch, family, tied):
     source = sources(family, tied)
     monkeypatch.setattr(hf_writer, "SHARD_BYTES", 100_000)
-    run_ranks(1, lambda rank, world: save_hf(build(source, ParallelConfig()), source, tmp_path / "saved", torch.bfloat16))
+    run_ranks(
+        1,
+        lambda rank, world: save_hf(
+            build(source, ParallelConfig()), source, tmp_path / "saved", torch.bfloat16
+        ),
+    )
     shards = sorted((tmp_path / "saved").glob("*.safetensors"))
     assert len(shards) > 2
     assert all(shard.stat().st_size < 110_000 for shard in shards)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True, dtype="auto")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True, dtype="auto"
+    )
     model, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype is torch.bfloat16
@@ -139,7 +157,8 @@ def test_missing_and_unexpected_tensors_are_listed(untied):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(1)
 
     with pytest.raises(
-        AssertionError, match=r"lacks model.layers.1.self_attn.k_proj.bias, model.norm.weight and holds model.layers.0.extra that"
+        AssertionError,
+        match=r"lacks model.layers.1.self_attn.k_proj.bias, model.norm.weight and holds model.layers.0.extra that",
     ):
         load_on_one_rank(untied, copy_model(untied, change))
 
@@ -148,7 +167,10 @@ def test_a_wrong_shape_is_named(untied):
     def change(tensors):
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(95, 64)
 
-    with pytest.raises(AssertionError, match=r"mlp.up_proj.weight in .* has shape \[95, 64\]; config.json asks for \[96, 64\]"):
+    with pytest.raises(
+        AssertionError,
+        match=r"mlp.up_proj.weight in .* has shape \[95, 64\]; config.json asks for \[96, 64\]",
+    ):
         load_on_one_rank(untied, copy_model(untied, change))
 
 
@@ -156,12 +178,16 @@ def test_a_cut_file_is_named(untied):
     folder = copy_model(untied)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(AssertionError, match=r"UserError: .*model.safetensors is not a readable safetensors file"):
+    with pytest.raises(
+        AssertionError, match=r"UserError: .*model.safetensors is not a readable safetensors file"
+    ):
         load_on_one_rank(untied, folder)
 
 
 def test_a_missing_shard_is_named(untied, tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+    )
     with pytest.raises(AssertionError, match=r"UserError: .*lacks model-00002-of-00002.safetensors"):
         load_on_one_rank(untied, tmp_path)
 
@@ -210,7 +236,10 @@ def test_distributed_checkpoints_use_the_names_that_transformer_engine_gives(sou
         chunk: Any = build(source, ParallelConfig())[0]
         state = chunk.sharded_state_dict()
         keys = {value.key for name, value in state.items() if not name.endswith("_extra_state")}
-        return keys, {re.sub(r"layers\.\d+\.", "layers.", weight.megatron) for weight in chunk.family.weights(chunk.architecture)}
+        return keys, {
+            re.sub(r"layers\.\d+\.", "layers.", weight.megatron)
+            for weight in chunk.family.weights(chunk.architecture)
+        }
 
     ((keys, names),) = run_ranks(1, body)
     assert keys == names

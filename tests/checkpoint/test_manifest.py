@@ -55,10 +55,17 @@ def test_the_shares_hash_and_check_every_file_once(folder, shares):
     (folder / "loop.json").unlink()
     (folder / "rng").mkdir(exist_ok=True)
     (folder / "rng/extra").write_text("x")
-    problems = [problem for share in range(shares) for problem in check_files(folder, read_manifest(folder), share, shares)]
+    problems = [
+        problem
+        for share in range(shares)
+        for problem in check_files(folder, read_manifest(folder), share, shares)
+    ]
     (folder / "loop.json").write_text("{}")
     (folder / "rng/extra").unlink()
-    assert sorted(problems) == [f"{folder}/loop.json is missing", f"{folder}/rng/extra is not in the manifest"]
+    assert sorted(problems) == [
+        f"{folder}/loop.json is missing",
+        f"{folder}/rng/extra is not in the manifest",
+    ]
 
 
 def test_files_larger_than_a_block_are_hashed_whole(tmp_path, monkeypatch):
@@ -96,8 +103,14 @@ def test_each_damage_is_one_sentence(folder, damage, sentence):
         ("[]", "is damaged"),
         ('{"files": {}, "info": {}}', "is damaged"),
         ('{"format": 1, "files": {"a": {"size": 1}}, "info": {}}', "is damaged"),
-        ('{"format": 1, "files": {"../../etc/passwd": {"size": 1, "sha256": "x"}}, "info": {}}', "not a path inside"),
-        ('{"format": 1, "files": {"/etc/passwd": {"size": 1, "sha256": "x"}}, "info": {}}', "not a path inside"),
+        (
+            '{"format": 1, "files": {"../../etc/passwd": {"size": 1, "sha256": "x"}}, "info": {}}',
+            "not a path inside",
+        ),
+        (
+            '{"format": 1, "files": {"/etc/passwd": {"size": 1, "sha256": "x"}}, "info": {}}',
+            "not a path inside",
+        ),
         ('{"format": 0, "files": {}, "info": {}}', "format 0 and this version reads 1"),
         ('{"format": 2}', "format 2 and this version reads 1"),
         (b"\xff\xfe\x00", "is damaged"),

@@ -54,7 +54,9 @@ def test_shards_tile_every_tensor_of_published_models(name, virtual):
     assert {len(stages) for stages in layers.values()} == {1}
     held = Counter((stages[0].pipeline, stages[0].chunk) for stages in layers.values())
     assert held == {
-        (stage, chunk): model.num_layers // (4 * (virtual or 1)) for stage in range(4) for chunk in range(virtual or 1)
+        (stage, chunk): model.num_layers // (4 * (virtual or 1))
+        for stage in range(4)
+        for chunk in range(virtual or 1)
     }
 
 
@@ -75,7 +77,10 @@ def test_a_rank_s_box_holds_what_its_shard_is_made_of(layout, size):
     parts = [torch.tensor([next(numbers) for _ in range(prod(shape))]).view(shape) for shape in shapes]
     for rank in range(size):
         boxes = [hf_box(layout, shape, rank, size) for shape in shapes]
-        held = [part[tuple(slice(*edge) for edge in box)].flatten() for part, box in zip(parts, boxes, strict=True)]
+        held = [
+            part[tuple(slice(*edge) for edge in box)].flatten()
+            for part, box in zip(parts, boxes, strict=True)
+        ]
         found = shard(weight, parts, model, rank, size).flatten()
         assert sorted(torch.cat(held).tolist()) == sorted(found[found > 0].tolist())
 
@@ -104,7 +109,10 @@ def test_ranks_hold_what_the_map_says(tmp_path, family, tied):
     def body(rank, world):
         model_parallel.initialize(parallel, seed=1)
         chunks = build_model(tmp_path, ModelConfig(path=str(tmp_path), dtype="float32"), parallel)
-        return [{name: tuple(value.shape) for name, value in map_model([chunk]).parameters.items()} for chunk in chunks]
+        return [
+            {name: tuple(value.shape) for name, value in map_model([chunk]).parameters.items()}
+            for chunk in chunks
+        ]
 
     config = json.loads((tmp_path / "config.json").read_text())
     model = find_family(config).translate(config)

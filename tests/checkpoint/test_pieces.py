@@ -24,7 +24,9 @@ def hf_rows(found: list[Move], padding: bool) -> dict[str, list[int]]:
         shapes = dict(zip(move.weight.names, move.weight.shapes, strict=True))
         for name in [move.name] if move.name else move.weight.names:
             last = shapes[name][0] if move.name is None else move.first_row + move.rows
-            rows.setdefault(name, []).extend(range(move.first_row, min(last, shapes[name][0]) if padding else last))
+            rows.setdefault(name, []).extend(
+                range(move.first_row, min(last, shapes[name][0]) if padding else last)
+            )
     return rows
 
 
@@ -46,11 +48,15 @@ def test_pieces_to_megatron_cover_both_sides(piece_bytes, vocab):
                 name: list(range(shape[0])) for name, shape in zip(weight.names, weight.shapes, strict=True)
             }
             row = prod(megatron_shape(weight)[1:]) * 4
-            assert all(move.name is None or move.rows * row <= max(piece_bytes, row) + 128 * row for move in found)
+            assert all(
+                move.name is None or move.rows * row <= max(piece_bytes, row) + 128 * row for move in found
+            )
 
 
 @settings(deadline=None)
-@given(cuts=st.lists(st.integers(1, 95), max_size=6), columns=st.sampled_from([1, 2]), vocab=st.integers(1, 96))
+@given(
+    cuts=st.lists(st.integers(1, 95), max_size=6), columns=st.sampled_from([1, 2]), vocab=st.integers(1, 96)
+)
 def test_pieces_to_hugging_face_follow_the_stored_chunks(cuts, columns, vocab):
     model = architecture(groups=4, queries_per_group=2, head=2, vocab=vocab)
     for weight in QWEN2.weights(model):
@@ -60,7 +66,8 @@ def test_pieces_to_hugging_face_follow_the_stored_chunks(cuts, columns, vocab):
         layers = [()] if weight.layer is None else [(0,), (1,)]
         chunks = [
             ChunkStorageMetadata(
-                Size((*layer, first, *(side * size for size in width))), Size((*(1 for _ in layer), last - first, *width))
+                Size((*layer, first, *(side * size for size in width))),
+                Size((*(1 for _ in layer), last - first, *width)),
             )
             for layer in layers
             for first, last in pairwise(edges)

@@ -47,7 +47,9 @@ def test_every_weight_splits_over_8_tensor_parallel_ranks_and_comes_back(name):
         parts = [torch.empty(shape, device="meta") for shape in weight.shapes]
         shards = [shard(weight, parts, architecture, rank, 8) for rank in range(8)]
         assert {prod(piece.shape) for piece in shards} == {weight.parameters_per_rank(8)}, weight
-        assert tuple(tuple(part.shape) for part in join(weight, shards, architecture)) == weight.shapes, weight
+        assert tuple(tuple(part.shape) for part in join(weight, shards, architecture)) == weight.shapes, (
+            weight
+        )
 
 
 def test_llama_keeps_its_rotary_scaling():

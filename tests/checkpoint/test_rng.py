@@ -43,7 +43,10 @@ def test_each_rank_draws_what_would_have_come_next(tmp_path):
         assert len(first) > 1
         assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert not torch.equal(drawn[0][0][0], drawn[1][0][0])
-    assert sorted(path.name for path in tmp_path.glob("rng/*")) == ["rank_00000.safetensors", "rank_00001.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("rng/*")) == [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+    ]
 
 
 def load_elsewhere(rank, world_size, parallel, folder):

@@ -30,19 +30,24 @@ assert code == {code}, code
 heavy = {heavy!r} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
-    done = run_without({"torch", "numpy", "ray", "transformers", "megatron", "omegaconf", "rich"}, arguments, code=0)
+    done = run_without(
+        {"torch", "numpy", "ray", "transformers", "megatron", "omegaconf", "rich"}, arguments, code=0
+    )
     assert "usage: megatron-fipo" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", *COUNTDOWN], ["evaluate", "absent", *COUNTDOWN], ["sft", "examples/countdown/sft.yaml"]]
+    "arguments",
+    [["train", *COUNTDOWN], ["evaluate", "absent", *COUNTDOWN], ["sft", "examples/countdown/sft.yaml"]],
 )
 def test_a_mistyped_key_is_named_before_torch_is_imported(arguments):
     done = run_without({"torch", "ray", "transformers", "megatron"}, [*arguments, "seeed=1"], code=2)
@@ -58,7 +63,13 @@ def test_every_command_explains_itself(command, capsys):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path):
-    arguments = ["train", *COUNTDOWN, "--dry-run", f"run_dir={tmp_path}/run", "parallel.tensor_model_parallel_size=2"]
+    arguments = [
+        "train",
+        *COUNTDOWN,
+        "--dry-run",
+        f"run_dir={tmp_path}/run",
+        "parallel.tensor_model_parallel_size=2",
+    ]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert "Ranks: 2 = tensor 2" in text
@@ -113,7 +124,10 @@ def test_evaluate_takes_a_file_or_none(monkeypatch):
         "rollout.max_prompt_length=16",
         "rollout.max_response_length=99",
     ]
-    assert cli.main(["evaluate", folder, "examples/countdown/fipo.yaml", "evaluation.samples_per_problem=2"]) == 0
+    assert (
+        cli.main(["evaluate", folder, "examples/countdown/fipo.yaml", "evaluation.samples_per_problem=2"])
+        == 0
+    )
     assert cli.main(["evaluate", folder, *settings]) == 0
     (first, with_file, output), (second, without, _) = calls
     assert first == second == with_file.model.path == without.model.path == folder
@@ -133,7 +147,12 @@ def test_the_table_of_evaluate_goes_where_output_says(monkeypatch):
     assert calls[0][2] == Path("mine.jsonl")
     assert (calls[0][1].seed, calls[0][1].run_dir) == (2, "runs/countdown-fipo")
     monkeypatch.chdir(folder)
-    data = ["data.source=countdown", "reward.name=countdown", "rollout.max_prompt_length=16", "rollout.max_response_length=99"]
+    data = [
+        "data.source=countdown",
+        "reward.name=countdown",
+        "rollout.max_prompt_length=16",
+        "rollout.max_response_length=99",
+    ]
     assert cli.main(["evaluate", ".", *data]) == 0
     assert calls[3][2] == Path("runs/evaluation/model-config.jsonl")
 

@@ -8,7 +8,11 @@ from rich.console import Console
 from megatron_fipo.cli.doctor import COMPONENTS, Facts, gather_facts, main, rows
 
 BARE = Facts(
-    python="3.11.7", versions={component.name: None for component in COMPONENTS}, cuda=None, devices=(), apex_is_nvidia=False
+    python="3.11.7",
+    versions={component.name: None for component in COMPONENTS},
+    cuda=None,
+    devices=(),
+    apex_is_nvidia=False,
 )
 
 
@@ -65,7 +69,9 @@ def test_cuda(cuda, devices, state, severity):
     ],
 )
 def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, version, note):
-    facts = replace(BARE, versions=BARE.versions | {"transformer-engine": version}, cuda=cuda, capability=capability)
+    facts = replace(
+        BARE, versions=BARE.versions | {"transformer-engine": version}, cuda=cuda, capability=capability
+    )
     found = row(facts, "transformer-engine")
     assert (found.state, found.severity) == (version, "ok")
     assert found.note.startswith("fused layers and Adam on GPUs; ")
@@ -73,7 +79,10 @@ def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, ver
 
 
 def test_the_notes_name_what_each_package_does_here():
-    assert "head and loss kernels" in row(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
+    assert (
+        "head and loss kernels"
+        in row(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
+    )
     assert "the same numbers" in row(BARE, "triton").note
     assert "training on GPUs needs it or apex" in row(BARE, "transformer-engine").note
     assert "training on GPUs needs one of them" in row(BARE, "apex").note
@@ -93,7 +102,9 @@ def test_the_apex_of_pypi_does_not_count():
 @pytest.mark.parametrize("nvidia", [False, True])
 def test_apex_is_told_apart_on_disk(nvidia, tmp_path, monkeypatch):
     (tmp_path / "apex" / ("multi_tensor_apply" if nvidia else "templates")).mkdir(parents=True)
-    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('doctor must not import apex')", encoding="utf-8")
+    (tmp_path / "apex" / "__init__.py").write_text(
+        "raise RuntimeError('doctor must not import apex')", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apex", raising=False)
     facts = gather_facts()

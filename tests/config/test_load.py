@@ -25,7 +25,9 @@ def schemas(root: type) -> list[type]:
 
 
 class TestSchema:
-    @pytest.mark.parametrize("schema", {*schemas(Config), *schemas(SftConfig)}, ids=lambda schema: schema.__name__)
+    @pytest.mark.parametrize(
+        "schema", {*schemas(Config), *schemas(SftConfig)}, ids=lambda schema: schema.__name__
+    )
     def test_every_setting_says_what_it_means(self, schema):
         settings = {item.name for item in fields(schema) if not is_dataclass(item.type)}
         assert settings <= field_docs(schema).keys()
@@ -51,19 +53,28 @@ class TestSchema:
             (4, 8, True, 32),
         ],
     )
-    def test_sequences_split_into_chunks_and_over_sequence_parallel_ranks(self, cp, tp, sequence_parallel, multiple):
-        parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel)
+    def test_sequences_split_into_chunks_and_over_sequence_parallel_ranks(
+        self, cp, tp, sequence_parallel, multiple
+    ):
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel
+        )
         assert parallel.length_multiple == multiple
         assert multiple % (2 * cp if cp > 1 else 1) == 0
         assert not sequence_parallel or (multiple // cp) % tp == 0
 
     @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "delayed"])
     @pytest.mark.parametrize(
-        ("cp", "tp", "sequence_parallel"), [(1, 1, False), (1, 4, True), (2, 3, True), (4, 8, True), (2, 8, False)]
+        ("cp", "tp", "sequence_parallel"),
+        [(1, 1, False), (1, 4, True), (2, 3, True), (4, 8, True), (2, 8, False)],
     )
     def test_fp8_gives_each_rank_whole_blocks_of_tokens(self, cp, tp, sequence_parallel, recipe):
-        parallel = ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel)
-        assert parallel.pack_multiple(ModelConfig(fp8_recipe=recipe).token_multiple) == parallel.length_multiple
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=sequence_parallel
+        )
+        assert (
+            parallel.pack_multiple(ModelConfig(fp8_recipe=recipe).token_multiple) == parallel.length_multiple
+        )
         multiple = parallel.pack_multiple(ModelConfig(fp8="hybrid", fp8_recipe=recipe).token_multiple)
         assert multiple == cp * (tp if sequence_parallel else 1) * (128 if recipe == "blockwise" else 16)
         assert multiple % parallel.length_multiple == 0
@@ -72,8 +83,15 @@ class TestSchema:
 class TestLoad:
     def test_overrides_win_in_order_and_give_plain_instances(self, tmp_path):
         path = tmp_path / "c.yaml"
-        path.write_text("model: {path: here}\nrun_dir: ${model.path}/run\noptimizer: {lr: 1e-5}\n", encoding="utf-8")
-        overrides = ["optimizer.lr=2e-5", "optimizer.lr=3e-5", "objective.influence_clip=[0.8,1.2]", "objective.half_life=.inf"]
+        path.write_text(
+            "model: {path: here}\nrun_dir: ${model.path}/run\noptimizer: {lr: 1e-5}\n", encoding="utf-8"
+        )
+        overrides = [
+            "optimizer.lr=2e-5",
+            "optimizer.lr=3e-5",
+            "objective.influence_clip=[0.8,1.2]",
+            "objective.half_life=.inf",
+        ]
         config = load_config(path, overrides)
         assert type(config) is Config
         assert type(config.model) is ModelConfig
@@ -94,7 +112,10 @@ class TestLoad:
             ("optimizer.lr=fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
             ("iterations=1.5", "could not be converted to Integer"),
             ("model=path", "'model' is a section and has to hold keys such as model.path"),
-            ("objective.name=fippo", "objective.name is 'fippo', but has to be one of: fipo, dapo, grpo (did you mean 'fipo'?)"),
+            (
+                "objective.name=fippo",
+                "objective.name is 'fippo', but has to be one of: fipo, dapo, grpo (did you mean 'fipo'?)",
+            ),
             ("iterations", "has to look like section.key=value"),
             ("=3", "has to look like section.key=value"),
             ("objective.influence_clip=[1", "not valid YAML"),
@@ -110,7 +131,10 @@ class TestLoad:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("objective: {half_lif: 3}", "c.yaml: unknown key 'objective.half_lif'; did you mean 'objective.half_life'?"),
+            (
+                "objective: {half_lif: 3}",
+                "c.yaml: unknown key 'objective.half_lif'; did you mean 'objective.half_life'?",
+            ),
             ("objective:\n", "'objective' is a section"),
             ("a: b: c", "c.yaml, line 1 is not valid YAML"),
             ("seed: 1\nseed: 2", "c.yaml, line 2"),
@@ -136,7 +160,10 @@ class TestLoad:
             load_config(tmp_path / "binary.yaml", [])
 
     def test_a_saved_configuration_reads_back_equal(self, tmp_path):
-        config = load_config(None, [*REQUIRED, "objective.half_life=.inf", "objective.influence_clip=null", "optimizer.lr=1e-7"])
+        config = load_config(
+            None,
+            [*REQUIRED, "objective.half_life=.inf", "objective.influence_clip=null", "optimizer.lr=1e-7"],
+        )
         save_config(config, tmp_path / "deep" / "config.yaml")
         assert load_config(tmp_path / "deep" / "config.yaml", []) == config
         assert [path.name for path in (tmp_path / "deep").iterdir()] == ["config.yaml"]

@@ -34,7 +34,10 @@ class TestValidate:
         ("overrides", "message"),
         [
             ("parallel.tensor_model_parallel_size=3", "does not divide the model's 4 attention heads"),
-            ("parallel.tensor_model_parallel_size=4", "does not divide the model's 2 key-value groups; choose a divisor of 2"),
+            (
+                "parallel.tensor_model_parallel_size=4",
+                "does not divide the model's 2 key-value groups; choose a divisor of 2",
+            ),
             ("parallel.pipeline_model_parallel_size=3", "does not divide the model's 4 layers"),
             (
                 "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=3",
@@ -42,29 +45,50 @@ class TestValidate:
             ),
             ("parallel.virtual_pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size"),
             ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size above 1"),
-            ("parallel.context_parallel_size=0", "parallel.context_parallel_size has to be at least 1, not 0"),
+            (
+                "parallel.context_parallel_size=0",
+                "parallel.context_parallel_size has to be at least 1, not 0",
+            ),
             (
                 "parallel.data_parallel_size=3",
                 "need 3 ranks (tensor 1 x pipeline 1 x context 1 x data 3), but there are 2 CPU cores",
             ),
-            ("parallel.overlap_communication=true optimizer.distributed=false", "needs optimizer.distributed=true"),
+            (
+                "parallel.overlap_communication=true optimizer.distributed=false",
+                "needs optimizer.distributed=true",
+            ),
             ("model.layer_spec=transformer_engine", "needs a GPU"),
             ("batch.mini_batch_prompts=60", "has to divide"),
             ("batch.responses_per_prompt=1", "at least 2"),
             ("batch.max_tokens_per_micro_batch=143", "raise it to at least 144"),
-            ("batch.max_tokens_per_micro_batch=71 parallel.context_parallel_size=2", "raise it to at least 72"),
+            (
+                "batch.max_tokens_per_micro_batch=71 parallel.context_parallel_size=2",
+                "raise it to at least 72",
+            ),
             ("rollout.max_prompts=10", "can never give"),
             ("rollout.engine_tensor_parallel_size=2", "needs rollout.engine=vllm"),
             ("rollout.engine=vllm rollout.engine_tensor_parallel_size=3", "does not divide the model's"),
             ("rollout.placement=colocated", "needs rollout.engine=vllm"),
-            ("rollout.engine=vllm rollout.placement=colocated rollout.mode=one_step_off", "needs rollout.mode=synchronous"),
+            (
+                "rollout.engine=vllm rollout.placement=colocated rollout.mode=one_step_off",
+                "needs rollout.mode=synchronous",
+            ),
             ("rollout.engine=vllm rollout.placement=colocated rollout.num_engines=2", "do not fit"),
             ("rollout.mode=one_step_off rollout.max_staleness=0", "raise rollout.max_staleness"),
-            ("deterministic=true rollout.mode=fully_asynchronous rollout.unfinished=continue", "deterministic=true needs"),
+            (
+                "deterministic=true rollout.mode=fully_asynchronous rollout.unfinished=continue",
+                "deterministic=true needs",
+            ),
             ("deterministic=true rollout.unfinished=continue", "deterministic=true needs"),
             ("rollout.mode=fully_asynchronous", "needs rollout.unfinished=continue"),
-            ("rollout.unfinished=continue rollout.max_staleness=0", "needs rollout.max_staleness of at least 1"),
-            ("rollout.mode=one_step_off rollout.unfinished=continue", "needs rollout.max_staleness of at least 2"),
+            (
+                "rollout.unfinished=continue rollout.max_staleness=0",
+                "needs rollout.max_staleness of at least 1",
+            ),
+            (
+                "rollout.mode=one_step_off rollout.unfinished=continue",
+                "needs rollout.max_staleness of at least 2",
+            ),
             ("objective.correction=mis rollout.top_p=0.9", "compares whole distributions"),
             ("checkpoint.keep_last=0", "checkpoint.keep_last has to be at least 1"),
             ("max_walltime_minutes=0", "max_walltime_minutes has to be above 0"),
@@ -82,14 +106,20 @@ class TestValidate:
             ("objective.clip_low=1.0", "objective.clip_low has to be at least 0 and below 1"),
             ("objective.kl_coefficient=0.1", "is for grpo only"),
             ("objective.name=grpo objective.normalization=reference_micro_batch", "is not for grpo"),
-            ("objective.name=grpo objective.clip_low=0.5 objective.dual_clip=1.4", "1 + objective.clip_low = 1.5"),
+            (
+                "objective.name=grpo objective.clip_low=0.5 objective.dual_clip=1.4",
+                "1 + objective.clip_low = 1.5",
+            ),
             ("optimizer.lr=.inf", "optimizer.lr has to be finite"),
             ("optimizer.lr=0", "optimizer.lr has to be above 0"),
             ("reward.overlong_buffer=128", "has to be below rollout.max_response_length=128"),
             ("reward.name=dapo_math", "needs reward.name=countdown"),
             ("data.source=jsonl reward.name=dapo_math", "needs data.train_path"),
             ("data.source=jsonl reward.name=dapo_math data.train_path=t", "needs data.evaluation_path"),
-            ("data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0", "evaluation.before_training=false"),
+            (
+                "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0",
+                "evaluation.before_training=false",
+            ),
             (
                 "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.before_training=false",
                 "evaluation.every=0 and",
@@ -128,7 +158,9 @@ class TestValidate:
     def test_gpus_count_where_there_are_any(self):
         config = load_config(None, [*VALID, "parallel.data_parallel_size=4", "rollout.num_engines=2"])
         validate(config, ARCHITECTURE, Machine(cpus=2, gpus=6))
-        with pytest.raises(UserError, match=r"`parallel` need 4 ranks .* rollout\.num_engines=2 .* there are 5 GPUs"):
+        with pytest.raises(
+            UserError, match=r"`parallel` need 4 ranks .* rollout\.num_engines=2 .* there are 5 GPUs"
+        ):
             validate(config, ARCHITECTURE, Machine(cpus=64, gpus=5))
         config.rollout.engine = "vllm"
         config.rollout.engine_tensor_parallel_size = 2
@@ -138,7 +170,9 @@ class TestValidate:
         config.rollout.placement = "colocated"
         config.rollout.engine_tensor_parallel_size = 1
         validate(config, ARCHITECTURE, Machine(cpus=2, gpus=4))
-        supervised = load_config(None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig)
+        supervised = load_config(
+            None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig
+        )
         validate_sft(supervised, ARCHITECTURE, Machine(cpus=2, gpus=4))
 
     @pytest.mark.parametrize(
@@ -160,21 +194,41 @@ class TestValidate:
                 replace(H100, capability=(8, 0)),
                 "compute capability 8.0 and FP8 needs 8.9",
             ),
-            ("model.fp8=hybrid", replace(H100, capability=(8, 9)), "blockwise needs 9.0 (Hopper); choose tensorwise"),
+            (
+                "model.fp8=hybrid",
+                replace(H100, capability=(8, 9)),
+                "blockwise needs 9.0 (Hopper); choose tensorwise",
+            ),
             ("model.fp8=hybrid", replace(H100, capability=(10, 0)), "compute capability 10.0 needs 2.10"),
-            ("model.fp8=hybrid", replace(H100, cuda="12.8"), "built for CUDA 12.8 and blockwise needs 12.9; choose tensorwise"),
+            (
+                "model.fp8=hybrid",
+                replace(H100, cuda="12.8"),
+                "built for CUDA 12.8 and blockwise needs 12.9; choose tensorwise",
+            ),
             ("model.fp8=hybrid model.layer_spec=portable", H100, "set model.layer_spec to auto"),
             ("model.fp8=hybrid model.dtype=float32", H100, "needs model.dtype=bfloat16, not float32"),
-            ("model.layer_spec=transformer_engine model.dtype=float32", H100, "needs dtype=bfloat16, not float32"),
+            (
+                "model.layer_spec=transformer_engine model.dtype=float32",
+                H100,
+                "needs dtype=bfloat16, not float32",
+            ),
             (
                 "model.fp8=hybrid parallel.tensor_model_parallel_size=2",
                 H100,
                 "key size of 48 is split over parallel.tensor_model_par",
             ),
-            ("model.fp8=hybrid model.fp8_recipe=delayed model.recompute=full", H100, "would recompute layers with the scales"),
+            (
+                "model.fp8=hybrid model.fp8_recipe=delayed model.recompute=full",
+                H100,
+                "would recompute layers with the scales",
+            ),
             ("model.fp8_param_gather=true", H100, "needs model.fp8=hybrid or e4m3"),
             (f"{FP8_WEIGHTS} optimizer.distributed=false", H100, "needs optimizer.distributed=true"),
-            (f"{FP8_WEIGHTS} model.fp8_recipe=delayed", H100, "needs model.fp8_recipe=blockwise or tensorwise"),
+            (
+                f"{FP8_WEIGHTS} model.fp8_recipe=delayed",
+                H100,
+                "needs model.fp8_recipe=blockwise or tensorwise",
+            ),
             (f"{FP8_WEIGHTS} optimizer.cpu_offload=0.5", H100, "cannot update weights kept in FP8"),
             (
                 f"{FP8_WEIGHTS} objective.name=grpo objective.kl_coefficient=0.1",
@@ -183,7 +237,11 @@ class TestValidate:
             ),
             (f"{FP8_WEIGHTS} deterministic=true", H100, "checkpoints hold neither FP8 weights"),
             ("model.fp8=hybrid model.fp8_recipe=delayed deterministic=true", H100, "nor delayed scales"),
-            ("optimizer.state_dtype=bfloat16 optimizer.distributed=false", H100, "needs optimizer.distributed=true and"),
+            (
+                "optimizer.state_dtype=bfloat16 optimizer.distributed=false",
+                H100,
+                "needs optimizer.distributed=true and",
+            ),
             ("optimizer.state_dtype=bfloat16 model.dtype=float32", H100, "and model.dtype=bfloat16"),
             ("optimizer.cpu_offload=1 model.dtype=float32", H100, "optimizer.cpu_offload=1.0 needs"),
             ("optimizer.cpu_offload=0.5 optimizer.state_dtype=bfloat16", H100, "updates float32 state only"),
@@ -193,7 +251,11 @@ class TestValidate:
                 "optimizer.cpu_offload=0.5 needs a GPU and Transformer Engine 2.4 or later (pip install 'megatron-fipo[gpu]'); set it to 0",
             ),
             ("optimizer.state_dtype=bfloat16", replace(H100, capability=None), "; set it to float32"),
-            ("optimizer.state_dtype=bfloat16", replace(H100, transformer_engine="2.3.0"), "Transformer Engine 2.4 or later"),
+            (
+                "optimizer.state_dtype=bfloat16",
+                replace(H100, transformer_engine="2.3.0"),
+                "Transformer Engine 2.4 or later",
+            ),
             (
                 "seed=2",
                 replace(H100, transformer_engine=None),
@@ -205,7 +267,11 @@ class TestValidate:
     def test_precision_that_cannot_be_had_is_refused(self, overrides, machine, message):
         config = load_config(None, [*VALID, *overrides.split()])
         with pytest.raises(UserError) as error:
-            validate(config, ARCHITECTURE, Machine(cpus=8, gpus=int(machine.capability is not None) * 8, accelerators=machine))
+            validate(
+                config,
+                ARCHITECTURE,
+                Machine(cpus=8, gpus=int(machine.capability is not None) * 8, accelerators=machine),
+            )
         assert message in str(error.value)
 
     @pytest.mark.parametrize(
@@ -224,7 +290,9 @@ class TestValidate:
         validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=H100))
         validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8))  # GPUs of other machines, unknown here
 
-    @pytest.mark.parametrize(("hidden", "message"), [(48, None), (40, "multiples of 16, but the model's hidden size is 40")])
+    @pytest.mark.parametrize(
+        ("hidden", "message"), [(48, None), (40, "multiples of 16, but the model's hidden size is 40")]
+    )
     def test_fp8_looks_at_the_whole_hidden_size_which_no_rank_splits(self, hidden, message):
         config = load_config(None, [*VALID, "model.fp8=hybrid", "parallel.tensor_model_parallel_size=2"])
         architecture = replace(ARCHITECTURE, hidden_size=hidden, kv_channels=16)
@@ -237,7 +305,8 @@ class TestValidate:
         config = load_config(None, VALID)
         validate(config, ARCHITECTURE, apex)
         with pytest.raises(
-            UserError, match=r"neither is there: with torch's, .* pip install 'megatron-fipo\[gpu\]', or build apex"
+            UserError,
+            match=r"neither is there: with torch's, .* pip install 'megatron-fipo\[gpu\]', or build apex",
         ):
             validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=neither))
 
@@ -249,13 +318,19 @@ class TestValidate:
         validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=H100))
 
     def test_without_a_model_or_machine_their_checks_are_left_out(self):
-        validate(load_config(None, [*VALID, "parallel.tensor_model_parallel_size=3", "rollout.max_response_length=500"]))
+        validate(
+            load_config(
+                None, [*VALID, "parallel.tensor_model_parallel_size=3", "rollout.max_response_length=500"]
+            )
+        )
 
     def test_evaluation_needs_no_training_data_but_held_out_rows(self):
         rows = ["data.source=jsonl", "reward.name=dapo_math"]
         validate_evaluation(load_config(None, [*VALID, *rows, "data.evaluation_path=e"]), ARCHITECTURE)
         with pytest.raises(UserError, match=r"data\.evaluation_path"):
-            validate_evaluation(load_config(None, [*VALID, *rows, "evaluation.every=0", "evaluation.before_training=false"]))
+            validate_evaluation(
+                load_config(None, [*VALID, *rows, "evaluation.every=0", "evaluation.before_training=false"])
+            )
 
     def test_supervised(self):
         def sft(*overrides):
@@ -277,7 +352,12 @@ class TestValidate:
         """A new setting is either given a range or is one of these, which other checks look at."""
         module = __import__(validate_function.__module__, fromlist=["AT_LEAST_ONE"])
         ranged = (
-            module.AT_LEAST_ONE | module.AT_LEAST_ZERO | module.ABOVE_ZERO | module.SHARES | module.BELOW_ONE | module.UP_TO_ONE
+            module.AT_LEAST_ONE
+            | module.AT_LEAST_ZERO
+            | module.ABOVE_ZERO
+            | module.SHARES
+            | module.BELOW_ONE
+            | module.UP_TO_ONE
         )
         kinds = (int, float, Optional[float])
         numbers = {key for schema in (Config, SftConfig) for key, kind in leaves(schema) if kind in kinds}

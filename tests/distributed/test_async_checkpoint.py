@@ -192,7 +192,9 @@ def test_a_full_disk_is_one_sentence_on_every_rank(model, tmp_path, at_start, cu
 
 def save_to_nowhere(rank, world_size, folder, targets):
     policy, _ = new_policy(folder, LAYOUTS["tp2"])
-    return attempt(CheckpointWriter().start, policy.modules, policy.optimizer, targets[rank], asynchronous=True)
+    return attempt(
+        CheckpointWriter().start, policy.modules, policy.optimizer, targets[rank], asynchronous=True
+    )
 
 
 def test_a_folder_that_one_rank_does_not_see_is_refused_on_every_rank(model, tmp_path):  # noqa: F811

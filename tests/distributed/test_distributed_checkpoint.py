@@ -58,7 +58,12 @@ def new_policy(folder: Path, parallel: ParallelConfig, dtype: str = "float32", *
 def optimizer_state(policy: Policy) -> list[torch.Tensor]:
     """Everything this rank's optimizer holds: its own copy of the parameters, both moments, and the step."""
     inner = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0].optimizer
-    parts = [part for group in inner.param_groups for p in group["params"] for part in (p, *inner.state[p].values())]
+    parts = [
+        part
+        for group in inner.param_groups
+        for p in group["params"]
+        for part in (p, *inner.state[p].values())
+    ]
     steps = torch.tensor([float(group.get("step", 0)) for group in inner.param_groups])
     return [*(part.detach().clone() for part in parts), steps]
 
@@ -85,7 +90,9 @@ def load_and_step(rank, world_size, folder, parallel, source, changes):
 
 def assert_same_training(straight, resumed):
     """Bit by bit, on every rank."""
-    for (losses, weights, state), (losses_found, weights_found, state_found) in zip(straight, resumed, strict=True):
+    for (losses, weights, state), (losses_found, weights_found, state_found) in zip(
+        straight, resumed, strict=True
+    ):
         assert losses == losses_found
         assert all(torch.equal(weights_found[name], tensor) for name, tensor in weights.items())
         assert len(state) > 10
@@ -103,7 +110,10 @@ def saved(model):
                 target = Path(folder) / layout
                 target.mkdir()
                 world_size = LAYOUTS[layout].world_size
-                made[layout] = target, run_ranks(world_size, step_and_save, model, LAYOUTS[layout], target, 2, {})
+                made[layout] = (
+                    target,
+                    run_ranks(world_size, step_and_save, model, LAYOUTS[layout], target, 2, {}),
+                )
             return made[layout]
 
         yield make
@@ -117,7 +127,8 @@ def test_the_same_layout_goes_on_bit_by_bit(model, saved, layout):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("tp2-dp2", "pp2"), ("tp2-dp2", "1"), ("pp2-vpp2", "cp2"), ("1", "tp2-sp"), ("1", "dp2")]
+    ("before", "after"),
+    [("tp2-dp2", "pp2"), ("tp2-dp2", "1"), ("pp2-vpp2", "cp2"), ("1", "tp2-sp"), ("1", "dp2")],
 )
 def test_training_goes_on_under_another_layout(model, saved, before, after):
     source, straight = saved(before)
@@ -131,7 +142,9 @@ def test_training_goes_on_under_another_layout(model, saved, before, after):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "bfloat16"}, {"distributed": False}, {"dtype": "bfloat16", "distributed": False}], ids=str
+    "changes",
+    [{"dtype": "bfloat16"}, {"distributed": False}, {"dtype": "bfloat16", "distributed": False}],
+    ids=str,
 )
 def test_other_optimizers_go_on_bit_by_bit(model, tmp_path, changes):
     straight = run_ranks(1, step_and_save, model, LAYOUTS["1"], tmp_path, 1, changes)
@@ -198,7 +211,9 @@ def try_loading(rank, world_size, folder, parallel, sources):
             answers.append(("loaded", True))
         except UserError as error:
             same = all(torch.equal(weights[name], tensor) for name, tensor in exported(policy).items())
-            same = same and all(torch.equal(*pair) for pair in zip(state, optimizer_state(policy), strict=True))
+            same = same and all(
+                torch.equal(*pair) for pair in zip(state, optimizer_state(policy), strict=True)
+            )
             answers.append((str(error), not same))
     return answers
 
@@ -236,8 +251,14 @@ def test_damaged_and_incomplete_checkpoints_are_one_sentence_on_every_rank(model
     (tmp_path / "not_complete" / "metadata.json").unlink()
     (tmp_path / "weights").mkdir()
     run_ranks(2, save_weights, model, LAYOUTS["tp2"], tmp_path / "weights")
-    answers = run_ranks(2, try_loading, model, LAYOUTS["tp2"], [tmp_path / name for name in [*names, "weights"]])
-    check_refused(answers, *[f"checkpoint {tmp_path / name} cannot be read: rank 0:" for name in names], "it lacks optimizer.")
+    answers = run_ranks(
+        2, try_loading, model, LAYOUTS["tp2"], [tmp_path / name for name in [*names, "weights"]]
+    )
+    check_refused(
+        answers,
+        *[f"checkpoint {tmp_path / name} cannot be read: rank 0:" for name in names],
+        "it lacks optimizer.",
+    )
     assert ("if Megatron-Core 0.19 or later wrote it" in answers[0][names.index("no_common")][0]) == apart
 
 

@@ -42,14 +42,21 @@ def _inputs(columns: int, dtype: torch.dtype = torch.float64) -> dict[str, torch
 
 
 def _reference(given: dict[str, torch.Tensor], entropy_gradient: bool) -> dict[str, torch.Tensor]:
-    given = {name: value.detach().double() if value.is_floating_point() else value for name, value in given.items()}
+    given = {
+        name: value.detach().double() if value.is_floating_point() else value for name, value in given.items()
+    }
     hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
     logits = hidden[given["rows"], 0] @ weight[:VOCABULARY].t() / TEMPERATURE
     log_probabilities = logits.log_softmax(dim=-1)
     log_probs = log_probabilities.gather(1, given["labels"][:, None]).squeeze(1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
     _loss(given, log_probs, entropy, entropy_gradient).backward()
-    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    return {
+        "log_probs": log_probs.detach(),
+        "entropy": entropy.detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+    }
 
 
 def _loss(given, log_probs, entropy, entropy_gradient):
@@ -58,7 +65,12 @@ def _loss(given, log_probs, entropy, entropy_gradient):
 
 
 def _head_on_rank(
-    rank: int, world_size: int, columns: int, settings: HeadConfig, sequence_parallel: bool, entropy_gradient: bool
+    rank: int,
+    world_size: int,
+    columns: int,
+    settings: HeadConfig,
+    sequence_parallel: bool,
+    entropy_gradient: bool,
 ) -> dict[str, torch.Tensor]:
     given = _inputs(columns)
     hidden = given["hidden"].chunk(world_size)[rank] if sequence_parallel else given["hidden"]
@@ -67,7 +79,12 @@ def _head_on_rank(
     request = HeadRequest(given["rows"], given["labels"], VOCABULARY, TEMPERATURE, settings, entropy_gradient)
     log_probs, entropy = response_log_probs(hidden, weight, request, dist.group.WORLD, sequence_parallel)
     _loss(given, log_probs, entropy, entropy_gradient).backward()
-    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    return {
+        "log_probs": log_probs.detach(),
+        "entropy": entropy.detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+    }
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -85,10 +102,14 @@ def _head_on_rank(
         (4, 640, False, KEEP),  # the second slice is partly padding
     ],
 )
-def test_values_and_gradients_equal_full_logits(world_size, columns, sequence_parallel, settings, entropy_gradient):
+def test_values_and_gradients_equal_full_logits(
+    world_size, columns, sequence_parallel, settings, entropy_gradient
+):
     expected = _reference(_inputs(columns), entropy_gradient)
     shards = run_ranks(world_size, _head_on_rank, columns, settings, sequence_parallel, entropy_gradient)
-    hidden_shards = expected["hidden"].chunk(world_size) if sequence_parallel else [expected["hidden"]] * world_size
+    hidden_shards = (
+        expected["hidden"].chunk(world_size) if sequence_parallel else [expected["hidden"]] * world_size
+    )
     weight_shards = expected["weight"].chunk(world_size)
     for shard, hidden, weight in zip(shards, hidden_shards, weight_shards, strict=True):
         torch.testing.assert_close(shard["log_probs"], expected["log_probs"], rtol=0, atol=1e-12)
@@ -98,7 +119,10 @@ def test_values_and_gradients_equal_full_logits(world_size, columns, sequence_pa
 
 
 def _one_rank(
-    given: dict[str, torch.Tensor], settings: HeadConfig = NARROW, entropy_gradient: bool = False, vocabulary: int = VOCABULARY
+    given: dict[str, torch.Tensor],
+    settings: HeadConfig = NARROW,
+    entropy_gradient: bool = False,
+    vocabulary: int = VOCABULARY,
 ):
     request = HeadRequest(given["rows"], given["labels"], vocabulary, TEMPERATURE, settings, entropy_gradient)
     return response_log_probs(given["hidden"], given["weight"], request, None, False)
@@ -168,7 +192,10 @@ def test_a_row_without_gradient_contains_its_own_nan(settings, entropy_gradient)
     log_probs, entropy = _one_rank(given, settings, entropy_gradient)
     assert log_probs.isnan().nonzero().flatten().tolist() == [1]
     _loss(
-        given, torch.where(log_probs.isnan(), 0.0, log_probs), torch.where(entropy.isnan(), 0.0, entropy), entropy_gradient
+        given,
+        torch.where(log_probs.isnan(), 0.0, log_probs),
+        torch.where(entropy.isnan(), 0.0, entropy),
+        entropy_gradient,
     ).backward()
     _loss(clean, *_one_rank(clean, settings, entropy_gradient), entropy_gradient).backward()
     torch.testing.assert_close(given["weight"].grad, clean["weight"].grad, rtol=0, atol=1e-12)
@@ -210,7 +237,9 @@ class Kernels(TorchDispatchMode):
         self.names.append(name)
         if isinstance(result, torch.Tensor) and result.device.type == "cpu":
             inside = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            if all(result.untyped_storage().data_ptr() != value.untyped_storage().data_ptr() for value in inside):
+            if all(
+                result.untyped_storage().data_ptr() != value.untyped_storage().data_ptr() for value in inside
+            ):
                 self.made.append((name, result.nbytes))
         return result
 
@@ -248,7 +277,8 @@ def test_kept_logits_are_bounded_by_the_budget_and_absent_by_default():
 
 
 @pytest.mark.parametrize(
-    ("weight_dtype", "main_dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+    ("weight_dtype", "main_dtype"),
+    [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")],
 )
 @pytest.mark.parametrize("settings", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_the_weights_gradient_is_added_to_main_grad(weight_dtype, main_dtype, settings):
@@ -312,7 +342,9 @@ def _through_megatron(rank: int, world_size: int, tied: bool, overlap: bool):
     """Two micro-batches on each of two data-parallel ranks, the second scaled by 3: (main_grad, .grad, whether the weight changed)."""
     model_parallel.initialize(ParallelConfig(data_parallel_size=world_size), seed=1)
     layer = OutputLayer(_inputs(320, torch.float32), tied)
-    config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, calculate_per_token_loss=True)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, calculate_per_token_loss=True
+    )
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap)
     model = DistributedDataParallel(config, ddp_config, layer)
     before = layer.weight.detach().clone()
@@ -328,9 +360,13 @@ def _through_megatron(rank: int, world_size: int, tied: bool, overlap: bool):
 @pytest.mark.parametrize("tied", [False, True])
 def test_through_megatrons_data_parallel_wrapper_the_gradient_is_autograds(tied, overlap):
     given = _inputs(320, torch.float32)
-    plain = OutputLayer({name: value.double() if value.is_floating_point() else value for name, value in given.items()}, tied)
+    plain = OutputLayer(
+        {name: value.double() if value.is_floating_point() else value for name, value in given.items()}, tied
+    )
     plain().backward()
     for main_grad, grad, unchanged in run_ranks(2, _through_megatron, tied, overlap):
-        torch.testing.assert_close(main_grad.double(), (2 + 3 * 1 + 3 * 2) * plain.weight.grad, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            main_grad.double(), (2 + 3 * 1 + 3 * 2) * plain.weight.grad, rtol=1e-4, atol=1e-3
+        )
         assert grad is None
         assert unchanged

@@ -34,7 +34,9 @@ SINGLE = ParallelConfig()
 FIPO = PolicyObjective("fipo", FIPOConfig(half_life=8.0, influence_clip=(0.8, 1.2)))
 OBJECTIVES = {
     "fipo": FIPO,
-    "fipo-reference-bonus": PolicyObjective("fipo", FIPOConfig(normalization="reference_micro_batch"), entropy_coefficient=0.1),
+    "fipo-reference-bonus": PolicyObjective(
+        "fipo", FIPOConfig(normalization="reference_micro_batch"), entropy_coefficient=0.1
+    ),
     "dapo": PolicyObjective("dapo"),
     "grpo-bonus": PolicyObjective("grpo", entropy_coefficient=0.1),
     "fipo-tis": PolicyObjective("fipo", correction="tis"),
@@ -56,7 +58,9 @@ def trajectory(prompt: int, response: int, seed: int = 0, mask: int = 1) -> Traj
     )
 
 
-def make_shard(trajectories: list[Trajectory], parallel: ParallelConfig, context_parallel_rank: int) -> PackedShard:
+def make_shard(
+    trajectories: list[Trajectory], parallel: ParallelConfig, context_parallel_rank: int
+) -> PackedShard:
     """Old log-probs are those of a uniform policy, so that log-ratios are far from zero."""
     shard = build_shard(
         trajectories,
@@ -80,7 +84,9 @@ class Model:
     @classmethod
     def make(cls, columns: int = COLUMNS, scale: float = 0.3) -> "Model":
         generator = torch.Generator().manual_seed(1)
-        table, positions, weight = (scale * torch.randn(n, HIDDEN, generator=generator) for n in (VOCABULARY, POSITIONS, columns))
+        table, positions, weight = (
+            scale * torch.randn(n, HIDDEN, generator=generator) for n in (VOCABULARY, POSITIONS, columns)
+        )
         return cls(table.requires_grad_(), positions, weight.requires_grad_())
 
     def hidden(self, shard: PackedShard) -> torch.Tensor:
@@ -98,7 +104,9 @@ def loss_path(
     sequence_parallel: bool = False,
     vocabulary: int = VOCABULARY,
 ) -> PolicyLoss:
-    request = HeadRequest(shard.row_index, shard.labels, vocabulary, 0.9, head, objective.entropy_coefficient != 0)
+    request = HeadRequest(
+        shard.row_index, shard.labels, vocabulary, 0.9, head, objective.entropy_coefficient != 0
+    )
     log_probs, entropy = response_log_probs(hidden, weight, request, tensor_group, sequence_parallel)
     return policy_loss(log_probs, entropy, shard.rows, objective, context_group)
 
@@ -112,7 +120,9 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
-            given = args[1] if isinstance(args[0], torch.Tensor) else args[0][0]  # all-reduce: a list of tensors
+            given = (
+                args[1] if isinstance(args[0], torch.Tensor) else args[0][0]
+            )  # all-reduce: a list of tensors
             self.calls.append((function.overloadpacket.__name__.strip("_"), given.nbytes, given.dtype))
         return function(*args, **(kwargs or {}))
 
@@ -120,7 +130,10 @@ class Collectives(TorchDispatchMode):
 @pytest.mark.parametrize("head", [HeadConfig(), HeadConfig(logits_memory_mb=1)], ids=["recompute", "keep"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_neither_forward_nor_backward_waits_for_the_device(name, head) -> None:
-    model, shard = Model.make(), make_shard([trajectory(3, 40), trajectory(2, 90, 1), trajectory(5, 4, 2, mask=0)], SINGLE, 0)
+    model, shard = (
+        Model.make(),
+        make_shard([trajectory(3, 40), trajectory(2, 90, 1), trajectory(5, 4, 2, mask=0)], SINGLE, 0),
+    )
     hidden = model.hidden(shard)
     with NoHostKernels(), NoHostCalls():
         result = loss_path(hidden, model.weight, shard, OBJECTIVES[name], head)
@@ -148,7 +161,9 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "tp2-sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "tp2-cp2": ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2),
-    "tp2-sp-cp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+    "tp2-sp-cp2": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2
+    ),
 }
 
 
@@ -164,20 +179,36 @@ class RankResult:
     calls: list[tuple[str, int, torch.dtype]]
 
 
-def loss_on_rank(rank: int, world_size: int, parallel: ParallelConfig, batches: list[list[Trajectory]]) -> list[RankResult]:
+def loss_on_rank(
+    rank: int, world_size: int, parallel: ParallelConfig, batches: list[list[Trajectory]]
+) -> list[RankResult]:
     """Loss and gradients of each micro-batch, watched for host synchronisation and collectives from hidden states on."""
     model_parallel.initialize(parallel, seed=1)
-    tensor_group, context_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+    tensor_group, context_group = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_context_parallel_group(),
+    )
     tensor_rank, tp = tensor_group.rank(), tensor_group.size()
     found = []
     for trajectories in batches:
         model = Model.make()
         shard = make_shard(trajectories, parallel, context_group.rank())
         whole = model.hidden(shard)
-        hidden = (whole.chunk(tp)[tensor_rank] if parallel.sequence_parallel else whole).detach().requires_grad_()
+        hidden = (
+            (whole.chunk(tp)[tensor_rank] if parallel.sequence_parallel else whole).detach().requires_grad_()
+        )
         weight = model.weight.detach().chunk(tp)[tensor_rank].clone().requires_grad_()
         with NoHostKernels(), NoHostCalls(), Collectives() as collectives:
-            result = loss_path(hidden, weight, shard, FIPO, HeadConfig(), tensor_group, context_group, parallel.sequence_parallel)
+            result = loss_path(
+                hidden,
+                weight,
+                shard,
+                FIPO,
+                HeadConfig(),
+                tensor_group,
+                context_group,
+                parallel.sequence_parallel,
+            )
             result.loss_sum.backward()
         assert hidden.grad is not None
         given = torch.zeros_like(whole)
@@ -191,7 +222,9 @@ def loss_on_rank(rank: int, world_size: int, parallel: ParallelConfig, batches: 
     return found
 
 
-def expected_collectives(parallel: ParallelConfig, sequences: int, rows: int, tokens: int) -> list[tuple[str, int, torch.dtype]]:
+def expected_collectives(
+    parallel: ParallelConfig, sequences: int, rows: int, tokens: int
+) -> list[tuple[str, int, torch.dtype]]:
     """Forward, then backward: what the docstrings of head and scan promise, for float32 hidden states."""
     tp, single, double = parallel.tensor_model_parallel_size, torch.float32, torch.float64
     scan = [("allgather_base", 32 if parallel.context_parallel_size > 1 else 24, double)]
@@ -202,19 +235,29 @@ def expected_collectives(parallel: ParallelConfig, sequences: int, rows: int, to
     if not parallel.sequence_parallel:
         return [*meet, *scan, ("allreduce", 4 * HIDDEN * rows, single)]
     gathered = 4 * HIDDEN * tokens
-    return [("allgather_base", gathered // tp, single), *meet, *scan, ("reduce_scatter_base", gathered, single)]
+    return [
+        ("allgather_base", gathered // tp, single),
+        *meet,
+        *scan,
+        ("reduce_scatter_base", gathered, single),
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_collectives_of_a_micro_batch_and_their_bytes(layout) -> None:
     """Three sequences, short and 128 times as long: the context-parallel all-gather is the same few bytes."""
     parallel = LAYOUTS[layout]
-    batches = [[trajectory(3, length - 3), trajectory(5, 7, 1), trajectory(2, length // 2, 2)] for length in (32, 4096)]
+    batches = [
+        [trajectory(3, length - 3), trajectory(5, 7, 1), trajectory(2, length // 2, 2)]
+        for length in (32, 4096)
+    ]
     for micro_batches in run_ranks(parallel.world_size, loss_on_rank, parallel, batches):
         for found in micro_batches:
             assert found.rows > 0
             assert found.calls == expected_collectives(parallel, 3, found.rows, found.tokens)
-        scans = [[size for _, size, dtype in found.calls if dtype == torch.float64] for found in micro_batches]
+        scans = [
+            [size for _, size, dtype in found.calls if dtype == torch.float64] for found in micro_batches
+        ]
         assert scans[0] == scans[1]
         assert len(scans[0]) == 1
         assert scans[0][0] <= 64 * 3
@@ -245,24 +288,31 @@ def test_ranks_without_rows_take_part_in_every_collective(layout) -> None:
             assert result.table_gradient.abs().max() == 0
             assert result.weight_gradient.abs().max() == 0
         for result in found:
-            assert result.calls == expected_collectives(parallel, max(1, len(batches[case])), result.rows, result.tokens)
+            assert result.calls == expected_collectives(
+                parallel, max(1, len(batches[case])), result.rows, result.tokens
+            )
         # Ranks are ordered tensor first. Without sequence parallelism every tensor-parallel rank holds the whole table gradient.
         summed = found if parallel.sequence_parallel else found[::tp]
         table = torch.stack([result.table_gradient for result in summed]).sum(0)
         weight = torch.cat([torch.stack([r.weight_gradient for r in found[t::tp]]).sum(0) for t in range(tp)])
         torch.testing.assert_close(table, expected[case].table_gradient, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(weight, expected[case].weight_gradient, rtol=1e-5, atol=1e-6)
-        assert sum(result.loss_sum for result in found[::tp]) == pytest.approx(expected[case].loss_sum, rel=1e-5)
+        assert sum(result.loss_sum for result in found[::tp]) == pytest.approx(
+            expected[case].loss_sum, rel=1e-5
+        )
         assert sum(result.normalizer for result in found[::tp]) == expected[case].normalizer
 
 
-def mini_step_on_rank(rank: int, world_size: int, folder, parallel: ParallelConfig) -> tuple[int, list[tuple]]:
+def mini_step_on_rank(
+    rank: int, world_size: int, folder, parallel: ParallelConfig
+) -> tuple[int, list[tuple]]:
     """A whole mini-step of the tiny model in float32: its float64 collectives are those of scan and statistics."""
     model_parallel.initialize(parallel, seed=1)
     policy = Policy(**settings(folder, parallel), device=torch.device("cpu"))
     trajectories = make_trajectories(6)
     shards = [
-        make_shard(trajectories[start : start + 2], parallel, parallel_state.get_context_parallel_rank()) for start in (0, 2, 4)
+        make_shard(trajectories[start : start + 2], parallel, parallel_state.get_context_parallel_rank())
+        for start in (0, 2, 4)
     ]
     with Collectives() as collectives:
         policy.policy_step(shards, FIPO, lr=1e-3)
@@ -272,9 +322,15 @@ def mini_step_on_rank(rank: int, world_size: int, folder, parallel: ParallelConf
 @pytest.mark.parametrize("layout", ["cp2", "tp2-cp2"])
 def test_a_mini_step_adds_two_all_reduces_for_all_statistics(layout, tmp_path) -> None:
     folder = write_model(tmp_path)
-    for micro_batches, calls in run_ranks(LAYOUTS[layout].world_size, mini_step_on_rank, folder, LAYOUTS[layout]):
+    for micro_batches, calls in run_ranks(
+        LAYOUTS[layout].world_size, mini_step_on_rank, folder, LAYOUTS[layout]
+    ):
         scans = [("allgather_base", 2 * 32, torch.float64)] * micro_batches
-        assert calls == [*scans, ("allreduce", 8 * len(SUMS), torch.float64), ("allreduce", 8 * len(MAXIMA), torch.float64)]
+        assert calls == [
+            *scans,
+            ("allreduce", 8 * len(SUMS), torch.float64),
+            ("allreduce", 8 * len(MAXIMA), torch.float64),
+        ]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -322,4 +378,6 @@ def test_nothing_as_large_as_the_logits_is_made_or_kept(name) -> None:
     assert kept[0] <= 4 * rows * (HIDDEN + 64)
     assert kept[0] < 4 * rows * columns / 50
     peaks = 4 * rows
-    assert [kept[memory_mb] - kept[0] for memory_mb in (1, 2)] == [slabs * (slab_bytes + peaks) for slabs in (2, 4)]
+    assert [kept[memory_mb] - kept[0] for memory_mb in (1, 2)] == [
+        slabs * (slab_bytes + peaks) for slabs in (2, 4)
+    ]

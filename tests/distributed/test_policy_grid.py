@@ -87,15 +87,23 @@ def truth(folders):
             "tis": replace(FIPO, correction="tis", correction_cap=1.3),
             "mis": replace(FIPO, correction="mis", correction_cap=1.3),
         }.items():
-            model, scored = hf_log_probs(folder, trajectories, settings(folder, ParallelConfig())["temperature"])
+            model, scored = hf_log_probs(
+                folder, trajectories, settings(folder, ParallelConfig())["temperature"]
+            )
             responses, old = [], []
-            for index, (trajectory, (log_probs, entropy)) in enumerate(zip(trajectories, scored, strict=True)):
+            for index, (trajectory, (log_probs, entropy)) in enumerate(
+                zip(trajectories, scored, strict=True)
+            ):
                 old_log_probs = log_probs.detach() + torch.from_numpy(offsets[index, : len(log_probs)])
                 mask = torch.tensor(trajectory.response_mask, dtype=torch.float64)
                 advantages = torch.full_like(mask, trajectory.advantage)
                 old.append(old_log_probs.float().numpy())
                 engine = torch.from_numpy(engine_log_probs(index, old[-1])).double()
-                responses.append(Response(log_probs, old_log_probs, advantages, mask, entropy=entropy, rollout_log_probs=engine))
+                responses.append(
+                    Response(
+                        log_probs, old_log_probs, advantages, mask, entropy=entropy, rollout_log_probs=engine
+                    )
+                )
             result: OracleResult = oracle_loss(responses, objective)
             result.loss.backward()
             gradients = {weight: parameter.grad for weight, parameter in model.named_parameters()}
@@ -106,7 +114,10 @@ def truth(folders):
 def make_shards(policy: Policy, parallel: ParallelConfig, trajectories, old, token_budget: int):
     """This rank's shards of the whole batch, with the given old log-probs and those of the engine in their rows."""
     trajectories = [
-        replace(trajectory, rollout_log_probs=engine_log_probs(index, old[index][: trajectory.response_length]).tolist())
+        replace(
+            trajectory,
+            rollout_log_probs=engine_log_probs(index, old[index][: trajectory.response_length]).tolist(),
+        )
         for index, trajectory in enumerate(trajectories)
     ]
     multiple = parallel.length_multiple
@@ -115,7 +126,9 @@ def make_shards(policy: Policy, parallel: ParallelConfig, trajectories, old, tok
         data_parallel_size=parallel.data_parallel_size,
         token_budget=token_budget,
         length_multiple=multiple,
-        count_multiple=micro_batch_multiple(parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size),
+        count_multiple=micro_batch_multiple(
+            parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+        ),
     )
     shards = []
     for members in plan[parallel_state.get_data_parallel_rank()]:
@@ -146,7 +159,9 @@ def step_on_rank(rank, world_size, folder, parallel, objective, old, token_budge
     policy = Policy(**arguments, device=torch.device("cpu"))
     policy.load_hf(folder)
     trajectories, _ = batch()
-    result = policy.policy_step(make_shards(policy, parallel, trajectories, old, token_budget), objective, lr=0.0)
+    result = policy.policy_step(
+        make_shards(policy, parallel, trajectories, old, token_budget), objective, lr=0.0
+    )
     with torch.no_grad():
         for module in policy.modules:
             for parameter in module.parameters():
@@ -165,11 +180,17 @@ LAYOUTS = {
     "cp4": ParallelConfig(context_parallel_size=4),
     "dp4": ParallelConfig(data_parallel_size=4),
     "tp2-cp2": ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2),
-    "tp2-sp-cp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
-    "tp2-sp-pp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2),
+    "tp2-sp-cp2": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2
+    ),
+    "tp2-sp-pp2": ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2
+    ),
     "tp2-dp2": ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2),
     "pp2-cp2": ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=2),
-    "pp2-vpp2-dp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, data_parallel_size=2),
+    "pp2-vpp2-dp2": ParallelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, data_parallel_size=2
+    ),
     "cp2-dp2": ParallelConfig(context_parallel_size=2, data_parallel_size=2),
 }
 CASES = [
@@ -177,8 +198,14 @@ CASES = [
     *((layout, "fipo", False, 4096, HeadConfig()) for layout in ("1", "cp2")),
     ("1", "fipo", False, 56, HeadConfig()),
     ("dp2", "fipo", False, 56, HeadConfig(logits_memory_mb=1)),
-    *((layout, "fipo", True, 160, HeadConfig()) for layout in ("1", "tp2-sp", "pp2", "tp2-sp-pp2", "cp2-dp2")),
-    *((layout, "grpo", False, 160, HeadConfig(logits_memory_mb=1)) for layout in ("1", "tp2-sp-cp2", "pp2", "dp2")),
+    *(
+        (layout, "fipo", True, 160, HeadConfig())
+        for layout in ("1", "tp2-sp", "pp2", "tp2-sp-pp2", "cp2-dp2")
+    ),
+    *(
+        (layout, "grpo", False, 160, HeadConfig(logits_memory_mb=1))
+        for layout in ("1", "tp2-sp-cp2", "pp2", "dp2")
+    ),
     *((layout, "tis", False, 160, HeadConfig()) for layout in ("1", "cp2-dp2", "pp2")),
     *((layout, "mis", False, 160, HeadConfig()) for layout in ("cp2", "dp2")),
 ]
@@ -203,7 +230,9 @@ def check_step(folders, truth, name, layout, key, token_budget, head):
     """One step of model `name` against the oracle: loss, gradient norm and every gradient."""
     parallel = LAYOUTS[layout]
     objective, loss, gradients, old, kept = truth[name, key]
-    results = run_ranks(parallel.world_size, step_on_rank, folders[name], parallel, objective, old, token_budget, head)
+    results = run_ranks(
+        parallel.world_size, step_on_rank, folders[name], parallel, objective, old, token_budget, head
+    )
     found_gradients = results[0][2]
     assert set(found_gradients) == set(gradients)
     errors = {weight: relative_error(found_gradients[weight], gradients[weight]) for weight in gradients}
@@ -248,12 +277,18 @@ def train_on_rank(rank, world_size, folder, parallel, old, token_budget):
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"] + ["cp2-dp2-overlap"])
 def test_updated_weights_equal_those_of_one_rank(folders, truth, layout):
-    parallel = replace(LAYOUTS["cp2-dp2"], overlap_communication=True) if layout == "cp2-dp2-overlap" else LAYOUTS[layout]
+    parallel = (
+        replace(LAYOUTS["cp2-dp2"], overlap_communication=True)
+        if layout == "cp2-dp2-overlap"
+        else LAYOUTS[layout]
+    )
     old = truth["qwen2", "fipo"][3]
     alone = run_ranks(1, train_on_rank, folders["qwen2"], LAYOUTS["1"], old, 160)[0][1]
     split = run_ranks(parallel.world_size, train_on_rank, folders["qwen2"], parallel, old, 160)[0][1]
     start = dict(iterate_safetensors(folders["qwen2"]))
-    assert max(relative_error(alone[name], start[name].double()) for name in alone) > 1e-3  # the steps did something
+    assert (
+        max(relative_error(alone[name], start[name].double()) for name in alone) > 1e-3
+    )  # the steps did something
     errors = {name: relative_error(split[name], alone[name].double()) for name in alone}
     assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
 
@@ -281,7 +316,11 @@ def score_then_step(rank, world_size, folder, parallel):
 
 @pytest.mark.parametrize("layout", ["1", "tp2-sp", "pp2-vpp2", "cp2", "tp2-cp2"])
 def test_first_mini_step_reproduces_old_log_probs_bit_for_bit(folders, layout):
-    reports = [r for r in run_ranks(LAYOUTS[layout].world_size, score_then_step, folders["qwen2"], LAYOUTS[layout]) if r]
+    reports = [
+        r
+        for r in run_ranks(LAYOUTS[layout].world_size, score_then_step, folders["qwen2"], LAYOUTS[layout])
+        if r
+    ]
     assert reports
     for statistics in reports:
         assert statistics["policy/sigma_log_ratio"] == 0.0
@@ -309,7 +348,13 @@ def step_with_nan(rank, world_size, folder, parallel, old):
 
 @pytest.mark.parametrize("layout", ["1", "pp2", "dp2"])
 def test_a_broken_forward_is_reported_and_changes_no_weight(folders, truth, layout):
-    results = run_ranks(LAYOUTS[layout].world_size, step_with_nan, folders["qwen2"], LAYOUTS[layout], truth["qwen2", "fipo"][3])
+    results = run_ranks(
+        LAYOUTS[layout].world_size,
+        step_with_nan,
+        folders["qwen2"],
+        LAYOUTS[layout],
+        truth["qwen2", "fipo"][3],
+    )
     assert all(skipped for skipped, *_ in results)
     for _, statistics, _, _ in results:
         if statistics:

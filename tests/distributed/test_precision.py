@@ -61,20 +61,28 @@ def padded_step(rank, world_size, folder, parallel, token_multiple):
         max_position=256,
     )
     result = policy.policy_step([shard.with_old_log_probs(policy.log_probs([shard])[0])], FIPO, lr=0.0)
-    gradients = {name: parameter.main_grad.clone() for name, parameter in policy.modules[0].named_parameters()}
+    gradients = {
+        name: parameter.main_grad.clone() for name, parameter in policy.modules[0].named_parameters()
+    }
     return shard.input_ids.shape[1], result.statistics["policy/loss"], gradients
 
 
 @pytest.mark.parametrize("layout", ["1", "tp2-sp", "cp2"])
 def test_the_padding_of_fp8_changes_no_gradient(model, layout):
     parallel = LAYOUTS[layout]
-    plain, padded = (run_ranks(parallel.world_size, padded_step, model, parallel, multiple) for multiple in (1, 128))
+    plain, padded = (
+        run_ranks(parallel.world_size, padded_step, model, parallel, multiple) for multiple in (1, 128)
+    )
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    for (tokens, loss, gradients), (more_tokens, same_loss, same_gradients) in zip(plain, padded, strict=True):
+    for (tokens, loss, gradients), (more_tokens, same_loss, same_gradients) in zip(
+        plain, padded, strict=True
+    ):
         assert tokens < more_tokens
         assert more_tokens % (128 * shards) == 0
         assert same_loss == pytest.approx(loss, rel=1e-6)
-        assert max(relative_error(same_gradients[name], gradient) for name, gradient in gradients.items()) < 1e-5
+        assert (
+            max(relative_error(same_gradients[name], gradient) for name, gradient in gradients.items()) < 1e-5
+        )
 
 
 def pretend_devices():
@@ -103,8 +111,12 @@ def pretend_devices():
         setattr(torch.Tensor, name, keeping(name))
     torch.Tensor.cpu = keeping("cpu", to_host=True)
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.Tensor.to = lambda self, *args, **kwargs: self if args[:1] == ("cuda",) else move(self, *args, **kwargs)
-    optimizer_config.is_te_min_version = lambda *args, **kwargs: False  # 0.16 asks a version that is not there
+    torch.Tensor.to = lambda self, *args, **kwargs: (
+        self if args[:1] == ("cuda",) else move(self, *args, **kwargs)
+    )
+    optimizer_config.is_te_min_version = lambda *args, **kwargs: (
+        False
+    )  # 0.16 asks a version that is not there
     policy_module.find_accelerators = lambda: Accelerators((9, 0), "13.0", "2.9.0")
 
 
@@ -164,12 +176,18 @@ def test_a_save_before_the_first_step_changes_nothing(model, tmp_path, offload):
     """Neither for the run that saves nor for one that goes on from it: the step that makes the state is not counted."""
     parallel = ParallelConfig(data_parallel_size=2)
     straight = run_ranks(2, offloading(three_steps), model, parallel, changes(offload))
-    same_weights(straight, run_ranks(2, offloading(step_and_save), model, parallel, tmp_path, 0, changes(offload)))
-    same_weights(straight, run_ranks(2, offloading(load_and_step), model, parallel, tmp_path, changes(offload)))
+    same_weights(
+        straight, run_ranks(2, offloading(step_and_save), model, parallel, tmp_path, 0, changes(offload))
+    )
+    same_weights(
+        straight, run_ranks(2, offloading(load_and_step), model, parallel, tmp_path, changes(offload))
+    )
 
 
 def test_offload_is_refused_where_there_is_no_gpu(model):
-    with pytest.raises(AssertionError, match=r"UserError: optimizer.cpu_offload=1.0 needs a GPU and Transformer Engine"):
+    with pytest.raises(
+        AssertionError, match=r"UserError: optimizer.cpu_offload=1.0 needs a GPU and Transformer Engine"
+    ):
         run_ranks(1, load_and_step, model, ParallelConfig(), None, changes(1.0))
 
 
@@ -186,5 +204,7 @@ def test_torchs_adam_is_refused_on_a_gpu_before_anything_is_built(model, monkeyp
     config.model.path = str(model)
     worker = TrainerWorker(0, 1, config)
     worker.device = torch.device("cuda", 0)
-    with pytest.raises(UserError, match="training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex"):
+    with pytest.raises(
+        UserError, match="training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex"
+    ):
         worker.build()

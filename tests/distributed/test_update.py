@@ -53,7 +53,9 @@ def test_the_update_is_adamw_without_decay_of_norms_and_biases(folders, truth): 
         {"params": matrices, "weight_decay": optimizer.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, lr=1e-3, betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps)
+    reference = torch.optim.AdamW(
+        groups, lr=1e-3, betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=optimizer.adam_eps
+    )
     for step in gradients:
         for name, parameter in parameters.items():
             parameter.grad = step[name]
@@ -76,7 +78,9 @@ def clipped_step(rank, world_size, folder, parallel, old, clip_grad):
 def test_the_gradient_is_clipped_to_the_bound(folders, truth, layout):  # noqa: F811
     old = truth["qwen2", "fipo"][3]
     for clip_grad in (0.1, 100.0):
-        for norm, used in run_ranks(LAYOUTS[layout].world_size, clipped_step, folders["qwen2"], LAYOUTS[layout], old, clip_grad):
+        for norm, used in run_ranks(
+            LAYOUTS[layout].world_size, clipped_step, folders["qwen2"], LAYOUTS[layout], old, clip_grad
+        ):
             assert norm > 0.2
             assert used == pytest.approx(min(norm, clip_grad), rel=1e-4)
 
@@ -84,7 +88,11 @@ def test_the_gradient_is_clipped_to_the_bound(folders, truth, layout):  # noqa: 
 def bfloat16_gradients(rank, world_size, folder, parallel, old):
     policy, shards = new_policy(folder, parallel, old, clip_grad=0.0, dtype="bfloat16")
     result = policy.policy_step(shards, FIPO, lr=0.0)
-    own = {name: parameter.main_grad.clone() for module in policy.modules for name, parameter in module.named_parameters()}
+    own = {
+        name: parameter.main_grad.clone()
+        for module in policy.modules
+        for name, parameter in module.named_parameters()
+    }
     return result.statistics, result.grad_norm, own if world_size == 1 else {}
 
 
@@ -120,7 +128,13 @@ def score_then_step(rank, world_size, folder, parallel, old):
 
 @pytest.mark.parametrize("layout", ["1", "tp2-sp-cp2", "pp2"])
 def test_in_bfloat16_too_the_first_mini_step_reproduces_old_log_probs(folders, truth, layout):  # noqa: F811
-    results = run_ranks(LAYOUTS[layout].world_size, score_then_step, folders["qwen2"], LAYOUTS[layout], truth["qwen2", "fipo"][3])
+    results = run_ranks(
+        LAYOUTS[layout].world_size,
+        score_then_step,
+        folders["qwen2"],
+        LAYOUTS[layout],
+        truth["qwen2", "fipo"][3],
+    )
     reports = [statistics for statistics, _, _ in results if statistics]
     assert reports
     for statistics in reports:

@@ -12,7 +12,9 @@ VOCABULARY = 61
 """Not a multiple of any parallel size, so that the padded part of the vocabulary is real."""
 
 
-def write_model(folder: Path, tied: bool = False, seed: int = 0, layers: int = 4, family: str = "qwen2") -> Path:
+def write_model(
+    folder: Path, tied: bool = False, seed: int = 0, layers: int = 4, family: str = "qwen2"
+) -> Path:
     """A random model of a family in Hugging Face format, with weights large enough that log-probs differ visibly."""
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 

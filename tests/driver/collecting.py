@@ -13,7 +13,9 @@ N = 3
 
 def make(pool: ToyPool, target: int = 3, **options: Any) -> Collector:
     config = RolloutConfig(**{"prompts_in_flight": 4, "max_response_length": MAX_LENGTH, **options})
-    return Collector(dataset(), pool, SCORE_GROUP, config, target_groups=target, responses_per_prompt=N, seed=1)
+    return Collector(
+        dataset(), pool, SCORE_GROUP, config, target_groups=target, responses_per_prompt=N, seed=1
+    )
 
 
 def until_enough(collector: Collector) -> None:
@@ -21,7 +23,9 @@ def until_enough(collector: Collector) -> None:
         collector.step(0.0)
 
 
-def train(collector: Collector, pool: ToyPool, mode: str, versions: Sequence[int], timing: random.Random) -> Iterator[Collected]:
+def train(
+    collector: Collector, pool: ToyPool, mode: str, versions: Sequence[int], timing: random.Random
+) -> Iterator[Collected]:
     """What the training loop does in each mode, with interruptions in between; yields while the collector is paused."""
     for version in versions:
         pool.version = version

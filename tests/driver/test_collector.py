@@ -16,7 +16,9 @@ from tests.driver.toy_pool import OUTCOMES, ToyPool, whole_response
 
 MODES = ("synchronous", "one_step_off", "fully_asynchronous")
 
-outcome_lists = st.lists(st.sampled_from(OUTCOMES), min_size=1, max_size=5).map(lambda outcomes: [*outcomes, "mixed"])
+outcome_lists = st.lists(st.sampled_from(OUTCOMES), min_size=1, max_size=5).map(
+    lambda outcomes: [*outcomes, "mixed"]
+)
 orders = st.integers(0, 10**6)
 timing_varies = settings(deadline=None, max_examples=60)
 
@@ -50,10 +52,21 @@ def test_drop_uses_the_smallest_prefix_whatever_the_timing(outcomes, order, slot
 
 
 @timing_varies
-@given(outcome_lists, orders, orders, st.integers(1, 40), st.integers(1, 20), st.sampled_from(["synchronous", "one_step_off"]))
-def test_drop_gives_the_same_groups_whatever_the_timing(outcomes, first, second, slots, prompts_in_flight, mode):
+@given(
+    outcome_lists,
+    orders,
+    orders,
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.sampled_from(["synchronous", "one_step_off"]),
+)
+def test_drop_gives_the_same_groups_whatever_the_timing(
+    outcomes, first, second, slots, prompts_in_flight, mode
+):
     one = run(ToyPool(outcomes, first), mode=mode)
-    other = run(ToyPool(outcomes, second, slots), mode=mode, timing=second, prompts_in_flight=prompts_in_flight)
+    other = run(
+        ToyPool(outcomes, second, slots), mode=mode, timing=second, prompts_in_flight=prompts_in_flight
+    )
     assert responses(one) == responses(other)
     assert all(serials(collected) == sorted(serials(collected)) for collected in one)
 
@@ -99,7 +112,9 @@ def test_an_interrupted_iteration_leaves_no_trace_after_load_state():
 @given(outcome_lists, orders, st.sampled_from(MODES), st.integers(1, 30), st.integers(1, 8))
 def test_continue_loses_nothing(outcomes, order, mode, slots, prompts_in_flight):
     pool = ToyPool(outcomes, order, slots)
-    collector = make(pool, unfinished="continue", mode=mode, max_staleness=100, prompts_in_flight=prompts_in_flight)
+    collector = make(
+        pool, unfinished="continue", mode=mode, max_staleness=100, prompts_in_flight=prompts_in_flight
+    )
     runs = list(train(collector, pool, mode, range(4), random.Random(order)))
     taken = [serial for collected in runs for serial in serials(collected)]
     state = collector.state()
@@ -121,7 +136,9 @@ def check_whole(trajectory: Trajectory, place: int, version: int) -> None:
     assert (trajectory.response_ids, trajectory.rollout_log_probs) == (tokens, log_probs)
     spans = trajectory.spans
     assert (spans[0].start, spans[-1].end) == (0, len(tokens))
-    assert all(left.end == right.start and left.version < right.version for left, right in itertools.pairwise(spans))
+    assert all(
+        left.end == right.start and left.version < right.version for left, right in itertools.pairwise(spans)
+    )
     assert all(span.start < span.end for span in spans)
     assert spans[-1].version <= version
 
@@ -130,7 +147,9 @@ def test_continue_goes_on_where_responses_stopped():
     pool = ToyPool(["mixed"], slots=12)
     runs = run(pool, unfinished="continue", prompts_in_flight=12, max_staleness=5)
     assert any(request.prefix for requests in pool.submitted for request in requests)
-    assert any(len(trajectory.spans) > 1 for collected in runs for group in collected.groups for trajectory in group)
+    assert any(
+        len(trajectory.spans) > 1 for collected in runs for group in collected.groups for trajectory in group
+    )
     assert any(collected.counts.from_earlier for collected in runs)
 
 
@@ -155,18 +174,32 @@ def test_prompts_in_flight_are_kept_until_there_is_enough(mode):
 
 @timing_varies
 @given(
-    outcome_lists, orders, st.sampled_from(MODES), st.sampled_from(["drop", "continue"]), st.integers(0, 3), st.integers(1, 12)
+    outcome_lists,
+    orders,
+    st.sampled_from(MODES),
+    st.sampled_from(["drop", "continue"]),
+    st.integers(0, 3),
+    st.integers(1, 12),
 )
-def test_no_group_is_older_than_allowed_and_tokens_add_up(outcomes, order, mode, unfinished, max_staleness, prompts_in_flight):
+def test_no_group_is_older_than_allowed_and_tokens_add_up(
+    outcomes, order, mode, unfinished, max_staleness, prompts_in_flight
+):
     if mode != "synchronous":
         max_staleness += 1
     pool = ToyPool(outcomes, order, slots=10)
-    options = {"mode": mode, "unfinished": unfinished, "max_staleness": max_staleness, "prompts_in_flight": prompts_in_flight}
+    options = {
+        "mode": mode,
+        "unfinished": unfinished,
+        "max_staleness": max_staleness,
+        "prompts_in_flight": prompts_in_flight,
+    }
     carried = in_work = 0
     for version, collected in enumerate(run(pool, timing=order, **options)):
         counts = collected.counts
         assert len(collected.groups) == 3
-        assert all(0 <= version - t.oldest_version <= max_staleness for group in collected.groups for t in group)
+        assert all(
+            0 <= version - t.oldest_version <= max_staleness for group in collected.groups for t in group
+        )
         assert counts.used_tokens == sum(t.response_length for group in collected.groups for t in group)
         ends = counts.used_tokens + counts.filtered_tokens + counts.dropped_tokens + counts.carried_tokens
         assert counts.generated_tokens + carried == ends
@@ -185,7 +218,9 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(outcomes, order, mode,
 def test_one_step_off_has_its_groups_before_the_next_weights(outcomes, order, max_staleness, unfinished):
     """What was enough before a push is enough behind it, so that the trainer never waits for engines that hold new weights."""
     pool = ToyPool(outcomes, order)
-    collector = make(pool, mode="one_step_off", unfinished=unfinished, max_staleness=max_staleness, prompts_in_flight=9)
+    collector = make(
+        pool, mode="one_step_off", unfinished=unfinished, max_staleness=max_staleness, prompts_in_flight=9
+    )
     for version, _ in enumerate(train(collector, pool, "one_step_off", range(4), random.Random(order))):
         state, rng = collector.state(), copy.deepcopy(pool._rng)
         pool.version = version + 1
@@ -197,14 +232,26 @@ def test_one_step_off_has_its_groups_before_the_next_weights(outcomes, order, ma
 
 
 @timing_varies
-@given(outcome_lists, orders, st.sampled_from(MODES), st.sampled_from(["drop", "continue"]), st.integers(1, 3), st.integers(0, 5))
+@given(
+    outcome_lists,
+    orders,
+    st.sampled_from(MODES),
+    st.sampled_from(["drop", "continue"]),
+    st.integers(1, 3),
+    st.integers(0, 5),
+)
 def test_a_restored_collector_goes_on_as_the_original(outcomes, order, mode, unfinished, saved_after, steps):
     """Saved between iterations or, with `steps`, within one."""
     options = {"mode": mode, "unfinished": unfinished, "max_staleness": 2, "prompts_in_flight": 6}
     pool = ToyPool(outcomes, order)
     collector = make(pool, **options)
     timing = random.Random(order)
-    before = [collected for _, collected in zip(range(saved_after), train(collector, pool, mode, range(6), timing), strict=False)]
+    before = [
+        collected
+        for _, collected in zip(
+            range(saved_after), train(collector, pool, mode, range(6), timing), strict=False
+        )
+    ]
     assert len(before) == saved_after
     if steps:
         pool.version = saved_after

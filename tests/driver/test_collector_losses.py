@@ -57,7 +57,9 @@ def test_what_new_weights_make_too_old_is_dropped_before_anything_is_sent():
     while not collector.waiting:
         collector.step(0.0)
     collector.pause()
-    begun = sum(any(response["spans"] for response in group["responses"]) for group in collector.state()["groups"])
+    begun = sum(
+        any(response["spans"] for response in group["responses"]) for group in collector.state()["groups"]
+    )
     pool.submitted.clear()
     collector.resume(3)
     assert (collector.counts.stale, collector.waiting) == (begun, 0)
@@ -69,7 +71,9 @@ def test_a_failed_group_is_never_scored_and_its_other_responses_are_ignored():
     result = run(pool, iterations=1)[0]
     assert serials(result) == [1, 2, 3]
     assert result.counts.failed == 1
-    others = [request for request in pool.submitted[0] if not request.request_id.endswith(f"/{FAILING_PLACE}")]
+    others = [
+        request for request in pool.submitted[0] if not request.request_id.endswith(f"/{FAILING_PLACE}")
+    ]
     lengths = [len(whole_response(request.request_id, request.seed, "failed")[0]) for request in others]
     assert result.counts.dropped_tokens == sum(lengths)
 
@@ -97,7 +101,10 @@ def test_max_prompts_ends_an_iteration_with_the_groups_there_are():
 @pytest.mark.parametrize(
     ("outcomes", "message"),
     [
-        (["right", "wrong"], r"none of 12 prompts .*\(6 all right, 6 all wrong, 0 failed, 0 too old\).*responses_per_prompt"),
+        (
+            ["right", "wrong"],
+            r"none of 12 prompts .*\(6 all right, 6 all wrong, 0 failed, 0 too old\).*responses_per_prompt",
+        ),
         (["failed"], "requests of all 12 prompts failed"),
     ],
 )
@@ -124,6 +131,8 @@ def test_calls_out_of_turn_are_refused():
 
 def test_other_data_are_refused():
     collector = make(ToyPool(["mixed"]))
-    other = Collector(dataset(7), ToyPool([]), SCORE_GROUP, RolloutConfig(), target_groups=1, responses_per_prompt=N, seed=1)
+    other = Collector(
+        dataset(7), ToyPool([]), SCORE_GROUP, RolloutConfig(), target_groups=1, responses_per_prompt=N, seed=1
+    )
     with pytest.raises(UserError, match="training set"):
         other.load_state(collector.state())

@@ -33,8 +33,12 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
         console.note("[bold]said[/bold] " + "word " * 40)
     lines = file.getvalue().splitlines()
     assert len(lines) == 4
-    assert lines[0] == "held-out after 0: avg@4 0.270  cons@4 0.400  pass@4 0.640  length 29.0  (150 problems)"
-    assert lines[1].startswith("iteration  1/20  reward -0.250  accuracy  0.375  length     41  influence 1.0123  left ")
+    assert (
+        lines[0] == "held-out after 0: avg@4 0.270  cons@4 0.400  pass@4 0.640  length 29.0  (150 problems)"
+    )
+    assert lines[1].startswith(
+        "iteration  1/20  reward -0.250  accuracy  0.375  length     41  influence 1.0123  left "
+    )
     assert lines[3].startswith("[bold]said[/bold] word word")
     assert all(character.isprintable() for line in lines for character in line)
 
@@ -114,7 +118,9 @@ with Console(7) as console:
     console.iteration(1, {"reward/mean": 0.5})
 """
     driver, terminal = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=terminal, env={**os.environ, "TERM": "xterm-256color"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=terminal, env={**os.environ, "TERM": "xterm-256color"}
+    )
     os.close(terminal)
     output = b""
     try:

@@ -16,7 +16,10 @@ def requests(count: int, first: int = 0) -> list[GenerationRequest]:
 
 def dispatcher(requests_per_call=8, calls_at_once=1, max_retries=2, keep_batches=False) -> Dispatcher:
     return Dispatcher(
-        requests_per_call=requests_per_call, calls_at_once=calls_at_once, max_retries=max_retries, keep_batches=keep_batches
+        requests_per_call=requests_per_call,
+        calls_at_once=calls_at_once,
+        max_retries=max_retries,
+        keep_batches=keep_batches,
     )
 
 
@@ -92,7 +95,10 @@ def test_calls_do_not_mix_sampling_parameters():
     work.submit(requests(3), PLAIN)
     work.submit(requests(3, first=3), SamplingParams(0.0, 1.0, 8))
     calls = work.start_calls([0]) + work.start_calls([1])
-    assert [(ids(call), call.sampling.temperature) for call in calls] == [(["0", "1", "2"], 1.0), (["3", "4", "5"], 0.0)]
+    assert [(ids(call), call.sampling.temperature) for call in calls] == [
+        (["0", "1", "2"], 1.0),
+        (["3", "4", "5"], 0.0),
+    ]
 
 
 def test_withdrawn_requests_are_forgotten_and_running_ones_are_not():

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.driver.rollout import dump
-from megatron_fipo.driver.rollout.dump import HEADER, ReplaySource, dump_path, read_dump, read_header, write_dump
+from megatron_fipo.driver.rollout.dump import (
+    HEADER,
+    ReplaySource,
+    dump_path,
+    read_dump,
+    read_header,
+    write_dump,
+)
 from megatron_fipo.errors import UserError
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
@@ -106,7 +113,10 @@ def test_other_tools_see_plain_columns(tmp_path) -> None:
     assert table.column_names == list(vars(trajectory()))
     assert table["group_id"].to_pylist() == ["a", "a", "b", "b"]
     assert table["rollout_log_probs"].type.value_type == pyarrow.float64()
-    assert table["spans"].to_pylist()[0] == [{"version": 4, "start": 0, "end": 1}, {"version": 5, "start": 1, "end": 3}]
+    assert table["spans"].to_pylist()[0] == [
+        {"version": 4, "start": 0, "end": 1},
+        {"version": 5, "start": 1, "end": 3},
+    ]
 
 
 def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path) -> None:
@@ -123,7 +133,11 @@ def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path) -> None:
 def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path) -> None:
     before = write_dump(tmp_path, 1, two_groups(), 1.0).read_bytes()
     bad: list[tuple[type[Exception], str, list[list[Trajectory]]]] = [
-        (UserError, "group b cannot be dumped", [[trajectory("a")], [trajectory("b", extra={"answer": object()})]]),
+        (
+            UserError,
+            "group b cannot be dumped",
+            [[trajectory("a")], [trajectory("b", extra={"answer": object()})]],
+        ),
         (ValueError, "group_id", [[trajectory("a")], [trajectory("a")]]),
         (ValueError, "group_id", [[trajectory("a"), trajectory("b")]]),
         (ValueError, "empty", [[trajectory("a")], []]),
@@ -162,10 +176,15 @@ def test_every_truncation_and_every_damaged_byte_of_the_data_is_noticed(tmp_path
 
 
 def test_files_that_are_no_dumps_are_named(tmp_path) -> None:
-    other, newer, missing, garbled = (tmp_path / f"{name}.parquet" for name in ("other", "newer", "missing", "garbled"))
+    other, newer, missing, garbled = (
+        tmp_path / f"{name}.parquet" for name in ("other", "newer", "missing", "garbled")
+    )
     table = pyarrow.table({"group_id": ["a"]})
     pyarrow.parquet.write_table(table, other)
-    for path, header in ((newer, {"format": 2, "iteration": 1, "temperature": 1.0}), (garbled, {"format": 1})):
+    for path, header in (
+        (newer, {"format": 2, "iteration": 1, "temperature": 1.0}),
+        (garbled, {"format": 1}),
+    ):
         pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), path)
     columns = tmp_path / "columns.parquet"
     header = {"format": 1, "iteration": 1, "temperature": 1.0}
@@ -183,7 +202,9 @@ def test_files_that_are_no_dumps_are_named(tmp_path) -> None:
 
 def test_a_replay_gives_each_iteration_its_groups(tmp_path) -> None:
     for iteration in (1, 2, 10):
-        write_dump(tmp_path, iteration, [[trajectory(f"{iteration}-{g}") for _ in range(2)] for g in range(3)], 0.7)
+        write_dump(
+            tmp_path, iteration, [[trajectory(f"{iteration}-{g}") for _ in range(2)] for g in range(3)], 0.7
+        )
     (tmp_path / ".iteration_000003.parquet").write_text("half written")
     (tmp_path / "notes.txt").write_text("")
     source = ReplaySource(tmp_path, 0.7, 10)
@@ -193,7 +214,9 @@ def test_a_replay_gives_each_iteration_its_groups(tmp_path) -> None:
         assert collected.groups[0][0].group_id == f"{iteration}-0"
         assert collected.counts.used_tokens == 3 * 2 * 3
         assert collected.counts.prompts == collected.counts.generated_tokens == 0
-    with pytest.raises(UserError, match=r"has no iteration_000003.parquet, only 3 iterations from 1 to 10; .*dump_every=1"):
+    with pytest.raises(
+        UserError, match=r"has no iteration_000003.parquet, only 3 iterations from 1 to 10; .*dump_every=1"
+    ):
         source.groups(3)
 
 
@@ -203,7 +226,10 @@ def test_a_replay_refuses_folders_and_temperatures_before_it_starts(tmp_path) ->
             ReplaySource(folder, 1.0, 10)
     write_dump(tmp_path, 1, two_groups(), 1.0)
     write_dump(tmp_path, 2, two_groups(), 0.9)
-    with pytest.raises(UserError, match=r"iteration_000002.parquet was sampled at temperature 0.9, but rollout.temperature=1.0"):
+    with pytest.raises(
+        UserError,
+        match=r"iteration_000002.parquet was sampled at temperature 0.9, but rollout.temperature=1.0",
+    ):
         ReplaySource(tmp_path, 1.0, 10)
     dump_path(tmp_path, 2).write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"iteration_000002.parquet is not a readable dump"):
@@ -216,7 +242,10 @@ def test_a_replay_refuses_folders_and_temperatures_before_it_starts(tmp_path) ->
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([[trajectory("a", response_ids=[0, 1, 10])]], "group a has the token id 10, but the model's vocabulary has 10"),
+        (
+            [[trajectory("a", response_ids=[0, 1, 10])]],
+            "group a has the token id 10, but the model's vocabulary has 10",
+        ),
         ([[trajectory("a", prompt_ids=[-1])]], "the token id -1"),
         ([[trajectory("a", prompt_ids=[])]], "no prompt"),
         ([[trajectory("a", response_mask=[1])]], "another length"),

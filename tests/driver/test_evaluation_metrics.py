@@ -17,7 +17,12 @@ def response(answer="1", accuracy=0.0, length=10, truncated=False):
 
 def test_two_problems_by_hand():
     problems = [
-        [response("7", 1.0, 10), response("7", 1.0, 20), response("3", 0.0, 30), response(NO_ANSWER, 0.0, 100, truncated=True)],
+        [
+            response("7", 1.0, 10),
+            response("7", 1.0, 20),
+            response("3", 0.0, 30),
+            response(NO_ANSWER, 0.0, 100, truncated=True),
+        ],
         [response("5", 0.0, 40), response("5", 0.0, 50), response("5", 0.0, 60), response("8", 1.0, 70)],
     ]
     assert evaluation_values(problems) == {
@@ -38,7 +43,9 @@ def test_two_problems_by_hand():
 def test_pass_at_n_is_the_share_of_subsets_with_a_right_response(k, data):
     right, n = data.draw(st.integers(0, k)), data.draw(st.integers(1, k))
     outcomes = [True] * right + [False] * (k - right)
-    assert pass_at(n, k, right) == pytest.approx(np.mean([any(subset) for subset in combinations(outcomes, n)]))
+    assert pass_at(n, k, right) == pytest.approx(
+        np.mean([any(subset) for subset in combinations(outcomes, n)])
+    )
 
 
 def test_impossible_estimates_are_refused():
@@ -48,7 +55,13 @@ def test_impossible_estimates_are_refused():
 
 
 def test_a_tie_is_worth_its_mean_in_every_order():
-    tied = [response("a", 1.0), response("b", 0.0), response("c", 0.0), response("a", 1.0), response("b", 0.0)]
+    tied = [
+        response("a", 1.0),
+        response("b", 0.0),
+        response("c", 0.0),
+        response("a", 1.0),
+        response("b", 0.0),
+    ]
     assert {consensus(order) for order in permutations(tied)} == {0.5}
 
 

@@ -31,7 +31,12 @@ class EnginesAndRequests(RuleBasedStateMachine):
     )
     def begin(self, size, max_restarts, max_retries, keep_batches, calls_at_once, serve_loaded):
         self.now = 0.0
-        self.size, self.max_restarts, self.max_retries, self.keep_batches = size, max_restarts, max_retries, keep_batches
+        self.size, self.max_restarts, self.max_retries, self.keep_batches = (
+            size,
+            max_restarts,
+            max_retries,
+            keep_batches,
+        )
         self.loaded_version = 0 if serve_loaded else None
         self.fleet = Fleet(
             size,
@@ -42,7 +47,10 @@ class EnginesAndRequests(RuleBasedStateMachine):
             now=0.0,
         )
         self.dispatcher = Dispatcher(
-            requests_per_call=3, calls_at_once=calls_at_once, max_retries=max_retries, keep_batches=keep_batches
+            requests_per_call=3,
+            calls_at_once=calls_at_once,
+            max_retries=max_retries,
+            keep_batches=keep_batches,
         )
         self.calls_at_once = calls_at_once
         self.current = self.loaded_version
@@ -63,7 +71,9 @@ class EnginesAndRequests(RuleBasedStateMachine):
     def give_back(self, call):
         self.running.remove(call)
         given_up = self.dispatcher.failed(call)
-        assert given_up == [r.request_id for r in call.requests if self.attempts[r.request_id] == self.max_retries + 1]
+        assert given_up == [
+            r.request_id for r in call.requests if self.attempts[r.request_id] == self.max_retries + 1
+        ]
         self.ended.update(given_up)
 
     def pick(self, data, *states):
@@ -162,8 +172,12 @@ class EnginesAndRequests(RuleBasedStateMachine):
         assert self.dispatcher.retries == sum(self.attempts.values()) - len(self.attempts)
         for number in range(self.size):
             assert len(self.dispatcher.at(number)) <= self.calls_at_once
-            assert (self.fleet.state(number) in (State.STARTING, State.RETIRED)) == (number not in self.weights)
-        assert sorted(map(id, self.running)) == sorted(id(c) for n in range(self.size) for c in self.dispatcher.at(n))
+            assert (self.fleet.state(number) in (State.STARTING, State.RETIRED)) == (
+                number not in self.weights
+            )
+        assert sorted(map(id, self.running)) == sorted(
+            id(c) for n in range(self.size) for c in self.dispatcher.at(n)
+        )
 
     def teardown(self):
         """Without further trouble all requests end, as an engine is left."""
@@ -192,7 +206,12 @@ TestEnginesAndRequests.settings = settings(max_examples=60, stateful_step_count=
 
 def fleet(size=1, max_restarts=1, loaded_version=None) -> Fleet:
     return Fleet(
-        size, max_restarts=max_restarts, load_timeout_s=LOAD_S, health_timeout_s=HEALTH_S, loaded_version=loaded_version, now=0.0
+        size,
+        max_restarts=max_restarts,
+        load_timeout_s=LOAD_S,
+        health_timeout_s=HEALTH_S,
+        loaded_version=loaded_version,
+        now=0.0,
     )
 
 

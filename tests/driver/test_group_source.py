@@ -17,7 +17,9 @@ class Trainer:
         self.refusing = set(refusing)
         self.pushes: list[tuple[list[int], int, bool]] = []
 
-    def call(self, method: str, engines: dict[int, Any], version: int, check: bool) -> list[tuple[int, str] | None]:
+    def call(
+        self, method: str, engines: dict[int, Any], version: int, check: bool
+    ) -> list[tuple[int, str] | None]:
         self.pushes.append((sorted(engines), version, check))
         return [next(((number, "died") for number in engines if number in self.refusing), None), None]
 
@@ -39,7 +41,11 @@ class Pool:
         return {number: object() for number in self.versions if number not in self.lost}
 
     def stale(self) -> dict[int, Any]:
-        return {number: engine for number, engine in self.loaded(wait=False).items() if self.versions[number] is None}
+        return {
+            number: engine
+            for number, engine in self.loaded(wait=False).items()
+            if self.versions[number] is None
+        }
 
     def updated(self, numbers: Any, version: int) -> None:
         self.versions |= dict.fromkeys(numbers, version)
@@ -109,7 +115,8 @@ def test_checksums_are_compared_every_so_many_pushes():
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"), [(UserError("no engine"), Interrupted), (TrainerLostError("rank"), TrainerLostError)]
+    ("error", "expected"),
+    [(UserError("no engine"), Interrupted), (TrainerLostError("rank"), TrainerLostError)],
 )
 def test_only_a_run_whose_trainer_lives_is_saved(error, expected):
     class Broken(Trainer):

@@ -7,7 +7,9 @@ from megatron_fipo.driver.iteration_metrics import over_mini_steps, rollout_valu
 from megatron_fipo.driver.rollout.collector import CollectCounts, Collected
 
 
-def trajectory(spans: list[tuple[int, int]], reason: str = "stop", reward: float = 1.0, advantage: float = 0.5) -> Trajectory:
+def trajectory(
+    spans: list[tuple[int, int]], reason: str = "stop", reward: float = 1.0, advantage: float = 0.5
+) -> Trajectory:
     """From (version, tokens) of each span."""
     made, start = [], 0
     for version, tokens in spans:
@@ -15,7 +17,16 @@ def trajectory(spans: list[tuple[int, int]], reason: str = "stop", reward: float
         start += tokens
     ids = list(range(start))
     return Trajectory(
-        "g", [1], ids, [1] * start, [-0.1] * start, made, reason, reward, accuracy=max(reward, 0.0), advantage=advantage
+        "g",
+        [1],
+        ids,
+        [1] * start,
+        [-0.1] * start,
+        made,
+        reason,
+        reward,
+        accuracy=max(reward, 0.0),
+        advantage=advantage,
     )
 
 
@@ -79,8 +90,20 @@ def test_rollout_values():
 
 def test_mini_steps_become_one_number_per_statistic():
     steps = [
-        {"policy/loss": 1.0, "influence/min": 0.9, "influence/max": 1.1, "policy/tokens": 10.0, "policy/sigma_log_ratio": 0.0},
-        {"policy/loss": 2.0, "influence/min": 0.8, "influence/max": 1.0, "policy/tokens": 30.0, "policy/sigma_log_ratio": 0.7},
+        {
+            "policy/loss": 1.0,
+            "influence/min": 0.9,
+            "influence/max": 1.1,
+            "policy/tokens": 10.0,
+            "policy/sigma_log_ratio": 0.0,
+        },
+        {
+            "policy/loss": 2.0,
+            "influence/min": 0.8,
+            "influence/max": 1.0,
+            "policy/tokens": 30.0,
+            "policy/sigma_log_ratio": 0.7,
+        },
     ]
     assert over_mini_steps(steps) == {
         "policy/loss": 1.5,

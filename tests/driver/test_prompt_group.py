@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.batching.trajectory import VersionSpan
-from megatron_fipo.driver.rollout.prompt_group import GroupScorer, PromptGroup, Response, parse_request_id, request_seed
+from megatron_fipo.driver.rollout.prompt_group import (
+    GroupScorer,
+    PromptGroup,
+    Response,
+    parse_request_id,
+    request_seed,
+)
 from megatron_fipo.engine.protocol import Generation
 from megatron_fipo.tasks.problem import Problem
 from tests.driver.toy_pool import RIGHT, score
@@ -66,14 +72,20 @@ def test_seeds_differ_between_requests_and_repeat_between_runs():
 )
 def test_responses_survive_json_to_the_bit(tokens, finish_reason):
     grown = Response()
-    grown.add(Generation(tuple(token for token, _ in tokens), tuple(log_prob for _, log_prob in tokens), finish_reason, 3))
+    grown.add(
+        Generation(
+            tuple(token for token, _ in tokens), tuple(log_prob for _, log_prob in tokens), finish_reason, 3
+        )
+    )
     restored = Response.from_json(json.loads(json.dumps(grown.to_json())))
     assert restored == grown
     assert [type(token) for token in restored.token_ids] == [int] * len(tokens)
 
 
 def test_a_trajectory_carries_what_sampling_and_scoring_learnt():
-    scorer = GroupScorer(score, lambda ids: "".join(f" {i}" for i in ids), 8, overlong_buffer=4, overlong_factor=1.0)
+    scorer = GroupScorer(
+        score, lambda ids: "".join(f" {i}" for i in ids), 8, overlong_buffer=4, overlong_factor=1.0
+    )
     right = Response()
     right.add(Generation((9, 9), (-0.1, -0.2), "abort", 6))
     right.add(Generation((RIGHT,), (-0.3,), "stop", 7))

@@ -19,7 +19,10 @@ def problem(reply, aborted: bool = False) -> str | None:
 def test_a_good_reply_passes():
     assert problem(GOOD) is None
     assert malformed([Generation((), (), "abort", 1), GOOD[1]], REQUESTS, SAMPLING, aborted=True) is None
-    assert malformed([replace(GOOD[0], finish_reason="abort"), GOOD[1]], REQUESTS, SAMPLING, aborted=True) is None
+    assert (
+        malformed([replace(GOOD[0], finish_reason="abort"), GOOD[1]], REQUESTS, SAMPLING, aborted=True)
+        is None
+    )
 
 
 @pytest.mark.parametrize("reply", [None, "text", GOOD[:1], [*GOOD, GOOD[0]], tuple(GOOD), [GOOD, GOOD]])

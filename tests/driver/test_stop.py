@@ -53,7 +53,9 @@ def test_a_scheduler_s_later_signals_are_waited_out(first):
             send(number)
         assert (stop.requested(), stop.exit_code) == (reason, code)
     assert "SIGTERM: stopping already" in said[-1]
-    assert ("Ctrl-C again to stop at once" if first == signal.SIGINT else "Ctrl-C twice to stop at once") in said[-1]
+    assert (
+        "Ctrl-C again to stop at once" if first == signal.SIGINT else "Ctrl-C twice to stop at once"
+    ) in said[-1]
 
 
 def test_the_handlers_are_put_back():
@@ -70,7 +72,9 @@ def test_the_time_limit_counts_from_the_start_of_the_process():
         from megatron_fipo.driver.stop import Stop
         print(Stop(1.0 / 60, print).requested() is not None, Stop(1.0, print).requested())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.splitlines()[-1] == "True None", done.stderr
 
 

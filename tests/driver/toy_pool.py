@@ -21,7 +21,9 @@ OUTCOMES = ("mixed", "right", "wrong", "failed")
 
 
 def dataset(size: int = 50) -> Dataset:
-    return Dataset([Problem(f"p{index}", (index,), f"prompt {index}", "x", "test") for index in range(size)], seed=3)
+    return Dataset(
+        [Problem(f"p{index}", (index,), f"prompt {index}", "x", "test") for index in range(size)], seed=3
+    )
 
 
 def score(response_text: str, problem: Problem, finish_reason: str) -> Score:
@@ -66,10 +68,14 @@ class ToyPool:
         assert not self._outstanding.keys() & {request.request_id for request in requests}
         self.submitted.append(list(requests))
         self._outstanding |= {request.request_id: request for request in requests}
-        self.most_groups = max(self.most_groups, len({parse_request_id(name)[0] for name in self._outstanding}))
+        self.most_groups = max(
+            self.most_groups, len({parse_request_id(name)[0] for name in self._outstanding})
+        )
 
     def poll(self, timeout_s: float) -> list[Settled]:
-        running = [n for n in list(self._outstanding)[: self.slots] if parse_request_id(n)[0] not in self.held_back]
+        running = [
+            n for n in list(self._outstanding)[: self.slots] if parse_request_id(n)[0] not in self.held_back
+        ]
         settled = self._rng.sample(running, self._rng.randint(min(1, len(running)), len(running)))
         return [self._finish(self._outstanding.pop(name)) for name in settled]
 
@@ -92,7 +98,9 @@ class ToyPool:
     def _cut(self, request: GenerationRequest) -> Settled:
         tokens, log_probs = self._rest(request)
         end = self._rng.randrange(len(tokens))
-        return Settled(request.request_id, Generation(tuple(tokens[:end]), tuple(log_probs[:end]), "abort", self.version))
+        return Settled(
+            request.request_id, Generation(tuple(tokens[:end]), tuple(log_probs[:end]), "abort", self.version)
+        )
 
     def _rest(self, request: GenerationRequest) -> tuple[list[int], list[float]]:
         tokens, log_probs = whole_response(

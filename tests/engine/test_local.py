@@ -66,7 +66,9 @@ def test_a_response_depends_on_its_own_seed_only(shared_engine):
     alone = [shared_engine.generate([request], PLAIN)[0] for request in requests[:5]]
     assert tokens(alone) == tokens(together)[:5]
     assert tokens(shared_engine.generate(requests[::-1], PLAIN)[::-1]) == tokens(together)
-    reseeded = shared_engine.generate([replace(request, seed=request.seed + 1) for request in requests], PLAIN)
+    reseeded = shared_engine.generate(
+        [replace(request, seed=request.seed + 1) for request in requests], PLAIN
+    )
     assert tokens(reseeded) != tokens(together)
 
 
@@ -101,9 +103,15 @@ def test_a_continued_response_is_the_uninterrupted_one(shared_engine, sampling):
     whole = shared_engine.generate(requests, sampling)
     cuts = [index % max(1, len(generation.response_ids)) for index, generation in enumerate(whole)]
     prefixes = [generation.response_ids[:cut] for generation, cut in zip(whole, cuts, strict=True)]
-    rest = shared_engine.generate([replace(r, prefix=p) for r, p in zip(requests, prefixes, strict=True)], sampling)
-    assert [p + generation.response_ids for p, generation in zip(prefixes, rest, strict=True)] == tokens(whole)
-    assert [generation.finish_reason for generation in rest] == [generation.finish_reason for generation in whole]
+    rest = shared_engine.generate(
+        [replace(r, prefix=p) for r, p in zip(requests, prefixes, strict=True)], sampling
+    )
+    assert [p + generation.response_ids for p, generation in zip(prefixes, rest, strict=True)] == tokens(
+        whole
+    )
+    assert [generation.finish_reason for generation in rest] == [
+        generation.finish_reason for generation in whole
+    ]
     for generation, full, cut in zip(rest, whole, cuts, strict=True):
         assert generation.log_probs == pytest.approx(full.log_probs[cut:], abs=1e-5)
 
@@ -162,9 +170,13 @@ def test_sampling_follows_the_distribution_and_top_p_truncates():
         return (torch.bincount(drawn, minlength=5) / len(grid)).tolist()
 
     assert shares(SamplingParams(1.0, 1.0, 1)) == pytest.approx(probs.tolist(), abs=2e-4)
-    assert shares(SamplingParams(0.5, 1.0, 1)) == pytest.approx((probs**2 / (probs**2).sum()).tolist(), abs=2e-4)
+    assert shares(SamplingParams(0.5, 1.0, 1)) == pytest.approx(
+        (probs**2 / (probs**2).sum()).tolist(), abs=2e-4
+    )
     assert shares(SamplingParams(1.0, 0.69, 1)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
-    assert shares(SamplingParams(1.0, 0.75, 1)) == pytest.approx([0, 0.4 / 0.95, 0, 0.25 / 0.95, 0.3 / 0.95], abs=2e-4)
+    assert shares(SamplingParams(1.0, 0.75, 1)) == pytest.approx(
+        [0, 0.4 / 0.95, 0, 0.25 / 0.95, 0.3 / 0.95], abs=2e-4
+    )
 
 
 def test_extreme_uniform_numbers_never_draw_an_impossible_token():
@@ -188,12 +200,16 @@ def test_updated_weights_generate_as_a_fresh_engine_does(tmp_path, tied):
     assert engine.ping() == 0
     assert engine.finish_weight_update(7) == {name: tensor_checksum(name, tensor) for name, tensor in weights}
     assert engine.ping() == 7
-    assert engine.generate(requests, PLAIN) == [replace(generation, weight_version=7) for generation in wanted]
+    assert engine.generate(requests, PLAIN) == [
+        replace(generation, weight_version=7) for generation in wanted
+    ]
 
 
 def test_tied_weights_may_come_by_either_name(tmp_path):
     engine = loaded(save_model(tmp_path))
-    weights = {name: tensor.clone() for name, tensor in engine._held().items() if name != "model.embed_tokens.weight"}
+    weights = {
+        name: tensor.clone() for name, tensor in engine._held().items() if name != "model.embed_tokens.weight"
+    }
     engine.begin_weight_update(check=False)
     engine.load_weights(weights)
     assert engine.finish_weight_update(1) == {}
@@ -210,10 +226,14 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
     with pytest.raises(RuntimeError, match="before there were weights"):
         engine.generate(some_requests(1), PLAIN)
     engine.begin_weight_update(check=True)
-    engine.load_weights(dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters()))
+    engine.load_weights(
+        dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    )
     engine.finish_weight_update(0)
     # Not to the bit: tensors read from a file lie elsewhere in memory, and kernels round by alignment.
-    for got, wanted in zip(engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True):
+    for got, wanted in zip(
+        engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True
+    ):
         assert got.response_ids == wanted.response_ids
         assert got.log_probs == pytest.approx(wanted.log_probs, abs=1e-5)
 

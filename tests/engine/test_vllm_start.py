@@ -79,11 +79,26 @@ def test_a_model_that_fits():
 @pytest.mark.parametrize(
     ("settings", "model", "gpu_bytes", "sentence"),
     [
-        ({"tensor_parallel_size": 3}, {}, GPU, "engine_tensor_parallel_size=3 does not divide the 40 attention heads"),
+        (
+            {"tensor_parallel_size": 3},
+            {},
+            GPU,
+            "engine_tensor_parallel_size=3 does not divide the 40 attention heads",
+        ),
         ({"tensor_parallel_size": 5}, {}, GPU, "neither divides nor is a multiple of the 8 key-value heads"),
-        ({"tensor_parallel_size": 1}, {}, GPU, r"gpu_memory_share=0\.85 of a GPU, 68\.0 GiB, but .* 64\.0 GiB and .* 5\.5 GiB"),
+        (
+            {"tensor_parallel_size": 1},
+            {},
+            GPU,
+            r"gpu_memory_share=0\.85 of a GPU, 68\.0 GiB, but .* 64\.0 GiB and .* 5\.5 GiB",
+        ),
         ({"gpu_memory_share": 0.2}, {}, GPU, r"16\.0 GiB, but its part of the weights takes 16\.0 GiB"),
-        ({}, {"head_size": 24}, None, "but those of model.path /models/m have 24; choose rollout.engine=local"),
+        (
+            {},
+            {"head_size": 24},
+            None,
+            "but those of model.path /models/m have 24; choose rollout.engine=local",
+        ),
     ],
 )
 def test_a_model_that_does_not(settings, model, gpu_bytes, sentence):
@@ -101,7 +116,9 @@ def test_what_a_folder_says(tmp_path, tied):
     assert (head == embedding) is tied, "tied weights share storage"
     assert embedding.shape == (32, 32)
     assert len({weight.storage for weight in model.weights.values()}) == len(model.weights) - tied
-    assert model.weight_bytes == sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert model.weight_bytes == sum(
+        tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values()
+    )
 
 
 def test_a_folder_without_end_token(tmp_path):

@@ -27,7 +27,9 @@ def save_model(folder: Path, seed: int = 0, tied: bool = True, end_token: bool =
         bos_token_id=None,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({symbol: index for index, symbol in enumerate(SYMBOLS)}, unk_token="<pad>")
+    )
     names = {"pad_token": "<pad>"} | ({"eos_token": "<eos>"} if end_token else {})
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder
@@ -35,7 +37,9 @@ def save_model(folder: Path, seed: int = 0, tied: bool = True, end_token: bool =
 
 def some_requests(prompts: int = 6, n: int = 4) -> list[GenerationRequest]:
     """`n` requests for each of several prompts of ragged lengths, two of which are equal."""
-    ids = [tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(prompts)]
+    ids = [
+        tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(prompts)
+    ]
     ids[-1] = ids[0]
     return [
         GenerationRequest(f"request-{index}/{sample}", prompt, seed=1000 * index + sample)

@@ -30,7 +30,9 @@ class WireEngine:
 
     def finish_weight_update(self, version: int) -> dict[str, str]:
         self.version = version
-        return {name: tensor_checksum(name, tensor) for name, tensor in self.held.items()} if self.check else {}
+        return (
+            {name: tensor_checksum(name, tensor) for name, tensor in self.held.items()} if self.check else {}
+        )
 
 
 def broadcast(pairs: Iterable[tuple[str, Tensor]], engines: Mapping[int, WireEngine]) -> Iterator[str]:

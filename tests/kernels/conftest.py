@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
-    raise pytest.UsageError("tests/kernels need Triton and TRITON_INTERPRET=1 in the environment; `make test` brings both")
+    raise pytest.UsageError(
+        "tests/kernels need Triton and TRITON_INTERPRET=1 in the environment; `make test` brings both"
+    )
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 

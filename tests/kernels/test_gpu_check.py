@@ -24,7 +24,17 @@ from gpu.measure import Bench  # noqa: E402
 from gpu.report import FAILED, FIGURE, MET, MISSED, OK, SKIPPED, Report, Row, render  # noqa: E402
 from gpu.runner import Section, run_section  # noqa: E402
 
-ABSENT = ["omegaconf", "ray", "wandb", "vllm", "transformer_engine", "apex", "flash_attn", "liger_kernel", "cut_cross_entropy"]
+ABSENT = [
+    "omegaconf",
+    "ray",
+    "wandb",
+    "vllm",
+    "transformer_engine",
+    "apex",
+    "flash_attn",
+    "liger_kernel",
+    "cut_cross_entropy",
+]
 BLOCKER = f"""
 import importlib.util, sys
 
@@ -48,8 +58,16 @@ def rehearsal(tmp_path_factory):
     """(exit code, what was printed, the output folder) of one rehearsal without the absent packages."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "sitecustomize.py").write_text(BLOCKER)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--rehearse", "--output", str(folder / "out")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    }
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "gpu_check.py"),
+        "--rehearse",
+        "--output",
+        str(folder / "out"),
+    ]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     return done.returncode, done.stdout, folder / "out"
@@ -67,7 +85,9 @@ def test_every_check_passes_and_only_what_is_absent_is_skipped(rehearsal):
     assert code == 0
     assert list(dict.fromkeys(row["section"] for row in rows)) == SECTIONS
     skipped = {row["figures"]["reason"] for row in rows if row["verdict"] == SKIPPED}
-    assert skipped == {f"{name} is not installed" for name in ("liger_kernel", "cut_cross_entropy", "transformer_engine")}
+    assert skipped == {
+        f"{name} is not installed" for name in ("liger_kernel", "cut_cross_entropy", "transformer_engine")
+    }
     checked = [row["name"] for row in rows if row["verdict"] == OK]
     assert sum("triton" in name for name in checked) == sum("torch" in name for name in checked) >= 8
 
@@ -80,7 +100,12 @@ def test_the_json_has_every_figure_and_the_table_stands_last(rehearsal):
     assert saved["rehearsal"]
     assert saved["machine"]["torch"] == version("torch")
     named = {row["name"]: row["figures"] for row in saved["rows"]}
-    assert all(seconds > 0 for figures in named.values() for name, seconds in figures.items() if name.endswith("_seconds"))
+    assert all(
+        seconds > 0
+        for figures in named.values()
+        for name, seconds in figures.items()
+        if name.endswith("_seconds")
+    )
     step = next(figures for name, figures in named.items() if "0.5B BF16, 1 x 20,480" in name)
     assert step["tokens_per_second"] == pytest.approx(step["tokens"] / step["step_seconds"])
     table = (folder / "table.md").read_text()
@@ -133,7 +158,14 @@ def _run(tmp_path: Path, module: str, budget_s: float) -> list[Row]:
     rows: list[Row] = []
     section = Section("s", module, budget_s, correctness=True)
     log = tmp_path / "log.txt"
-    run_section(section, [sys.executable, str(tmp_path / "child.py")], dict(os.environ), log, time.monotonic() + 600, rows.append)
+    run_section(
+        section,
+        [sys.executable, str(tmp_path / "child.py")],
+        dict(os.environ),
+        log,
+        time.monotonic() + 600,
+        rows.append,
+    )
     return rows
 
 
@@ -165,14 +197,20 @@ def test_the_table_of_all_verdicts():
     whole = Report({"GPU check of": "2026-01-31", "on": "a GPU"}, rows, 12.4, finished=False, rehearsal=False)
     lines = render(whole).splitlines()
     assert lines[0] == "GPU check of 2026-01-31, on a GPU"
-    assert lines[2:5] == ["| section | what | result | verdict |", "|---|---|---|---|", "| s | name ok | a \\| b | ok |"]
+    assert lines[2:5] == [
+        "| section | what | result | verdict |",
+        "|---|---|---|---|",
+        "| s | name ok | a \\| b | ok |",
+    ]
     assert "NOT finished after 12 s: 1 ok, 1 met, 1 NOT MET, 1 FAILED, 1 skipped, 1 measured" in lines
     assert lines[-2:] == ["FAILED: s: name FAILED", "NOT MET: s: name NOT MET"]
     assert whole.correct  # what failed was no correctness check
     assert not replace(whole, rows=[replace(rows[3], correctness=True)]).correct
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(4.567e-6, "4.57 µs"), (0.0123456, "12.35 ms"), (1.5, "1500 ms")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.567e-6, "4.57 µs"), (0.0123456, "12.35 ms"), (1.5, "1500 ms")]
+)
 def test_durations(seconds, text):
     assert report.duration(seconds) == text
 
@@ -249,8 +287,13 @@ def test_every_kernel_compiles_for_hopper_without_spilling():
     command = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), "--arch", "90"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     compiled = set(re.findall(r"^\| (\w+_kernel) \|", done.stdout, re.MULTILINE))
-    sources = [ROOT / "megatron_fipo" / "objective" / "triton_kernels.py", ROOT / "megatron_fipo" / "model" / "head_kernels.py"]
+    sources = [
+        ROOT / "megatron_fipo" / "objective" / "triton_kernels.py",
+        ROOT / "megatron_fipo" / "model" / "head_kernels.py",
+    ]
     assert compiled == {
-        name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.MULTILINE)
+        name
+        for source in sources
+        for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.MULTILINE)
     }
     assert done.returncode == 0, done.stdout + done.stderr

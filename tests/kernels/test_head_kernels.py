@@ -57,21 +57,40 @@ def _reference(given: dict[str, torch.Tensor], entropy_gradient: bool) -> dict[s
     log_probs = log_probabilities.gather(1, given["labels"][:, None]).squeeze(1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
     _loss(given, log_probs, entropy, entropy_gradient).backward()
-    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    return {
+        "log_probs": log_probs.detach(),
+        "entropy": entropy.detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+    }
 
 
 def _head_on_rank(
-    rank: int, world_size: int, dtype: torch.dtype, settings: HeadConfig, entropy_gradient: bool, nan_row: bool
+    rank: int,
+    world_size: int,
+    dtype: torch.dtype,
+    settings: HeadConfig,
+    entropy_gradient: bool,
+    nan_row: bool,
 ) -> dict[str, torch.Tensor]:
     given = _inputs(dtype)
     if nan_row:
         given["hidden"][4] = torch.nan
     hidden = given["hidden"].requires_grad_()
     weight = given["weight"].chunk(world_size)[rank].clone().requires_grad_()
-    request = HeadRequest(torch.arange(ROWS), given["labels"], VOCABULARY, TEMPERATURE, settings, entropy_gradient)
-    log_probs, entropy = response_log_probs(hidden, weight, request, dist.group.WORLD if world_size > 1 else None, False)
+    request = HeadRequest(
+        torch.arange(ROWS), given["labels"], VOCABULARY, TEMPERATURE, settings, entropy_gradient
+    )
+    log_probs, entropy = response_log_probs(
+        hidden, weight, request, dist.group.WORLD if world_size > 1 else None, False
+    )
     _loss(given, log_probs, entropy, entropy_gradient).backward(inputs=[hidden, weight])
-    return {"log_probs": log_probs.detach(), "entropy": entropy.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    return {
+        "log_probs": log_probs.detach(),
+        "entropy": entropy.detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+    }
 
 
 def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -79,14 +98,19 @@ def _check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
         assert found[name].dtype == FP32
         torch.testing.assert_close(found[name].double(), expected[name], rtol=0, atol=1e-5)
     for name in ("hidden", "weight"):
-        assert (found[name].double() - expected[name]).norm() < GRADIENT_TOLERANCE[found[name].dtype] * expected[name].norm()
+        assert (found[name].double() - expected[name]).norm() < GRADIENT_TOLERANCE[
+            found[name].dtype
+        ] * expected[name].norm()
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_values_and_gradients_equal_full_logits(dtype, settings, entropy_gradient):
-    _check(_head_on_rank(0, 1, dtype, settings, entropy_gradient, nan_row=False), _reference(_inputs(dtype), entropy_gradient))
+    _check(
+        _head_on_rank(0, 1, dtype, settings, entropy_gradient, nan_row=False),
+        _reference(_inputs(dtype), entropy_gradient),
+    )
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -111,7 +135,9 @@ def test_a_row_without_gradient_contains_its_own_nan(settings):
 def test_no_rows():
     given = _inputs(FP32)
     weight = given["weight"].requires_grad_()
-    request = HeadRequest(torch.arange(0), given["labels"][:0], VOCABULARY, TEMPERATURE, SETTINGS["slabs"], True)
+    request = HeadRequest(
+        torch.arange(0), given["labels"][:0], VOCABULARY, TEMPERATURE, SETTINGS["slabs"], True
+    )
     log_probs, entropy = response_log_probs(given["hidden"].requires_grad_(), weight, request, None, False)
     (log_probs.sum() + entropy.sum()).backward()
     assert given["hidden"].grad.abs().max() == 0
@@ -148,7 +174,9 @@ def test_both_statistics_passes_agree(slab, dtype):
     assert found[1][0][1:3, 3].isnan().all()
 
 
-@pytest.mark.parametrize(("kept_dtype", "out_dtype"), [(None, FP32), (None, BF16), (FP32, FP32), (BF16, BF16)])
+@pytest.mark.parametrize(
+    ("kept_dtype", "out_dtype"), [(None, FP32), (None, BF16), (FP32, FP32), (BF16, BF16)]
+)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("slab", SLABS.values(), ids=SLABS)
 def test_both_gradient_passes_agree(slab, entropy, kept_dtype, out_dtype):
@@ -165,13 +193,19 @@ def test_both_gradient_passes_agree(slab, entropy, kept_dtype, out_dtype):
             torch.full((5,), 2.0) if entropy else None,
             1.25,
         )
-        out = logits if out_dtype == FP32 and kept_dtype is None else torch.full((5, 1200), 9.0, dtype=out_dtype)
+        out = (
+            logits
+            if out_dtype == FP32 and kept_dtype is None
+            else torch.full((5, 1200), 9.0, dtype=out_dtype)
+        )
         shift = torch.tensor([-10.0, -11.0, -12.0, torch.nan, -70.0])
         passes.write_gradient(source, 1.25 if kept_dtype is None else 1.0, shift, row, slab, out)
         assert (out[[1, 3]] == 0).all()
         assert (out[:, slab.words :] == 0).all()
         found.append(out.float())
-    torch.testing.assert_close(found[1], found[0], rtol=10 * TOLERANCE[FP32] if out_dtype == FP32 else TOLERANCE[BF16], atol=1e-6)
+    torch.testing.assert_close(
+        found[1], found[0], rtol=10 * TOLERANCE[FP32] if out_dtype == FP32 else TOLERANCE[BF16], atol=1e-6
+    )
     assert found[0].any()
 
 
@@ -222,5 +256,7 @@ def test_a_hopper_gpus_compiler_takes_every_variant(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path)
     }
     command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "10\n"), done.stderr

@@ -11,12 +11,34 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fipo import FIPOConfig, fipo_loss
-from megatron_fipo.objective import ChunkTable, PolicyLoss, PolicyObjective, PolicyRows, policy_loss, scan_future_kl
+from megatron_fipo.objective import (
+    ChunkTable,
+    PolicyLoss,
+    PolicyObjective,
+    PolicyRows,
+    policy_loss,
+    scan_future_kl,
+)
 from megatron_fipo.objective.kernels import launch as fused_loss
 from tests.objective.oracle import future_kl_by_definition
-from tests.objective.packed import contiguous, packed_rows, random_case, random_responses, scan_ranks, scattered, zigzag
+from tests.objective.packed import (
+    contiguous,
+    packed_rows,
+    random_case,
+    random_responses,
+    scan_ranks,
+    scattered,
+    zigzag,
+)
 from tests.objective.test_golden import FILES, load
-from tests.objective.test_loss import OBJECTIVES, Expected, assert_same, count_collectives, mini_batch, responses
+from tests.objective.test_loss import (
+    OBJECTIVES,
+    Expected,
+    assert_same,
+    count_collectives,
+    mini_batch,
+    responses,
+)
 from tests.ranks import run_ranks
 
 HALF_LIVES = st.sampled_from([1e-300, 1e-3, 0.5, 32.0, math.inf])
@@ -24,7 +46,13 @@ LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=3)
 
 
 @settings(max_examples=15, deadline=None)
-@given(lengths=LENGTHS, half_life=HALF_LIVES, cp=st.integers(1, 3), chunks=st.integers(1, 3), seed=st.integers(0, 2**16))
+@given(
+    lengths=LENGTHS,
+    half_life=HALF_LIVES,
+    cp=st.integers(1, 3),
+    chunks=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
 def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> None:
     values, masks = random_case(seed, lengths)
     found = scan_ranks(scattered(lengths, cp, chunks, seed), values, masks, half_life, kernels="triton")
@@ -46,12 +74,18 @@ def test_blocks_are_added_tile_by_tile(tile, cp, monkeypatch) -> None:
         np.testing.assert_allclose(f[mask], expected[mask], rtol=1e-12, atol=1e-12)
 
 
-ORACLE_CASES = [(name, [[0], [1, 2], [3, 4, 5, 6], [7]] if name == "fipo_reference" else [list(range(8))]) for name in OBJECTIVES]
+ORACLE_CASES = [
+    (name, [[0], [1, 2], [3, 4, 5, 6], [7]] if name == "fipo_reference" else [list(range(8))])
+    for name in OBJECTIVES
+]
 
 
 def _grid(rank: int, world_size: int, layout) -> list:
     members = responses()
-    return [mini_batch(rank, world_size, members, OBJECTIVES[name], batches, layout, "triton") for name, batches in ORACLE_CASES]
+    return [
+        mini_batch(rank, world_size, members, OBJECTIVES[name], batches, layout, "triton")
+        for name, batches in ORACLE_CASES
+    ]
 
 
 @pytest.mark.parametrize(("cp", "layout"), [(1, zigzag), (2, zigzag), (3, contiguous)])
@@ -75,10 +109,14 @@ def test_matches_the_reference(file) -> None:
     result.loss.backward()
     tokens = golden["loss_mask"].sum()
     smoothing = tokens / (tokens + 1e-8)  # the authors add 1e-8 to the token count
-    torch.testing.assert_close(result.loss * smoothing, golden["loss"].to(result.loss.dtype), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        result.loss * smoothing, golden["loss"].to(result.loss.dtype), rtol=tolerance, atol=tolerance
+    )
     torch.testing.assert_close(log_probs.grad * smoothing, golden["grad"], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(result.future_kl, golden["future_kl"], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(result.influence_weights, golden["influence_weights"], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        result.influence_weights, golden["influence_weights"], rtol=tolerance, atol=tolerance
+    )
     assert torch.equal(result.loss_mask, golden["loss_mask"].to(result.loss_mask.dtype))
 
 
@@ -86,12 +124,21 @@ def _rows(dtype: torch.dtype, mask: bool) -> PolicyRows:
     members = random_responses(21, [200, 3, 150, 40], outliers=0.03)
     rows, _ = packed_rows(members, [5, 6, 0, 3], zigzag([205, 9, 150, 43], 1), 0)
     if mask:
-        rows = replace(rows, mask=torch.rand(rows.plan.num_rows, generator=torch.Generator().manual_seed(4)) > 0.3)
+        rows = replace(
+            rows, mask=torch.rand(rows.plan.num_rows, generator=torch.Generator().manual_seed(4)) > 0.3
+        )
     values = {f.name: getattr(rows, f.name) for f in fields(rows)}
-    return replace(rows, **{k: v.to(dtype) for k, v in values.items() if isinstance(v, torch.Tensor) and v.is_floating_point()})
+    return replace(
+        rows,
+        **{
+            k: v.to(dtype) for k, v in values.items() if isinstance(v, torch.Tensor) and v.is_floating_point()
+        },
+    )
 
 
-def _both(rows: PolicyRows, objective: PolicyObjective, log_probs: torch.Tensor, entropy: torch.Tensor | None):
+def _both(
+    rows: PolicyRows, objective: PolicyObjective, log_probs: torch.Tensor, entropy: torch.Tensor | None
+):
     """(result, gradient of log-probs, gradient of entropy) of the torch path and of the kernels."""
     found: list[tuple[PolicyLoss, torch.Tensor, torch.Tensor | None]] = []
     for kernels in ("torch", "triton"):
@@ -110,7 +157,9 @@ def test_every_output_equals_the_torch_path(name, spoil) -> None:
     rows, objective = _rows(torch.float64, mask=spoil), OBJECTIVES[name]
     random = torch.Generator().manual_seed(9)
     delta = torch.randn(rows.plan.num_rows, generator=random, dtype=torch.float64)
-    delta[[10, 60, 200, 310]] = torch.tensor([25.0, -25.0, -25.0, -25.0], dtype=torch.float64)  # beyond the clamp: no gradient
+    delta[[10, 60, 200, 310]] = torch.tensor(
+        [25.0, -25.0, -25.0, -25.0], dtype=torch.float64
+    )  # beyond the clamp: no gradient
     log_probs, entropy = rows.old_log_probs + delta, delta.abs()
     if spoil:
         log_probs[30], rows.rollout_log_probs[80] = math.nan, -math.inf
@@ -128,7 +177,9 @@ def test_every_output_equals_the_torch_path(name, spoil) -> None:
 
 def test_float32_is_as_close_as_float32_can_be() -> None:
     rows = _rows(torch.float32, mask=False)
-    log_probs = rows.old_log_probs + 0.2 * torch.randn(rows.plan.num_rows, generator=torch.Generator().manual_seed(1))
+    log_probs = rows.old_log_probs + 0.2 * torch.randn(
+        rows.plan.num_rows, generator=torch.Generator().manual_seed(1)
+    )
     (a, grad_a, _), (b, grad_b, _) = _both(rows, OBJECTIVES["fipo"], log_probs, None)
     assert grad_b.dtype == b.future_kl.dtype == torch.float32
     torch.testing.assert_close(grad_b, grad_a, rtol=1e-6, atol=1e-7)
@@ -139,7 +190,9 @@ def test_no_rows_and_no_group() -> None:
     """A rank without rows still folds, gathers, and has a graph to run backward through."""
     rows, _ = packed_rows(random_responses(0, [5]), [3], zigzag([2000], 4), 3)
     assert rows.plan.num_rows == 0
-    rows = replace(rows, plan=replace(rows.plan, distance=rows.plan.distance[:1], follows=rows.plan.follows[:1]))
+    rows = replace(
+        rows, plan=replace(rows.plan, distance=rows.plan.distance[:1], follows=rows.plan.follows[:1])
+    )
     log_probs = rows.old_log_probs.clone().requires_grad_()
     result = policy_loss(log_probs, None, rows, PolicyObjective(), kernels="triton")
     result.loss_sum.backward()
@@ -201,6 +254,8 @@ def test_the_ratio_at_its_bounds_has_the_gradient_of_torch() -> None:
     rows = _rows(torch.float32, mask=False)
     bounds = torch.tensor([0.5, 2.0, 4.0]).log()
     log_probs = rows.old_log_probs.zero_() + bounds[torch.arange(rows.plan.num_rows) % 3]
-    objective = PolicyObjective("fipo", FIPOConfig(clip_low=0.5, clip_high=1.0, dual_clip=4.0, drop_dual_clipped=False))
+    objective = PolicyObjective(
+        "fipo", FIPOConfig(clip_low=0.5, clip_high=1.0, dual_clip=4.0, drop_dual_clipped=False)
+    )
     (_, grad_a, _), (_, grad_b, _) = _both(rows, objective, log_probs, None)
     torch.testing.assert_close(grad_b, grad_a, rtol=1e-6, atol=1e-7)

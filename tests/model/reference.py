@@ -30,7 +30,10 @@ LLAMA3_ROPE = {
 }
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
-    "qwen3": (Qwen3Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "head_dim": 16}),
+    "qwen3": (
+        Qwen3Config,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "head_dim": 16},
+    ),
     "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
 }
 
@@ -46,7 +49,10 @@ def make_reference(folder: Path, tied: bool = False, family: str = "qwen2", **ov
     }
     config_class, variant = FAMILIES[family]
     config = config_class(
-        vocab_size=VOCAB, max_position_embeddings=256, tie_word_embeddings=tied, **{**sizes, **variant, **overrides}
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        **{**sizes, **variant, **overrides},
     )
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -62,7 +68,9 @@ def sequences() -> list[torch.Tensor]:
     return [torch.randint(VOCAB, (length,), generator=generator) for length in LENGTHS]
 
 
-def build(folder: Path, parallel: ParallelConfig, dtype: str = "float32", recompute: str = "none") -> list[torch.nn.Module]:
+def build(
+    folder: Path, parallel: ParallelConfig, dtype: str = "float32", recompute: str = "none"
+) -> list[torch.nn.Module]:
     model_parallel.initialize(parallel, seed=1)
     chunks = build_model(folder, ModelConfig(path=str(folder), dtype=dtype, recompute=recompute), parallel)
     load_hf_weights(chunks, folder)
@@ -75,7 +83,10 @@ def pack(parallel: ParallelConfig) -> tuple[torch.Tensor, PackedSeqParams, torch
     ids = sequences()
     lengths = torch.tensor([-(-len(sequence) // multiple) * multiple for sequence in ids])
     padded = torch.cat(
-        [torch.nn.functional.pad(sequence, (0, int(n) - len(sequence))) for sequence, n in zip(ids, lengths, strict=True)]
+        [
+            torch.nn.functional.pad(sequence, (0, int(n) - len(sequence)))
+            for sequence, n in zip(ids, lengths, strict=True)
+        ]
     )
     real = torch.cat([torch.arange(int(n)) < len(sequence) for sequence, n in zip(ids, lengths, strict=True)])
     origin = torch.where(real, real.cumsum(0) - 1, -1)

@@ -48,7 +48,10 @@ class TestArchitecture:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported; known: Qwen2ForCausalLM"),
+            (
+                {"architectures": ["MambaForCausalLM"]},
+                "MambaForCausalLM is not supported; known: Qwen2ForCausalLM",
+            ),
             ({"architectures": None}, r"\(none named\) is not supported"),
             ({"hidden_size": None}, "hidden_size has to be a positive whole number, not None"),
             ({"num_hidden_layers": "4"}, "num_hidden_layers"),

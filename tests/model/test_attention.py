@@ -20,13 +20,22 @@ def dense(query, key, value, lengths):
     outputs = []
     for parts in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)[0].transpose(0, 1))
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)[0].transpose(
+                0, 1
+            )
+        )
     return torch.cat(outputs)
 
 
 def random_tensors(tokens: int, heads: int = 4, groups: int = 2, width: int = 3):
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(tokens, heads, width), (tokens, groups, width), (tokens, groups, width), (tokens, heads, width)]
+    shapes = [
+        (tokens, heads, width),
+        (tokens, groups, width),
+        (tokens, groups, width),
+        (tokens, heads, width),
+    ]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -54,7 +63,9 @@ def test_all_ranks_together_equal_dense_attention(chunks, cp_size):
         plan = build_plan(torch.tensor(lengths), rank, cp_size, CPU)
         output = output.index_copy(0, mine, attend(plan, query[mine], gathered, scale=0.3))
     torch.testing.assert_close(output, expected)
-    for grad, expected_grad in zip(torch.autograd.grad(output, inputs, upstream), expected_grads, strict=True):
+    for grad, expected_grad in zip(
+        torch.autograd.grad(output, inputs, upstream), expected_grads, strict=True
+    ):
         torch.testing.assert_close(grad, expected_grad)
 
 

@@ -46,7 +46,9 @@ def test_a_public_config_gives_the_public_number_of_parameters():
 
 def test_tied_embeddings_leave_out_the_output_layer():
     names = [
-        name for weight in QWEN2.weights(QWEN2.translate(QWEN25_7B | {"tie_word_embeddings": True})) for name in weight.names
+        name
+        for weight in QWEN2.weights(QWEN2.translate(QWEN25_7B | {"tie_word_embeddings": True}))
+        for name in weight.names
     ]
     assert "lm_head.weight" not in names
     assert len(names) == 2 + 28 * 12
@@ -84,9 +86,15 @@ def test_llama_scaling_is_read_from_old_and_new_configs(key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"low_freq_factor": 2.0}, r"'llama3' with low_freq_factor=2.0 is not supported; Megatron-Core has 1.0"),
+        (
+            {"low_freq_factor": 2.0},
+            r"'llama3' with low_freq_factor=2.0 is not supported; Megatron-Core has 1.0",
+        ),
         ({"high_freq_factor": 8.0}, r"with high_freq_factor=8.0 is not supported; Megatron-Core has 4.0"),
-        ({"original_max_position_embeddings": 4096}, r"original_max_position_embeddings=4096 is not supported; .* 8192"),
+        (
+            {"original_max_position_embeddings": 4096},
+            r"original_max_position_embeddings=4096 is not supported; .* 8192",
+        ),
         ({"factor": None}, "needs a factor of at least 1, not None"),
         ({"factor": 0.5}, "needs a factor of at least 1, not 0.5"),
         ({"rope_type": "dynamic"}, "'dynamic'"),
@@ -104,7 +112,13 @@ def test_missing_lengths_are_refused_rather_than_guessed():
 
 
 @pytest.mark.parametrize(
-    ("family", "key"), [(LLAMA, "attention_bias"), (LLAMA, "mlp_bias"), (QWEN3, "attention_bias"), (QWEN3, "use_sliding_window")]
+    ("family", "key"),
+    [
+        (LLAMA, "attention_bias"),
+        (LLAMA, "mlp_bias"),
+        (QWEN3, "attention_bias"),
+        (QWEN3, "use_sliding_window"),
+    ],
 )
 def test_variants_of_other_families_are_refused(family, key):
     family.translate(QWEN25_7B | {key: False})
@@ -143,10 +157,16 @@ def test_unreadable_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensor_model_parallel_size": 8}, "tensor_model_parallel_size=8 does not divide the model's 28 attention heads"),
+        (
+            {"tensor_model_parallel_size": 8},
+            "tensor_model_parallel_size=8 does not divide the model's 28 attention heads",
+        ),
         ({"tensor_model_parallel_size": 7}, "7 does not divide the model's 4 key-value heads"),
         ({"pipeline_model_parallel_size": 3}, "28 layers do not divide over 3 pipeline stages"),
-        ({"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}, "over 8 pipeline stages"),
+        (
+            {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+            "over 8 pipeline stages",
+        ),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs parallel.pipeline_model_parallel_size > 1"),
     ],
 )

@@ -12,7 +12,9 @@ from megatron_fipo.model import cpu
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -77,7 +79,9 @@ def test_only_megatron_sees_the_cpu_as_cuda():
     from megatron.core import utils
 
     assert utils.torch.zeros(2, device="cuda", pin_memory=True).device.type == "cpu"
-    assert utils.torch.empty_like(torch.zeros(2), device=utils.torch.cuda.current_device()).device.type == "cpu"
+    assert (
+        utils.torch.empty_like(torch.zeros(2), device=utils.torch.cuda.current_device()).device.type == "cpu"
+    )
     assert utils.torch.nn is torch.nn
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(2, device="cuda")
@@ -101,7 +105,9 @@ def test_the_random_tracker_gives_its_own_reproducible_streams():
     assert torch.equal(torch.cat((first, second)), torch.cat((torch.rand(3), torch.rand(3))))
 
 
-@pytest.mark.parametrize(("adam_w_mode", "reference_class"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
+@pytest.mark.parametrize(
+    ("adam_w_mode", "reference_class"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)]
+)
 def test_fused_adam_equals_torch_bit_for_bit(adam_w_mode, reference_class):
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)

@@ -100,7 +100,9 @@ class TestActive:
         ]
 
     def test_offload_and_a_missing_flash_attention_are_said(self):
-        lines = active_lines(replace(self.GPU, flash_attention=None), ModelConfig(), OptimizerSettings(cpu_offload=0.5))
+        lines = active_lines(
+            replace(self.GPU, flash_attention=None), ModelConfig(), OptimizerSettings(cpu_offload=0.5)
+        )
         assert "attention: Transformer Engine through cuDNN" in lines
         assert any(line.endswith(", 50% in host memory (torch's AdamW there)") for line in lines)
 

@@ -7,7 +7,6 @@ gives the gradient of every parameter.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ class Response:
     old_log_probs: Tensor
     advantages: Tensor
     mask: Tensor
-    reference_log_probs: Optional[Tensor] = None
-    entropy: Optional[Tensor] = None
-    rollout_log_probs: Optional[Tensor] = None
+    reference_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -53,13 +52,17 @@ def future_kl_by_definition(x: Tensor, half_life: float) -> Tensor:
 
 
 def oracle_loss(
-    responses: Sequence[Response], objective: PolicyObjective, micro_batches: Optional[Sequence[Sequence[int]]] = None
+    responses: Sequence[Response],
+    objective: PolicyObjective,
+    micro_batches: Sequence[Sequence[int]] | None = None,
 ) -> OracleResult:
     """The loss of a mini-batch. `micro_batches` (indices into the responses) only matter for `reference_micro_batch`."""
     answers = [_response_loss(response, objective) for response in responses]
     token_losses, future_kl, weights, kept = (list(column) for column in zip(*answers, strict=True))
     loss = _mean(token_losses, kept, objective, micro_batches or [range(len(responses))])
-    loss = loss + sum(0.0 * response.log_probs[:0].sum() for response in responses)  # a graph, even if nothing is kept
+    loss = loss + sum(
+        0.0 * response.log_probs[:0].sum() for response in responses
+    )  # a graph, even if nothing is kept
     return OracleResult(loss, future_kl, weights, kept)
 
 
@@ -95,7 +98,9 @@ def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tens
     bounded = ratio.clamp(min=1 - settings.clip_low).clamp(max=settings.dual_clip)
     loss = -advantage * torch.where(advantage >= 0, ratio.clamp(max=1 + clip_high), bounded)
     if objective.correction != "none":
-        loss = loss * torch.tensor([_correction(response, t, objective) for t in range(len(delta))], dtype=torch.float64)
+        loss = loss * torch.tensor(
+            [_correction(response, t, objective) for t in range(len(delta))], dtype=torch.float64
+        )
     if objective.kl_coefficient:
         assert response.reference_log_probs is not None
         gap = response.reference_log_probs - response.log_probs
@@ -120,14 +125,23 @@ def _correction(response: Response, t: int, objective: PolicyObjective) -> float
 
 def _is_finite(response: Response, objective: PolicyObjective) -> bool:
     tokens = response.tokens
-    given = [response.log_probs, response.old_log_probs, response.advantages, response.reference_log_probs, response.entropy]
+    given = [
+        response.log_probs,
+        response.old_log_probs,
+        response.advantages,
+        response.reference_log_probs,
+        response.entropy,
+    ]
     if objective.correction != "none":
         given.append(response.rollout_log_probs)
     return all(bool(values[tokens].isfinite().all()) for values in given if values is not None)
 
 
 def _mean(
-    token_losses: list[Tensor], kept: list[bool], objective: PolicyObjective, micro_batches: Sequence[Sequence[int]]
+    token_losses: list[Tensor],
+    kept: list[bool],
+    objective: PolicyObjective,
+    micro_batches: Sequence[Sequence[int]],
 ) -> Tensor:
     """The mean that the objective asks for; 0 over nothing."""
 
@@ -136,7 +150,9 @@ def _mean(
         return torch.cat(losses).mean() if sum(map(len, losses)) else torch.zeros((), dtype=torch.float64)
 
     if objective.name == "grpo":
-        means = [losses.mean() for losses, keep in zip(token_losses, kept, strict=True) if keep and len(losses)]
+        means = [
+            losses.mean() for losses, keep in zip(token_losses, kept, strict=True) if keep and len(losses)
+        ]
         return torch.stack(means).mean() if means else torch.zeros((), dtype=torch.float64)
     if objective.settings.normalization == "token_mean":
         return token_mean(range(len(kept)))

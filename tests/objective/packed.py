@@ -56,7 +56,10 @@ def packed_rows(
     responses: Sequence[Response], prompts: Sequence[int], table: ChunkTable, rank: int
 ) -> tuple[PolicyRows, list[tuple[int, int]]]:
     """The rows of `rank`, float64, and where each comes from: (response, token). Response i starts behind prompts[i] positions."""
-    masks = [np.concatenate([np.zeros(p, bool), r.mask.numpy() != 0]) for r, p in zip(responses, prompts, strict=True)]
+    masks = [
+        np.concatenate([np.zeros(p, bool), r.mask.numpy() != 0])
+        for r, p in zip(responses, prompts, strict=True)
+    ]
     sequence, position = local_rows(table, rank, masks)
     token = position - np.asarray(prompts)[sequence]
     last = np.array([max(r.tokens, default=-1) for r in responses])
@@ -83,7 +86,9 @@ def packed_rows(
     )
 
 
-def random_responses(seed: int, lengths: Sequence[int], *, drift: float = 0.3, outliers: float = 0.02) -> list[Response]:
+def random_responses(
+    seed: int, lengths: Sequence[int], *, drift: float = 0.3, outliers: float = 0.02
+) -> list[Response]:
     """Responses with holes in the mask, log-ratios of scale `drift`, and a share of outliers beyond the dual clip.
 
     The rollout engine differs from the old policy by a standard normal number, so a quarter of its weights are above 2.
@@ -111,7 +116,11 @@ def random_responses(seed: int, lengths: Sequence[int], *, drift: float = 0.3, o
 
 
 def scan_ranks(
-    table: ChunkTable, values: list[np.ndarray], masks: list[np.ndarray], half_life: float, kernels: str = "torch"
+    table: ChunkTable,
+    values: list[np.ndarray],
+    masks: list[np.ndarray],
+    half_life: float,
+    kernels: str = "torch",
 ) -> list[np.ndarray]:
     """F of every sequence, one rank after the other in this process; NaN where there is no row.
 
@@ -129,7 +138,9 @@ def scan_ranks(
         return local.expand(len(ranks), *local.shape).contiguous()
 
     result = [np.full(len(v), np.nan) for v in values]
-    gathering = importlib.import_module(f"megatron_fipo.objective.{'future_kl' if kernels == 'torch' else 'fused_loss'}")
+    gathering = importlib.import_module(
+        f"megatron_fipo.objective.{'future_kl' if kernels == 'torch' else 'fused_loss'}"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_fipo.objective.future_kl.check_group", lambda *_: None)
         patch.setattr(gathering, "all_gather", collect)
@@ -144,7 +155,9 @@ def scan_ranks(
     return result
 
 
-def random_case(seed: int, lengths: list[int], share: float = 0.7) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def random_case(
+    seed: int, lengths: list[int], share: float = 0.7
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     random = np.random.default_rng(seed)
     masks = [random.random(n) < share for n in lengths]
     return [np.where(m, random.standard_normal(len(m)), 0.0) for m in masks], masks

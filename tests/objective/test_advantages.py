@@ -19,7 +19,9 @@ def test_by_hand() -> None:
 
 def test_groups_may_interleave_and_a_group_of_one_keeps_its_reward() -> None:
     found = group_advantages([1.0, 3.0, 0.5, -1.0, 3.0], ["b", "a", "alone", "b", "a"])
-    np.testing.assert_allclose(found, [1 / (math.sqrt(2) + 1e-6), 0, 0.5 / (1 + 1e-6), -1 / (math.sqrt(2) + 1e-6), 0], rtol=1e-15)
+    np.testing.assert_allclose(
+        found, [1 / (math.sqrt(2) + 1e-6), 0, 0.5 / (1 + 1e-6), -1 / (math.sqrt(2) + 1e-6), 0], rtol=1e-15
+    )
 
 
 @settings(deadline=None)

@@ -28,8 +28,17 @@ def one_response(differences: list[float], dtype: torch.dtype = torch.float64) -
     members = random_responses(0, [len(differences)])
     members[0].mask[:] = 1
     rows, _ = packed_rows(members, [0], zigzag([len(differences)], 1), 0)
-    rows = replace(rows, rollout_log_probs=rows.old_log_probs - torch.tensor(differences, dtype=torch.float64))
-    names = ("old_log_probs", "advantages", "last_row", "response_length", "reference_log_probs", "rollout_log_probs")
+    rows = replace(
+        rows, rollout_log_probs=rows.old_log_probs - torch.tensor(differences, dtype=torch.float64)
+    )
+    names = (
+        "old_log_probs",
+        "advantages",
+        "last_row",
+        "response_length",
+        "reference_log_probs",
+        "rollout_log_probs",
+    )
     return replace(rows, **{name: getattr(rows, name).to(dtype) for name in names})
 
 
@@ -47,7 +56,9 @@ def test_by_hand(correction) -> None:
     """Advantage 1, ratio 1: each token's gradient is minus its factor. w of 1/2, 1, 2 (the cap itself), 3."""
     rows = one_response([-math.log(2), 0.0, math.log(2) - 1e-12, math.log(3)])
     rows = replace(rows, advantages=torch.ones(4, dtype=torch.float64))
-    result, gradient = step(rows, PolicyObjective("dapo", correction=correction, correction_cap=2.0), shift=0.0)
+    result, gradient = step(
+        rows, PolicyObjective("dapo", correction=correction, correction_cap=2.0), shift=0.0
+    )
     beyond = {"tis": 2.0, "mis": 0.0}[correction]
     assert gradient.tolist() == pytest.approx([-0.5, -1.0, -2.0, -beyond])
     assert result.loss_sum.item() == pytest.approx(-3.5 - beyond)
@@ -81,9 +92,16 @@ def test_without_correction_the_engine_changes_no_bit_of_the_loss() -> None:
     broken = replace(known, rollout_log_probs=torch.tensor([math.nan, math.inf, -math.inf, -1e38]))
     (plain, gradient), *others = (
         step(rows, FIPO)
-        for rows in (replace(known, rollout_log_probs=None), known, broken, replace(known, rollout_log_probs=None))
+        for rows in (
+            replace(known, rollout_log_probs=None),
+            known,
+            broken,
+            replace(known, rollout_log_probs=None),
+        )
     )
-    own = {name: value for name, value in plain.statistics.finalize().items() if not name.startswith("rollout/")}
+    own = {
+        name: value for name, value in plain.statistics.finalize().items() if not name.startswith("rollout/")
+    }
     for result, found in others:
         assert torch.equal(result.loss_sum, plain.loss_sum)
         assert torch.equal(found, gradient)
@@ -154,7 +172,9 @@ def _engine_statistics(rank: int, world_size: int) -> dict[str, float]:
     total = None
     for batch in (members[:2], members[2:]):
         rows, _ = packed_rows(batch, [0] * len(batch), zigzag([len(r.mask) for r in batch], world_size), rank)
-        found = policy_loss(rows.old_log_probs + 0.1, None, rows, replace(FIPO, correction_cap=1.5), group).statistics
+        found = policy_loss(
+            rows.old_log_probs + 0.1, None, rows, replace(FIPO, correction_cap=1.5), group
+        ).statistics
         total = found if total is None else total.merge(found)
     assert total is not None
     return total.reduce(group).finalize()
@@ -164,7 +184,9 @@ def _engine_statistics(rank: int, world_size: int) -> dict[str, float]:
 def test_statistics_are_their_definitions_however_the_tokens_are_spread(cp) -> None:
     """Over micro-batches and ranks, with no correction in force."""
     members = random_responses(7, [50, 3, 200])
-    differences = np.concatenate([(r.old_log_probs - r.rollout_log_probs)[r.mask.bool()].numpy() for r in members])
+    differences = np.concatenate(
+        [(r.old_log_probs - r.rollout_log_probs)[r.mask.bool()].numpy() for r in members]
+    )
     expected = expected_statistics(differences, 1.5)
     assert 0.1 < expected["rollout/capped_fraction"] < 0.5
     for found in run_ranks(cp, _engine_statistics):
@@ -174,7 +196,14 @@ def test_statistics_are_their_definitions_however_the_tokens_are_spread(cp) -> N
 def test_statistics_at_the_ends() -> None:
     """An engine that agrees; one that is wildly off; small differences in float32, where e^δ − δ − 1 would cancel."""
     agree = step(one_response([0.0] * 5), FIPO)[0].statistics.finalize()
-    names = ("log_prob_difference", "log_prob_difference_max", "kl", "kl_k3", "capped_fraction", "effective_sample_size")
+    names = (
+        "log_prob_difference",
+        "log_prob_difference_max",
+        "kl",
+        "kl_k3",
+        "capped_fraction",
+        "effective_sample_size",
+    )
     assert [agree[f"rollout/{name}"] for name in names] == [0, 0, 0, 0, 0, 1]
     off = step(one_response([100.0, -100.0]), FIPO)[0].statistics.finalize()
     assert off["rollout/log_prob_difference_max"] == pytest.approx(100)

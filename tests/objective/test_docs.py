@@ -37,7 +37,10 @@ def micro_batches() -> list[tuple[torch.Tensor, ...]]:
 def whole_gradient(batches: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
     """The gradient of the mean over all tokens, computed in one piece."""
     pad = 50
-    joined = [torch.cat([torch.nn.functional.pad(b[i].detach(), (0, pad - b[i].shape[1])) for b in batches]) for i in range(4)]
+    joined = [
+        torch.cat([torch.nn.functional.pad(b[i].detach(), (0, pad - b[i].shape[1])) for b in batches])
+        for i in range(4)
+    ]
     log_probs = joined[0].requires_grad_()
     fipo_loss(log_probs, joined[1], joined[2], joined[3]).loss.backward()
     assert log_probs.grad is not None
@@ -65,7 +68,9 @@ def test_verl_adapter_gives_the_mini_batch_mean() -> None:
 def test_verl_adapter_without_global_counts_is_the_micro_batch_mean() -> None:
     loss_function = run_adapter("use-in-verl.md")["fipo_policy_loss"]
     new, old, advantages, mask = micro_batches()[0]
-    assert torch.equal(loss_function(old, new, advantages, mask)[0], fipo_loss(new, old, advantages, mask).loss)
+    assert torch.equal(
+        loss_function(old, new, advantages, mask)[0], fipo_loss(new, old, advantages, mask).loss
+    )
     with pytest.raises(ValueError, match="rollout correction"):
         loss_function(old, new, advantages, mask, rollout_is_weights=torch.ones(3, 20))
 

@@ -36,7 +36,9 @@ def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> N
 def test_megatron_layouts(layout, cp) -> None:
     lengths = [1, 2, 15, 16, 17, 900]
     values, masks = random_case(3, lengths)
-    for value, mask, f in zip(values, masks, scan_ranks(layout(lengths, cp), values, masks, 32.0), strict=True):
+    for value, mask, f in zip(
+        values, masks, scan_ranks(layout(lengths, cp), values, masks, 32.0), strict=True
+    ):
         expected = future_kl_by_definition(torch.from_numpy(value), 32.0).numpy()
         np.testing.assert_allclose(f[mask], expected[mask], rtol=1e-11, atol=1e-11)
 
@@ -47,7 +49,9 @@ def test_permuting_the_pack_permutes_the_result(lengths, seed, random) -> None:
     values, masks = random_case(seed, lengths)
     order = random.sample(range(len(lengths)), len(lengths))
     before = scan_ranks(whole(lengths), values, masks, 32.0)
-    shuffled = scan_ranks(whole([lengths[i] for i in order]), [values[i] for i in order], [masks[i] for i in order], 32.0)
+    shuffled = scan_ranks(
+        whole([lengths[i] for i in order]), [values[i] for i in order], [masks[i] for i in order], 32.0
+    )
     for place, i in enumerate(order):
         np.testing.assert_allclose(shuffled[place], before[i], rtol=0, atol=1e-13)
 
@@ -61,7 +65,9 @@ def test_the_order_of_rows_does_not_matter(seed) -> None:
     none = torch.empty(300, 0)
     rising = build_scan_plan(whole([300]), 0, np.zeros(300, int), np.arange(300))
     shuffled = build_scan_plan(whole([300]), 0, np.zeros(300, int), order)
-    torch.testing.assert_close(scan_future_kl(x[order], none, shuffled, 32.0)[0], scan_future_kl(x, none, rising, 32.0)[0][order])
+    torch.testing.assert_close(
+        scan_future_kl(x[order], none, shuffled, 32.0)[0], scan_future_kl(x, none, rising, 32.0)[0][order]
+    )
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), HALF_LIVES, st.integers(0, 2**30))
@@ -86,7 +92,9 @@ def test_the_pair_of_length_and_aggregate_is_associative(a, b, c, half_life, see
 
 def test_no_decay_is_a_suffix_sum_and_instant_decay_is_x_itself() -> None:
     values, masks = random_case(0, [700], share=1.0)
-    np.testing.assert_allclose(scan_ranks(whole([700]), values, masks, math.inf)[0], values[0][::-1].cumsum()[::-1], atol=1e-12)
+    np.testing.assert_allclose(
+        scan_ranks(whole([700]), values, masks, math.inf)[0], values[0][::-1].cumsum()[::-1], atol=1e-12
+    )
     np.testing.assert_array_equal(scan_ranks(whole([700]), values, masks, 1e-320)[0], values[0])
 
 
@@ -117,7 +125,10 @@ def test_a_rank_without_rows_takes_part() -> None:
 
 
 BAD_TABLES = {
-    "positions 4 to 5 of sequence 1 are held by no rank": ([[[0], [0]], [[8], [6]]], [[[8], [4]], [[8], [4]]]),
+    "positions 4 to 5 of sequence 1 are held by no rank": (
+        [[[0], [0]], [[8], [6]]],
+        [[[8], [4]], [[8], [4]]],
+    ),
     "positions 6 to 7 of sequence 0 are held twice": ([[[0], [0]], [[6], [8]]], [[[8], [8]], [[8], [8]]]),
     "positions 0 to 1 of sequence 0 are held by no rank": ([[[2]]], [[[5]]]),
     "length of chunk 0 of sequence 0 on rank 1 is -3": ([[[0]], [[5]]], [[[5]], [[-3]]]),

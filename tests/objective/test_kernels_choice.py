@@ -20,12 +20,19 @@ def test_plain_torch_computes_on_a_cpu_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("installed", "interpret", "dtype", "message"),
     [
-        (False, "0", torch.float32, "kernels is triton, but Triton is not installed .pip install triton.; use auto or torch"),
+        (
+            False,
+            "0",
+            torch.float32,
+            "kernels is triton, but Triton is not installed .pip install triton.; use auto or torch",
+        ),
         (True, "0", torch.float32, "the tensors are on cpu"),
         (True, "1", torch.bfloat16, "its kernels do not take torch.bfloat16"),
     ],
 )
-def test_a_wish_for_triton_that_cannot_be_met_is_refused(installed, interpret, dtype, message, monkeypatch) -> None:
+def test_a_wish_for_triton_that_cannot_be_met_is_refused(
+    installed, interpret, dtype, message, monkeypatch
+) -> None:
     monkeypatch.setattr(kernel_choice, "_has_triton", lambda: installed)
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     with pytest.raises(ValueError, match=message):
@@ -49,7 +56,14 @@ def test_the_loss_refuses_before_any_collective(monkeypatch) -> None:
     monkeypatch.setattr(kernel_choice, "_has_triton", lambda: False)
     rows, _ = packed_rows(random_responses(0, [5]), [3], zigzag([8], 1), 0)
     with pytest.raises(ValueError, match="Triton is not installed"):
-        policy_loss(rows.old_log_probs, None, rows, PolicyObjective(), group_that_must_not_be_asked(), kernels="triton")
+        policy_loss(
+            rows.old_log_probs,
+            None,
+            rows,
+            PolicyObjective(),
+            group_that_must_not_be_asked(),
+            kernels="triton",
+        )
 
 
 def group_that_must_not_be_asked():

@@ -17,12 +17,16 @@ SAFE_7B = FIPOConfig(influence_clip=(0.8, 1.2), safety_threshold=3.0)
 OBJECTIVES = {
     "fipo": PolicyObjective("fipo", SAFE_7B),
     "fipo_entropy_bonus": PolicyObjective("fipo", FIPOConfig(half_life=math.inf), entropy_coefficient=0.01),
-    "fipo_no_clip_keeps_all": PolicyObjective("fipo", FIPOConfig(influence_clip=None, drop_dual_clipped=False, half_life=4.0)),
+    "fipo_no_clip_keeps_all": PolicyObjective(
+        "fipo", FIPOConfig(influence_clip=None, drop_dual_clipped=False, half_life=4.0)
+    ),
     "fipo_reference": PolicyObjective("fipo", replace(SAFE_7B, normalization="reference_micro_batch")),
     "dapo": PolicyObjective("dapo"),
     "dapo_reference": PolicyObjective("dapo", FIPOConfig(normalization="reference_micro_batch")),
     "grpo_kl": PolicyObjective("grpo", kl_coefficient=0.05, entropy_coefficient=0.01),
-    "fipo_tis": PolicyObjective("fipo", SAFE_7B, correction="tis", correction_cap=1.5, entropy_coefficient=0.01),
+    "fipo_tis": PolicyObjective(
+        "fipo", SAFE_7B, correction="tis", correction_cap=1.5, entropy_coefficient=0.01
+    ),
     "fipo_reference_mis": PolicyObjective(
         "fipo", replace(SAFE_7B, normalization="reference_micro_batch"), correction="mis", correction_cap=1.5
     ),
@@ -41,7 +45,9 @@ def responses() -> list[Response]:
     made[3].mask[10] = 1  # all but one token masked
     for response in (made[0], made[7]):
         response.mask[-1] = 1
-    plant_dual_clipped(made[5], -1.0, [3, 120])  # on different ranks: only their sum says that the response is dropped
+    plant_dual_clipped(
+        made[5], -1.0, [3, 120]
+    )  # on different ranks: only their sum says that the response is dropped
     plant_dual_clipped(made[4], -1.0, [1])
     plant_dual_clipped(made[6], 1.0, [5, 50])
     return made
@@ -57,7 +63,15 @@ def plant_dual_clipped(response: Response, advantage: float, tokens: list[int]) 
         response.log_probs.copy_(response.old_log_probs + delta)
 
 
-def mini_batch(rank: int, world_size: int, members: list[Response], objective, micro_batches, layout=zigzag, kernels="torch"):
+def mini_batch(
+    rank: int,
+    world_size: int,
+    members: list[Response],
+    objective,
+    micro_batches,
+    layout=zigzag,
+    kernels="torch",
+):
     """What one rank does in a mini-step: loss sums and normalizers over micro-batches, one division, one backward."""
     group = dist.group.WORLD if world_size > 1 else None
     losses: list[PolicyLoss] = []
@@ -69,7 +83,9 @@ def mini_batch(rank: int, world_size: int, members: list[Response], objective, m
         table = layout([p + len(r.mask) for p, r in zip(prompts, batch, strict=True)], world_size)
         rows, origin = packed_rows(batch, prompts, table, rank)
         log_probs, entropy = (
-            torch.tensor([getattr(batch[s], name)[t].item() for s, t in origin], dtype=torch.float64).requires_grad_()
+            torch.tensor(
+                [getattr(batch[s], name)[t].item() for s, t in origin], dtype=torch.float64
+            ).requires_grad_()
             for name in ("log_probs", "entropy")
         )
         if not objective.kl_coefficient:
@@ -94,7 +110,12 @@ def mini_batch(rank: int, world_size: int, members: list[Response], objective, m
         }
         for name in ("future_kl", "influence_weights", "kept")
     }
-    return (totals[0] / totals[1].clamp(min=1)).item(), gradients, per_row, statistics.reduce(group).finalize()
+    return (
+        (totals[0] / totals[1].clamp(min=1)).item(),
+        gradients,
+        per_row,
+        statistics.reduce(group).finalize(),
+    )
 
 
 def gather(results) -> tuple[float, dict, dict, dict]:
@@ -103,7 +124,9 @@ def gather(results) -> tuple[float, dict, dict, dict]:
     assert all(result[0] == loss and result[3] == statistics for result in results)
     gradients = {key: value for result in results for key, value in result[1].items()}
     assert len(gradients) == sum(len(result[1]) for result in results)
-    per_row = {name: {k: v for result in results for k, v in result[2][name].items()} for name in results[0][2]}
+    per_row = {
+        name: {k: v for result in results for k, v in result[2][name].items()} for name in results[0][2]
+    }
     return loss, gradients, per_row, statistics
 
 
@@ -118,7 +141,9 @@ class Expected:
     @classmethod
     def of(cls, members: list[Response], objective: PolicyObjective, micro_batches) -> "Expected":
         result = oracle_loss(members, objective, micro_batches)
-        gradients = torch.autograd.grad(result.loss, [r.log_probs for r in members], allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            result.loss, [r.log_probs for r in members], allow_unused=True, materialize_grads=True
+        )
         by_token = {(i, t): gradients[i][t].item() for i, r in enumerate(members) for t in r.tokens}
         return cls(result.loss.item(), by_token, result)
 
@@ -131,8 +156,12 @@ def assert_same(found, expected: Expected) -> None:
     for i, t in expected.gradients:
         assert per_row["kept"][i, t] == oracle.kept[i]
         if oracle.kept[i]:
-            assert per_row["future_kl"][i, t] == pytest.approx(oracle.future_kl[i][t].item(), rel=1e-10, abs=1e-12)
-            assert per_row["influence_weights"][i, t] == pytest.approx(oracle.influence_weights[i][t].item(), rel=1e-10)
+            assert per_row["future_kl"][i, t] == pytest.approx(
+                oracle.future_kl[i][t].item(), rel=1e-10, abs=1e-12
+            )
+            assert per_row["influence_weights"][i, t] == pytest.approx(
+                oracle.influence_weights[i][t].item(), rel=1e-10
+            )
 
 
 CASES = [(name, micro_batches) for name in OBJECTIVES for micro_batches in MICRO_BATCHES]
@@ -140,7 +169,9 @@ CASES = [(name, micro_batches) for name in OBJECTIVES for micro_batches in MICRO
 
 def _grid(rank: int, world_size: int, layout) -> list:
     members = responses()
-    return [mini_batch(rank, world_size, members, OBJECTIVES[name], batches, layout) for name, batches in CASES]
+    return [
+        mini_batch(rank, world_size, members, OBJECTIVES[name], batches, layout) for name, batches in CASES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +195,15 @@ def test_the_grid_exercises_the_rules(expected) -> None:
     assert all(kept["dapo"])
     assert all(kept["grpo_kl"])
     assert all(kept["fipo_no_clip_keeps_all"])
-    losses = [oracle.loss for (name, _), oracle in zip(CASES, expected, strict=True) if name == "fipo_reference"]
+    losses = [
+        oracle.loss for (name, _), oracle in zip(CASES, expected, strict=True) if name == "fipo_reference"
+    ]
     assert np.ptp(losses) > 1e-3
 
 
-def count_collectives(rank: int, world_size: int, length: int, correction: str, kernels: str = "torch") -> list[tuple[str, int]]:
+def count_collectives(
+    rank: int, world_size: int, length: int, correction: str, kernels: str = "torch"
+) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
 
     def counted(name, function):
@@ -179,16 +214,24 @@ def count_collectives(rank: int, world_size: int, length: int, correction: str, 
 
         return wrapper
 
-    names = [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "send", "recv", "isend", "irecv", "gather"))]
+    names = [
+        n
+        for n in dir(dist)
+        if n.startswith(("all_", "reduce", "broadcast", "send", "recv", "isend", "irecv", "gather"))
+    ]
     names += ["scatter", "barrier", "batch_isend_irecv"]
     members = random_responses(0, [length, length // 2, 7])
-    rows, _origin = packed_rows(members, [3, 4, 5], zigzag([length + 3, length // 2 + 4, 12], world_size), rank)
+    rows, _origin = packed_rows(
+        members, [3, 4, 5], zigzag([length + 3, length // 2 + 4, 12], world_size), rank
+    )
     log_probs = rows.old_log_probs.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             if callable(getattr(dist, name)):
                 patch.setattr(dist, name, counted(name, getattr(dist, name)))
-        policy_loss(log_probs, None, rows, PolicyObjective(correction=correction), dist.group.WORLD, kernels).loss_sum.backward()
+        policy_loss(
+            log_probs, None, rows, PolicyObjective(correction=correction), dist.group.WORLD, kernels
+        ).loss_sum.backward()
     return calls
 
 
@@ -220,7 +263,10 @@ def test_a_non_finite_number_stays_in_its_response(cp) -> None:
     members[6].mask[33] = 1
     members[6].log_probs.requires_grad_(False)[33] = math.nan
     members[6].log_probs.requires_grad_()
-    expected = {name: Expected.of(members, OBJECTIVES[name], MICRO_BATCHES[0]) for name in ("fipo_entropy_bonus", "fipo_tis")}
+    expected = {
+        name: Expected.of(members, OBJECTIVES[name], MICRO_BATCHES[0])
+        for name in ("fipo_entropy_bonus", "fipo_tis")
+    }
     assert all(oracle.result.kept[6] is False for oracle in expected.values())
     ranks = run_ranks(cp, _poison)
     for case in range(12):
@@ -303,18 +349,43 @@ def test_bad_inputs_are_named() -> None:
     count = rows.plan.num_rows
     log_probs = rows.old_log_probs
     cases = {
-        "log_probs must be float32 or float64, not torch.bfloat16": (log_probs.bfloat16(), None, rows, PolicyObjective()),
-        rf"log_probs has shape \[{count - 1}\], but the plan has {count} rows": (log_probs[1:], None, rows, PolicyObjective()),
-        rf"entropy has shape \[1\], but the plan has {count} rows": (log_probs, log_probs[:1], rows, PolicyObjective()),
+        "log_probs must be float32 or float64, not torch.bfloat16": (
+            log_probs.bfloat16(),
+            None,
+            rows,
+            PolicyObjective(),
+        ),
+        rf"log_probs has shape \[{count - 1}\], but the plan has {count} rows": (
+            log_probs[1:],
+            None,
+            rows,
+            PolicyObjective(),
+        ),
+        rf"entropy has shape \[1\], but the plan has {count} rows": (
+            log_probs,
+            log_probs[:1],
+            rows,
+            PolicyObjective(),
+        ),
         "advantages has shape": (log_probs, None, replace(rows, advantages=log_probs[1:]), PolicyObjective()),
-        "response_length has shape": (log_probs, None, replace(rows, response_length=torch.ones(2)), PolicyObjective()),
+        "response_length has shape": (
+            log_probs,
+            None,
+            replace(rows, response_length=torch.ones(2)),
+            PolicyObjective(),
+        ),
         "have no reference_log_probs": (
             log_probs,
             None,
             replace(rows, reference_log_probs=None),
             PolicyObjective("grpo", kl_coefficient=0.1),
         ),
-        "entropy_coefficient is 0.1, but no entropy": (log_probs, None, rows, PolicyObjective(entropy_coefficient=0.1)),
+        "entropy_coefficient is 0.1, but no entropy": (
+            log_probs,
+            None,
+            rows,
+            PolicyObjective(entropy_coefficient=0.1),
+        ),
         r"rollout_log_probs has shape \[1\]": (
             log_probs,
             None,

@@ -58,7 +58,9 @@ def test_values_by_hand() -> None:
     }
     engine = {name: value for name, value in found.items() if name.startswith("rollout/")}
     assert set(engine.values()) == {0.0}
-    assert {name: value for name, value in found.items() if name not in engine} == pytest.approx(expected, abs=1e-12)
+    assert {name: value for name, value in found.items() if name not in engine} == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_normalization_gap_shows_what_the_packing_did() -> None:
@@ -86,8 +88,12 @@ def test_overflowing_influence_keeps_the_raw_mean_finite() -> None:
     """No decay and many positive log-ratios: e^F is beyond float32, the report is not."""
     members = random_responses(1, [400])
     rows, _ = packed_rows(members, [0], zigzag([400], 1), 0)
-    rows = replace(rows, **{n: getattr(rows, n).float() for n in ("old_log_probs", "advantages", "reference_log_probs")})
-    result = policy_loss(rows.old_log_probs + 2.0, None, rows, PolicyObjective("fipo", FIPOConfig(half_life=math.inf)))
+    rows = replace(
+        rows, **{n: getattr(rows, n).float() for n in ("old_log_probs", "advantages", "reference_log_probs")}
+    )
+    result = policy_loss(
+        rows.old_log_probs + 2.0, None, rows, PolicyObjective("fipo", FIPOConfig(half_life=math.inf))
+    )
     assert result.future_kl.exp().isinf().any()
     found = result.statistics.finalize()
     assert all(math.isfinite(value) for value in found.values())
@@ -119,7 +125,9 @@ def _reduce(rank: int, world_size: int) -> tuple[dict, list[str]]:
 
 def test_reduce_is_merge_by_two_all_reduces() -> None:
     log_probs, rows = hand_made()
-    parts = [policy_loss(log_probs - 0.1 * rank, None, rows, PolicyObjective()).statistics for rank in range(3)]
+    parts = [
+        policy_loss(log_probs - 0.1 * rank, None, rows, PolicyObjective()).statistics for rank in range(3)
+    ]
     expected = parts[0].merge(parts[1]).merge(parts[2]).finalize()
     for found, calls in run_ranks(3, _reduce):
         assert found == pytest.approx(expected, abs=1e-12)

@@ -11,7 +11,18 @@ from megatron_fipo import FIPOConfig, fipo_loss, future_kl
 from megatron_fipo.objective import PolicyObjective, policy_loss
 from tests.objective.packed import packed_rows, random_responses, zigzag
 
-FORBIDDEN_CALLS = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "__bool__", "__int__", "__float__"}
+FORBIDDEN_CALLS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "__bool__",
+    "__int__",
+    "__float__",
+}
 FORBIDDEN_KERNELS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal"}
 
 
@@ -36,7 +47,9 @@ class NoHostKernels(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in FORBIDDEN_KERNELS:
             raise HostSyncError(name)
-        if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
             raise HostSyncError(f"{name} with a boolean mask")
         if name == "_to_copy" and kwargs.get("device", args[0].device) != args[0].device:
             raise HostSyncError(f"copy to {kwargs['device']}")

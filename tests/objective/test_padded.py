@@ -14,7 +14,10 @@ from tests.objective.packed import random_responses
 
 def batch(length: int = 60):
     members = random_responses(4, [length] * 5, outliers=0.03)
-    stacked = (torch.stack([getattr(r, name) for r in members]) for name in ("log_probs", "old_log_probs", "advantages", "mask"))
+    stacked = (
+        torch.stack([getattr(r, name) for r in members])
+        for name in ("log_probs", "old_log_probs", "advantages", "mask")
+    )
     log_probs, old, advantages, mask = stacked
     return members, (log_probs.detach().requires_grad_(), old, advantages, mask)
 
@@ -29,7 +32,9 @@ def test_matches_the_oracle(normalization) -> None:
     expected.loss.backward()
     assert result.loss.dtype == torch.float64
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
-    torch.testing.assert_close(log_probs.grad, torch.stack([r.log_probs.grad for r in members]), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(
+        log_probs.grad, torch.stack([r.log_probs.grad for r in members]), rtol=1e-10, atol=1e-14
+    )
     assert result.loss_mask.any(1).tolist() == expected.kept
     assert not all(expected.kept)
 
@@ -49,7 +54,10 @@ def test_whatever_lies_under_the_mask_is_ignored() -> None:
 
 def test_masks_of_every_kind_mean_the_same() -> None:
     _, (log_probs, old, advantages, mask) = batch()
-    losses = [fipo_loss(log_probs, old, advantages, mask.to(dtype)).loss for dtype in (torch.bool, torch.uint8, torch.float32)]
+    losses = [
+        fipo_loss(log_probs, old, advantages, mask.to(dtype)).loss
+        for dtype in (torch.bool, torch.uint8, torch.float32)
+    ]
     assert losses[0] == losses[1] == losses[2]
 
 
@@ -80,14 +88,17 @@ def test_small_and_empty_batches(shape) -> None:
 def test_bad_inputs_are_named() -> None:
     x, mask = torch.zeros(2, 3), torch.ones(2, 3)
     with pytest.raises(
-        ValueError, match=r"old_log_probs must be floating \[2, 3\] like response_mask, not torch.float32 \[2, 4\]"
+        ValueError,
+        match=r"old_log_probs must be floating \[2, 3\] like response_mask, not torch.float32 \[2, 4\]",
     ):
         fipo_loss(x, torch.zeros(2, 4), x, mask)
     with pytest.raises(ValueError, match=r"log_probs must be floating .* not torch.int64"):
         fipo_loss(x.long(), x, x, mask)
     with pytest.raises(ValueError, match="advantages must be floating"):
         fipo_loss(x, x, torch.zeros(2), mask)
-    with pytest.raises(ValueError, match=r"response_mask must be bool, integer or floating .* not torch.complex64"):
+    with pytest.raises(
+        ValueError, match=r"response_mask must be bool, integer or floating .* not torch.complex64"
+    ):
         fipo_loss(x, x, x, mask.to(torch.complex64))
     with pytest.raises(ValueError, match=r"\[B, L\], not torch.float32 \[3\]"):
         future_kl(x[0], mask[0], 32.0)

@@ -8,7 +8,16 @@ from rich.console import Console
 
 from megatron_fipo.checkpoint.shard_layouts import shard
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig, load_config, validate
-from megatron_fipo.families.family import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, Architecture, Family, Layout, Part, Rule, Weight
+from megatron_fipo.families.family import (
+    EMBEDDING_WEIGHT,
+    OUTPUT_WEIGHT,
+    Architecture,
+    Family,
+    Layout,
+    Part,
+    Rule,
+    Weight,
+)
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.families.registry import read_architecture, read_model_config
 from megatron_fipo.families.vocab import padded_vocab_size
@@ -19,14 +28,18 @@ from megatron_fipo.plan.render import print_plan
 from tests.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = [EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")]
+RECIPES = [
+    EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")
+]
 RECIPES += [EXAMPLES / name for name in ("qwen2.5-32b/fipo", "qwen2.5-7b-math/fipo")]
 
 
 def load_recipe(name: str, *overrides: str) -> Config:
     """A shipped recipe; the countdown model's sizes come from the folder that its base model was made from."""
     config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
-    config.model.path = str(EXAMPLES / ("countdown/model-config" if "countdown" in name else Path(name).parent))
+    config.model.path = str(
+        EXAMPLES / ("countdown/model-config" if "countdown" in name else Path(name).parent)
+    )
     return config
 
 
@@ -84,13 +97,17 @@ class TestShippedRecipes:
 
     def test_the_published_7b_model_is_refused_until_its_positions_are_raised(self, tmp_path):
         values = json.loads((EXAMPLES / "qwen2.5-7b-math/config.json").read_text(encoding="utf-8"))
-        (tmp_path / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096}), encoding="utf-8")
+        (tmp_path / "config.json").write_text(
+            json.dumps(values | {"max_position_embeddings": 4096}), encoding="utf-8"
+        )
         config = load_recipe("qwen2.5-7b-math/fipo")
         with pytest.raises(Exception, match="12288 tokens exceed the model's max_position_embeddings=4096"):
             validate(config, read_architecture(tmp_path))
 
 
-def _real_rank(rank: int, world_size: int, folder: str, parallel: ParallelConfig) -> tuple[int, tuple[int, int, int]]:
+def _real_rank(
+    rank: int, world_size: int, folder: str, parallel: ParallelConfig
+) -> tuple[int, tuple[int, int, int]]:
     from megatron.core import parallel_state
 
     process_groups.initialize(parallel, seed=1)
@@ -124,7 +141,9 @@ def test_each_rank_holds_what_the_plan_says(parallel, tied, tmp_path):
 
     groups = {rank: group for group in plan.groups for rank in range(group.first_rank, group.last_rank + 1)}
     assert sorted(groups) == list(range(parallel.world_size))
-    for rank, (parameters, coordinate) in enumerate(run_ranks(parallel.world_size, _real_rank, str(tmp_path), parallel)):
+    for rank, (parameters, coordinate) in enumerate(
+        run_ranks(parallel.world_size, _real_rank, str(tmp_path), parallel)
+    ):
         group = groups[rank]
         assert coordinate == (group.pipeline, group.data, group.context)
         assert parameters == plan.stages[group.pipeline].parameters
@@ -135,15 +154,21 @@ def test_a_new_family_is_counted_by_its_table_alone():
     layer = "decoder.layers.{layer}"
     rules = (
         Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (Part("e", ("vocab", "hidden")),)),
-        Rule(f"{layer}.self_attention.q_layernorm.weight", Layout.REPLICATED, (Part("{layer}.n", ("head",)),)),
+        Rule(
+            f"{layer}.self_attention.q_layernorm.weight", Layout.REPLICATED, (Part("{layer}.n", ("head",)),)
+        ),
         Rule(f"{layer}.mlp.linear_fc1.weight", Layout.COLUMN, (Part("{layer}.up", ("ffn", "hidden")),)),
         Rule(f"{layer}.mlp.linear_fc2.bias", Layout.REPLICATED, (Part("{layer}.b", ("hidden",)),)),
         Rule(OUTPUT_WEIGHT, Layout.VOCABULARY, (Part("o", ("vocab", "hidden")),)),
     )
     hidden, ffn, head, vocab = 24, 48, 6, 33
-    architecture = Architecture(4, hidden, ffn, 4, 4, head, vocab, 512, 1e-6, 1e4, share_embeddings_and_output_weights=False)
+    architecture = Architecture(
+        4, hidden, ffn, 4, 4, head, vocab, 512, 1e-6, 1e4, share_embeddings_and_output_weights=False
+    )
     family = Family("other", ("OtherForCausalLM",), lambda config: architecture, rules)
-    config = load_recipe("countdown/fipo", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+    config = load_recipe(
+        "countdown/fipo", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+    )
     plan = make_plan(config, family, architecture)
     assert plan.parameters == 2 * vocab * hidden + 4 * (head + ffn * hidden + hidden)
     on_each_stage = 17 * hidden + 2 * (head + ffn // 2 * hidden + hidden)
@@ -168,7 +193,9 @@ def test_a_weight_that_does_not_split_is_an_error():
 class TestWork:
     def test_micro_batches_round_up(self):
         # longest sequence 176 tokens: a micro-batch of 300 holds 1, so 6 x 16 = 96 responses over 5 ranks need 20 of them
-        config = load_recipe("countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5")
+        config = load_recipe(
+            "countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5"
+        )
         work = make_plan(config, *read_model_config(config.model.path)).work
         assert (work.longest_sequence, work.mini_steps, work.micro_batches) == (176, 4, 20)
 
@@ -228,7 +255,11 @@ class TestMemory:
         assert make_plan(config, *read_model_config(config.model.path)).work.micro_batch_tokens == 11 * 4096
 
     def test_the_heads_bound_is_shown(self):
-        text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.workspace_mb=300", "head.logits_memory_mb=40")).split())
+        text = " ".join(
+            printed(
+                load_recipe("qwen2.5-32b/fipo", "head.workspace_mb=300", "head.logits_memory_mb=40")
+            ).split()
+        )
         assert "The head works in 300 MiB and keeps up to 40 MiB of logits" in text
         text = " ".join(printed(load_recipe("qwen2.5-32b/fipo", "head.logits_memory_mb=0")).split())
         assert "keeps no logits." in text
@@ -245,7 +276,10 @@ def test_padded_vocab_size():
 
 def test_rank_groups_cover_every_coordinate_once():
     parallel = ParallelConfig(
-        tensor_model_parallel_size=2, context_parallel_size=3, data_parallel_size=2, pipeline_model_parallel_size=4
+        tensor_model_parallel_size=2,
+        context_parallel_size=3,
+        data_parallel_size=2,
+        pipeline_model_parallel_size=4,
     )
     groups = rank_groups(parallel)
     assert len({(group.pipeline, group.data, group.context) for group in groups}) == 24

@@ -22,7 +22,12 @@ seed: {seed}
 
 
 def write_synthetic_run(
-    run_dir: Path, objective: str = "fipo", iterations: int = 30, seed: int = 1, every: int = 5, lr: float = 3e-4
+    run_dir: Path,
+    objective: str = "fipo",
+    iterations: int = 30,
+    seed: int = 1,
+    every: int = 5,
+    lr: float = 3e-4,
 ) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(

@@ -104,7 +104,11 @@ def test_every_reference_inside_a_figure_has_its_target(full: Path) -> None:
 def test_the_headline_compares_first_and_last_evaluation(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     for iteration, accuracy, length in ((0, 0.25, 30.0), (5, 0.9, 1.0), (10, 0.5, 60.0)):
-        log.log("evaluation", iteration, {"evaluation/avg_at_k": accuracy, "evaluation/length_mean": length, "evaluation/k": 4})
+        log.log(
+            "evaluation",
+            iteration,
+            {"evaluation/avg_at_k": accuracy, "evaluation/length_mean": length, "evaluation/k": 4},
+        )
     text, _ = _report(tmp_path)
     rows = [re.sub(r"<[^>]*>", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
     cells = [[cell for cell in row.split("|") if cell] for row in rows]
@@ -120,12 +124,16 @@ def test_a_run_without_influence_weights_says_what_is_left_out(tmp_path: Path, o
     _, page = _report(write_synthetic_run(tmp_path / "run", objective))
     assert "Influence weight, mean" not in page.figures
     assert "Held-out accuracy" in page.figures
-    assert re.search(r"Left out, because this run has no such data: Influence weight, mean, .*Mean of exp F", page.text)
+    assert re.search(
+        r"Left out, because this run has no such data: Influence weight, mean, .*Mean of exp F", page.text
+    )
     assert "tokens have no colour" in page.text
 
 
 def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
-    MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5, "policy/kl": float("nan"), "time/rollout": 3.0})
+    MetricsLog(tmp_path).log(
+        "iteration", 1, {"reward/mean": 0.5, "policy/kl": float("nan"), "time/rollout": 3.0}
+    )
     _, page = _report(tmp_path)
     assert list(page.figures) == ["Training reward and accuracy", "Time per phase"]
     assert "never evaluated" in page.text
@@ -149,7 +157,9 @@ def test_gaps_and_wild_values_are_drawn(tmp_path: Path) -> None:
             {"influence/raw_mean": raw, "length/mean": 1e6, "time/rollout": float("nan"), "time/update": 1.0},
         )
     _, page = _report(tmp_path)
-    assert {"Mean of exp F before clipping", "Training response length", "Time per phase"} <= set(page.figures)
+    assert {"Mean of exp F before clipping", "Training response length", "Time per phase"} <= set(
+        page.figures
+    )
 
 
 def test_a_run_without_metrics_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -158,7 +168,9 @@ def test_a_run_without_metrics_is_refused_and_leaves_nothing(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_while_writing_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_writing_keeps_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = write_synthetic_run(tmp_path / "run", iterations=2)
     before = write_report(run_dir).read_bytes()
 
@@ -185,7 +197,9 @@ def test_text_of_responses_prompts_and_names_can_not_break_the_page(tmp_path: Pa
     run_dir.mkdir()
     MetricsLog(run_dir).log("iteration", 1, {"reward/mean": 0.5})
     SampleLog(run_dir).log(
-        _sample(1, 1.0, ["</pre>", "<img src=x onerror=alert(1)>", "\ud800", '"'], [1.2, 0.8, 1.0, float("nan")])
+        _sample(
+            1, 1.0, ["</pre>", "<img src=x onerror=alert(1)>", "\ud800", '"'], [1.2, 0.8, 1.0, float("nan")]
+        )
     )
     (run_dir / "config.yaml").write_text("model:\n  path: '</details><script>x</script>'\n")
     text, page = _report(run_dir)
@@ -205,7 +219,8 @@ def test_tokens_are_coloured_by_direction_and_strength() -> None:
     samples = [_sample(1, 1.0, list("abcd"), [1.2, 1.1, 1.0, 0.8])]
     assert colour_reach(samples) == pytest.approx(0.2)
     spans = re.findall(
-        r"<span (?:style=\"background:rgba\(var\(--(\w+)\),([\d.]+)\)\" )?title=\"(.*?)\">(.)</span>", render_samples(samples)
+        r"<span (?:style=\"background:rgba\(var\(--(\w+)\),([\d.]+)\)\" )?title=\"(.*?)\">(.)</span>",
+        render_samples(samples),
     )
     assert spans == [
         ("up", "0.75", "1.200", "a"),
@@ -236,9 +251,13 @@ def test_samples_of_the_beginning_the_middle_and_the_end_are_chosen(tmp_path: Pa
         for number, accuracy in enumerate((0.0, 1.0, 1.0, 0.0)):
             log.log(_sample(iteration, accuracy, [str(number)], None))
     chosen = [(sample.iteration, sample.accuracy, sample.tokens) for sample in choose_samples(tmp_path)]
-    assert chosen == [(i, accuracy, [token]) for i in (1, 3, 5) for accuracy, token in ((1.0, "1"), (0.0, "0"))]
+    assert chosen == [
+        (i, accuracy, [token]) for i in (1, 3, 5) for accuracy, token in ((1.0, "1"), (0.0, "0"))
+    ]
 
 
 def test_importing_the_report_brings_no_torch() -> None:
-    program = "import sys; import megatron_fipo.report as r; assert 'torch' not in sys.modules; r.write_report"
+    program = (
+        "import sys; import megatron_fipo.report as r; assert 'torch' not in sys.modules; r.write_report"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})

@@ -27,7 +27,9 @@ def settings(model: Path, run_dir: Path, *overrides: str) -> Config:
     return load_config(None, [f"model.path={model}", f"run_dir={run_dir}", *fixed, *overrides])
 
 
-def train_and_write(rank: int, world_size: int, model: Path, steps: int, folder: Path) -> tuple[dict[str, FileRecord], dict]:
+def train_and_write(
+    rank: int, world_size: int, model: Path, steps: int, folder: Path
+) -> tuple[dict[str, FileRecord], dict]:
     policy, shards = new_policy(model, LAYOUT)
     for _ in range(steps):
         policy.policy_step(shards, FIPO, lr=1e-3)
@@ -52,7 +54,9 @@ def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
         checkpoint = directory.latest()
         assert checkpoint is not None
         manifest = read_manifest(checkpoint)
-        directory.refuse_damaged(checkpoint, [p for rank in range(RANKS) for p in check_files(checkpoint, manifest, rank, RANKS)])
+        directory.refuse_damaged(
+            checkpoint, [p for rank in range(RANKS) for p in check_files(checkpoint, manifest, rank, RANKS)]
+        )
         return checkpoint, directory.load_state(checkpoint)
     finally:
         unlock(directory)
@@ -63,7 +67,9 @@ def unlock(directory: RunDirectory) -> None:
         directory._lock_file.close()
 
 
-def load_into_ranks(rank: int, world_size: int, model: Path, checkpoint: Path) -> tuple[bool, dict[str, torch.Tensor]]:
+def load_into_ranks(
+    rank: int, world_size: int, model: Path, checkpoint: Path
+) -> tuple[bool, dict[str, torch.Tensor]]:
     policy, _ = new_policy(model, LAYOUT)
     load_checkpoint(policy.modules, policy.optimizer, checkpoint / "weights")
     return load_rng(checkpoint, rank, world_size), exported(policy)
@@ -82,7 +88,9 @@ def make_run(folder: Path) -> SavedRun:
     (model / "tokenizer.json").write_text("{}")
     directory = RunDirectory(folder / "run")
     directory.claim(settings(model, folder / "run"))
-    return SavedRun(model, folder / "run", {iteration: save(directory, model, iteration) for iteration in (1, 2)})
+    return SavedRun(
+        model, folder / "run", {iteration: save(directory, model, iteration) for iteration in (1, 2)}
+    )
 
 
 def copy_run(saved_run: SavedRun, target: Path) -> Path:

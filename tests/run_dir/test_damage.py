@@ -85,7 +85,9 @@ def older_format(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint / name)
     for name in ("manifest.json", "config.yaml"):
         (checkpoint / name).unlink()
-    (checkpoint / "loop.json").write_text('{"iteration": 2, "weight_version": 2, "dataset": {}, "surplus": []}')
+    (checkpoint / "loop.json").write_text(
+        '{"iteration": 2, "weight_version": 2, "dataset": {}, "surplus": []}'
+    )
 
 
 def file_in_its_place(checkpoint: Path) -> None:
@@ -170,7 +172,9 @@ def test_the_checkpoint_before_loads_to_the_bits_it_was_saved_with(saved_run, ru
     assert same_layout
     assert weights.keys() == saved_run.weights[1].keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved_run.weights[1].items())
-    assert any(not torch.equal(tensor, saved_run.weights[2][name]) for name, tensor in saved_run.weights[1].items())
+    assert any(
+        not torch.equal(tensor, saved_run.weights[2][name]) for name, tensor in saved_run.weights[1].items()
+    )
 
 
 def test_a_checkpoint_without_an_older_one_says_so(saved_run, run_dir):
@@ -194,7 +198,9 @@ def test_a_checkpoint_of_another_run_is_refused(saved_run, run_dir):
     replace_in(foreign / "config.yaml", "seed: 1", "seed: 9")
     write_manifest(foreign, hash_files(foreign), {})
     before = contents(run_dir)
-    with pytest.raises(UserError, match=r"iteration_000003 belongs to a run with other settings \(seed was 9 and is 1\)"):
+    with pytest.raises(
+        UserError, match=r"iteration_000003 belongs to a run with other settings \(seed was 9 and is 1\)"
+    ):
         resume(saved_run.model, run_dir)
     assert contents(run_dir) == before
     shutil.rmtree(foreign)

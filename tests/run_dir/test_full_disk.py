@@ -13,7 +13,17 @@ from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_file
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
 from tests.ranks import run_ranks
-from tests.run_dir.saved_run import NEWEST, OLDER, RANKS, contents, copy_run, resume, settings, train_and_write, unlock
+from tests.run_dir.saved_run import (
+    NEWEST,
+    OLDER,
+    RANKS,
+    contents,
+    copy_run,
+    resume,
+    settings,
+    train_and_write,
+    unlock,
+)
 
 
 @pytest.fixture
@@ -21,7 +31,10 @@ def small_disk(saved_run, tmp_path) -> Iterator[Path]:
     """A disk of 40 MiB with a copy of the run on it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]).returncode != 0:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]).returncode != 0
+    ):
         pytest.skip("mounting a small disk is not permitted here")
     try:
         copy_run(saved_run, disk / "run")
@@ -92,7 +105,10 @@ def test_a_read_only_disk_is_one_sentence(saved_run, small_disk):
     unlock(directory)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     before = contents(small_disk)
-    for attempt in (lambda: directory.begin_save(LoopState(3, 3)), lambda: resume(saved_run.model, small_disk / "run")):
+    for attempt in (
+        lambda: directory.begin_save(LoopState(3, 3)),
+        lambda: resume(saved_run.model, small_disk / "run"),
+    ):
         with pytest.raises(UserError, match=r"cannot write .*Read-only file system"):
             attempt()
     assert contents(small_disk) == before

@@ -13,7 +13,9 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics, read_samples
 
 
-def _sample(iteration: int = 1, tokens: tuple[str, ...] = ("3*7", "\n"), weights: list[float] | None = None) -> Sample:
+def _sample(
+    iteration: int = 1, tokens: tuple[str, ...] = ("3*7", "\n"), weights: list[float] | None = None
+) -> Sample:
     return Sample(iteration, "3,7=21:", list(tokens), weights, 1.0, 1.0, 0.5, "stop")
 
 
@@ -31,7 +33,10 @@ def test_what_is_logged_is_read_back(tmp_path: Path) -> None:
 
 def test_non_finite_values_are_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
     MetricsLog(tmp_path).log("iteration", 1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    line = json.loads(
+        (tmp_path / "metrics.jsonl").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+    )
     assert line["values"] == {"a": None, "b": None, "c": None, "d": 1.0}
     values = read_metrics(tmp_path)[0].values
     assert all(math.isnan(values[name]) for name in "abc")

@@ -36,7 +36,9 @@ def write_ranks(pending: PendingSave) -> dict[str, FileRecord]:
     for rank in range(2):
         (pending.partial / f"weights/__{rank}_0.distcp").write_bytes(os.urandom(100))
         (pending.partial / f"rng/rank_{rank:05d}.safetensors").write_bytes(b"state")
-    return {name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()}
+    return {
+        name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()
+    }
 
 
 def save(directory: RunDirectory, iteration: int) -> Path:
@@ -67,7 +69,9 @@ def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
     assert (target / "hf/config.json").read_bytes() == (MODEL / "config.json").read_bytes()
     assert (target / "hf/tokenizer.json").exists()
     assert not (target / "hf/model.safetensors").exists()
-    assert load_config(target / "config.yaml", []) == config(tmp_path, "parallel.tensor_model_parallel_size=2")
+    assert load_config(target / "config.yaml", []) == config(
+        tmp_path, "parallel.tensor_model_parallel_size=2"
+    )
     assert os.readlink(directory.checkpoints / "latest") == "iteration_000012"
 
 
@@ -82,9 +86,15 @@ def test_only_complete_checkpoints_are_visible_while_one_is_written(tmp_path):
     assert names(directory) == ["iteration_000005", "latest"]
 
 
-@pytest.mark.parametrize("step", ["copy_companions", "save_config", "write_manifest", "_refuse_incomplete", "sync"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
-def test_a_save_that_fails_anywhere_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch, step, error):
+@pytest.mark.parametrize(
+    "step", ["copy_companions", "save_config", "write_manifest", "_refuse_incomplete", "sync"]
+)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
+)
+def test_a_save_that_fails_anywhere_leaves_the_older_checkpoint_and_nothing_else(
+    tmp_path, monkeypatch, step, error
+):
     directory = claimed(tmp_path)
     older = save(directory, 5)
 
@@ -147,7 +157,11 @@ def test_what_killed_runs_left_is_removed_by_the_next(tmp_path):
 )
 def test_retention(tmp_path, keep, left):
     last, best, every = keep
-    settings = (f"checkpoint.keep_last={last}", f"checkpoint.keep_best={best}", f"checkpoint.keep_every={every}")
+    settings = (
+        f"checkpoint.keep_last={last}",
+        f"checkpoint.keep_best={best}",
+        f"checkpoint.keep_every={every}",
+    )
     directory = claimed(tmp_path, *settings)
     accuracies = {2: 0.1, 4: 0.5, 6: 0.6, 8: None, 10: 0.4, 12: 0.2}
     log = MetricsLog(tmp_path)
@@ -189,7 +203,9 @@ def test_retention_keeps_the_newest_and_exactly_what_was_asked_for(checkpoints, 
     measured = sorted(value for value in checkpoints.values() if value is not None and value == value)
     kept = sorted(checkpoints[iteration] for iteration in stay if checkpoints[iteration] in measured)
     assert best == 0 or kept[-best:] == measured[-best:]
-    assert len(stay) <= max(last, 1) + best + (sum(iteration % every == 0 for iteration in checkpoints) if every else 0)
+    assert len(stay) <= max(last, 1) + best + (
+        sum(iteration % every == 0 for iteration in checkpoints) if every else 0
+    )
 
 
 def test_the_previous_checkpoint_is_the_newest_complete_older_one(tmp_path):
@@ -229,9 +245,13 @@ def test_named_settings_may_change_and_only_those(tmp_path):
         directory.claim(config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
 
 
-@pytest.mark.parametrize(("key", "nearest"), [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")])
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")]
+)
 def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
-    with pytest.raises(UserError, match=f"--allow-change {key}: there is no such setting; did you mean '.*{nearest}"):
+    with pytest.raises(
+        UserError, match=f"--allow-change {key}: there is no such setting; did you mean '.*{nearest}"
+    ):
         RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), [key])
     assert not (tmp_path / "new").exists()
 
@@ -261,8 +281,24 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
     ("first", "then"),
     [
         ([], ["iterations=900", "parallel.tensor_model_parallel_size=2", "run_dir=elsewhere"]),
-        ([], ["checkpoint.keep_best=3", "max_walltime_minutes=30", "deterministic=true", "rollout.dump_every=1"]),
-        ([], ["rollout.num_engines=4", "rollout.placement=colocated", "rollout.max_restarts=0", "rollout.check_weight_sync=9"]),
+        (
+            [],
+            [
+                "checkpoint.keep_best=3",
+                "max_walltime_minutes=30",
+                "deterministic=true",
+                "rollout.dump_every=1",
+            ],
+        ),
+        (
+            [],
+            [
+                "rollout.num_engines=4",
+                "rollout.placement=colocated",
+                "rollout.max_restarts=0",
+                "rollout.check_weight_sync=9",
+            ],
+        ),
         ([], ["batch.max_tokens_per_micro_batch=30000"]),
         (["rollout.unfinished=drop"], ["rollout.prompts_in_flight=7"]),
     ],
@@ -299,7 +335,10 @@ def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path,
     directory = claimed(tmp_path, normalization[order[0]])
     save(directory, 1)
     with pytest.raises(UserError, match=r"parallel\.data_parallel_size was 1 and is 2"):
-        directory.claim(config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"), ["objective.normalization"])
+        directory.claim(
+            config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"),
+            ["objective.normalization"],
+        )
 
 
 def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
@@ -333,7 +372,11 @@ def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, ste
         monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # killed: its temporary file stays
     else:
         monkeypatch.setattr(
-            Path, "mkdir", lambda path, *args, **kwargs: (fail if path.name == "checkpoints" else mkdir)(path, *args, **kwargs)
+            Path,
+            "mkdir",
+            lambda path, *args, **kwargs: (fail if path.name == "checkpoints" else mkdir)(
+                path, *args, **kwargs
+            ),
         )
     with pytest.raises(UserError, match="No space left"):
         directory.claim(config(tmp_path))

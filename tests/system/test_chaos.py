@@ -30,7 +30,11 @@ EXACT = (
 
 def disturb(run: psutil.Process, rng: random.Random) -> str | None:
     """Kill or stop an engine of this run; None where there is none at the moment."""
-    engines = [child for child in run.children(recursive=True) if any("GarblingEngine" in word for word in child.cmdline())]
+    engines = [
+        child
+        for child in run.children(recursive=True)
+        if any("GarblingEngine" in word for word in child.cmdline())
+    ]
     if not engines:
         return None
     number = rng.choice([signal.SIGKILL, signal.SIGSTOP])
@@ -51,7 +55,14 @@ def test_chaos_among_the_engines_leaves_no_trace_in_the_weights(tmp_path: Path):
         "rollout.max_retries=50",
         "rollout.health_timeout_s=8",
     ]
-    command = [sys.executable, "-m", "tests.system.garbling_run", "train", "examples/countdown/fipo.yaml", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.system.garbling_run",
+        "train",
+        "examples/countdown/fipo.yaml",
+        *overrides,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rng, done = random.Random(1), []
     while process.poll() is None:
@@ -64,15 +75,22 @@ def test_chaos_among_the_engines_leaves_no_trace_in_the_weights(tmp_path: Path):
     assert process.returncode == 0, output[-6000:]
 
     steps = iterations(chaos)
-    totals = {name: sum(step[f"engines/{name}"] for step in steps) for name in ("deaths", "hangs", "malformed", "retries")}
+    totals = {
+        name: sum(step[f"engines/{name}"] for step in steps)
+        for name in ("deaths", "hangs", "malformed", "retries")
+    }
     print(f"{done.count('SIGKILL')} killed, {done.count('SIGSTOP')} stopped; the run counted {totals}")
     assert all(totals.values())
     assert weights(chaos) == weights(calm)
     for number, step in enumerate(steps, start=1):
         assert step["groups/failed"] == 0
-        assert step["tokens/generated"] == step["tokens/used"] + step["tokens/filtered"] + step["tokens/dropped"]
+        assert (
+            step["tokens/generated"] == step["tokens/used"] + step["tokens/filtered"] + step["tokens/dropped"]
+        )
         for trajectory in (
-            trajectory for group in read_dump(chaos / f"rollouts/iteration_{number:06d}.parquet") for trajectory in group
+            trajectory
+            for group in read_dump(chaos / f"rollouts/iteration_{number:06d}.parquet")
+            for trajectory in group
         ):
             assert [span.version for span in trajectory.spans] == [number - 1]
             assert trajectory.response_ids

@@ -54,32 +54,46 @@ def tool() -> ModuleType:
     return module
 
 
-def finished(folder: Path, weights: bytes = b"weights", loss: float = 0.1, seconds: float = 1.0, iterations: int = 2) -> Path:
+def finished(
+    folder: Path, weights: bytes = b"weights", loss: float = 0.1, seconds: float = 1.0, iterations: int = 2
+) -> Path:
     (folder / "model").mkdir(parents=True)
     (folder / "model/model.safetensors").write_bytes(weights)
     log = MetricsLog(folder)
     for iteration in range(1, iterations + 1):
-        log.log("iteration", iteration, {"policy/loss": loss, "policy/nan": float("nan"), "time/total": seconds})
+        log.log(
+            "iteration", iteration, {"policy/loss": loss, "policy/nan": float("nan"), "time/total": seconds}
+        )
     return folder
 
 
 def test_every_difference_is_seen_and_times_are_none(tool, tmp_path):
     one = finished(tmp_path / "one")
     assert tool.differences(one, finished(tmp_path / "same", seconds=2.0)) == []
-    assert tool.differences(one, finished(tmp_path / "bit", weights=b"weightt")) == ["model/model.safetensors differs"]
+    assert tool.differences(one, finished(tmp_path / "bit", weights=b"weightt")) == [
+        "model/model.safetensors differs"
+    ]
     assert tool.differences(one, finished(tmp_path / "ulp", loss=0.10000000000000002)) == [
         f"iteration {iteration} differs in policy/loss" for iteration in (1, 2)
     ]
-    assert tool.differences(one, finished(tmp_path / "short", iterations=1)) == ["iteration 2 is in one log only"]
+    assert tool.differences(one, finished(tmp_path / "short", iterations=1)) == [
+        "iteration 2 is in one log only"
+    ]
     (tmp_path / "empty").mkdir()
     assert "no weights to compare" in tool.differences(tmp_path / "empty", tmp_path / "empty")
 
 
 def test_victims_and_orphans_are_found_and_strangers_left_alone():
-    stranger = subprocess.Popen(["ray::TrainerWorker", "-c", "import time; time.sleep(60)"], executable=sys.executable)
+    stranger = subprocess.Popen(
+        ["ray::TrainerWorker", "-c", "import time; time.sleep(60)"], executable=sys.executable
+    )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", ADOPT, str(stranger.pid), FAMILY], cwd=ROOT, capture_output=True, text=True, timeout=100
+            [sys.executable, "-c", ADOPT, str(stranger.pid), FAMILY],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=100,
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == {
@@ -101,7 +115,10 @@ def test_victims_and_orphans_are_found_and_strangers_left_alone():
 def test_runs_that_lost_a_process_end_with_the_same_bits(tmp_path):
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, TOOL, "5", "--seed", "3", "--folder", tmp_path], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, TOOL, "5", "--seed", "3", "--folder", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same bits") == 5, f"{done.stdout} after {time.monotonic() - start:.0f} s"

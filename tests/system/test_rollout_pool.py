@@ -61,7 +61,10 @@ class TroubledEngine(LocalEngine):
         if self._strikes("other weights"):
             return [replace(generation, weight_version=99) for generation in reply]
         if self._strikes("garbage"):
-            return [replace(generation, log_probs=(float("nan"),) * len(generation.log_probs)) for generation in reply]
+            return [
+                replace(generation, log_probs=(float("nan"),) * len(generation.log_probs))
+                for generation in reply
+            ]
         return reply
 
     def _append(self, *args: Any) -> list[int]:
@@ -113,7 +116,9 @@ def trainer(cluster: None) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def shared_pool(cluster: None, folders: list[Path]) -> Iterator[EnginePool]:
     """Two engines for most tests, since each takes seconds to start. They begin without weights."""
-    rollout = RolloutConfig(num_engines=2, max_retries=3, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=20)
+    rollout = RolloutConfig(
+        num_engines=2, max_retries=3, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=20
+    )
     kwargs = {"model_path": str(folders[0]), "dtype": "float32", "load_weights": False}
     pool = EnginePool(TroubledEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False)
     yield pool
@@ -195,7 +200,9 @@ def test_engines_serve_the_weights_pushed_and_answer_as_one(shared_pool, trainer
     assert pool.take_counts() == PoolCounts()
 
 
-def test_a_killed_engine_costs_its_work_and_serves_again_once_it_has_weights(pool, trainer, folders, answers, caplog):
+def test_a_killed_engine_costs_its_work_and_serves_again_once_it_has_weights(
+    pool, trainer, folders, answers, caplog
+):
     victim = pid(pool, 0)
     cause(pool, "slow")
     submit_to_both(pool)
@@ -231,7 +238,11 @@ def test_abort_returns_unfinished_responses_which_go_on_as_if_nothing_had_been(p
     assert first.pop("late") == Generation((), (), "abort", 2)
     unfinished = [request for request in requests if first[request.request_id].finish_reason == "abort"]
     assert any(first[request.request_id].response_ids for request in unfinished)
-    assert all(first[r.request_id].response_ids == answers[1][r.request_id].response_ids for r in requests if r not in unfinished)
+    assert all(
+        first[r.request_id].response_ids == answers[1][r.request_id].response_ids
+        for r in requests
+        if r not in unfinished
+    )
     cause(pool, "slow steps", 0)
     pool.submit([replace(r, prefix=first[r.request_id].response_ids) for r in unfinished], SAMPLING)
     continued = rest(pool)
@@ -300,10 +311,14 @@ class AsyncEngine(LocalEngine):
         return await asyncio.to_thread(super().generate, requests, sampling)
 
 
-def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_sentence(cluster, folders, answers):
+def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_sentence(
+    cluster, folders, answers
+):
     rollout = RolloutConfig(num_engines=1, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=0)
     kwargs = {"model_path": str(folders[1]), "dtype": "float32"}
-    pool = EnginePool(AsyncEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False, loaded_weights_serve=True)
+    pool = EnginePool(
+        AsyncEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False, loaded_weights_serve=True
+    )
     try:
         result = pool.generate(some_requests(), SAMPLING)
         assert texts(result) == list(tokens(answers[1]).values())
@@ -321,7 +336,9 @@ def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_
 
 def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
     kwargs = {"model_path": str(tmp_path), "dtype": "float32"}
-    pool = EnginePool(LocalEngine, kwargs, RolloutConfig(num_engines=1), gpus_per_engine=0, keep_batches=False)
+    pool = EnginePool(
+        LocalEngine, kwargs, RolloutConfig(num_engines=1), gpus_per_engine=0, keep_batches=False
+    )
     try:
         with pytest.raises(UserError, match=r"no folder with a config\.json"):
             pool.loaded(wait=True)
@@ -349,7 +366,8 @@ def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
         remote: Any = ray.remote(Where)
         ranks = [
             remote.options(
-                num_gpus=1 - COLOCATED_GPU_SHARE, scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index)
+                num_gpus=1 - COLOCATED_GPU_SHARE,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
             ).remote()
             for index in range(2)
         ]
@@ -357,7 +375,9 @@ def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
         for number in range(2):
             engines.start(number)
         gpus = [ray.get(rank.gpu.remote()) for rank in ranks]
-        assert sorted(ray.get(engines[number].gpu.remote(), timeout=60) for number in range(2)) == sorted(gpus)
+        assert sorted(ray.get(engines[number].gpu.remote(), timeout=60) for number in range(2)) == sorted(
+            gpus
+        )
         assert len(set(gpus)) == 2
         engines.shutdown()
         with pytest.raises(UserError, match="3 engines of 1 GPUs do not fit 2 ranks"):

@@ -43,7 +43,9 @@ def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
 
 
 def train(run_dir: Path, *overrides: str, expect: int = 0) -> subprocess.CompletedProcess:
-    return run("train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", *overrides, expect=expect)
+    return run(
+        "train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", *overrides, expect=expect
+    )
 
 
 def iterations(run_dir: Path) -> list[dict]:
@@ -57,7 +59,9 @@ BY_TIMING = ("time/", "tokens/generated", "tokens/dropped", "rollout/unused_shar
 
 def same_numbers(one: dict, other: dict, *but: str) -> bool:
     """Bit for bit, but for what depends on timing."""
-    one, other = ({k: v for k, v in values.items() if not k.startswith((*BY_TIMING, *but))} for values in (one, other))
+    one, other = (
+        {k: v for k, v in values.items() if not k.startswith((*BY_TIMING, *but))} for values in (one, other)
+    )
     return one == other
 
 
@@ -131,11 +135,20 @@ def test_a_run_of_other_settings_is_refused_and_left_alone(two_iterations):
 def test_another_split_gives_the_same_first_iteration(two_iterations, tmp_path, split):
     train(tmp_path / "split", "iterations=1", "evaluation.before_training=false", *split)
     alone, divided = iterations(two_iterations)[0], iterations(tmp_path / "split")[0]
-    for name in ("policy/loss", "policy/grad_norm", "influence/mean", "policy/entropy", "length/mean", "reward/mean"):
+    for name in (
+        "policy/loss",
+        "policy/grad_norm",
+        "influence/mean",
+        "policy/entropy",
+        "length/mean",
+        "reward/mean",
+    ):
         assert divided[name] == pytest.approx(alone[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)], ids=["ctrl-c", "preempted"])
+@pytest.mark.parametrize(
+    ("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)], ids=["ctrl-c", "preempted"]
+)
 def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(tmp_path, signal_number, code):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     exact = ("deterministic=true", "evaluation.before_training=false")
@@ -148,7 +161,9 @@ def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(tmp_path, signal
         "iterations=1000",
         "checkpoint.every=0",
     )
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_an_iteration(process, stopped)
     os.kill(process.pid, signal_number)
     output, _ = process.communicate(timeout=300)
@@ -163,17 +178,28 @@ def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(tmp_path, signal
 
 def test_the_time_limit_saves_and_says_so(tmp_path):
     done = train(
-        tmp_path / "short", "iterations=1000", "max_walltime_minutes=0.05", "evaluation.before_training=false", expect=85
+        tmp_path / "short",
+        "iterations=1000",
+        "max_walltime_minutes=0.05",
+        "evaluation.before_training=false",
+        expect=85,
     )
     assert "max_walltime_minutes=0.05 has passed" in done.stdout
 
 
 @pytest.mark.parametrize("engines", [1, 2])
 def test_an_engine_that_is_killed_is_replaced_and_leaves_no_trace_in_the_numbers(tmp_path, engines):
-    exact = ("deterministic=true", "iterations=4", f"rollout.num_engines={engines}", "evaluation.before_training=false")
+    exact = (
+        "deterministic=true",
+        "iterations=4",
+        f"rollout.num_engines={engines}",
+        "evaluation.before_training=false",
+    )
     robbed, whole = tmp_path / "robbed", tmp_path / "whole"
     arguments = command("train", "examples/countdown/fipo.yaml", *TINY, *exact, f"run_dir={robbed}")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_an_iteration(process, robbed)
     found = subprocess.run(["pgrep", "-f", "ray::LocalEngine"], capture_output=True, text=True).stdout.split()
     assert len(found) == engines
@@ -216,7 +242,12 @@ def test_a_replay_of_dumped_responses_gives_the_same_weights(tmp_path):
 
 def test_grpo_with_a_kl_term_scores_with_the_initial_weights_and_puts_the_current_ones_back(tmp_path):
     run_dir = tmp_path / "kl"
-    overrides = ("objective.kl_coefficient=0.1", "iterations=2", "evaluation.before_training=false", f"run_dir={run_dir}")
+    overrides = (
+        "objective.kl_coefficient=0.1",
+        "iterations=2",
+        "evaluation.before_training=false",
+        f"run_dir={run_dir}",
+    )
     run("train", "examples/countdown/grpo.yaml", *TINY, *overrides)
     first, second = iterations(run_dir)
     assert 0 < first["policy/reference_kl"] < second["policy/reference_kl"]
@@ -227,7 +258,13 @@ def test_grpo_with_a_kl_term_scores_with_the_initial_weights_and_puts_the_curren
 
 def test_sft_makes_a_model_from_nothing_and_overwrites_none(tmp_path):
     target = tmp_path / "base"
-    arguments = ("sft", "examples/countdown/sft.yaml", "steps=4", "tokens_per_step=300", "optimizer.warmup_steps=1")
+    arguments = (
+        "sft",
+        "examples/countdown/sft.yaml",
+        "steps=4",
+        "tokens_per_step=300",
+        "optimizer.warmup_steps=1",
+    )
     run(*arguments, f"output_dir={target}", "parallel.data_parallel_size=2")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def placements() -> list[str]:
-    return [group["placement_group_id"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return [
+        group["placement_group_id"]
+        for group in placement_group_table().values()
+        if group["state"] != "REMOVED"
+    ]
 
 
 def rank_class(dies_in: str = "") -> Any:
@@ -53,7 +57,10 @@ def rank_class(dies_in: str = "") -> Any:
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        ("die", r"trainer rank 1 died in work \(The actor died.*run the same command to go on from the last checkpoint"),
+        (
+            "die",
+            r"trainer rank 1 died in work \(The actor died.*run the same command to go on from the last checkpoint",
+        ),
         ("refuse", "^the disk is full; make room$"),
         ("fault", "^trainer rank 1 failed in work: ZeroDivisionError: no rows$"),
     ],

@@ -50,7 +50,9 @@ def test_problems_are_what_the_task_says():
     for problem in TRAIN + HELD_OUT:
         assert all(1 <= number <= 9 for number in problem.numbers)
         assert 1 <= problem.target <= 99
-        assert accuracy(problem, supervised_trace(problem, random.Random(0), right_probability=1.0)) == 1.0  # solvable
+        assert (
+            accuracy(problem, supervised_trace(problem, random.Random(0), right_probability=1.0)) == 1.0
+        )  # solvable
         assert CountdownProblem.parse(str(problem)) == problem
     assert re.fullmatch(r"\d,\d,\d=\d{1,2}:", TRAIN[0].prompt)
 
@@ -60,7 +62,9 @@ def test_no_problem_is_in_both_splits_whatever_the_seed_or_the_order_of_numbers(
         return {(tuple(sorted(p.numbers)), p.target) for p in problems}
 
     for seed in (1, 2):
-        assert not keys(generate_problems(4000, held_out=False, seed=seed)) & keys(generate_problems(450, held_out=True, seed=3))
+        assert not keys(generate_problems(4000, held_out=False, seed=seed)) & keys(
+            generate_problems(450, held_out=True, seed=3)
+        )
     assert len(keys(HELD_OUT)) == 150  # no problem twice in another order while others are left
     assert len(set(TRAIN)) == 4000
 
@@ -94,7 +98,9 @@ def test_traces_search_honestly_and_often_give_up():
             tried = parsed(match[1] + match[2])
             assert attempt(tried, problem.target) == step + ";"
             assert tried.numbers == problem.numbers
-            assert (int(match[3]) == problem.target) == (step == attempts[-1] and accuracy(problem, "#" + answer) == 1.0)
+            assert (int(match[3]) == problem.target) == (
+                step == attempts[-1] and accuracy(problem, "#" + answer) == 1.0
+            )
         first_right += attempts[0].endswith("=0")
         lengths += len(trace) + 1
     assert 0.22 < first_right / len(traces) < 0.28
@@ -105,7 +111,9 @@ def test_traces_search_honestly_and_often_give_up():
 def test_patience_buys_accuracy_with_length():
     def measure(give_up):
         rng = random.Random(5)
-        traces = [(p, supervised_trace(p, rng, give_up_probabilities=(give_up, give_up))) for p in TRAIN[:1000]]
+        traces = [
+            (p, supervised_trace(p, rng, give_up_probabilities=(give_up, give_up))) for p in TRAIN[:1000]
+        ]
         return sum(accuracy(p, t) for p, t in traces), sum(len(t) for _, t in traces)
 
     (hasty_right, hasty_length), (patient_right, patient_length) = measure(0.6), measure(0.1)

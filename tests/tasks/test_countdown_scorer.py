@@ -16,7 +16,9 @@ def problem(ground_truth: str = "3,7,5=26") -> Problem:
     return Problem("p", (1,), f"{ground_truth}:", ground_truth, "countdown")
 
 
-@pytest.mark.parametrize("response", ["#3*7+5", "3*7=21+5=26;#3*7+5", "nonsense ;;#3*7+5", "3+7=10-5=5;3*7=21+5=26;#3*7+5"])
+@pytest.mark.parametrize(
+    "response", ["#3*7+5", "3*7=21+5=26;#3*7+5", "nonsense ;;#3*7+5", "3+7=10-5=5;3*7=21+5=26;#3*7+5"]
+)
 def test_right_answers(response):
     assert score(response, problem(), "stop") == Score(1.0, 1.0, "26")
 
@@ -57,7 +59,9 @@ def test_a_truncated_response_is_wrong_and_has_no_vote():
     assert score("#3*7+5", problem(), "length") == Score(0.0, 0.0, NO_ANSWER)
 
 
-@given(st.text(max_size=60) | st.text(alphabet="#3579+-*=;", max_size=30), st.sampled_from(["stop", "length"]))
+@given(
+    st.text(max_size=60) | st.text(alphabet="#3579+-*=;", max_size=30), st.sampled_from(["stop", "length"])
+)
 def test_it_never_raises(response, finish_reason):
     assert score(response, problem(), finish_reason).reward in {0.0, 1.0}
 

@@ -24,7 +24,11 @@ def test_all_golden_rows_agree():
     assert {row["score"] for row in GOLDEN} == {1.0, -1.0}
     for row in GOLDEN:
         result = score(row["response"], problem(row["ground_truth"]), "stop")
-        assert (result.reward, bool(result.accuracy), result.answer) == (row["score"], row["acc"], row["pred"]), row
+        assert (result.reward, bool(result.accuracy), result.answer) == (
+            row["score"],
+            row["acc"],
+            row["pred"],
+        ), row
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,11 @@ def test_the_value_is_compared_as_a_string_only():
     assert score("Answer: 1/2", problem("1/2"), "stop").reward == 1.0
 
 
-@given(st.text(max_size=400) | st.text(alphabet="Answer: $\\frac{}text=,1\n", max_size=400).map("Answer: ".__add__), st.text())
+@given(
+    st.text(max_size=400)
+    | st.text(alphabet="Answer: $\\frac{}text=,1\n", max_size=400).map("Answer: ".__add__),
+    st.text(),
+)
 def test_it_never_raises(response, ground_truth):
     result = score(response, problem(ground_truth), "stop")
     assert (result.reward, result.accuracy) in {(1.0, 1.0), (-1.0, 0.0)}

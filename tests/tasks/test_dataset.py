@@ -29,7 +29,18 @@ def test_each_epoch_has_every_problem_once_in_a_new_order():
 
 
 def test_the_order_is_pinned_so_that_old_checkpoints_go_on():
-    assert names(Dataset(problems(8), seed=1).take(10)) == ["p7", "p0", "p5", "p3", "p4", "p6", "p1", "p2", "p1", "p7"]
+    assert names(Dataset(problems(8), seed=1).take(10)) == [
+        "p7",
+        "p0",
+        "p5",
+        "p3",
+        "p4",
+        "p6",
+        "p1",
+        "p2",
+        "p1",
+        "p7",
+    ]
 
 
 @settings(max_examples=60, deadline=None)

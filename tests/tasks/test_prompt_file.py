@@ -37,13 +37,20 @@ def write(path, rows):
 
 
 def read(path, tokenizer=None, limit=50, deduplicate=True, say=print):
-    return read_problems(path, path.suffix[1:], PromptEncoder(tokenizer or build_tokenizer(), limit), deduplicate, say)
+    return read_problems(
+        path, path.suffix[1:], PromptEncoder(tokenizer or build_tokenizer(), limit), deduplicate, say
+    )
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_rows_become_problems(tmp_path, name):
     first, second = read(write(tmp_path / name, [row("1+1", "2", "x7"), row("3*3", "9")]))
-    assert (first.problem_id, first.prompt_text, first.ground_truth, first.data_source) == ("x7", "1+1", "2", "math")
+    assert (first.problem_id, first.prompt_text, first.ground_truth, first.data_source) == (
+        "x7",
+        "1+1",
+        "2",
+        "math",
+    )
     assert first.extra == {"index": "x7"}
     assert second.prompt_ids == tuple(build_tokenizer()("3*3")["input_ids"])
     assert second.problem_id in {"1", "2"}  # rows count from 0, lines from 1
@@ -57,7 +64,9 @@ def test_messages_go_through_the_chat_template_and_a_text_stays_as_it_is(tmp_pat
     tokenizer.chat_template = TEMPLATE
     assert [p.prompt_text for p in read(path, tokenizer)] == ["|1||2|&", "3:"]
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(UserError, match=r"a.jsonl line 1: the chat template refuses the prompt \(no system role\)"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl line 1: the chat template refuses the prompt \(no system role\)"
+    ):
         read(path, tokenizer)
 
 
@@ -85,7 +94,9 @@ def test_parquet_files_larger_than_a_batch_keep_order_and_row_numbers(tmp_path):
     assert [p.problem_id for p in read(path)] == [str(i) for i in range(len(rows))]
     rows[-3]["reward_model"] = {"ground_truth": None}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    with pytest.raises(UserError, match=f"a.parquet row {ROWS_AT_ONCE + 7} has no `reward_model.ground_truth`"):
+    with pytest.raises(
+        UserError, match=f"a.parquet row {ROWS_AT_ONCE + 7} has no `reward_model.ground_truth`"
+    ):
         read(path)
 
 
@@ -147,7 +158,9 @@ def test_damaged_files_are_named(tmp_path):
     def parquet(**options):
         path = tmp_path / "a.parquet"
         rows = [row(f"{i}+" * 4, index=str(i)) for i in range(ROWS_AT_ONCE + 50)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=ROWS_AT_ONCE, **options)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), path, row_group_size=ROWS_AT_ONCE, **options
+        )
         return path, str(ROWS_AT_ONCE + 20).encode()
 
     plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
@@ -156,7 +169,9 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {ROWS_AT_ONCE} on \("):
         read(path, limit=99)
     path, late = parquet(**plain)
-    damage(path, b"\x14\x00\x00\x00" + late + b"+", b"\xff\xff\xff\xff" + late + b"+")  # a length beyond the page
+    damage(
+        path, b"\x14\x00\x00\x00" + late + b"+", b"\xff\xff\xff\xff" + late + b"+"
+    )  # a length beyond the page
     with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {ROWS_AT_ONCE} on \("):
         read(path, limit=99)
     path, _ = parquet(compression="snappy")
@@ -199,9 +214,13 @@ def test_load_datasets_says_which_rows_of_which_file_went(tmp_path):
     train = write(tmp_path / "train.parquet", [row("1"), row("1"), row("2")])
     held_out = write(tmp_path / "test.jsonl", [row("9")] * 4)
     said = []
-    load_datasets(DataConfig(train_path=str(train), evaluation_path=str(train)), 50, build_tokenizer(), 1, said.append)
+    load_datasets(
+        DataConfig(train_path=str(train), evaluation_path=str(train)), 50, build_tokenizer(), 1, said.append
+    )
     assert said == [f"{train}: left out 1 of 3 rows whose prompt came before"] * 2
-    load_evaluation(DataConfig(source="jsonl", evaluation_path=str(held_out)), 50, build_tokenizer(), 1, said.append)
+    load_evaluation(
+        DataConfig(source="jsonl", evaluation_path=str(held_out)), 50, build_tokenizer(), 1, said.append
+    )
     assert said[2:] == [f"{held_out}: left out 3 of 4 rows whose prompt came before"]
 
 
@@ -228,7 +247,10 @@ def test_load_datasets_of_countdown():
     problem = evaluation[0]
     assert problem.prompt_text == problem.ground_truth + ":"
     assert build_tokenizer().decode(list(problem.prompt_ids)) == problem.prompt_text
-    with pytest.raises(UserError, match=r"countdown problem .* has a prompt of \d+ tokens, above rollout.max_prompt_length = 5"):
+    with pytest.raises(
+        UserError,
+        match=r"countdown problem .* has a prompt of \d+ tokens, above rollout.max_prompt_length = 5",
+    ):
         load_datasets(config, 5, build_tokenizer(), seed=1)
 
 

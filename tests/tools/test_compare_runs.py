@@ -24,7 +24,9 @@ def tool() -> ModuleType:
     return module
 
 
-def test_the_table_has_mean_and_spread_over_seeds(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_mean_and_spread_over_seeds(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [
         write_synthetic_run(tmp_path / f"{objective}-{seed}", objective, iterations=10, seed=seed)
         for objective in ("grpo", "fipo")
@@ -33,9 +35,15 @@ def test_the_table_has_mean_and_spread_over_seeds(tool: ModuleType, tmp_path: Pa
     assert tool.main([*map(str, runs), "--out", str(tmp_path / "out" / "countdown")]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [row[:3] for row in rows] == [[name, "1, 2, 3", iteration] for name in ("fipo", "grpo") for iteration in ("0", "10")]
+    assert [row[:3] for row in rows] == [
+        [name, "1, 2, 3", iteration] for name in ("fipo", "grpo") for iteration in ("0", "10")
+    ]
 
-    after = [tool.load(run).run.evaluations()[-1].values["evaluation/avg_at_k"] for run in runs if "fipo" in run.name]
+    after = [
+        tool.load(run).run.evaluations()[-1].values["evaluation/avg_at_k"]
+        for run in runs
+        if "fipo" in run.name
+    ]
     assert rows[1][3] == f"{statistics.fmean(after):.3f} ± {statistics.stdev(after):.3f}"
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert set(written) == {"countdown.svg", "countdown.png", "countdown.table.md"}
@@ -60,16 +68,24 @@ def test_a_curve_covers_the_iterations_that_all_seeds_have(tool: ModuleType, tmp
     ],
 )
 def test_runs_that_can_not_be_compared_are_refused(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: dict, second: dict, reason: str
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    first: dict,
+    second: dict,
+    reason: str,
 ) -> None:
     runs = [
-        write_synthetic_run(tmp_path / name, **{"iterations": 5, **settings}) for name, settings in (("a", first), ("b", second))
+        write_synthetic_run(tmp_path / name, **{"iterations": 5, **settings})
+        for name, settings in (("a", first), ("b", second))
     ]
     assert tool.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_that_is_no_run_is_one_sentence(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_run_is_one_sentence(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "holds no metrics" in capsys.readouterr().err

@@ -39,16 +39,24 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def some_requests(count: int = 8, seed: int = 1000) -> list[GenerationRequest]:
-    prompts = [tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(count)]
-    return [GenerationRequest(f"request-{index}", prompt, seed + index) for index, prompt in enumerate(prompts)]
+    prompts = [
+        tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(count)
+    ]
+    return [
+        GenerationRequest(f"request-{index}", prompt, seed + index) for index, prompt in enumerate(prompts)
+    ]
 
 
-def teacher_forced(folder: Path, request: GenerationRequest, generation: Generation, temperature: float) -> torch.Tensor:
+def teacher_forced(
+    folder: Path, request: GenerationRequest, generation: Generation, temperature: float
+) -> torch.Tensor:
     """Log-probs [n] of the generated tokens in one pass over the whole sequence."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.tensor(generation.response_ids)
     with torch.no_grad():
-        logits = model(torch.tensor([[*request.prompt_ids, *request.prefix, *generation.response_ids]])).logits[0]
+        logits = model(
+            torch.tensor([[*request.prompt_ids, *request.prefix, *generation.response_ids]])
+        ).logits[0]
     rows = logits[-len(tokens) - 1 : -1] / temperature
     return torch.log_softmax(rows, -1).gather(-1, tokens[:, None])[:, 0]
 
@@ -58,7 +66,11 @@ def largest_difference(
 ) -> float:
     """Between the engine's log-probs and the teacher-forced ones."""
     return max(
-        float((torch.tensor(generation.log_probs) - teacher_forced(folder, request, generation, temperature)).abs().max())
+        float(
+            (torch.tensor(generation.log_probs) - teacher_forced(folder, request, generation, temperature))
+            .abs()
+            .max()
+        )
         for request, generation in zip(requests, generations, strict=True)
         if generation.response_ids
     )

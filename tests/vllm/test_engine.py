@@ -27,7 +27,9 @@ def engine(shared_engine, model_folder, run) -> VLLMEngine:
     return shared_engine
 
 
-async def push(engine: VLLMEngine, tensors: dict[str, torch.Tensor], version: int, buckets: int = 3) -> dict[str, str]:
+async def push(
+    engine: VLLMEngine, tensors: dict[str, torch.Tensor], version: int, buckets: int = 3
+) -> dict[str, str]:
     await engine.begin_weight_update(check=True)
     for start in range(buckets):
         await engine.load_weights(dict(list(tensors.items())[start::buckets]))
@@ -37,7 +39,9 @@ async def push(engine: VLLMEngine, tensors: dict[str, torch.Tensor], version: in
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6), (0.7, 0.6), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6), (0.7, 0.6), (0.0, 1.0)]
+)
 def test_log_probs_are_those_before_truncation(engine, model_folder, run, temperature, top_p):
     requests = some_requests()
     generations = run(engine.generate(requests, SamplingParams(temperature, top_p, 40)))
@@ -52,7 +56,10 @@ def test_top_p_truncates(engine, model_folder, run):
     ordered, order = probs.sort(descending=True)
     nucleus = set(order[: int((ordered.cumsum(0) < 0.5).sum()) + 1].tolist())
     requests = [GenerationRequest(f"{index}", prompt, index) for index in range(200)]
-    drawn = {generation.response_ids[0] for generation in run(engine.generate(requests, SamplingParams(1.0, 0.5, 1)))}
+    drawn = {
+        generation.response_ids[0]
+        for generation in run(engine.generate(requests, SamplingParams(1.0, 0.5, 1)))
+    }
     assert 1 < len(drawn) <= len(nucleus) < 20
     assert drawn <= nucleus
 
@@ -69,11 +76,16 @@ def test_greedy_takes_the_most_likely_token(engine, model_folder, run):
 def test_a_response_depends_on_its_own_seed_only(engine, run):
     requests = some_requests()
     together = run(engine.generate(requests, PLAIN))
-    assert [g.response_ids for g in run(engine.generate(requests, PLAIN))] == [g.response_ids for g in together]
+    assert [g.response_ids for g in run(engine.generate(requests, PLAIN))] == [
+        g.response_ids for g in together
+    ]
     alone = [run(engine.generate([request], PLAIN))[0].response_ids for request in requests]
     assert alone == [g.response_ids for g in together]
     others = run(engine.generate([replace(request, seed=request.seed + 50) for request in requests], PLAIN))
-    assert all(other.response_ids != generation.response_ids for other, generation in zip(others, together, strict=True))
+    assert all(
+        other.response_ids != generation.response_ids
+        for other, generation in zip(others, together, strict=True)
+    )
 
 
 def test_finish_reasons(engine, run):
@@ -92,21 +104,33 @@ def test_finish_reasons(engine, run):
 def test_a_prefix_is_continued(engine, model_folder, run):
     whole = run(engine.generate(some_requests(32), PLAIN))
     cut = [
-        replace(r, prefix=g.response_ids[:10]) for r, g in zip(some_requests(32), whole, strict=True) if len(g.response_ids) > 10
+        replace(r, prefix=g.response_ids[:10])
+        for r, g in zip(some_requests(32), whole, strict=True)
+        if len(g.response_ids) > 10
     ]
     rest = run(engine.generate(cut, PLAIN))
     assert largest_difference(model_folder, cut, rest, 1.0) < 1e-4
-    assert {len(generation.response_ids) for generation in rest if generation.finish_reason == "length"} == {30}
+    assert {len(generation.response_ids) for generation in rest if generation.finish_reason == "length"} == {
+        30
+    }
     assert len({generation.response_ids[0] for generation in rest}) > 3
-    assert _seed(cut[0]) not in (_seed(replace(cut[0], prefix=())), _seed(replace(cut[0], prefix=cut[0].prefix[:5])))
+    assert _seed(cut[0]) not in (
+        _seed(replace(cut[0], prefix=())),
+        _seed(replace(cut[0], prefix=cut[0].prefix[:5])),
+    )
 
 
 def test_abort_returns_partial_responses(engine, model_folder, run):
     requests = some_requests(300)
 
     async def interrupted() -> list:
-        calls = [asyncio.create_task(engine.generate(requests[start : start + 100], LONG)) for start in (0, 100, 200)]
-        await engine.generate(some_requests(1), replace(PLAIN, max_new_tokens=2))  # ends after the first step of the others
+        calls = [
+            asyncio.create_task(engine.generate(requests[start : start + 100], LONG))
+            for start in (0, 100, 200)
+        ]
+        await engine.generate(
+            some_requests(1), replace(PLAIN, max_new_tokens=2)
+        )  # ends after the first step of the others
         await engine.abort()
         return [generation for call in calls for generation in await asyncio.wait_for(call, 30)]
 
@@ -115,7 +139,10 @@ def test_abort_returns_partial_responses(engine, model_folder, run):
     assert any(generation.response_ids for generation in partial)
     assert all(len(generation.response_ids) < 150 for generation in partial)
     assert largest_difference(model_folder, requests[:40], generations[:40], 1.0) < 1e-4
-    assert {generation.finish_reason for generation in run(engine.generate(requests[:4], PLAIN))} <= {"stop", "length"}
+    assert {generation.finish_reason for generation in run(engine.generate(requests[:4], PLAIN))} <= {
+        "stop",
+        "length",
+    }
 
 
 def test_abort_strikes_calls_that_have_just_begun(engine, run):
@@ -131,7 +158,10 @@ def test_abort_strikes_calls_that_have_just_begun(engine, run):
 
 
 def test_a_prompt_beyond_the_length_limit(engine, run):
-    with pytest.raises(UserError, match=r"request long has a prompt of 161 tokens, .* response of 40 exceeds the engine's 200"):
+    with pytest.raises(
+        UserError,
+        match=r"request long has a prompt of 161 tokens, .* response of 40 exceeds the engine's 200",
+    ):
         run(engine.generate([GenerationRequest("long", (5,) * 161, 1)], PLAIN))
     run(engine.generate([GenerationRequest("long", (5,) * 160, 1)], PLAIN))
 
@@ -143,7 +173,9 @@ def test_pushed_weights_generate_as_transformers_does(engine, other_folder, mode
     requests = some_requests()
     before = run(engine.generate(requests, GREEDY))
     tensors = weights(other_folder)
-    assert run(push(engine, tensors, 7)) == {name: tensor_checksum(name, tensor) for name, tensor in tensors.items()}
+    assert run(push(engine, tensors, 7)) == {
+        name: tensor_checksum(name, tensor) for name, tensor in tensors.items()
+    }
     assert run(engine.ping()) == 7
     after = run(engine.generate(requests, GREEDY))
     assert {generation.weight_version for generation in after} == {7}
@@ -193,7 +225,9 @@ def test_an_update_after_a_broken_one(engine, model_folder, other_folder, run, h
         await engine.load_weights(dict(list(broken.items())[::2]))
         if how == "failed":
             with pytest.raises(Exception, match="No such file"):
-                await engine._update_workers({"names": [], "dtype_names": [], "shapes": [], "path": "/nowhere", "check": True})
+                await engine._update_workers(
+                    {"names": [], "dtype_names": [], "shapes": [], "path": "/nowhere", "check": True}
+                )
 
     run(break_it())
     run(push(engine, weights(other_folder), 3))
@@ -219,8 +253,14 @@ def test_weights_that_do_not_fit(engine, model_folder, run):
         await engine.finish_weight_update(9)
 
     for buckets, message in (
-        ([{"model.layers.2.mlp.down_proj.weight": tensors[name]}], r"no weight model\.layers\.2\.mlp\.down_proj\.weight"),
-        ([{name: tensors[name][1:]}], rf"{name} is \(128, 192\) torch\.float32 in the rollout engine but \(127, 192\)"),
+        (
+            [{"model.layers.2.mlp.down_proj.weight": tensors[name]}],
+            r"no weight model\.layers\.2\.mlp\.down_proj\.weight",
+        ),
+        (
+            [{name: tensors[name][1:]}],
+            rf"{name} is \(128, 192\) torch\.float32 in the rollout engine but \(127, 192\)",
+        ),
         ([{name: tensors[name].bfloat16()}], rf"{name} is .* but \(128, 192\) torch\.bfloat16"),
         ([tensors, {name: tensors[name]}], rf"{name} came twice"),
         ([{other: tensor for other, tensor in tensors.items() if other != name}], rf"lacks 1 of .* {name}"),

@@ -36,7 +36,9 @@ def vllm_like(nccl_engine) -> WireEngine:
 
         def nccl_update(self, info):
             update = nccl_engine.NCCLWeightTransferEngine.update_info_cls(**info)
-            assert [getattr(torch, name) for name in update.dtype_names] == [tensor.dtype for tensor in WEIGHTS.values()]
+            assert [getattr(torch, name) for name in update.dtype_names] == [
+                tensor.dtype for tensor in WEIGHTS.values()
+            ]
             super().nccl_update(info)
 
     return VLLMLike()
@@ -50,7 +52,12 @@ def push(nccl_engine, monkeypatch, actors, infos) -> None:
 
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", send)
     sync = NcclSync(
-        lambda: iter(WEIGHTS.items()), infos, rank=0, device=torch.device("cpu"), workers_per_engine=2, buffer_bytes=64
+        lambda: iter(WEIGHTS.items()),
+        infos,
+        rank=0,
+        device=torch.device("cpu"),
+        workers_per_engine=2,
+        buffer_bytes=64,
     )
     sync.push(actors, 7, timeout_s=30.0, check=True)
 

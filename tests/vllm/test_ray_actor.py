@@ -53,7 +53,9 @@ def actor(cluster, model_folder) -> Iterator[Any]:
     handle = (
         ray.remote(ObservedEngine)
         .options(max_concurrency=VLLMEngine.calls_at_once + 4)
-        .remote(str(model_folder), "float32", max_model_len=MAX_MODEL_LEN, load_weights=False, deterministic=True)
+        .remote(
+            str(model_folder), "float32", max_model_len=MAX_MODEL_LEN, load_weights=False, deterministic=True
+        )
     )
     assert ray.get(handle.ping.remote(), timeout=120) == -1  # the actor is up
     ready = handle.ready.remote()

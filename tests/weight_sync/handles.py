@@ -41,7 +41,9 @@ class Handle:
 
     def _run(self, method: str, args: tuple) -> Any:
         try:
-            return getattr(self.engine, method)(*(arg.value() if isinstance(arg, Stored) else arg for arg in args))
+            return getattr(self.engine, method)(
+                *(arg.value() if isinstance(arg, Stored) else arg for arg in args)
+            )
         except ray.exceptions.RayError:
             raise
         except Exception as error:

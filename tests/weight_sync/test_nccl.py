@@ -59,7 +59,9 @@ class Run:
         self.trainers: list[StandIn] = []
         self.blocked: threading.Event | None = None
         self.actors = actors
-        self.sync = NcclSync(self.export, INFOS, rank=rank, device=torch.device("cpu"), workers_per_engine=2, buffer_bytes=64)
+        self.sync = NcclSync(
+            self.export, INFOS, rank=rank, device=torch.device("cpu"), workers_per_engine=2, buffer_bytes=64
+        )
         monkeypatch.setattr(self.sync, "_join", self.join)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -68,12 +70,16 @@ class Run:
         self.finished_passes += 1
 
     def join(self, client) -> StandIn:
-        trainer = StandIn(client, self.sync._source, {number: actor.engine for number, actor in client.engines.items()})
+        trainer = StandIn(
+            client, self.sync._source, {number: actor.engine for number, actor in client.engines.items()}
+        )
         trainer.blocked = self.blocked
         self.trainers.append(trainer)
         return trainer
 
-    def push(self, version: int, timeout_s: float = 30.0, check: bool = True, only: int | None = None) -> None:
+    def push(
+        self, version: int, timeout_s: float = 30.0, check: bool = True, only: int | None = None
+    ) -> None:
         engines = {number: actor for number, actor in self.actors.items() if only in (None, number)}
         self.sync.push(engines, version, timeout_s=timeout_s, check=check)
 
@@ -109,7 +115,9 @@ def test_wrong_bytes_are_named(monkeypatch):
 
     with handles(WireEngine(), Wrong()) as actors:
         run = Run(monkeypatch, actors)
-        with pytest.raises(WeightSyncError, match="engine 1 holds other weights than were sent for version 1: t3 differs"):
+        with pytest.raises(
+            WeightSyncError, match="engine 1 holds other weights than were sent for version 1: t3 differs"
+        ):
             run.push(1)
 
 

@@ -76,7 +76,9 @@ class Export:
         self.exhausted = True
 
 
-def push(weights: dict[str, torch.Tensor], *engines, timeout_s: float = 60.0, check: bool = True, version: int = 3) -> None:
+def push(
+    weights: dict[str, torch.Tensor], *engines, timeout_s: float = 60.0, check: bool = True, version: int = 3
+) -> None:
     export = Export(weights)
     with handles(*engines) as actors:
         try:
@@ -93,7 +95,9 @@ def test_pushed_weights_serve_as_a_fresh_engine_does(engines, new_weights, tmp_p
     expected = [generation.response_ids for generation in fresh.generate(some_requests(), sampling)]
     for engine in engines:
         assert engine.ping() == 3
-        assert [generation.response_ids for generation in engine.generate(some_requests(), sampling)] == expected
+        assert [
+            generation.response_ids for generation in engine.generate(some_requests(), sampling)
+        ] == expected
 
 
 def test_one_wrong_bit_is_named_with_engine_and_tensor(engines, new_weights):
@@ -104,7 +108,9 @@ def test_one_wrong_bit_is_named_with_engine_and_tensor(engines, new_weights):
         return bucket
 
     engines[1].trouble = flip
-    with pytest.raises(WeightSyncError, match=f"engine 1 holds other weights than were sent for version 3: {VICTIM} differs"):
+    with pytest.raises(
+        WeightSyncError, match=f"engine 1 holds other weights than were sent for version 3: {VICTIM} differs"
+    ):
         push(new_weights, *engines)
     push(new_weights, *engines, check=False)
 
@@ -118,7 +124,9 @@ def test_a_tensor_that_the_engine_passes_over_is_named(engines, new_weights):
         return {name: tensor for name, tensor in bucket.items() if name != VICTIM}
 
     engines[0].trouble = lose
-    with pytest.raises(WeightSyncError, match=f"engine 0 holds other weights than were sent for version 4: {VICTIM} differs"):
+    with pytest.raises(
+        WeightSyncError, match=f"engine 0 holds other weights than were sent for version 4: {VICTIM} differs"
+    ):
         push({name: tensor + 1 for name, tensor in new_weights.items()}, *engines, version=4)
 
 
@@ -138,11 +146,14 @@ def test_an_engine_that_fails_or_dies_is_named(engines, new_weights):
 
     engines[1].trouble = fail
     with pytest.raises(
-        WeightSyncError, match=r"engine 1 failed while taking the weights: ArithmeticError\('an unlucky bucket'\)"
+        WeightSyncError,
+        match=r"engine 1 failed while taking the weights: ArithmeticError\('an unlucky bucket'\)",
     ):
         push(new_weights, *engines)
     engines[1].trouble = die
-    with pytest.raises(WeightSyncError, match=r"engine 1 died while taking the weights \(ActorDiedError\)") as caught:
+    with pytest.raises(
+        WeightSyncError, match=r"engine 1 died while taking the weights \(ActorDiedError\)"
+    ) as caught:
         push(new_weights, *engines)
     assert pickle.loads(pickle.dumps(caught.value)).engine == 1
 
@@ -155,7 +166,9 @@ def test_the_deadline_holds_wherever_an_engine_hangs(engines, new_weights, monke
     with handles(*engines) as actors:
         started = time.monotonic()
         try:
-            with pytest.raises(WeightSyncError, match=r"engine 1 did not take the weights within rollout\.timeout_s = 0\.3 s"):
+            with pytest.raises(
+                WeightSyncError, match=r"engine 1 did not take the weights within rollout\.timeout_s = 0\.3 s"
+            ):
                 push_weights(export, actors, 3, bucket_bytes=10_000, timeout_s=0.3, check=True)
             assert time.monotonic() - started < 5
         finally:
@@ -196,7 +209,9 @@ def test_slow_engines_bound_what_is_in_memory(engines):
             nonlocal taking, most, most_at_once
             taking += 1
             most_at_once = max(most_at_once, taking)
-            self.held = getattr(self, "held", {}) | {name: tensor_checksum(name, tensor) for name, tensor in bucket.items()}
+            self.held = getattr(self, "held", {}) | {
+                name: tensor_checksum(name, tensor) for name, tensor in bucket.items()
+            }
             made = -1
             while made != len(alive):
                 made = len(alive)
@@ -251,7 +266,9 @@ def test_checksum_sees_name_value_shape_and_dtype():
     flipped = tensor.clone()
     flipped.view(torch.int32)[2, 3] ^= 1
     others = [("A", tensor), ("a", flipped), ("a", tensor.reshape(4, 3)), ("a", tensor.view(torch.int32))]
-    assert len({tensor_checksum("a", tensor)} | {tensor_checksum(*other) for other in others}) == len(others) + 1
+    assert (
+        len({tensor_checksum("a", tensor)} | {tensor_checksum(*other) for other in others}) == len(others) + 1
+    )
 
 
 def test_checksum_does_not_depend_on_the_layout_in_memory():
@@ -273,7 +290,9 @@ def test_the_first_difference_is_named(sent, data):
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(1, 100))
 def test_buckets_keep_order_and_stay_within_the_limit(sizes, limit):
-    tensors = [(f"t{index}", torch.full((size,), index, dtype=torch.uint8)) for index, size in enumerate(sizes)]
+    tensors = [
+        (f"t{index}", torch.full((size,), index, dtype=torch.uint8)) for index, size in enumerate(sizes)
+    ]
     buckets = list(_buckets(tensors, limit))
     assert [name for bucket in buckets for name in bucket] == [name for name, _ in tensors]
     for bucket in buckets:
@@ -287,4 +306,6 @@ def test_only_engines_with_gpus_of_their_own_use_nccl():
         for device in ("cpu", "cuda")
         for placement in ("separate", "colocated")
     }
-    assert [case for case, transport in chosen.items() if transport is Transport.NCCL] == [("vllm", "cuda", "separate")]
+    assert [case for case, transport in chosen.items() if transport is Transport.NCCL] == [
+        ("vllm", "cuda", "separate")
+    ]

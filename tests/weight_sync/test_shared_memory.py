@@ -29,7 +29,11 @@ def test_another_process_reads_what_was_written():
             "for name, tensor in read_bucket(**json.loads(sys.argv[1])): print(tensor_checksum(name, tensor))"
         )
         output = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(info)], capture_output=True, text=True, check=True, env=os.environ
+            [sys.executable, "-c", code, json.dumps(info)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ,
         )
     assert output.stdout.split() == [tensor_checksum(name, tensor) for name, tensor in BUCKET.items()]
 
@@ -38,7 +42,10 @@ def test_what_was_read_outlives_the_file():
     with in_shared_memory(BUCKET) as info:
         read = dict(read_bucket(**info))
     assert not os.path.exists(info["path"])
-    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in BUCKET.items())
+    assert all(
+        torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
+        for name, tensor in BUCKET.items()
+    )
     read["odd"].zero_()
     assert BUCKET["odd"].abs().min() > 0
 

@@ -80,18 +80,34 @@ def _measure_all(folder: Path) -> dict[str, dict[str, float]]:
         for method, source in steps:
             shutil.rmtree(folder / method, ignore_errors=True)
             os.sync()
-            command = [sys.executable, __file__, "--measure", method, str(folder / source), str(folder / method)]
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                method,
+                str(folder / source),
+                str(folder / method),
+            ]
             new = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
             old = found.get(method, new)
             best = new if new["seconds"] < old["seconds"] else old
             best = {**best, "cpu": min(new["cpu"], old["cpu"])}
-            found[method] = {**best, **{key: max(new[key], old[key]) for key in ("before", "peak") if key in new}}
+            found[method] = {
+                **best,
+                **{key: max(new[key], old[key]) for key in ("before", "peak") if key in new},
+            }
     return found
 
 
 def _row(name: str, found: dict[str, float], reference: float, size: int) -> str:
-    phases = ", ".join(f"{what} {found[what]:.1f} s" for what in ("checking", "converting", "hashing") if what in found)
-    memory = f"{found['peak'] / 2**20:,.0f} MiB ({found['before'] / 2**20:,.0f} before)" if "peak" in found else "–"
+    phases = ", ".join(
+        f"{what} {found[what]:.1f} s" for what in ("checking", "converting", "hashing") if what in found
+    )
+    memory = (
+        f"{found['peak'] / 2**20:,.0f} MiB ({found['before'] / 2**20:,.0f} before)"
+        if "peak" in found
+        else "–"
+    )
     seconds = found["seconds"]
     cells = (
         name,
@@ -106,10 +122,14 @@ def _row(name: str, found: dict[str, float], reference: float, size: int) -> str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=28, help="layers of the model (default 28: 3.5 GB)")
     parser.add_argument("--folder", type=Path, help="disk to measure (default: the temporary folder's)")
-    parser.add_argument("--measure", nargs=3, metavar=("METHOD", "SOURCE", "TARGET"), help="one measurement, as JSON")
+    parser.add_argument(
+        "--measure", nargs=3, metavar=("METHOD", "SOURCE", "TARGET"), help="one measurement, as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         method, source, target = arguments.measure
@@ -118,7 +138,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         (folder / "config").mkdir()
-        (folder / "config" / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": arguments.layers}))
+        (folder / "config" / "config.json").write_text(
+            json.dumps({**CONFIG, "num_hidden_layers": arguments.layers})
+        )
         import torch
 
         from megatron_fipo.checkpoint.random_weights import write_random_model
@@ -126,9 +148,13 @@ def main() -> None:
         write_random_model(folder / "config", folder / "hf", seed=1, dtype=torch.bfloat16)
         size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
         largest = 2 * VOCABULARY * HIDDEN
-        print(f"{date.today()}, {describe_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n")
+        print(
+            f"{date.today()}, {describe_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n"
+        )
         found = _measure_all(folder)
-        print("| | time / cp, synced | time | rate | CPU time | of which | peak memory |\n|---|---|---|---|---|---|---|")
+        print(
+            "| | time / cp, synced | time | rate | CPU time | of which | peak memory |\n|---|---|---|---|---|---|---|"
+        )
         reference = found["cp, synced"]["seconds"]
         print(*(_row(method, figures, reference, size) for method, figures in found.items()), sep="\n")
 

@@ -93,7 +93,9 @@ def measure(policy: Policy, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     arguments = parser.parse_args()
@@ -106,7 +108,9 @@ def main() -> None:
         dist.destroy_process_group()
     best = {name: min(seconds[name] for seconds in rounds) for name in rounds[0]}
     size = best.pop("bytes")
-    print(f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}; {size / 1e9:.2f} GB\n")
+    print(
+        f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}; {size / 1e9:.2f} GB\n"
+    )
     print("| phase | time / cp | time |\n|---|---|---|")
     for name, value in best.items():
         print(f"| {name} | {value / best['cp']:.2f} | {value:.2f} s |")

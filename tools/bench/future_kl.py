@@ -61,7 +61,11 @@ def scan(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return future_kl(log_ratio, mask, HALF_LIFE)
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"scan": scan, "serial": serial_loop, "quadratic": quadratic_listing}
+METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "scan": scan,
+    "serial": serial_loop,
+    "quadratic": quadratic_listing,
+}
 
 
 def measure(method: str, length: int) -> dict[str, float]:
@@ -81,7 +85,11 @@ def measure(method: str, length: int) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")
     result = function(log_ratio, mask)
     peak = resident("VmHWM") - before
-    error = (result.detach() - serial_loop(log_ratio.double(), mask.double())).abs().max().item() if length <= 20_480 else 0.0
+    error = (
+        (result.detach() - serial_loop(log_ratio.double(), mask.double())).abs().max().item()
+        if length <= 20_480
+        else 0.0
+    )
     del result
     best = math.inf
     for _ in range(2 if method == "quadratic" else 3 if method == "serial" else 50):
@@ -93,7 +101,9 @@ def measure(method: str, length: int) -> dict[str, float]:
 
 def exponent(times: dict[int, float]) -> float:
     """Least-squares slope of log seconds over log length."""
-    points = torch.tensor([[math.log(length), math.log(seconds)] for length, seconds in times.items()], dtype=torch.float64)
+    points = torch.tensor(
+        [[math.log(length), math.log(seconds)] for length, seconds in times.items()], dtype=torch.float64
+    )
     centred = points - points.mean(0)
     return float((centred[:, 0] * centred[:, 1]).sum() / centred[:, 0].square().sum())
 
@@ -130,24 +140,33 @@ def communication(cp: int, length: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "LENGTH"), help="one measurement, as JSON")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure[0], int(arguments.measure[1]))))
         return
-    print(f"{date.today()}, {describe_machine()}, one thread, B = {BATCH}, half life {HALF_LIFE:.0f}, float32\n")
+    print(
+        f"{date.today()}, {describe_machine()}, one thread, B = {BATCH}, half life {HALF_LIFE:.0f}, float32\n"
+    )
     print(
         "| L | quadratic / scan time | quadratic / scan memory | serial / scan time | scan | scan memory | serial | quadratic |"
     )
     print("|---|---|---|---|---|---|---|---|")
     times: dict[str, dict[int, float]] = {method: {} for method in METHODS}
     for length in LENGTHS:
-        found = {m: _in_own_process(m, length) for m in METHODS if m != "quadratic" or length <= QUADRATIC_LIMIT}
+        found = {
+            m: _in_own_process(m, length) for m in METHODS if m != "quadratic" or length <= QUADRATIC_LIMIT
+        }
         for method, values in found.items():
             times[method][length] = values["seconds"]
         print(_row(length, found), flush=True)
-    print("\nExponent of time in L: " + ", ".join(f"{method} {exponent(values):.2f}" for method, values in times.items()))
+    print(
+        "\nExponent of time in L: "
+        + ", ".join(f"{method} {exponent(values):.2f}" for method, values in times.items())
+    )
     print("\n| L | cp 1 | cp 2 | cp 4 |\n|---|---|---|---|")
     for length in (1_280, 20_480, 81_920):
         print(f"| {length:,} | " + " | ".join(_bytes(communication(cp, length)) for cp in (1, 2, 4)) + " |")
@@ -160,7 +179,9 @@ def _bytes(calls: list[int]) -> str:
 def _in_own_process(method: str, length: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", method, str(length)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    return json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    )
 
 
 def _row(length: int, found: dict[str, dict[str, float]]) -> str:

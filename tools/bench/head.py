@@ -47,7 +47,9 @@ def plain_with_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Ten
     return -log_probabilities.gather(1, labels[:, None]).squeeze(1)[rows].sum()
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, workspace_mb: int, memory_mb: int) -> Tensor:
+def head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, workspace_mb: int, memory_mb: int
+) -> Tensor:
     """Log-probs of the response rows alone; their entropy comes with them."""
     import megatron_fipo.model  # noqa: F401  (the CPU platform, before Megatron-Core)
     from megatron_fipo.config import HeadConfig
@@ -58,7 +60,11 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, workspace
     return -response_log_probs(hidden, weight, request, None, False)[0].sum()
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {"plain": plain, "plain_with_entropy": plain_with_entropy, "head": head}
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "plain": plain,
+    "plain_with_entropy": plain_with_entropy,
+    "head": head,
+}
 
 
 def measure(method: str, share: int, workspace_mb: int, memory_mb: int) -> dict[str, float]:
@@ -97,7 +103,9 @@ def _measure_all(variants: list[Variant]) -> dict[Variant, dict[str, float]]:
         for variant in variants:
             command = [sys.executable, __file__, "--measure", *map(str, variant)]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            output = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            ).stdout
             new, old = json.loads(output), found.get(variant)
             found[variant] = {key: min(new[key], old[key]) for key in new} if old else new
     return found
@@ -116,14 +124,20 @@ def _row(name: str, found: dict[str, float], reference: dict[str, float]) -> str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=4, metavar=("METHOD", "SHARE", "MB", "KEPT"), help="one measurement, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--measure", nargs=4, metavar=("METHOD", "SHARE", "MB", "KEPT"), help="one measurement, as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         method, *numbers = arguments.measure
         print(json.dumps(measure(method, *map(int, numbers))))
         return
-    print(f"{date.today()}, {describe_machine()}, one thread, {TOKENS:,} tokens, H {HIDDEN:,}, V {VOCABULARY:,}, float32\n")
+    print(
+        f"{date.today()}, {describe_machine()}, one thread, {TOKENS:,} tokens, H {HIDDEN:,}, V {VOCABULARY:,}, float32\n"
+    )
     named: list[tuple[str, Variant]] = [
         ("plain", ("plain", 100, 0, 0)),
         ("plain, with entropy", ("plain_with_entropy", 100, 0, 0)),

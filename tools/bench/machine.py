@@ -9,11 +9,16 @@ def describe_machine() -> str:
     """Processor, cores, system and the version of torch."""
     import torch
 
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ": ?")
+    model = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        ": ?",
+    )
     return f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
 
 
 def resident(field: str) -> int:
     """A size of this process from /proc/self/status, in bytes: `VmRSS` is memory now, `VmHWM` the most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024

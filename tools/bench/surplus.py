@@ -108,7 +108,14 @@ def score(group: PromptGroup) -> Group:
     informative = random.Random(f"informative {group.group_id}").random() < INFORMATIVE
     return [
         Trajectory(
-            group.group_id, [0], r.token_ids, r.token_ids, r.log_probs, r.spans, "stop", accuracy=float(informative and i == 0)
+            group.group_id,
+            [0],
+            r.token_ids,
+            r.token_ids,
+            r.log_probs,
+            r.spans,
+            "stop",
+            accuracy=float(informative and i == 0),
         )
         for i, r in enumerate(group.responses)
     ]
@@ -152,7 +159,9 @@ def rounds(prompts_per_round: int) -> Policy:
             dropped = sum(t.response_length for group in surplus for t in group)
             _wait(engines, used)
             unused_share = len(surplus) / len(informative)
-            done.append(Iteration(used, prompts, generated, dropped, unused_share, version, engines.now, engines.busy))
+            done.append(
+                Iteration(used, prompts, generated, dropped, unused_share, version, engines.now, engines.busy)
+            )
         return done
 
     return run
@@ -161,7 +170,9 @@ def rounds(prompts_per_round: int) -> Policy:
 def _round(engines: Engines, serials: Sequence[int]) -> list[PromptGroup]:
     """Generate all responses to these prompts."""
     groups = {
-        serial: PromptGroup(serial, Problem(str(serial), (serial,), "", "", ""), [Response() for _ in range(RESPONSES)])
+        serial: PromptGroup(
+            serial, Problem(str(serial), (serial,), "", "", ""), [Response() for _ in range(RESPONSES)]
+        )
         for serial in serials
     }
     for group in groups.values():
@@ -179,9 +190,17 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
 
     def run(engines: Engines, iterations: int) -> list[Iteration]:
         problems = [Problem(str(index), (index,), str(index), "", "") for index in range(40_000)]
-        config = RolloutConfig(mode=mode, unfinished=unfinished, prompts_in_flight=prompts_in_flight, max_staleness=max_staleness)
+        config = RolloutConfig(
+            mode=mode, unfinished=unfinished, prompts_in_flight=prompts_in_flight, max_staleness=max_staleness
+        )
         collector = Collector(
-            Dataset(problems, 1), engines, score, config, target_groups=TARGET, responses_per_prompt=RESPONSES, seed=1
+            Dataset(problems, 1),
+            engines,
+            score,
+            config,
+            target_groups=TARGET,
+            responses_per_prompt=RESPONSES,
+            seed=1,
         )
         done = []
         for version in range(iterations):
@@ -204,7 +223,15 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
             counts = result.counts
             tokens = counts.generated_tokens, counts.dropped_tokens
             done.append(
-                Iteration(result.groups, counts.prompts, *tokens, counts.unused_share, version, engines.now, engines.busy)
+                Iteration(
+                    result.groups,
+                    counts.prompts,
+                    *tokens,
+                    counts.unused_share,
+                    version,
+                    engines.now,
+                    engines.busy,
+                )
             )
         return done
 
@@ -245,7 +272,9 @@ POLICIES: dict[str, Policy] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--only", default="", help="policies whose name holds this, besides the reference")
     parser.add_argument("--warmup", type=int, default=3, help="first iterations, left out of the table")

@@ -60,7 +60,9 @@ def write_model(folder: Path) -> Path:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -94,7 +96,9 @@ class Trainer:
 
     def __init__(self, folder: str) -> None:
         torch.set_num_threads(1)
-        self.weights = {name: tensor.clone() for name, tensor in load_file(Path(folder, "model.safetensors")).items()}
+        self.weights = {
+            name: tensor.clone() for name, tensor in load_file(Path(folder, "model.safetensors")).items()
+        }
         self.memory = Memory()
 
     def size(self) -> tuple[int, int]:
@@ -119,7 +123,9 @@ class Trainer:
         """Seconds, and memory."""
         self.memory.start()
         start = time.perf_counter()
-        push_weights(self.weights.items(), engines, version, bucket_bytes=BUCKET_BYTES, timeout_s=600.0, check=check)
+        push_weights(
+            self.weights.items(), engines, version, bucket_bytes=BUCKET_BYTES, timeout_s=600.0, check=check
+        )
         return time.perf_counter() - start, self.memory.stop()
 
 
@@ -145,7 +151,9 @@ class Push:
 
     def with_extremes(self, other: "Push") -> "Push":
         """The shorter time and the larger memory."""
-        memory = (max(getattr(self, field), getattr(other, field)) for field in ("trainer", "engine", "store"))
+        memory = (
+            max(getattr(self, field), getattr(other, field)) for field in ("trainer", "engine", "store")
+        )
         return Push(min(self.seconds, other.seconds), *memory)
 
 
@@ -207,12 +215,24 @@ def measure_starts(folder: Path) -> list[str]:
 
         classes["vllm"] = (
             VLLMEngine,
-            {"max_model_len": 512, "tensor_parallel_size": 1, "gpu_memory_share": 0.5, "deterministic": False},
+            {
+                "max_model_len": 512,
+                "tensor_parallel_size": 1,
+                "gpu_memory_share": 0.5,
+                "deterministic": False,
+            },
         )
-    lines = [f"best of {STARTS}", "", "| engine | weights of the folder | process | model | both |", "|---|---|---|---|---|"]
+    lines = [
+        f"best of {STARTS}",
+        "",
+        "| engine | weights of the folder | process | model | both |",
+        "|---|---|---|---|---|",
+    ]
     for name, (engine_class, arguments) in classes.items():
         for load_weights in (True, False):
-            times = [_start(engine_class, folder, load_weights=load_weights, **arguments) for _ in range(STARTS)]
+            times = [
+                _start(engine_class, folder, load_weights=load_weights, **arguments) for _ in range(STARTS)
+            ]
             process, model = min(times, key=sum)
             lines.append(
                 f"| {name} | {'loaded' if load_weights else 'not read'} | {process:.1f} s | {model:.1f} s | {process + model:.1f} s |"
@@ -249,7 +269,9 @@ def cluster() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=TABLES, help="one of the tables")
     only = parser.parse_args().only
     with tempfile.TemporaryDirectory() as scratch, cluster():

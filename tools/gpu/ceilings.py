@@ -42,11 +42,21 @@ def peak_flops(bench: Bench) -> tuple[float, str]:
 def ceilings(bench: Bench) -> Iterator[Row]:
     rate, timing = copy_rate(bench)
     yield Row(
-        SECTION, "device copy, 4 GiB", FIGURE, f"{rate / 1e9:,.0f} GB/s", {"bytes_per_second": rate} | timing.figures("copy")
+        SECTION,
+        "device copy, 4 GiB",
+        FIGURE,
+        f"{rate / 1e9:,.0f} GB/s",
+        {"bytes_per_second": rate} | timing.figures("copy"),
     )
     rate, timing = gemm_rate(bench)
     name = "bf16 product, 8192³"
-    yield Row(SECTION, name, FIGURE, f"{rate / 1e12:,.0f} TFLOP/s", {"flops_per_second": rate} | timing.figures("product"))
+    yield Row(
+        SECTION,
+        name,
+        FIGURE,
+        f"{rate / 1e12:,.0f} TFLOP/s",
+        {"flops_per_second": rate} | timing.figures("product"),
+    )
 
 
 CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {"copy and product": ceilings}

@@ -17,14 +17,20 @@ def relative_norm(value: Tensor, reference: Tensor) -> float:
     """‖value − reference‖ / ‖reference‖ in float64, where the reference lies; NaN counts as infinite."""
     reference = reference.detach().double()
     value = value.detach().to(reference.device).double()
-    return _finite((value - reference).norm() / reference.norm().clamp(min=1e-30)) if reference.numel() else 0.0
+    return (
+        _finite((value - reference).norm() / reference.norm().clamp(min=1e-30)) if reference.numel() else 0.0
+    )
 
 
 def largest_difference(value: Tensor, reference: Tensor) -> float:
     """max|value − reference| / max(1, max|reference|) in float64; NaN counts as infinite."""
     reference = reference.detach().double()
     value = value.detach().to(reference.device).double()
-    return _finite((value - reference).abs().max() / reference.abs().max().clamp(min=1)) if reference.numel() else 0.0
+    return (
+        _finite((value - reference).abs().max() / reference.abs().max().clamp(min=1))
+        if reference.numel()
+        else 0.0
+    )
 
 
 def _finite(error: Tensor) -> float:
@@ -57,7 +63,11 @@ def one_row(section: str, name: str, checks: Mapping[str, Callable[[], Errors]])
             errors = run()
         except Exception as error:
             traceback.print_exc()
-            text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            text = (
+                str(error)
+                if isinstance(error, AssertionError)
+                else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
             wrong.append(f"{check}: {text}")
             continue
         figures |= {f"{check}: {kind}": error for kind, error in errors.items()}

@@ -16,7 +16,10 @@ from megatron_fipo.config import HeadConfig
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 
 SECTION = "head-speed"
-SHAPES = {"8,192 x 4,096 x 151,936": (8_192, 4_096, 151_936), "20,480 x 5,120 x 19,008": (20_480, 5_120, 19_008)}
+SHAPES = {
+    "8,192 x 4,096 x 151,936": (8_192, 4_096, 151_936),
+    "20,480 x 5,120 x 19,008": (20_480, 5_120, 19_008),
+}
 """Tokens, hidden size, vocabulary: a whole output layer, and an eighth of the 32B model's."""
 TOY = {"8,192 x 4,096 x 151,936": (24, 16, 384), "20,480 x 5,120 x 19,008": (32, 16, 130)}
 TIME_AIM, MEMORY_AIM = 1.35, 2**30
@@ -47,7 +50,11 @@ def make_problem(bench: Bench, tokens: int, hidden_size: int, vocabulary: int) -
     generator = torch.Generator(device=bench.device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=bench.device, dtype=torch.bfloat16).mul_(scale).requires_grad_()
+        return (
+            torch.randn(*shape, generator=generator, device=bench.device, dtype=torch.bfloat16)
+            .mul_(scale)
+            .requires_grad_()
+        )
 
     weight = normal(vocabulary, hidden_size, scale=2 / hidden_size**0.5)
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
@@ -59,7 +66,11 @@ def bare_products(problem: Problem) -> Callable[[], object]:
     """Logits, gradient of the hidden states, gradient of the weight: bfloat16 products into memory that is there already."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = torch.randn(len(hidden), len(weight), dtype=torch.bfloat16, device=hidden.device).mul_(1e-3)
-    grad_hidden, grad_weight, out = torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(logits)
+    grad_hidden, grad_weight, out = (
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+        torch.empty_like(logits),
+    )
 
     def call() -> None:
         torch.mm(hidden, weight.t(), out=out)
@@ -83,7 +94,9 @@ def head(problem: Problem, settings: HeadConfig) -> Callable[[], tuple[Tensor, T
 def plain(problem: Problem) -> tuple[Tensor, Tensor]:
     """Logits of all tokens in bfloat16, cross-entropy in float32."""
     logits = problem.hidden @ problem.weight.t()
-    return torch.autograd.grad(F.cross_entropy(logits.float(), problem.labels, reduction="sum"), [problem.hidden, problem.weight])
+    return torch.autograd.grad(
+        F.cross_entropy(logits.float(), problem.labels, reduction="sum"), [problem.hidden, problem.weight]
+    )
 
 
 def liger(problem: Problem) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -124,7 +137,13 @@ def compare(bench: Bench, shape: str, tokens: int, hidden_size: int, vocabulary:
     release(bench)
     flops = 6 * tokens * hidden_size * vocabulary
     rate = f"{flops / bare.median / 1e12:,.0f} TFLOP/s"
-    yield Row(SECTION, f"bare products, {shape}", FIGURE, f"{duration(bare.median)}, {rate}", bare.figures("products"))
+    yield Row(
+        SECTION,
+        f"bare products, {shape}",
+        FIGURE,
+        f"{duration(bare.median)}, {rate}",
+        bare.figures("products"),
+    )
     truth = reference(problem)
     for name, settings in HEADS.items():
         config = HeadConfig(**settings)
@@ -153,7 +172,9 @@ def main_gradients(problem: Problem, settings: HeadConfig) -> tuple[Tensor, Tens
     return grad_hidden, grad_weight
 
 
-def head_row(bench: Bench, name: str, call: Callable[[], object], bare: Timing, aim: bool, held: int = 0) -> Row:
+def head_row(
+    bench: Bench, name: str, call: Callable[[], object], bare: Timing, aim: bool, held: int = 0
+) -> Row:
     """`held`: bytes of the result that do not count as extra."""
     timing, memory = time_calls(bench, call, repeat=15), peak_extra(bench, call) - held
     ratio = timing.median / bare.median
@@ -161,11 +182,17 @@ def head_row(bench: Bench, name: str, call: Callable[[], object], bare: Timing, 
     title = f"{name} (aim <= {TIME_AIM} x, {mebibytes(MEMORY_AIM)})" if aim else name
     result = f"{ratio:.2f} x the products ({duration(timing.median)}), {mebibytes(memory)} extra"
     return Row(
-        SECTION, title, aimed(met) if aim else FIGURE, result, {"ratio": ratio, "extra_bytes": memory} | timing.figures("head")
+        SECTION,
+        title,
+        aimed(met) if aim else FIGURE,
+        result,
+        {"ratio": ratio, "extra_bytes": memory} | timing.figures("head"),
     )
 
 
-def rival(bench: Bench, name: str, make: Callable, bare: Timing, truth: tuple[Tensor, Tensor]) -> Iterator[Row]:
+def rival(
+    bench: Bench, name: str, make: Callable, bare: Timing, truth: tuple[Tensor, Tensor]
+) -> Iterator[Row]:
     """What others need; a package that is absent, too little memory or a refusal costs one row."""
     from gpu.runner import Section, guarded
 
@@ -175,7 +202,11 @@ def rival(bench: Bench, name: str, make: Callable, bare: Timing, truth: tuple[Te
         # Theirs return the weight's gradient; ours lies in main_grad, which was there before.
         row = head_row(bench, name, call, bare, aim=False, held=truth[1].numel() * 2 if bench.on_gpu else 0)
         yield Row(
-            row.section, row.name, row.verdict, f"{row.result}; gradients off by {error:.0e}", row.figures | {"difference": error}
+            row.section,
+            row.name,
+            row.verdict,
+            f"{row.result}; gradients off by {error:.0e}",
+            row.figures | {"difference": error},
         )
 
     yield from guarded(Section(SECTION, "head_bench", 0.0, correctness=False), name, measure)

@@ -43,7 +43,9 @@ class HeadInputs:
         return response_log_probs(self.hidden, self.weight, self.request, None, False)
 
 
-def random_head_inputs(bench: Bench, settings: HeadConfig, dtype: torch.dtype, bonus: bool, seed: int = 0) -> HeadInputs:
+def random_head_inputs(
+    bench: Bench, settings: HeadConfig, dtype: torch.dtype, bonus: bool, seed: int = 0
+) -> HeadInputs:
     """T tokens of which two thirds are response rows; a vocabulary whose end is padding; some rows without gradient."""
     tokens, hidden_size, vocabulary, columns = bench.pick((3_000, 512, 4_100, 4_224), (60, 32, 100, 128))
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +72,9 @@ def reference(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_probabilities = logits.log_softmax(dim=-1)
     log_probs = log_probabilities.gather(1, request.labels[:, None]).squeeze(1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-    total = (log_probs * inputs.grad_log_probs.double()).sum() + (entropy * inputs.grad_entropy.double()).sum()
+    total = (log_probs * inputs.grad_log_probs.double()).sum() + (
+        entropy * inputs.grad_entropy.double()
+    ).sum()
     return log_probs.detach(), entropy.detach(), *torch.autograd.grad(total, [hidden, weight])
 
 
@@ -92,7 +96,9 @@ def run_head(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return log_probs.detach(), entropy.detach(), grad_hidden, grad_weight
 
 
-def check_head(bench: Bench, settings: HeadConfig, dtype: torch.dtype, bonus: bool, tolerances: Errors) -> Errors:
+def check_head(
+    bench: Bench, settings: HeadConfig, dtype: torch.dtype, bonus: bool, tolerances: Errors
+) -> Errors:
     inputs = random_head_inputs(bench, settings, dtype, bonus)
     truth = reference(inputs)
     rows, elements = len(inputs.request.labels), inputs.weight.numel()
@@ -113,7 +119,9 @@ def every_setting(bench: Bench) -> Iterator[Row]:
     bf16, fp32 = torch.bfloat16, torch.float32
     for kernels in KERNELS:
         default, small = HeadConfig(kernels=kernels), HeadConfig(kernels=kernels, workspace_mb=1)
-        kept, part = (HeadConfig(kernels=kernels, logits_memory_mb=megabytes) for megabytes in (4096, bench.pick(8, 1)))
+        kept, part = (
+            HeadConfig(kernels=kernels, logits_memory_mb=megabytes) for megabytes in (4096, bench.pick(8, 1))
+        )
         checks: dict[str, Callable[[], Errors]] = {
             "bf16": partial(check_head, bench, default, bf16, False, ROUNDED),
             "bf16, bonus": partial(check_head, bench, default, bf16, True, ROUNDED),
@@ -136,13 +144,17 @@ def same_bits(bench: Bench) -> Iterator[Row]:
             poison(bench, {torch.float32: [len(inputs.request.labels), inputs.weight.numel()]})
             again = run_head(inputs)
             moved = [
-                n for n, a, b in zip(("log-prob", "entropy", "dH", "dW"), first, again, strict=True) if not torch.equal(a, b)
+                n
+                for n, a, b in zip(("log-prob", "entropy", "dH", "dW"), first, again, strict=True)
+                if not torch.equal(a, b)
             ]
             require(not moved, f"{', '.join(moved)} differ between launch 1 and launch {repeat + 1}")
         return {f"moving bits in {repeats} launches": 0.0}
 
     for kernels in KERNELS:
-        yield one_row(SECTION, f"same bits, {kernels}", {"launches": partial(check, HeadConfig(kernels=kernels))})
+        yield one_row(
+            SECTION, f"same bits, {kernels}", {"launches": partial(check, HeadConfig(kernels=kernels))}
+        )
 
 
 CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {"settings": every_setting, "same bits": same_bits}

@@ -28,7 +28,9 @@ TOLERANCES = {"gradient": 1e-5, "F": 1e-5, "influence": 1e-5, "statistics": 2e-5
 REPEATS = 50
 
 
-def loss_and_gradients(inputs: LossInputs, objective: PolicyObjective, kernels: str) -> tuple[PolicyLoss, list[torch.Tensor]]:
+def loss_and_gradients(
+    inputs: LossInputs, objective: PolicyObjective, kernels: str
+) -> tuple[PolicyLoss, list[torch.Tensor]]:
     """The loss, and the gradient by log-probs and (with a bonus) by entropy."""
     log_probs = inputs.log_probs.detach().requires_grad_()
     bonus = objective.entropy_coefficient != 0
@@ -48,9 +50,12 @@ def check_loss(bench: Bench, inputs: LossInputs, objective: PolicyObjective, ker
     worst = max(difference, key=lambda name: difference[name])
     require(torch.equal(loss.kept.cpu().double(), truth.kept), "other rows are kept than in float64")
     require(
-        loss.normalizer.item() == truth.normalizer.item(), f"normalizer {loss.normalizer.item()}, not {truth.normalizer.item()}"
+        loss.normalizer.item() == truth.normalizer.item(),
+        f"normalizer {loss.normalizer.item()}, not {truth.normalizer.item()}",
     )
-    require(difference[worst] <= TOLERANCES["statistics"], f"{worst} is {reported[worst]}, not {expected[worst]}")
+    require(
+        difference[worst] <= TOLERANCES["statistics"], f"{worst} is {reported[worst]}, not {expected[worst]}"
+    )
     errors = {
         "gradient": max(relative_norm(g, t) for g, t in zip(gradients, true_gradients, strict=True)),
         "F": largest_difference(loss.future_kl, truth.future_kl),
@@ -88,14 +93,20 @@ def many_shapes(bench: Bench) -> Iterator[Row]:
         f"32 x {long:,}": ([bench.pick(long, 150)] * bench.pick(32, 3), 1),
     }
     inputs = {
-        name: random_loss_inputs(lengths, seed, chunks=chunks) for seed, (name, (lengths, chunks)) in enumerate(shapes.items())
+        name: random_loss_inputs(lengths, seed, chunks=chunks)
+        for seed, (name, (lengths, chunks)) in enumerate(shapes.items())
     }
-    yield from _rows("shapes", lambda kernels: {n: partial(check_loss, bench, i, FIPO, kernels) for n, i in inputs.items()})
+    yield from _rows(
+        "shapes", lambda kernels: {n: partial(check_loss, bench, i, FIPO, kernels) for n, i in inputs.items()}
+    )
 
 
 def every_objective(bench: Bench) -> Iterator[Row]:
     lengths = bench.pick([5_000, 1, 700, 3_000], [150, 1, 40])
-    inputs = {n: random_loss_inputs(lengths, 20 + seed, objective=o) for seed, (n, o) in enumerate(OBJECTIVES.items())}
+    inputs = {
+        n: random_loss_inputs(lengths, 20 + seed, objective=o)
+        for seed, (n, o) in enumerate(OBJECTIVES.items())
+    }
     yield from _rows(
         "objectives",
         lambda kernels: {n: partial(check_loss, bench, inputs[n], o, kernels) for n, o in OBJECTIVES.items()},
@@ -109,7 +120,10 @@ def non_finite(bench: Bench) -> Iterator[Row]:
     for index, value in ((1, torch.nan), (3, torch.inf)):
         rows = (sequence == index).nonzero().flatten()
         inputs.log_probs[rows[len(rows) // 2]] = value
-    yield from _rows("NaN and infinity", lambda kernels: {"2 of 4 responses": partial(check_loss, bench, inputs, FIPO, kernels)})
+    yield from _rows(
+        "NaN and infinity",
+        lambda kernels: {"2 of 4 responses": partial(check_loss, bench, inputs, FIPO, kernels)},
+    )
 
 
 def no_rows(bench: Bench) -> Iterator[Row]:
@@ -140,8 +154,14 @@ def scan_alone(bench: Bench) -> Iterator[Row]:
         kind = str(dtype).removeprefix("torch.")
         return within({kind: largest_difference(future_kl, truth)}, {"float32": 1e-6, "float64": 1e-12})
 
-    cases = [(half_life, dtype) for half_life in (0.1, 32.0, 4_000.0, float("inf")) for dtype in (torch.float32, torch.float64)]
-    yield from _rows("scan alone", lambda kernels: {f"half life {h}, {d}": partial(check, h, d, kernels) for h, d in cases})
+    cases = [
+        (half_life, dtype)
+        for half_life in (0.1, 32.0, 4_000.0, float("inf"))
+        for dtype in (torch.float32, torch.float64)
+    ]
+    yield from _rows(
+        "scan alone", lambda kernels: {f"half life {h}, {d}": partial(check, h, d, kernels) for h, d in cases}
+    )
 
 
 def same_bits(bench: Bench) -> Iterator[Row]:

@@ -41,7 +41,11 @@ class LossInputs:
         """What forward and gradient have to move at least: each input once; gradient, weights, FutureKL and kept rows once."""
         rows, plan = self.rows, self.rows.plan
         given = [self.log_probs, self.entropy, rows.old_log_probs, rows.advantages, rows.last_row]
-        given += [value for value in (rows.reference_log_probs, rows.rollout_log_probs, rows.mask) if value is not None]
+        given += [
+            value
+            for value in (rows.reference_log_probs, rows.rollout_log_probs, rows.mask)
+            if value is not None
+        ]
         return sum(value.nbytes for value in given) + plan_bytes(plan) + 4 * self.log_probs.nbytes
 
 
@@ -53,11 +57,18 @@ def plan_bytes(plan) -> int:
 
 def _each(rows: PolicyRows, change) -> PolicyRows:
     tensors = {f.name: getattr(rows, f.name) for f in fields(rows)}
-    return replace(rows, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+    return replace(
+        rows, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+    )
 
 
 def random_loss_inputs(
-    lengths: Sequence[int], seed: int, *, chunks: int = 1, holes: float = 0.1, objective: PolicyObjective | None = None
+    lengths: Sequence[int],
+    seed: int,
+    *,
+    chunks: int = 1,
+    holes: float = 0.1,
+    objective: PolicyObjective | None = None,
 ) -> LossInputs:
     """Responses of the given lengths, each behind a prompt of a few tokens, a share `holes` of their tokens not rows.
 
@@ -75,7 +86,13 @@ def random_loss_inputs(
     count = len(sequence)
     old = _grid(-4 * random.random(count) - 0.1)
     settings = (objective or PolicyObjective()).settings
-    bounds = [1 - settings.clip_low, 1 + settings.clip_low, 1 + settings.clip_high, settings.safety_threshold, settings.dual_clip]
+    bounds = [
+        1 - settings.clip_low,
+        1 + settings.clip_low,
+        1 + settings.clip_high,
+        settings.safety_threshold,
+        settings.dual_clip,
+    ]
     log_ratio = random.normal(0, 0.2, count)
     log_ratio[_outliers(sequence, random)] += 3.0
     log_ratio = _grid(_away_from(log_ratio, np.log(bounds)))

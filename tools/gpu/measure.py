@@ -52,7 +52,11 @@ class Timing:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the GPU's memory did not suffice; libraries below torch say so in their own words."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "ALLOC_FAILED" in str(error)
+        or "out of memory" in str(error)
+    )
 
 
 def synchronize(bench: Bench) -> None:

@@ -28,14 +28,18 @@ from megatron_fipo.objective import FIPOConfig, PolicyObjective, policy_loss
 from megatron_fipo.trainer.rank import be_deterministic
 from megatron_fipo.trainer.rank_model import Policy, StepResult
 
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product, or deterministic mode comes too late
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
+    ":4096:8"  # before the first product, or deterministic mode comes too late
+)
 
 SECTION = "model"
 FIPO = PolicyObjective("fipo", FIPOConfig(influence_clip=(0.8, 1.2)))
 
 
 def _shape(bench: Bench) -> Shape:
-    return bench.pick(Shape(4, 512, 1_024, 8, 2, 4_099, False), Shape(2, 32, 48, 4, 2, 61, False, positions=256))
+    return bench.pick(
+        Shape(4, 512, 1_024, 8, 2, 4_099, False), Shape(2, 32, 48, 4, 2, 61, False, positions=256)
+    )
 
 
 def _shard(bench: Bench) -> PackedShard:
@@ -58,7 +62,9 @@ def attention(bench: Bench) -> Iterator[Row]:
 
 def _check_attention(bench: Bench, lengths: list[int], dtype: torch.dtype, tolerance: float) -> Errors:
     heads, groups, size = bench.pick((8, 2, 64), (4, 2, 8))
-    config = TransformerConfig(num_layers=1, hidden_size=heads * size, num_attention_heads=heads, num_query_groups=groups)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=heads * size, num_attention_heads=heads, num_query_groups=groups
+    )
     core = PackedAttention(config, 1, None, "self")
     generator = torch.Generator().manual_seed(3)
     query, key, value = (
@@ -68,15 +74,23 @@ def _check_attention(bench: Bench, lengths: list[int], dtype: torch.dtype, toler
     direction = torch.randn(sum(lengths), heads * size, generator=generator).to(bench.device)
     cu_seqlens = torch.tensor([0, *lengths], device=bench.device).cumsum(0).int()
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
     out = core(query, key, value, None, packed_seq_params=packed)
     found = torch.autograd.grad((out.float() * direction).sum(), [query, key, value])
     exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
-    truth = torch.cat([_dense_attention(*parts) for parts in zip(*(tensor.split(lengths) for tensor in exact), strict=True)])
+    truth = torch.cat(
+        [_dense_attention(*parts) for parts in zip(*(tensor.split(lengths) for tensor in exact), strict=True)]
+    )
     expected = torch.autograd.grad((truth * direction.double()).sum(), exact)
     errors = {"out": relative_norm(out, truth)}
-    errors |= {name: relative_norm(a, b) for name, a, b in zip(("dQ", "dK", "dV"), found, expected, strict=True)}
+    errors |= {
+        name: relative_norm(a, b) for name, a, b in zip(("dQ", "dK", "dV"), found, expected, strict=True)
+    }
     return within(errors, dict.fromkeys(errors, tolerance))
 
 
@@ -106,7 +120,11 @@ def _train(bench: Bench, dtype: str, steps: int, old_log_probs: list[Tensor] | N
         old = score(policy, shards, drift=0.05, seed=6) if old_log_probs is None else old_log_probs
         shards = with_old_log_probs(shards, old)
         results = [policy.policy_step(shards, FIPO, lr=1e-3) for _ in range(steps)]
-        return Trained(results, old, {name: value.detach().clone() for name, value in policy.modules[0].named_parameters()})
+        return Trained(
+            results,
+            old,
+            {name: value.detach().clone() for name, value in policy.modules[0].named_parameters()},
+        )
 
 
 @torch.no_grad()
@@ -115,7 +133,9 @@ def _set_weights(policy: Policy) -> None:
     for name, parameter in policy.modules[0].named_parameters():
         for portable, shared in SHARED_NAMES.items():
             name = name.replace(portable, shared)
-        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        drawn = torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
         scale = 1.0 / parameter.shape[-1] ** 0.5
         parameter.copy_((0.1 * drawn + 1 if "norm" in name else scale * drawn).bfloat16())
     policy.optimizer.reload_model_params()
@@ -145,8 +165,13 @@ def repeated_step(bench: Bench) -> Iterator[Row]:
     def check() -> Errors:
         with _deterministic():
             first, second = (_train(bench, "bfloat16", 2) for _ in range(2))
-        require(first.results[1].statistics == second.results[1].statistics, "the statistics of the second step differ")
-        moved = [name for name, value in first.weights.items() if not torch.equal(value, second.weights[name])]
+        require(
+            first.results[1].statistics == second.results[1].statistics,
+            "the statistics of the second step differ",
+        )
+        moved = [
+            name for name, value in first.weights.items() if not torch.equal(value, second.weights[name])
+        ]
         require(not moved, f"{len(moved)} of {len(first.weights)} weights differ, such as {moved[:1]}")
         return {"differing weights": 0.0}
 
@@ -168,9 +193,15 @@ def no_host_sync(bench: Bench) -> Iterator[Row]:
     shard = _shard(bench)
     tokens = shard.input_ids.shape[1]
     generator = torch.Generator().manual_seed(9)
-    hidden = torch.randn(tokens, 1, shape.hidden, generator=generator).bfloat16().to(bench.device).requires_grad_()
+    hidden = (
+        torch.randn(tokens, 1, shape.hidden, generator=generator).bfloat16().to(bench.device).requires_grad_()
+    )
     weight = (
-        torch.randn(shape.vocabulary, shape.hidden, generator=generator).mul_(0.05).bfloat16().to(bench.device).requires_grad_()
+        torch.randn(shape.vocabulary, shape.hidden, generator=generator)
+        .mul_(0.05)
+        .bfloat16()
+        .to(bench.device)
+        .requires_grad_()
     )
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
     shard = shard.with_old_log_probs(torch.full((shard.num_rows,), -8.0, device=bench.device))
@@ -192,7 +223,10 @@ def no_host_sync(bench: Bench) -> Iterator[Row]:
 
     bonus = replace(FIPO, entropy_coefficient=0.01, correction="tis")
     for kernels in ("triton", "torch"):
-        checks = {name: partial(check, kernels, objective) for name, objective in (("fipo", FIPO), ("bonus and tis", bonus))}
+        checks = {
+            name: partial(check, kernels, objective)
+            for name, objective in (("fipo", FIPO), ("bonus and tis", bonus))
+        }
         yield one_row(SECTION, f"no host sync (aim), {kernels}", checks)
 
 

@@ -73,13 +73,19 @@ def one_rank(bench: Bench, seed: int) -> Iterator[None]:
 
 
 def new_policy(
-    bench: Bench, shape: Shape, model: ModelConfig, head: HeadConfig | None = None, optimizer: OptimizerSettings | None = None
+    bench: Bench,
+    shape: Shape,
+    model: ModelConfig,
+    head: HeadConfig | None = None,
+    optimizer: OptimizerSettings | None = None,
 ) -> Policy:
     """A policy with random weights; `model.path` is filled in. Needs `one_rank`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.hf_config()), encoding="utf-8")
         model.path = folder
-        return Policy(model, ParallelConfig(), head or HeadConfig(), optimizer or OptimizerSettings(), 1.0, bench.device)
+        return Policy(
+            model, ParallelConfig(), head or HeadConfig(), optimizer or OptimizerSettings(), 1.0, bench.device
+        )
 
 
 def random_shard(
@@ -115,8 +121,14 @@ def random_shard(
 def score(policy: Policy, shards: Sequence[PackedShard], drift: float, seed: int) -> list[torch.Tensor]:
     """Old log-probs that lie so many standard deviations away from the policy's own, float32 [R] on the CPU per shard."""
     generator = torch.Generator().manual_seed(seed)
-    return [values.cpu() + drift * torch.randn(values.shape, generator=generator) for values in policy.log_probs(shards)]
+    return [
+        values.cpu() + drift * torch.randn(values.shape, generator=generator)
+        for values in policy.log_probs(shards)
+    ]
 
 
 def with_old_log_probs(shards: Sequence[PackedShard], scores: Sequence[torch.Tensor]) -> list[PackedShard]:
-    return [shard.with_old_log_probs(old.to(shard.labels.device)) for shard, old in zip(shards, scores, strict=True)]
+    return [
+        shard.with_old_log_probs(old.to(shard.labels.device))
+        for shard, old in zip(shards, scores, strict=True)
+    ]

@@ -73,7 +73,9 @@ def render(report: Report) -> str:
 
 def _counts(rows: Sequence[Row]) -> str:
     verdicts = [row.verdict for row in rows]
-    return ", ".join(f"{verdicts.count(v)} {v}" for v in (OK, MET, MISSED, FAILED, SKIPPED, FIGURE) if v in verdicts)
+    return ", ".join(
+        f"{verdicts.count(v)} {v}" for v in (OK, MET, MISSED, FAILED, SKIPPED, FIGURE) if v in verdicts
+    )
 
 
 def _cell(text: str) -> str:

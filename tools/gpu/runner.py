@@ -34,7 +34,12 @@ class Section:
 
 
 def run_section(
-    section: Section, command: list[str], environment: dict[str, str], log: Path, deadline: float, say: Callable[[Row], None]
+    section: Section,
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    deadline: float,
+    say: Callable[[Row], None],
 ) -> None:
     """All cases of a section. `command` starts a child of this section; its output goes to the end of `log`."""
     end = min(time.monotonic() + section.budget_s, deadline)
@@ -55,7 +60,11 @@ def run_section(
             why = f"the section's {section.budget_s:.0f} s or the time of the whole check are used up"
             what = name if index + 1 >= count else f"{name} and what follows"
             # A check that did not finish has shown nothing: a kernel that hangs must not look like one that was left out.
-            say(reason(FAILED if section.correctness else SKIPPED, section.name, what, why, section.correctness))
+            say(
+                reason(
+                    FAILED if section.correctness else SKIPPED, section.name, what, why, section.correctness
+                )
+            )
             return
         if not done:
             why = f"its process ended with {child.returncode}: {_last_line(log)}"
@@ -65,7 +74,9 @@ def run_section(
             return
 
 
-def _follow(child: subprocess.Popen, messages: Path, end: float, say: Callable[[Row], None]) -> tuple[tuple[str, int, bool], int]:
+def _follow(
+    child: subprocess.Popen, messages: Path, end: float, say: Callable[[Row], None]
+) -> tuple[tuple[str, int, bool], int]:
     """Pass rows on until the child ends or its time does. Its last case (name, index, whether it ended), and how many there are."""
     case, count = ("start", -1, False), 0
     with messages.open(encoding="utf-8") as lines:
@@ -92,7 +103,11 @@ def _follow(child: subprocess.Popen, messages: Path, end: float, say: Callable[[
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     return lines[-1] if lines else "no output"
 
 

@@ -37,13 +37,17 @@ def scan_sets(bench: Bench, batch: int, length: int) -> tuple[list[ScanSet], int
     moved = 2 * inputs.log_probs.nbytes + plan_bytes(plan)
     sets = []
     for index in range(sets_for(bench, moved)):
-        x = (0.05 * torch.randn(batch, length, generator=torch.Generator().manual_seed(index))).to(bench.device)
+        x = (0.05 * torch.randn(batch, length, generator=torch.Generator().manual_seed(index))).to(
+            bench.device
+        )
         sets.append(ScanSet(x, plan.to(bench.device), x.new_empty(batch * length, 0)))
     return sets, moved
 
 
 def run_scan(given: ScanSet, kernels: str) -> Tensor:
-    return scan_future_kl(given.x.view(-1), given.riders, given.plan, HALF_LIFE, kernels=kernels)[0].view_as(given.x)
+    return scan_future_kl(given.x.view(-1), given.riders, given.plan, HALF_LIFE, kernels=kernels)[0].view_as(
+        given.x
+    )
 
 
 def time_copy(bench: Bench, moved: int) -> Timing:
@@ -63,7 +67,10 @@ def scan_methods(bench: Bench, sets: list[ScanSet]) -> dict[str, list[Callable[[
         "torch": lambda given: run_scan(given, "torch"),
         "serial": lambda given: serial_scan(given.x, gamma),
     }
-    return {name: [lambda method=method, given=given: method(given) for given in sets] for name, method in methods.items()}
+    return {
+        name: [lambda method=method, given=given: method(given) for given in sets]
+        for name, method in methods.items()
+    }
 
 
 def listing(bench: Bench, given: ScanSet) -> Callable[[], Tensor]:
@@ -81,7 +88,9 @@ def listing(bench: Bench, given: ScanSet) -> Callable[[], Tensor]:
 
 def check_scan(method: str, found: Tensor, given: ScanSet) -> None:
     plan, riders = given.plan.to("cpu"), given.riders.cpu()
-    error = largest_difference(found.view(-1), scan_future_kl(given.x.cpu().double().view(-1), riders, plan, HALF_LIFE)[0])
+    error = largest_difference(
+        found.view(-1), scan_future_kl(given.x.cpu().double().view(-1), riders, plan, HALF_LIFE)[0]
+    )
     require(error < 1e-5, f"{method} is off by {error:.2g} from float64")
 
 
@@ -105,14 +114,20 @@ def scan_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
     long = length == bench.pick(20_480, length)
     serial, copy = timings["serial"].median / ours, ours / timings["copy"].median
     result = f"{serial:,.1f} x as fast ({duration(timings['serial'].median)})"
-    yield _aimed_row(f"vs serial scan, {shape}", f"aim >= {SERIAL_AIM:.0f} x", serial >= SERIAL_AIM, result, long)
+    yield _aimed_row(
+        f"vs serial scan, {shape}", f"aim >= {SERIAL_AIM:.0f} x", serial >= SERIAL_AIM, result, long
+    )
     result = f"{copy:.2f} x its time ({duration(timings['copy'].median)})"
-    yield _aimed_row(f"vs copy of its bytes, {shape}", f"aim <= {COPY_AIM:.0f} x", copy <= COPY_AIM, result, long)
+    yield _aimed_row(
+        f"vs copy of its bytes, {shape}", f"aim <= {COPY_AIM:.0f} x", copy <= COPY_AIM, result, long
+    )
 
 
 def _aimed_row(name: str, aim: str, met: bool, result: str, has_aim: bool) -> Row:
     """The aims hold for the long shape."""
-    return Row(SECTION, f"{name} ({aim})", aimed(met), result) if has_aim else Row(SECTION, name, FIGURE, result)
+    return (
+        Row(SECTION, f"{name} ({aim})", aimed(met), result) if has_aim else Row(SECTION, name, FIGURE, result)
+    )
 
 
 def listing_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
@@ -125,7 +140,13 @@ def listing_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
     ratio = theirs.median / ours.median
     result = f"{ratio:,.0f} x as slow ({duration(theirs.median)}), {mebibytes(memory)}"
     figures: dict[str, float | str] = {"ratio": ratio, "listing_extra_bytes": memory}
-    yield Row(SECTION, f"authors' listing, {batch} x {length:,}", FIGURE, result, figures | theirs.figures("listing"))
+    yield Row(
+        SECTION,
+        f"authors' listing, {batch} x {length:,}",
+        FIGURE,
+        result,
+        figures | theirs.figures("listing"),
+    )
 
 
 def recipe_inputs(lengths: list[int]) -> LossInputs:
@@ -143,7 +164,10 @@ def loss_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
     for kernels in ("triton", "torch"):
         error = relative_norm(loss_and_gradients(sets[0], objective, kernels)[1][0], true_gradient)
         require(error < 1e-5, f"{kernels}: the gradient is off by {error:.2g} from float64")
-        calls = [lambda given=given, kernels=kernels: loss_and_gradients(given, objective, kernels) for given in sets]
+        calls = [
+            lambda given=given, kernels=kernels: loss_and_gradients(given, objective, kernels)
+            for given in sets
+        ]
         timings[kernels] = time_small(bench, calls)
         timings[f"{kernels}_launched_by_host"] = time_calls(bench, calls[0])
     timings["copy"] = time_copy(bench, moved)
@@ -159,7 +183,9 @@ def loss_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
     yield Row(SECTION, f"loss and gradient, {batch} x {length:,}", FIGURE, result, figures)
 
 
-def _case(measure: Callable[[Bench, int, int], Iterator[Row]], full: int, toy: int) -> Callable[[Bench], Iterator[Row]]:
+def _case(
+    measure: Callable[[Bench, int, int], Iterator[Row]], full: int, toy: int
+) -> Callable[[Bench], Iterator[Row]]:
     return lambda bench: measure(bench, bench.pick(32, 2), bench.pick(full, toy))
 
 

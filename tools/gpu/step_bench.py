@@ -59,10 +59,15 @@ def step_flops(shape: Shape, lengths: Sequence[int], rows: int) -> float:
     query, key = shape.heads * shape.head_size, shape.groups * shape.head_size
     layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
     pairs = sum(length * (length + 1) / 2 for length in lengths)
-    return 6 * (sum(lengths) * shape.layers * layer + rows * shape.hidden * shape.vocabulary) + 12 * shape.layers * query * pairs
+    return (
+        6 * (sum(lengths) * shape.layers * layer + rows * shape.hidden * shape.vocabulary)
+        + 12 * shape.layers * query * pairs
+    )
 
 
-def packs(bench: Bench, policy: Policy, shape: Shape, model: ModelConfig) -> Iterator[tuple[str, list[PackedShard]]]:
+def packs(
+    bench: Bench, policy: Policy, shape: Shape, model: ModelConfig
+) -> Iterator[tuple[str, list[PackedShard]]]:
     """Each pack by name, as a mini-batch of one micro-batch that the policy itself has scored."""
     for index, (name, (prompts, responses)) in enumerate(bench.pick(PACKS, TOY_PACKS).items()):
         shard = random_shard(bench, shape, prompts, responses, seed=index, multiple=model.token_multiple)
@@ -74,7 +79,9 @@ def measure_steps(bench: Bench, policy: Policy, shape: Shape, model: ModelConfig
     peak, source = peak_flops(bench)
     for pack, shards in packs(bench, policy, shape, model):
         step = measure_pack(bench, policy, shape, shards)
-        yield from rows_of(f"{name}, {pack}, recompute {model.recompute}", step, peak, source, has_aim=model.fp8 == "none")
+        yield from rows_of(
+            f"{name}, {pack}, recompute {model.recompute}", step, peak, source, has_aim=model.fp8 == "none"
+        )
 
 
 def measure_pack(bench: Bench, policy: Policy, shape: Shape, shards: list[PackedShard]) -> Step:
@@ -91,7 +98,9 @@ def measure_pack(bench: Bench, policy: Policy, shape: Shape, shards: list[Packed
 
     def loss() -> tuple[torch.Tensor, ...]:
         leaf = log_probs.detach().requires_grad_()
-        return torch.autograd.grad(policy_loss(leaf, entropy, shards[0].rows, OBJECTIVE, None, kernels="auto").loss_sum, leaf)
+        return torch.autograd.grad(
+            policy_loss(leaf, entropy, shards[0].rows, OBJECTIVE, None, kernels="auto").loss_sum, leaf
+        )
 
     return Step(
         seconds=Timing(statistics.median(seconds), min(seconds), max(seconds)),
@@ -148,7 +157,9 @@ def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> I
     )
     title = f"{name} (aim MFU >= {100 * MFU_AIM:.0f} %)" if has_aim else name
     yield Row(SECTION, title, aimed(mfu >= MFU_AIM) if has_aim else FIGURE, result, figures)
-    figures = {"share": share} | step.loss.figures("loss") | step.loss_by_host.figures("loss_launched_by_host")
+    figures = (
+        {"share": share} | step.loss.figures("loss") | step.loss_by_host.figures("loss_launched_by_host")
+    )
     result = f"{100 * share:.3f} % ({duration(step.loss.median)}; launched by the host {duration(step.loss_by_host.median)})"
     title = f"loss path of {name} (aim < {100 * LOSS_AIM:.0f} %)"
     yield Row(SECTION, title, aimed(share < LOSS_AIM), result, figures)

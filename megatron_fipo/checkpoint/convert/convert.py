@@ -131,7 +131,9 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
         for name in weight.names
     }
     _check_manifest(source, manifest, progress)
-    shapes = {name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)}
+    shapes = {
+        name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)
+    }
     writer = HFWriter(source / HF, target, shapes, dtypes)
     summary = Summary(len(shapes), writer.total_bytes)
     meter = _Meter("converting", writer.total_bytes, progress)
@@ -146,7 +148,9 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
             meter.add(result.nbytes)
 
     try:
-        in_parallel(convert, [move for weight in weights for move in _stored_moves(weight, architecture, reader)])
+        in_parallel(
+            convert, [move for weight in weights for move in _stored_moves(weight, architecture, reader)]
+        )
         writer.finish()
     except BaseException:
         writer.discard()
@@ -169,7 +173,9 @@ def _read_hf(move: Move, architecture: Architecture, folder: SafetensorsFolder) 
 
 def _stored_moves(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[Move]:
     stored = reader.tensors[stacked_key(weight)]
-    yield from moves_to_hf(weight, architecture, tuple(stored.size)[0 if weight.layer is None else 1 :], stored.chunks)
+    yield from moves_to_hf(
+        weight, architecture, tuple(stored.size)[0 if weight.layer is None else 1 :], stored.chunks
+    )
 
 
 def _hf_parts(move: Move, values: torch.Tensor, architecture: Architecture) -> list[tuple[str, torch.Tensor]]:
@@ -186,7 +192,9 @@ def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader:
     missing, unexpected = expected.keys() - found, found - expected.keys()
     if missing or unexpected:
         parts = [f"lacks {listing(missing)}"] if missing else []
-        parts += [f"holds {listing(unexpected)} that its hf/config.json does not ask for"] if unexpected else []
+        parts += (
+            [f"holds {listing(unexpected)} that its hf/config.json does not ask for"] if unexpected else []
+        )
         raise UserError(f"checkpoint {reader.folder} {' and '.join(parts)}")
     for key, weight in expected.items():
         stored, whole = tuple(reader.tensors[key].size), megatron_shape(weight)
@@ -194,7 +202,9 @@ def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader:
         if weight.layout is Layout.VOCABULARY and stored[0] >= architecture.vocab_size:
             wanted = (stored[0], *wanted[1:])
         if stored != wanted:
-            raise UserError(f"{key} in {reader.folder} has shape {list(stored)}; hf/config.json asks for {list(wanted)}")
+            raise UserError(
+                f"{key} in {reader.folder} has shape {list(stored)}; hf/config.json asks for {list(wanted)}"
+            )
 
 
 # Folders
@@ -203,7 +213,11 @@ def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader:
 def _refuse_other_kind(source: Path, command: str) -> None:
     """UserError that says what the source is, where it is not what the command takes."""
     takes_hf = command == "to-megatron"
-    wanted = "a Hugging Face folder (config.json and safetensors)" if takes_hf else f"a checkpoint folder (with {MANIFEST})"
+    wanted = (
+        "a Hugging Face folder (config.json and safetensors)"
+        if takes_hf
+        else f"a checkpoint folder (with {MANIFEST})"
+    )
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; {command} takes {wanted}")
     is_hf, is_checkpoint = (source / "config.json").is_file(), (source / MANIFEST).is_file()
@@ -249,22 +263,32 @@ def _staged(target: Path) -> Iterator[Path]:
 def _hash(folder: Path, progress: Progress) -> dict[str, FileRecord]:
     sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
     files: dict[str, FileRecord] = {}
-    for found in _in_shares("hashing", sizes, lambda share, shares: hash_files(folder, share, shares), progress):
+    for found in _in_shares(
+        "hashing", sizes, lambda share, shares: hash_files(folder, share, shares), progress
+    ):
         files.update(found)
     return files
 
 
 def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> None:
     """UserError listing files that are not what the manifest says. Reads every byte."""
-    sizes = dict.fromkeys(list_files(source), 0) | {name: record.size for name, record in manifest.files.items()}
-    found = _in_shares("checking", sizes, lambda share, shares: check_files(source, manifest, share, shares), progress)
+    sizes = dict.fromkeys(list_files(source), 0) | {
+        name: record.size for name, record in manifest.files.items()
+    }
+    found = _in_shares(
+        "checking", sizes, lambda share, shares: check_files(source, manifest, share, shares), progress
+    )
     problems = [problem for problems in found for problem in problems]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"{source} is damaged: {'; '.join(problems[:20])}{more}; copy it again or take another checkpoint")
+        raise UserError(
+            f"{source} is damaged: {'; '.join(problems[:20])}{more}; copy it again or take another checkpoint"
+        )
 
 
-def _in_shares(what: str, sizes: Mapping[str, int], work: Callable[[int, int], Result], progress: Progress) -> list[Result]:
+def _in_shares(
+    what: str, sizes: Mapping[str, int], work: Callable[[int, int], Result], progress: Progress
+) -> list[Result]:
     """Work that `manifest.py` does on shares of the files, in parallel. `sizes` are those of all files that it looks at."""
     in_order = [sizes[name] for name in sorted(sizes)]
     shares = min(len(in_order), SHARES)

@@ -20,7 +20,9 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """By safetensors' names."""
 
 
-def dtypes_in_megatron(weights: Sequence[Weight], folder: SafetensorsFolder, wanted: str) -> dict[str, torch.dtype]:
+def dtypes_in_megatron(
+    weights: Sequence[Weight], folder: SafetensorsFolder, wanted: str
+) -> dict[str, torch.dtype]:
     """By stacked key. Megatron keeps one dtype for all layers of a parameter."""
     dtypes: dict[str, torch.dtype] = {}
     first: dict[str, str] = {}
@@ -29,7 +31,9 @@ def dtypes_in_megatron(weights: Sequence[Weight], folder: SafetensorsFolder, wan
         for name in weight.names:
             stored = folder.tensors[name].dtype
             if stored not in STORED:
-                raise UserError(f"{name} in {folder.folder} is stored as {stored}; convert it to bfloat16 or float32 first")
+                raise UserError(
+                    f"{name} in {folder.folder} is stored as {stored}; convert it to bfloat16 or float32 first"
+                )
             dtype = target_dtype(STORED[stored], wanted, name)
             if dtypes.setdefault(key, dtype) is not dtype:
                 raise UserError(
@@ -52,9 +56,12 @@ def target_dtype(stored: torch.dtype, wanted: str, name: str) -> torch.dtype:
     for choice in (torch.float32, torch.bfloat16):
         lost = max(0, MANTISSA_BITS[stored] - MANTISSA_BITS[choice])
         losses.append(
-            f"--dtype {name_of(choice)} " + (f"drops {lost} of {MANTISSA_BITS[stored]} mantissa bits" if lost else "is exact")
+            f"--dtype {name_of(choice)} "
+            + (f"drops {lost} of {MANTISSA_BITS[stored]} mantissa bits" if lost else "is exact")
         )
-    raise UserError(f"{name} is stored as {name_of(stored)}, which models here do not have; {', '.join(losses)}")
+    raise UserError(
+        f"{name} is stored as {name_of(stored)}, which models here do not have; {', '.join(losses)}"
+    )
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:

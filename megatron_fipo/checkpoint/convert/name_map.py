@@ -47,7 +47,11 @@ def name_map(family: Family, architecture: Architecture, parallel: ParallelConfi
         whole, stages = megatron_shape(weight, tp), stages_of(weight, architecture, parallel)
         for name, shape in zip(weight.names, weight.shapes, strict=True):
             boxes = tuple(hf_box(weight.layout, shape, rank, tp) for rank in range(tp))
-            mapped.append(MappedTensor(name, shape, weight, whole, _shard_shape(weight.layout, whole, tp), stages, boxes))
+            mapped.append(
+                MappedTensor(
+                    name, shape, weight, whole, _shard_shape(weight.layout, whole, tp), stages, boxes
+                )
+            )
     return mapped
 
 
@@ -99,7 +103,8 @@ def describe_map(family: Family, architecture: Architecture, parallel: ParallelC
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     yield (
         f"{family.name}: {architecture.num_layers} layers, {family.parameters(architecture):,} parameters in {len(mapped)} tensors; "
-        f"tensor {tp} x pipeline {pp} = {tp * pp} ranks" + (f", {chunks} model chunks each" if chunks > 1 else "")
+        f"tensor {tp} x pipeline {pp} = {tp * pp} ranks"
+        + (f", {chunks} model chunks each" if chunks > 1 else "")
     )
     yield ""
     header = (
@@ -118,7 +123,11 @@ def describe_map(family: Family, architecture: Architecture, parallel: ParallelC
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield ""
     for stage in range(pp):
-        held = {tensor.weight.megatron: tensor.weight for tensor in mapped if any(at.pipeline == stage for at in tensor.stages)}
+        held = {
+            tensor.weight.megatron: tensor.weight
+            for tensor in mapped
+            if any(at.pipeline == stage for at in tensor.stages)
+        }
         parameters = sum(weight.parameters_per_rank(tp) for weight in held.values())
         ranks = f"rank {stage}" if tp == 1 else f"ranks {stage * tp}-{stage * tp + tp - 1}"
         yield f"pipeline stage {stage} ({ranks}): {parameters:,} parameters on each rank"

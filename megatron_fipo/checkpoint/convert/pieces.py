@@ -57,7 +57,10 @@ def moves_to_megatron(weight: Weight, architecture: Architecture, itemsize: int)
 
 
 def moves_to_hf(
-    weight: Weight, architecture: Architecture, stored_shape: tuple[int, ...], chunks: Sequence[ChunkStorageMetadata]
+    weight: Weight,
+    architecture: Architecture,
+    stored_shape: tuple[int, ...],
+    chunks: Sequence[ChunkStorageMetadata],
 ) -> Iterator[Move]:
     """Rows that were stored together move together, so no stored chunk is read twice. Padding is left behind.
 
@@ -73,11 +76,15 @@ def moves_to_hf(
         for name, (rows, *_) in zip(weight.names, weight.shapes, strict=True):
             first, last = max(begin, start), min(begin + count, start + rows)
             if first < last:
-                yield Move(weight, _piece(weight, architecture, stored_shape, first, last), name, first - start)
+                yield Move(
+                    weight, _piece(weight, architecture, stored_shape, first, last), name, first - start
+                )
             start += rows
 
 
-def _piece(weight: Weight, architecture: Architecture, whole: tuple[int, ...], first: int, last: int) -> Piece:
+def _piece(
+    weight: Weight, architecture: Architecture, whole: tuple[int, ...], first: int, last: int
+) -> Piece:
     """Rows `first` to `last` of a parameter of shape `whole`, among the stacked layers."""
     rest = (0,) * (len(whole) - 1)
     if weight.layer is None:

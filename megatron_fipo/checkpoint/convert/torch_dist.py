@@ -17,7 +17,11 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,7 +29,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_fipo.errors import UserError
@@ -53,13 +64,23 @@ class Piece:
 
 def stacked_key(weight: Weight) -> str:
     """The name of the tensor in which all layers of a parameter lie."""
-    return weight.megatron if weight.layer is None else weight.megatron.replace(f"layers.{weight.layer}.", "layers.", 1)
+    return (
+        weight.megatron
+        if weight.layer is None
+        else weight.megatron.replace(f"layers.{weight.layer}.", "layers.", 1)
+    )
 
 
 def extra_state_keys(weights: Iterable[Weight], num_layers: int) -> list[str]:
     """Megatron-Core's linear layers each keep an `_extra_state` (for FP8); it is empty here, but has to be there."""
-    modules = dict.fromkeys(stacked_key(weight).rpartition(".")[0] for weight in weights if ".linear_" in weight.megatron)
-    return [f"{module}._extra_state/shard_{layer}_{num_layers}" for module in modules for layer in range(num_layers)]
+    modules = dict.fromkeys(
+        stacked_key(weight).rpartition(".")[0] for weight in weights if ".linear_" in weight.megatron
+    )
+    return [
+        f"{module}._extra_state/shard_{layer}_{num_layers}"
+        for module in modules
+        for layer in range(num_layers)
+    ]
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -166,10 +187,23 @@ _PICKLED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *(
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+        ),
         *("TensorProperties", "_MEM_FORMAT_ENCODING"),
     },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
     "pathlib": {"PosixPath"},
@@ -181,7 +215,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Makes only what a checkpoint's metadata consists of: a checkpoint may come from anywhere."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _PICKLED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _PICKLED.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -200,7 +236,9 @@ class _IntoTensor(DefaultLoadPlanner):
         self.target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self.target[tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))]
+        return self.target[
+            tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
+        ]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass
@@ -217,9 +255,21 @@ class WeightsReader:
             self._reader.set_up_storage_reader(metadata, True)
             stored = metadata.state_dict_metadata
         except FileNotFoundError:
-            raise UserError(f"{folder} is no distributed checkpoint of Megatron-Core: it has no .metadata") from None
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / '.metadata'} is no readable metadata of a checkpoint: {error}") from None
+            raise UserError(
+                f"{folder} is no distributed checkpoint of Megatron-Core: it has no .metadata"
+            ) from None
+        except (
+            OSError,
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            ImportError,
+            ValueError,
+            TypeError,
+        ) as error:
+            raise UserError(
+                f"{folder / '.metadata'} is no readable metadata of a checkpoint: {error}"
+            ) from None
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
         }
@@ -232,7 +282,9 @@ class WeightsReader:
             piece.key, stored, [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))]
         )
         if sum(prod(item.lengths) for item in items) != prod(piece.size):
-            raise UserError(f"{self.folder} does not hold all of {piece.key} (wanted {piece.size} at {piece.offset})")
+            raise UserError(
+                f"{self.folder} does not hold all of {piece.key} (wanted {piece.size} at {piece.offset})"
+            )
         target = torch.empty(piece.size, dtype=stored.properties.dtype)
         self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         return target

@@ -39,7 +39,9 @@ class Dispatcher:
     last bits, on what else is in the call.
     """
 
-    def __init__(self, *, requests_per_call: int, calls_at_once: int, max_retries: int, keep_batches: bool) -> None:
+    def __init__(
+        self, *, requests_per_call: int, calls_at_once: int, max_retries: int, keep_batches: bool
+    ) -> None:
         self._requests_per_call = requests_per_call
         self._calls_at_once = calls_at_once
         self._max_retries = max_retries
@@ -137,6 +139,8 @@ class Dispatcher:
     def _fill(self, size: int) -> list[_Item]:
         """Up to `size` loose requests that are sampled alike."""
         items: list[_Item] = []
-        while self._loose and len(items) < size and (not items or self._loose[0].sampling == items[0].sampling):
+        while (
+            self._loose and len(items) < size and (not items or self._loose[0].sampling == items[0].sampling)
+        ):
             items.append(self._loose.popleft())
         return items

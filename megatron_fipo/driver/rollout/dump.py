@@ -31,10 +31,15 @@ GROUPS_AT_ONCE = 32
 """Groups in a row group, which is what is in memory twice."""
 FLAT_LISTS = {"prompt_ids": pyarrow.int32(), "response_ids": pyarrow.int32(), "response_mask": pyarrow.int8()}
 FLAT_LISTS |= {"rollout_log_probs": pyarrow.float64()}
-SPAN = pyarrow.struct([pyarrow.field(name, pyarrow.int64(), nullable=False) for name in ("version", "start", "end")])
+SPAN = pyarrow.struct(
+    [pyarrow.field(name, pyarrow.int64(), nullable=False) for name in ("version", "start", "end")]
+)
 COLUMNS: dict[str, pyarrow.DataType] = {
     "group_id": pyarrow.string(),
-    **{name: pyarrow.list_(pyarrow.field("element", kind, nullable=False)) for name, kind in FLAT_LISTS.items()},
+    **{
+        name: pyarrow.list_(pyarrow.field("element", kind, nullable=False))
+        for name, kind in FLAT_LISTS.items()
+    },
     "spans": pyarrow.list_(pyarrow.field("element", SPAN, nullable=False)),
     "finish_reason": pyarrow.string(),
     "reward": pyarrow.float64(),
@@ -49,7 +54,9 @@ def dump_path(folder: Path, iteration: int) -> Path:
     return folder / f"iteration_{iteration:06d}.parquet"
 
 
-def write_dump(folder: Path, iteration: int, groups: Sequence[Sequence[Trajectory]], temperature: float) -> Path:
+def write_dump(
+    folder: Path, iteration: int, groups: Sequence[Sequence[Trajectory]], temperature: float
+) -> Path:
     """Write the groups that iteration `iteration` (from 1) trains on, sampled at `temperature`; returns the file.
 
     An earlier file of the same iteration is replaced at once. Raises `UserError` for a disk that refuses and for an `extra` that is
@@ -67,9 +74,13 @@ def write_dump(folder: Path, iteration: int, groups: Sequence[Sequence[Trajector
         folder.mkdir(parents=True, exist_ok=True)
         try:
             schema = SCHEMA.with_metadata({HEADER: json.dumps(header).encode()})
-            with pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer:
+            with pyarrow.parquet.ParquetWriter(
+                partial, schema, compression="zstd", write_page_checksum=True
+            ) as writer:
                 for start in range(0, len(groups), GROUPS_AT_ONCE):
-                    writer.write_table(_table([t for group in groups[start : start + GROUPS_AT_ONCE] for t in group], schema))
+                    writer.write_table(
+                        _table([t for group in groups[start : start + GROUPS_AT_ONCE] for t in group], schema)
+                    )
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -81,7 +92,9 @@ def write_dump(folder: Path, iteration: int, groups: Sequence[Sequence[Trajector
 def read_dump(path: Path) -> list[Group]:
     """The groups of a dump. Raises `UserError` for a file that is missing, damaged, or not a dump of this format."""
     with _opened(path) as file:
-        rows = [row for index in range(file.num_row_groups) for row in _trajectories(file.read_row_group(index))]
+        rows = [
+            row for index in range(file.num_row_groups) for row in _trajectories(file.read_row_group(index))
+        ]
     return [list(group) for _, group in groupby(rows, key=lambda trajectory: trajectory.group_id)]
 
 
@@ -100,12 +113,16 @@ class ReplaySource:
         found = (re.fullmatch(r"iteration_(\d{6,})\.parquet", path.name) for path in folder.glob("*.parquet"))
         self.iterations = sorted(int(match[1]) for match in found if match)
         if not self.iterations:
-            raise UserError(f"{folder} holds no iteration_*.parquet; give the rollouts folder of a run with rollout.dump_every=1")
+            raise UserError(
+                f"{folder} holds no iteration_*.parquet; give the rollouts folder of a run with rollout.dump_every=1"
+            )
         for iteration in self.iterations:
             path = dump_path(folder, iteration)
             header = read_header(path)
             if header["iteration"] != iteration:
-                raise UserError(f"{path} was written as iteration {header['iteration']}; give the file its own name back")
+                raise UserError(
+                    f"{path} was written as iteration {header['iteration']}; give the file its own name back"
+                )
             if header["temperature"] != temperature:
                 raise UserError(
                     f"{path} was sampled at temperature {header['temperature']}, but rollout.temperature={temperature}, and old and "
@@ -126,7 +143,9 @@ class ReplaySource:
         groups = read_dump(path)
         sizes = {group[0].group_id: len(group) for group in groups}
         if len(sizes) < len(groups) or len(set(sizes.values())) != 1:
-            raise UserError(f"{path} has groups of {sorted(set(sizes.values()))} responses, not all of one size; dump it again")
+            raise UserError(
+                f"{path} has groups of {sorted(set(sizes.values()))} responses, not all of one size; dump it again"
+            )
         for trajectory in (trajectory for group in groups for trajectory in group):
             if fault := _fault(trajectory, self.vocab_size):
                 raise UserError(
@@ -163,7 +182,9 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
             yield file
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of the three
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
-            raise UserError(f"cannot read {path} ({os.strerror(error.errno)}); check the folder and its permissions") from error
+            raise UserError(
+                f"cannot read {path} ({os.strerror(error.errno)}); check the folder and its permissions"
+            ) from error
         raise UserError(
             f"{path} is not a readable dump ({first_line(error)}); it is damaged: dump it again or leave it out"
         ) from error
@@ -177,7 +198,9 @@ def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
     if not isinstance(header, dict) or not {"format", "iteration", "temperature"} <= header.keys():
         raise ValueError("its header is not whole")
     if header["format"] != FORMAT:
-        raise UserError(f"{path} has format {header['format']}, but this version reads {FORMAT}; use the version that wrote it")
+        raise UserError(
+            f"{path} has format {header['format']}, but this version reads {FORMAT}; use the version that wrote it"
+        )
     return header
 
 

@@ -59,8 +59,12 @@ class EngineActors:
 
     def start(self, number: int) -> None:
         """Start an actor; returns at once. Where one was killed, Ray waits until its place is free."""
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=self._bundles[number])
-        self._handles[number] = self._actor_class.options(**self._options, scheduling_strategy=strategy).remote(**self._arguments)
+        strategy = PlacementGroupSchedulingStrategy(
+            self._placement, placement_group_bundle_index=self._bundles[number]
+        )
+        self._handles[number] = self._actor_class.options(
+            **self._options, scheduling_strategy=strategy
+        ).remote(**self._arguments)
 
     def kill(self, number: int) -> None:
         """End the actor, also one whose process is dead already, hangs or was stopped."""

@@ -130,14 +130,21 @@ class Fleet:
             if engine.deadline is None and engine.next_probe <= now:
                 engine.deadline = now + self._health_timeout_s
                 due.append(number)
-            elif engine.deadline is not None and engine.deadline - self._health_timeout_s + self._probe_interval_s <= now:
+            elif (
+                engine.deadline is not None
+                and engine.deadline - self._health_timeout_s + self._probe_interval_s <= now
+            ):
                 engine.suspect = True
         return due
 
     @property
     def probing(self) -> list[int]:
         """The engines whose health probe is not answered yet."""
-        return [number for number, engine in enumerate(self._engines) if engine.loaded and engine.deadline is not None]
+        return [
+            number
+            for number, engine in enumerate(self._engines)
+            if engine.loaded and engine.deadline is not None
+        ]
 
     def probe_all(self) -> None:
         """Make a probe of each loaded engine due at once."""
@@ -150,7 +157,10 @@ class Fleet:
         for number, engine in enumerate(self._engines):
             if engine.deadline is not None and engine.deadline <= now:
                 late.append(
-                    (number, f"left a health probe unanswered for rollout.health_timeout_s = {self._health_timeout_s:g} s")
+                    (
+                        number,
+                        f"left a health probe unanswered for rollout.health_timeout_s = {self._health_timeout_s:g} s",
+                    )
                     if engine.loaded
                     else (number, f"did not load within rollout.timeout_s = {self._load_timeout_s:g} s")
                 )

@@ -132,7 +132,9 @@ class LiveRollouts:
             engines = self._loaded_engines()
             while not self._push(engines, version):
                 left = self.pool.loaded(wait=False)
-                engines = {number: engine for number, engine in engines.items() if number in left} or self._loaded_engines()
+                engines = {
+                    number: engine for number, engine in engines.items() if number in left
+                } or self._loaded_engines()
         except UNSAVED:
             raise
         except UserError as error:
@@ -206,7 +208,9 @@ class LiveRollouts:
         if not engines:
             return True
         every = self.config.rollout.check_weight_sync
-        failures = self.trainer.call("push_weights", engines, version, every > 0 and self._pushes % every == 0)
+        failures = self.trainer.call(
+            "push_weights", engines, version, every > 0 and self._pushes % every == 0
+        )
         failure = next((failure for failure in failures if failure is not None), None)
         if failure is None:
             self.pool.updated(engines, version)

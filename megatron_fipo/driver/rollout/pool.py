@@ -166,13 +166,18 @@ class EnginePool:
             self._advance(ask_at)
             if time.monotonic() >= until:
                 for number in {*self._dispatcher.busy, *self._awaiting("abort")}:
-                    self._lose(number, f"did not stop within rollout.health_timeout_s = {timeout_s:g} s", "hangs")
+                    self._lose(
+                        number, f"did not stop within rollout.health_timeout_s = {timeout_s:g} s", "hangs"
+                    )
             self._withdraw()
         self._aborting = False
         return self._take_settled()
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, on_finished: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: SamplingParams,
+        on_finished: Callable[[int], None] | None = None,
     ) -> list[Generation | None]:
         """Answer all requests, in order; None where one failed for good. For engines that serve what they load.
 
@@ -263,7 +268,12 @@ class EnginePool:
         for number in self._fleet.probes_due(now):
             self._ask(number, "ping")
         self._dispatch()
-        wake_at = min(until, self._fleet.next_event(), *(question.deadline for question in self._questions.values()), math.inf)
+        wake_at = min(
+            until,
+            self._fleet.next_event(),
+            *(question.deadline for question in self._questions.values()),
+            math.inf,
+        )
         for reference in _answered(list(self._questions), max(0.0, wake_at - now)):
             # An answer may belong to an engine that was lost through the answer before it.
             if (question := self._questions.pop(reference, None)) is not None:
@@ -271,9 +281,17 @@ class EnginePool:
         now = time.monotonic()
         for number, reason in self._fleet.overdue(now):
             self._lose(number, reason, "hangs")
-        late = {question.engine: question.method for question in self._questions.values() if question.deadline <= now}
+        late = {
+            question.engine: question.method
+            for question in self._questions.values()
+            if question.deadline <= now
+        }
         for number, method in late.items():
-            self._lose(number, f"did not answer {method}() within rollout.timeout_s = {self._rollout.timeout_s:g} s", "hangs")
+            self._lose(
+                number,
+                f"did not answer {method}() within rollout.timeout_s = {self._rollout.timeout_s:g} s",
+                "hangs",
+            )
 
     def _advance_while(self, unfinished: Callable[[], list[int]]) -> None:
         while unfinished():
@@ -286,7 +304,9 @@ class EnginePool:
         for call in self._dispatcher.start_calls(self._fleet.numbers(State.SERVING)):
             self._ask(call.engine, "generate", call.requests, call.sampling, in_time=True, call=call)
 
-    def _ask(self, number: int, method: str, *arguments: Any, in_time: bool = False, call: Call | None = None) -> None:
+    def _ask(
+        self, number: int, method: str, *arguments: Any, in_time: bool = False, call: Call | None = None
+    ) -> None:
         """Call a method of an engine; with `in_time`, the engine is lost where no answer comes within `timeout_s`."""
         deadline = time.monotonic() + self._rollout.timeout_s if in_time else math.inf
         reference = getattr(self._actors[number], method).remote(*arguments)
@@ -325,7 +345,9 @@ class EnginePool:
             return
         self._dispatcher.answered(call)
         self._fleet.answered_call(call.engine)
-        self._settled += [Settled(request.request_id, answer) for request, answer in zip(call.requests, reply, strict=True)]
+        self._settled += [
+            Settled(request.request_id, answer) for request, answer in zip(call.requests, reply, strict=True)
+        ]
 
     def _raised(self, question: _Question, error: Exception) -> None:
         """An engine's method raised. A `UserError` on the first load or in a call is for the caller, who sees it at the next `poll`."""
@@ -335,7 +357,11 @@ class EnginePool:
                 self._give_back(question.call)
             else:
                 self._call_failed(question.call, f"failed: {error!r}")
-        elif isinstance(error, UserError) and self._fleet.restarts(question.engine) == 0 and question.method == "ready":
+        elif (
+            isinstance(error, UserError)
+            and self._fleet.restarts(question.engine) == 0
+            and question.method == "ready"
+        ):
             self._refusal = error
         else:
             self._lose(question.engine, f"failed in {question.method}(): {error!r}", "deaths")
@@ -352,14 +378,20 @@ class EnginePool:
     def _lose(self, number: int, reason: str, count: str | None = None) -> None:
         """End an engine, send its requests again, and start it anew or retire it."""
         self._actors.kill(number)
-        self._questions = {reference: question for reference, question in self._questions.items() if question.engine != number}
+        self._questions = {
+            reference: question
+            for reference, question in self._questions.items()
+            if question.engine != number
+        }
         for call in self._dispatcher.at(number):
             self._give_back(call)
         if count is not None:
             setattr(self._counts, count, getattr(self._counts, count) + 1)
         if self._fleet.lost(number, time.monotonic()):
             self._counts.restarts += 1
-            next_step = f"is started again ({self._fleet.restarts(number)} of {self._rollout.max_restarts} times)"
+            next_step = (
+                f"is started again ({self._fleet.restarts(number)} of {self._rollout.max_restarts} times)"
+            )
             self._start(number)
         else:
             others = self._rollout.num_engines - len(self._fleet.numbers(State.RETIRED))

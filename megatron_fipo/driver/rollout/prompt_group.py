@@ -20,7 +20,9 @@ Group = list[Trajectory]
 
 def request_seed(seed: int, request_id: str) -> int:
     """A seed in [0, 2^63) that depends on the run's seed and the request's name only."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}|{request_id}".encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}|{request_id}".encode(), digest_size=8).digest(), "big") >> 1
+    )
 
 
 @dataclass
@@ -140,7 +142,9 @@ class GroupScorer:
             raise ValueError(f"group {group.group_id} has an unfinished response and can't be scored")
         length = len(response.token_ids)
         score = self.scorer(self.decode(response.token_ids), group.problem, response.finish_reason)
-        penalty = float(overlong_penalty(length, self.max_response_length, self.overlong_buffer, self.overlong_factor))
+        penalty = float(
+            overlong_penalty(length, self.max_response_length, self.overlong_buffer, self.overlong_factor)
+        )
         return Trajectory(
             group_id=group.group_id,
             prompt_ids=list(group.problem.prompt_ids),

@@ -11,7 +11,9 @@ HIGHEST_LOG_PROB = 1e-3
 """Log-probs are at most 0, but for the rounding of the engine's softmax."""
 
 
-def malformed(reply: Any, requests: Sequence[GenerationRequest], sampling: SamplingParams, aborted: bool) -> str | None:
+def malformed(
+    reply: Any, requests: Sequence[GenerationRequest], sampling: SamplingParams, aborted: bool
+) -> str | None:
     """What is wrong with the form of a reply, or None. `aborted`: unfinished responses were asked for."""
     if not isinstance(reply, list) or len(reply) != len(requests):
         return f"{len(requests)} generations were due, not {f'{len(reply)}' if isinstance(reply, list) else type(reply).__name__}"

@@ -36,7 +36,14 @@ from megatron.core.tensor_parallel import (
 
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.model.logprob_head import torch_passes as head_passes
-from megatron_fipo.model.logprob_head.torch_passes import PADDED_LOGIT, KeptLogits, RowGradient, Slab, accumulation_dtype, merged
+from megatron_fipo.model.logprob_head.torch_passes import (
+    PADDED_LOGIT,
+    KeptLogits,
+    RowGradient,
+    Slab,
+    accumulation_dtype,
+    merged,
+)
 from megatron_fipo.objective.kernels.choice import takes_triton
 
 SLAB_MULTIPLE = 128
@@ -157,7 +164,12 @@ class _LogProbAndEntropy(torch.autograd.Function):
             if weight_gradient is not None:
                 _add_product(weight_gradient.sum[slab.columns], grad.t(), hidden)
         del workspace, out, logits, grad  # before the last conversion, which would be the peak
-        return grad_hidden.to(hidden.dtype), None if weight_gradient is None else weight_gradient.returned(), None, None
+        return (
+            grad_hidden.to(hidden.dtype),
+            None if weight_gradient is None else weight_gradient.returned(),
+            None,
+            None,
+        )
 
 
 def _meet(statistics: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
@@ -253,9 +265,13 @@ def response_log_probs(
     parallelism an all-gather of the hidden states forward and a reduce-scatter of their gradient backward (T·H elements each);
     without it an all-reduce of the gradient of the rows (R·H elements), because each vocabulary slice knows only its part.
     """
-    tensor_parallel_size = dist.get_world_size(tensor_parallel_group) if tensor_parallel_group is not None else 1
+    tensor_parallel_size = (
+        dist.get_world_size(tensor_parallel_group) if tensor_parallel_group is not None else 1
+    )
     if sequence_parallel and tensor_parallel_size > 1:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tensor_parallel_group)
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=tensor_parallel_group
+        )
     rows = hidden.squeeze(1).index_select(0, request.row_index)
     if not sequence_parallel and tensor_parallel_size > 1:
         rows = copy_to_tensor_model_parallel_region(rows, group=tensor_parallel_group)
@@ -280,6 +296,8 @@ def _passes(kernels: str, rows: torch.Tensor) -> ModuleType:
     """The two passes over a slab, in Triton or in plain torch."""
     if not takes_triton(kernels, rows, TRITON_DTYPES):
         return head_passes
-    from megatron_fipo.objective.kernels import triton_head as head_kernels  # imports Triton, which is not everywhere
+    from megatron_fipo.objective.kernels import (
+        triton_head as head_kernels,  # imports Triton, which is not everywhere
+    )
 
     return head_kernels

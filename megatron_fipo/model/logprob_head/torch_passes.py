@@ -112,11 +112,18 @@ def add_to_statistics(
     highest = torch.maximum(old_peak, peak)
     old_total, old_moment = merged(old_peak, old_total, old_moment, highest)
     new_total, new_moment = merged(peak, total, moment, highest)
-    torch.stack((highest, old_total + new_total, old_moment + new_moment, old_target + target), out=statistics)
+    torch.stack(
+        (highest, old_total + new_total, old_moment + new_moment, old_target + target), out=statistics
+    )
 
 
 def write_gradient(
-    logits: torch.Tensor, scale: float, shift: torch.Tensor, gradient: RowGradient, slab: Slab, out: torch.Tensor
+    logits: torch.Tensor,
+    scale: float,
+    shift: torch.Tensor,
+    gradient: RowGradient,
+    slab: Slab,
+    out: torch.Tensor,
 ) -> None:
     """Write the gradient by the slab's logits (before the temperature) to `out` [R, w], which may be `logits` itself.
 

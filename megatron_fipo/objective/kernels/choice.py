@@ -3,7 +3,6 @@
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -23,13 +22,15 @@ def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) 
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
     if kernels == "torch" or (kernels == "auto" and not tensor.is_cuda):
         return False
-    reason = _obstacle(tensor.device) or (None if tensor.dtype in dtypes else f"its kernels do not take {tensor.dtype}")
+    reason = _obstacle(tensor.device) or (
+        None if tensor.dtype in dtypes else f"its kernels do not take {tensor.dtype}"
+    )
     if kernels == "triton" and reason:
         raise ValueError(f"kernels is triton, but {reason}; use auto or torch")
     return reason is None
 
 
-def kernels_obstacle(kernels: str, device: torch.device) -> Optional[str]:
+def kernels_obstacle(kernels: str, device: torch.device) -> str | None:
     """Why `kernels` cannot compute on `device`, to be asked before a run starts; None where it can, as `auto` and `torch` always."""
     return _obstacle(device) if kernels == "triton" else None
 
@@ -46,14 +47,16 @@ def describe_kernels(kernels: str, device: torch.device) -> str:
     return f"plain torch, the same numbers more slowly: {reason}"
 
 
-def _obstacle(device: torch.device) -> Optional[str]:
+def _obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on `device`, or None."""
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
     if device.type != "cuda":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else f"the tensors are on {device.type}"
     if _capability(device) < OLDEST_CAPABILITY:
-        found, needed = (".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY))
+        found, needed = (
+            ".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY)
+        )
         return f"this GPU has compute capability {found} and Triton needs {needed}"
     return None
 

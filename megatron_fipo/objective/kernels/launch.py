@@ -6,7 +6,7 @@ Letters: R rows, S sequences, C chunks per sequence and rank, cp ranks.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,15 @@ TILE = 128
 
 @torch.no_grad()
 def fused_scan(
-    x: Tensor, riders: Tensor, plan: ScanPlan, rate: float, group: Optional[dist.ProcessGroup]
+    x: Tensor, riders: Tensor, plan: ScanPlan, rate: float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """`scan_future_kl` with Triton; `rate` is −log2 γ. x: [R] float32 or float64."""
     x, chunks = x.contiguous(), plan.lead.shape[1]
     with _on(x.device):
         aggregate = x.new_empty(plan.num_blocks, dtype=torch.float64)
-        kernels.scan_blocks_kernel[(plan.num_blocks,)](x, plan.slot_row, aggregate, GAMMA=2.0**-rate, BLOCK=BLOCK, num_warps=1)
+        kernels.scan_blocks_kernel[(plan.num_blocks,)](
+            x, plan.slot_row, aggregate, GAMMA=2.0**-rate, BLOCK=BLOCK, num_warps=1
+        )
         local = x.new_empty(plan.num_sequences, chunks + riders.shape[1], dtype=torch.float64)
         if riders.shape[1]:
             local[:, chunks:] = 0
@@ -44,17 +46,21 @@ def fused_scan(
         gathered = all_gather(local, group)  # [cp, S, C + k]
         future_kl = torch.empty_like(x)
         kernels.scan_rows_kernel[(plan.num_blocks,)](
-            x, *_scan_tables(plan, aggregate, gathered), future_kl, WIDTH=local.shape[1], **_scan_constants(plan, rate)
+            x,
+            *_scan_tables(plan, aggregate, gathered),
+            future_kl,
+            WIDTH=local.shape[1],
+            **_scan_constants(plan, rate),
         )
     return future_kl, gathered[:, :, chunks:].sum(dim=0)
 
 
 def fused_policy_loss(
     log_probs: Tensor,
-    entropy: Optional[Tensor],
+    entropy: Tensor | None,
     rows: PolicyRows,
     objective: PolicyObjective,
-    cp_group: Optional[dist.ProcessGroup],
+    cp_group: dist.ProcessGroup | None,
 ) -> PolicyLoss:
     """`policy_loss` with Triton, for inputs that it has checked."""
     check_group(rows.plan, cp_group)
@@ -76,8 +82,18 @@ class _FusedPolicyLoss(torch.autograd.Function):
         with _on(log_probs.device):
             outputs, reference_weight = _launch(log_probs, entropy, rows, objective, group)
         ctx.save_for_backward(outputs["grad_log_probs"], outputs["grad_entropy"])
-        sums, maxima = outputs["sums"].sum(dim=1), F.pad(outputs["maxima"], (0, 1), value=-torch.inf).amax(dim=1)
-        rest = (sums, maxima, outputs["influence"], outputs["future_kl"], outputs["kept_rows"], reference_weight)
+        sums, maxima = (
+            outputs["sums"].sum(dim=1),
+            F.pad(outputs["maxima"], (0, 1), value=-torch.inf).amax(dim=1),
+        )
+        rest = (
+            sums,
+            maxima,
+            outputs["influence"],
+            outputs["future_kl"],
+            outputs["kept_rows"],
+            reference_weight,
+        )
         ctx.mark_non_differentiable(*rest)
         return sums[0].to(log_probs.dtype), *rest
 
@@ -87,16 +103,31 @@ class _FusedPolicyLoss(torch.autograd.Function):
         grad_log_probs, grad_entropy = ctx.saved_tensors
         if grad_loss is None:
             return None, None, None, None, None
-        return grad_log_probs * grad_loss, None if grad_entropy is None else grad_entropy * grad_loss, None, None, None
+        return (
+            grad_log_probs * grad_loss,
+            None if grad_entropy is None else grad_entropy * grad_loss,
+            None,
+            None,
+            None,
+        )
 
 
 def _launch(
-    log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows, objective: PolicyObjective, group: Optional[dist.ProcessGroup]
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    rows: PolicyRows,
+    objective: PolicyObjective,
+    group: dist.ProcessGroup | None,
 ) -> tuple[dict[str, Any], Tensor]:
     """The launches around the gather: outputs of `loss_rows_kernel` by name (grad_entropy may be None), and the reference weight."""
     plan, settings, rate = rows.plan, objective.settings, decay_rate(objective.settings.half_life)
     inputs = _row_inputs(log_probs, entropy, rows)
-    shared = {"LOG_DUAL_CLIP": math.log(settings.dual_clip), "DUAL_CLIP": settings.dual_clip, "BLOCK": BLOCK, "num_warps": 1}
+    shared = {
+        "LOG_DUAL_CLIP": math.log(settings.dual_clip),
+        "DUAL_CLIP": settings.dual_clip,
+        "BLOCK": BLOCK,
+        "num_warps": 1,
+    }
     aggregate = log_probs.new_empty(plan.num_blocks, dtype=torch.float64)
     counts = log_probs.new_empty(plan.num_blocks, 2, dtype=torch.float64)
     kernels.loss_blocks_kernel[(plan.num_blocks,)](
@@ -129,7 +160,7 @@ def _launch(
     return outputs, sequences.reference_weight
 
 
-def _add_chunks(aggregate: Tensor, counts: Optional[Tensor], local: Tensor, plan: ScanPlan, rate: float) -> None:
+def _add_chunks(aggregate: Tensor, counts: Tensor | None, local: Tensor, plan: ScanPlan, rate: float) -> None:
     """Fills `local` [S, C + k]: what each chunk does, and where counts are given their sums."""
     kernels.chunk_sums_kernel[(plan.num_sequences,)](
         aggregate, counts, plan.first_block, plan.lead, local,
@@ -171,7 +202,7 @@ def _loss_constants(objective: PolicyObjective) -> dict[str, Any]:
     }
 
 
-def _row_inputs(log_probs: Tensor, entropy: Optional[Tensor], rows: PolicyRows) -> dict[str, Optional[Tensor]]:
+def _row_inputs(log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows) -> dict[str, Tensor | None]:
     given = {
         "log_probs": log_probs,
         "old_log_probs": rows.old_log_probs,
@@ -207,4 +238,6 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 if kernels.LIMIT.value != LOG_RATIO_LIMIT:
-    raise RuntimeError(f"the kernels clamp log-ratios at ±{kernels.LIMIT.value}, the torch path at ±{LOG_RATIO_LIMIT}")
+    raise RuntimeError(
+        f"the kernels clamp log-ratios at ±{kernels.LIMIT.value}, the torch path at ±{LOG_RATIO_LIMIT}"
+    )

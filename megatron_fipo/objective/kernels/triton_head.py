@@ -17,7 +17,18 @@ PADDED = tl.constexpr(PADDED_LOGIT)
 
 @triton.jit(do_not_specialize=["rows", "first_word"])
 def statistics_kernel(
-    logits, labels, statistics, kept, kept_peak, rows, width, words, first_word, scale, KEEP: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    labels,
+    statistics,
+    kept,
+    kept_peak,
+    rows,
+    width,
+    words,
+    first_word,
+    scale,
+    KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A program per row. Each lane keeps its own statistics, so that the loop needs one exponential per logit and no reduction."""
     row = tl.program_id(0).to(tl.int64)
@@ -41,7 +52,9 @@ def statistics_kernel(
         for start in range(0, words, BLOCK):
             column = start + lane
             z = tl.load(logits + row * width + column, mask=column < words, other=0.0) * scale
-            tl.store(kept + row * width + column, (z - slab_peak).to(kept.dtype.element_ty), mask=column < words)
+            tl.store(
+                kept + row * width + column, (z - slab_peak).to(kept.dtype.element_ty), mask=column < words
+            )
     # Lanes that saw no logit, and slabs before the first, have a total of 0 at the padded peak: they scale to nothing.
     old_peak = tl.load(statistics + row)
     old_total = tl.load(statistics + rows + row)
@@ -134,7 +147,12 @@ def add_to_statistics(
 
 
 def write_gradient(
-    logits: torch.Tensor, scale: float, shift: torch.Tensor, gradient: RowGradient, slab: Slab, out: torch.Tensor
+    logits: torch.Tensor,
+    scale: float,
+    shift: torch.Tensor,
+    gradient: RowGradient,
+    slab: Slab,
+    out: torch.Tensor,
 ) -> None:
     """As in `head_passes`."""
     rows, width = logits.shape

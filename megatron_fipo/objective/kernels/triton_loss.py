@@ -166,7 +166,9 @@ def _is_finite(value):
 
 
 @triton.jit
-def _usable_rows(row, held, log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, CORRECTS: tl.constexpr):
+def _usable_rows(
+    row, held, log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, CORRECTS: tl.constexpr
+):
     """(bool: counts; bool: counts and finite; log π_θ − log π_old clamped, 0 where unusable; whether the clamp left it alone; advantage)."""
     counts = held
     if mask is not None:
@@ -216,7 +218,9 @@ def loss_blocks_kernel(
 def _add(sums, index: tl.constexpr, counted, value):
     """Put the sum of the counted values into row `index` of this block's sums."""
     num_blocks = tl.num_programs(0)
-    tl.store(sums + index * num_blocks + tl.program_id(0), tl.sum(tl.where(counted, value, 0.0).to(tl.float64), 0))
+    tl.store(
+        sums + index * num_blocks + tl.program_id(0), tl.sum(tl.where(counted, value, 0.0).to(tl.float64), 0)
+    )
 
 
 @triton.jit
@@ -229,7 +233,10 @@ def _count(sums, index: tl.constexpr, counted):
 @triton.jit
 def _peak(maxima, index: tl.constexpr, counted, value):
     num_blocks = tl.num_programs(0)
-    tl.store(maxima + index * num_blocks + tl.program_id(0), tl.max(tl.where(counted, value.to(tl.float64), LOWEST), 0))
+    tl.store(
+        maxima + index * num_blocks + tl.program_id(0),
+        tl.max(tl.where(counted, value.to(tl.float64), LOWEST), 0),
+    )
 
 
 @triton.jit
@@ -275,7 +282,16 @@ def loss_rows_kernel(
     dtype: tl.constexpr = log_probs.dtype.element_ty
     row, held = _block_rows(slot_row, BLOCK)
     counts, usable, log_ratio, unclamped, advantage = _usable_rows(
-        row, held, log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, CORRECTION != "none"
+        row,
+        held,
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        entropy,
+        reference,
+        rollout,
+        CORRECTION != "none",
     )
     segment = tl.load(block_segment + tl.program_id(0))
     x = tl.where(log_ratio <= LOG_DUAL_CLIP, log_ratio, 0.0).to(tl.float64)
@@ -319,7 +335,9 @@ def loss_rows_kernel(
     gradient = tl.where(unclamped, slope * ratio, 0.0)
     reference_kl = tl.zeros([BLOCK], dtype)
     if reference is not None:
-        behind = tl.load(reference + row, mask=held, other=0.0) - tl.load(log_probs + row, mask=held, other=0.0)
+        behind = tl.load(reference + row, mask=held, other=0.0) - tl.load(
+            log_probs + row, mask=held, other=0.0
+        )
         reference_kl, reference_slope = _k3(tl.where(usable, behind, 0.0))
         loss += KL * reference_kl
         gradient -= KL * reference_slope
