@@ -77,7 +77,7 @@ def loss_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
     from gpu.loss_inputs import random_loss_inputs
     from gpu.scan_bench import recipe_inputs
 
-    from megatron_fipo.objective import scan_future_kl
+    from megatron_fipo.objective.future_kl import scan_future_kl
 
     inputs = random_loss_inputs([700, 20], 1, chunks=2)
     x, plan = inputs.log_probs, inputs.rows.plan

@@ -103,12 +103,14 @@ def zigzag_table(padded: np.ndarray, context_parallel_size: int) -> ChunkTable:
     Without context parallelism a sequence is one chunk.
     """
     if context_parallel_size == 1:
-        return ChunkTable(np.zeros_like(padded)[None, :, None], padded[None, :, None])
+        first, length = np.zeros_like(padded)[None, :, None], padded[None, :, None]
+        return ChunkTable(torch.from_numpy(first), torch.from_numpy(length))
     size = padded // (2 * context_parallel_size)  # [S]
     ranks = np.arange(context_parallel_size)
     chunk = np.stack([ranks, 2 * context_parallel_size - 1 - ranks], axis=1)  # [cp, 2]
     first = chunk[:, None, :] * size[None, :, None]
-    return ChunkTable(first, np.broadcast_to(size[None, :, None], first.shape))
+    length = np.broadcast_to(size[None, :, None], first.shape).copy()
+    return ChunkTable(torch.from_numpy(first), torch.from_numpy(length))
 
 
 def build_shard(
@@ -144,7 +146,7 @@ def build_shard(
     table = zigzag_table(whole.padded, context_parallel_size)
 
     local = _held_tokens(
-        whole.starts, table.first[context_parallel_rank], table.length[context_parallel_rank]
+        whole.starts, table.first[context_parallel_rank].numpy(), table.length[context_parallel_rank].numpy()
     )
     sequence = whole.sequence[local]
     position = local - whole.starts[sequence]

@@ -7,9 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.config.gpu_rules import Accelerators, fp8_obstacle
+from megatron_fipo.config.gpu_rules import fp8_obstacle
 from megatron_fipo.engine.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
-from megatron_fipo.environment.packages import has_nvidia_apex, installed_version
+from megatron_fipo.environment import Accelerators, has_nvidia_apex, installed_version
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Imports of heavy packages happen inside functions, so that the command line star
 """
 
 from megatron_fipo.config.load import differences, load_config, save_config
-from megatron_fipo.config.rules import Machine, validate, validate_evaluation, validate_sft
+from megatron_fipo.config.rules import validate, validate_evaluation, validate_sft
 from megatron_fipo.config.schema import (
     BatchConfig,
     Config,
@@ -12,7 +12,6 @@ from megatron_fipo.config.schema import (
     EvaluationConfig,
     HeadConfig,
     ModelConfig,
-    ObjectiveSettings,
     OptimizerSettings,
     ParallelConfig,
     RewardConfig,
@@ -29,9 +28,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "HeadConfig",
-    "Machine",
     "ModelConfig",
-    "ObjectiveSettings",
     "OptimizerSettings",
     "ParallelConfig",
     "RewardConfig",

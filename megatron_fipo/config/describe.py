@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from megatron_fipo.fields import rule_of
+
 
 def describe(schema: type, indent: int = 0) -> str:
     """YAML of the defaults with the docstrings as comments; `load_config` reads it back once the `???` are filled in."""
@@ -20,8 +22,8 @@ def describe(schema: type, indent: int = 0) -> str:
             blocks.append(f"{_comment(comment)}\n{item.name}:\n{describe(item.type, 2)}")  # type: ignore[arg-type]
             continue
         comment = docs[item.name]
-        if "choices" in item.metadata:
-            comment += f"\nOne of: {', '.join(item.metadata['choices'])}."
+        if (rule := rule_of(item)) is not None:
+            comment += f"\n{str(rule).capitalize()}."
         blocks.append(f"{_comment(comment)}\n{item.name}: {_yaml(_default(item))}")
     return textwrap.indent("\n".join(blocks), " " * indent)
 

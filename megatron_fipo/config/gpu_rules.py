@@ -1,10 +1,9 @@
 """What FP8, low-precision optimizer state and host offload need. Pure: facts about packages and GPUs are arguments."""
 
-from dataclasses import dataclass
-
 from packaging.version import InvalidVersion, Version
 
 from megatron_fipo.config.schema import ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.environment import Accelerators
 from megatron_fipo.errors import UserError
 
 INSTALL = "pip install 'megatron-fipo[gpu]'"
@@ -21,20 +20,6 @@ TORCH_ADAM = (
     f"optimizer has no checkpoints that a run can go on from; {INSTALL}, or build apex"
 )
 """Why a run on GPUs is refused with neither."""
-
-
-@dataclass(frozen=True)
-class Accelerators:
-    """The GPUs of a machine and what is installed for them."""
-
-    capability: tuple[int, int] | None
-    """Compute capability, of the oldest of them; None where there is no GPU."""
-    cuda: str | None
-    """The CUDA version that torch was built for."""
-    transformer_engine: str | None
-    """Its version, "unknown version" where it carries none, None where it is not installed."""
-    apex: bool = False
-    """Whether NVIDIA's apex is installed."""
 
 
 def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, overload
 
 from megatron_fipo.config.schema import Config
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.fields import first_violation
 
 Schema = TypeVar("Schema")
 
@@ -42,14 +44,11 @@ def load_config(path: str | Path | None, overrides: list[str], schema: type = Co
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{name}: no value for {', '.join(missing)}; give it there or as key=value")
-        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, name)) from None
-    for key, value, choices in _choice_fields(config):
-        if value not in choices:
-            raise UserError(
-                f"{key} is '{value}', but has to be one of: {', '.join(choices)}{_suggestion(value, choices)}"
-            )
+    config = schema(**{item.name: _to_object(merged, item.name, name) for item in fields(schema)})
+    if (violation := first_violation(config)) is not None:
+        raise UserError(violation)
     return config
 
 
@@ -168,23 +167,26 @@ def _nearest_key(key: str, root: Any, siblings: Any, prefix: str) -> str:
     return f"; keys here are: {', '.join(prefix + name for name in siblings)}"
 
 
-def _suggestion(value: str, choices: tuple[str, ...]) -> str:
-    nearest = difflib.get_close_matches(value, choices, n=1)
-    return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+def _to_object(merged: Any, section: str, source: str) -> Any:
+    """A section of the merged configuration as its data class, which may refuse its values with a ValueError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-
-def _choice_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            yield from _choice_fields(value, f"{prefix}{item.name}.")
-        elif "choices" in item.metadata:
-            yield f"{prefix}{item.name}", value, item.metadata["choices"]
+    try:
+        value = merged[section]
+        return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, source)) from None
+    except ValueError as error:
+        raise UserError(f"{section}.{error}") from None
 
 
 def _explain(error: Any, source: str) -> str:
     """OmegaConf's message is its first line; the lines after it repeat the key and internals."""
     reason = first_line(error)
+    if lengths := re.search(r"TupleConfig length (\d+) does not match type hint length (\d+)", reason):
+        given, taken = lengths.groups()
+        reason = f"{given} value{'' if given == '1' else 's'} given, but it takes {taken}"
     return (
         f"{source}: {error.full_key}: {reason}" if getattr(error, "full_key", None) else f"{source}: {reason}"
     )

@@ -1,98 +1,21 @@
 """Refuse combinations that cannot work, before anything starts. Pure: facts about model and machine are arguments."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_fipo.config.gpu_rules import (
-    Accelerators,
     check_accelerators,
     check_adam,
     check_fp8_split,
     check_layers,
     check_precision,
 )
-from megatron_fipo.config.load import leaves
-from megatron_fipo.config.schema import Config, ObjectiveSettings, ParallelConfig, RolloutConfig, SftConfig
+from megatron_fipo.config.schema import Config, ParallelConfig, RolloutConfig, SftConfig
+from megatron_fipo.environment import Accelerators, Machine
 from megatron_fipo.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_fipo.families.family import Architecture
-
-AT_LEAST_ONE = {
-    "parallel.tensor_model_parallel_size",
-    "parallel.pipeline_model_parallel_size",
-    "parallel.context_parallel_size",
-    "parallel.data_parallel_size",
-    "head.workspace_mb",
-    "batch.prompts_per_iteration",
-    "batch.mini_batch_prompts",
-    "batch.max_tokens_per_micro_batch",
-    "rollout.num_engines",
-    "rollout.max_prompt_length",
-    "rollout.max_response_length",
-    "rollout.engine_tensor_parallel_size",
-    "rollout.prompts_in_flight",
-    "rollout.max_prompts",
-    "rollout.weight_bucket_mb",
-    "data.train_size",
-    "data.evaluation_size",
-    "checkpoint.keep_last",
-    "evaluation.samples_per_problem",
-    "iterations",
-    "steps",
-    "tokens_per_step",
-}
-AT_LEAST_ZERO = {
-    "head.logits_memory_mb",
-    "objective.kl_coefficient",
-    "objective.entropy_coefficient",
-    "optimizer.warmup_iterations",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "optimizer.clip_grad",
-    "rollout.max_staleness",
-    "rollout.max_retries",
-    "reward.overlong_buffer",
-    "reward.overlong_factor",
-    "evaluation.every",
-    "evaluation.temperature",
-    "checkpoint.every",
-    "checkpoint.keep_best",
-    "checkpoint.keep_every",
-    "rollout.max_restarts",
-    "rollout.check_weight_sync",
-    "rollout.dump_every",
-    "seed",
-}
-ABOVE_ZERO = {
-    "objective.half_life",
-    "objective.safety_threshold",
-    "objective.clip_high",
-    "optimizer.lr",
-    "optimizer.adam_eps",
-    "rollout.temperature",
-    "rollout.timeout_s",
-    "rollout.health_timeout_s",
-    "objective.correction_cap",
-    "max_walltime_minutes",
-}
-UP_TO_ONE = {"optimizer.cpu_offload"}
-"""At least 0 and at most 1."""
-SHARES = {"rollout.gpu_memory_share", "rollout.top_p", "evaluation.top_p"}
-"""Above 0 and at most 1."""
-BELOW_ONE = {"objective.clip_low", "optimizer.adam_beta1", "optimizer.adam_beta2"}
-"""At least 0 and below 1."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What ranks can run on: the GPUs or, where there is none, the CPU cores."""
-
-    cpus: int
-    gpus: int
-    accelerators: Accelerators | None = None
-    """None where they are not known, on a Ray cluster of other machines; its ranks look for themselves."""
 
 
 def validate(
@@ -102,7 +25,6 @@ def validate(
 
     Without `architecture` the checks against the model are left out, without `machine` those against cores and GPUs.
     """
-    _check_ranges(config)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
@@ -110,7 +32,6 @@ def validate(
     if config.parallel.overlap_communication and not config.optimizer.distributed:
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
-    _check_objective(config.objective)
     _check_rollout(config, architecture)
     if config.reward.overlong_buffer >= config.rollout.max_response_length:
         raise UserError(
@@ -123,7 +44,6 @@ def validate(
 
 def validate_evaluation(config: Config, architecture: "Architecture | None" = None) -> None:
     """Check what measuring a model needs; the settings of training are not looked at. Raises UserError."""
-    _check_ranges(config)
     _check_data(config, training=False)
     _check_positions(config.rollout, architecture)
 
@@ -132,7 +52,6 @@ def validate_sft(
     config: SftConfig, architecture: "Architecture | None" = None, machine: Machine | None = None
 ) -> None:
     """Check a supervised configuration; arguments as in `validate`. Raises UserError."""
-    _check_ranges(config)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.layer_spec, machine)
@@ -141,23 +60,6 @@ def validate_sft(
         raise UserError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} has to be at most steps={config.steps}"
         )
-
-
-def _check_ranges(config: Any) -> None:
-    rules = (
-        (AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
-        (AT_LEAST_ZERO, "at least 0", lambda value: value >= 0),
-        (ABOVE_ZERO, "above 0", lambda value: value > 0),
-        (UP_TO_ONE, "at least 0 and at most 1", lambda value: 0 <= value <= 1),
-        (SHARES, "above 0 and at most 1", lambda value: 0 < value <= 1),
-        (BELOW_ONE, "at least 0 and below 1", lambda value: 0 <= value < 1),
-    )
-    for key, value in leaves(config):
-        for keys, meaning, holds in rules:
-            if key in keys and value is not None and not holds(value):
-                raise UserError(f"{key} has to be {meaning}, not {value}")
-        if isinstance(value, float) and math.isinf(value) and key != "objective.half_life":
-            raise UserError(f"{key} has to be finite, not {value}")
 
 
 def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None") -> None:
@@ -255,10 +157,6 @@ def _check_batch(config: Config) -> None:
             f"batch.mini_batch_prompts={batch.mini_batch_prompts} has to divide "
             f"batch.prompts_per_iteration={batch.prompts_per_iteration}"
         )
-    if batch.responses_per_prompt < 2:
-        raise UserError(
-            "batch.responses_per_prompt has to be at least 2: advantages compare the responses to one prompt"
-        )
     if parallel.data_parallel_size > batch.mini_batch_prompts * batch.responses_per_prompt:
         raise UserError(
             f"parallel.data_parallel_size={parallel.data_parallel_size} exceeds the "
@@ -331,29 +229,6 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
         raise UserError(
             "deterministic=true needs rollout.mode=synchronous or one_step_off and rollout.unfinished=drop: otherwise timing decides "
             "which tokens are sampled with which weights"
-        )
-
-
-def _check_objective(objective: ObjectiveSettings) -> None:
-    clip = objective.influence_clip
-    if clip is not None and not (len(clip) == 2 and 0 <= clip[0] <= clip[1] and math.isfinite(clip[1])):
-        raise UserError(
-            f"objective.influence_clip={clip} has to be two rising numbers, such as [1.0,1.2], or null"
-        )
-    key, clip_above = (
-        ("clip_low", objective.clip_low) if objective.name == "grpo" else ("clip_high", objective.clip_high)
-    )
-    if not objective.dual_clip > 1 + clip_above:
-        raise UserError(
-            f"objective.dual_clip={objective.dual_clip} has to be above 1 + objective.{key} = {1 + clip_above}"
-        )
-    if objective.kl_coefficient and objective.name != "grpo":
-        raise UserError(
-            f"objective.kl_coefficient is for grpo only; set it to 0 with objective.name={objective.name}"
-        )
-    if objective.normalization != "token_mean" and objective.name == "grpo":
-        raise UserError(
-            f"objective.normalization={objective.normalization} is not for grpo, which averages per response; leave it token_mean"
         )
 
 

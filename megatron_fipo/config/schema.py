@@ -8,12 +8,9 @@ parallel settings are Megatron-Core's own. `megatron-fipo config` prints all of 
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
-
-def _choice(default: str, *others: str) -> Any:
-    """A string field that admits only the named values; `load_config` checks it."""
-    return field(default=default, metadata={"choices": (default, *others)})
+from megatron_fipo.fields import choice, number
+from megatron_fipo.objective.config import ObjectiveConfig
 
 
 @dataclass
@@ -22,20 +19,20 @@ class ModelConfig:
 
     path: str = "???"
     """Folder in Hugging Face format: config.json, safetensors, tokenizer. Training starts from these weights."""
-    dtype: str = _choice("bfloat16", "float32")
+    dtype: str = choice("bfloat16", "float32")
     """Dtype of parameters and activations. Gradients, master weights and everything per token are float32."""
-    fp8: str = _choice("none", "hybrid", "e4m3")
+    fp8: str = choice("none", "hybrid", "e4m3")
     """Multiply the layers' matrices in FP8 (Transformer Engine, GPUs of compute capability 8.9 and above; `docs/precision.md`).
     `hybrid` is E4M3 forward and E5M2 for gradients, `e4m3` the one format for both."""
-    fp8_recipe: str = _choice("blockwise", "tensorwise", "delayed")
+    fp8_recipe: str = choice("blockwise", "tensorwise", "delayed")
     """Where FP8's scales come from: each block of 128 values (`blockwise`, needs Hopper and CUDA 12.9), each tensor (`tensorwise`)
     or the tensors of earlier micro-batches (`delayed`), which makes the first mini-step differ from the old log-probs."""
     fp8_param_gather: bool = False
     """Keep the layers' matrices in FP8 between steps too: half the bytes to gather after each. Not with `delayed`."""
-    layer_spec: str = _choice("auto", "portable", "transformer_engine")
+    layer_spec: str = choice("auto", "portable", "transformer_engine")
     """Which modules build a layer. `auto` takes Transformer Engine for bfloat16 where it is installed, else the portable modules, and
     says which."""
-    recompute: str = _choice("none", "selective", "full")
+    recompute: str = choice("none", "selective", "full")
     """Activation recomputation: `selective` recomputes core attention, `full` whole layers."""
     trust_remote_code: bool = False
     """Let Hugging Face run code from the model folder."""
@@ -52,17 +49,17 @@ class ModelConfig:
 class ParallelConfig:
     """How the trainer's ranks are used. World size = tensor × pipeline × context × data."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = number(1, least=1)
     """Ranks that share each matrix. Must divide attention heads and key-value groups."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks too (less memory; needs tensor_model_parallel_size > 1)."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = number(1, least=1)
     """Ranks that share the stack of layers."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: int | None = number(None, least=2)
     """Model chunks per pipeline rank (interleaved schedule); null for one."""
-    context_parallel_size: int = 1
+    context_parallel_size: int = number(1, least=1)
     """Ranks that share each sequence."""
-    data_parallel_size: int = 1
+    data_parallel_size: int = number(1, least=1)
     """Replicas of all of the above."""
     overlap_communication: bool = False
     """Overlap gradient reduction with the backward pass."""
@@ -100,61 +97,26 @@ class ParallelConfig:
 class HeadConfig:
     """The output layer, which turns hidden states of response tokens into log-probs and entropy, and the loss behind it."""
 
-    kernels: str = _choice("auto", "torch", "triton")
+    kernels: str = choice("auto", "torch", "triton")
     """What computes all that is not a matrix product: `auto` takes Triton's kernels where it runs, else plain torch, the same numbers."""
-    workspace_mb: int = 384
+    workspace_mb: int = number(384, least=1)
     """Memory for logits at one time: the vocabulary is walked over in slabs that fit. On a GPU a bfloat16 logit takes 6 bytes (float32,
     and its gradient). More slabs are slower: each reads and writes the sum of the hidden states' gradients."""
-    logits_memory_mb: int = 0
+    logits_memory_mb: int = number(0, least=0)
     """Keep logits (in the model's dtype) for backward while they fit this budget per micro-batch; 0 recomputes them."""
-
-
-@dataclass
-class ObjectiveSettings:
-    """The policy loss. `docs/algorithm.md` derives each term."""
-
-    name: str = _choice("fipo", "dapo", "grpo")
-    """`fipo` weighs each token by its future KL. `dapo` is the same without weights and without the drop rule.
-    `grpo` averages per response and clips symmetrically at clip_low."""
-    half_life: float = 32.0
-    """Tokens after which a future log-ratio counts half (the paper's tau); .inf for no decay."""
-    influence_clip: list[float] | None = field(default_factory=lambda: [1.0, 1.2])
-    """Lowest and highest influence weight; null means the authors' `no clip`, which is [0, 10]."""
-    safety_threshold: float = 10.0
-    """Where the advantage is negative and the ratio is above this, the influence weight is kept within [0.8, 1]."""
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.28
-    """The ratio is clipped above at 1 + clip_high (not grpo, whose upper bound is 1 + clip_low)."""
-    dual_clip: float = 10.0
-    """Bound of the loss on negative advantages, and the ratio above which a token leaves FutureKL (the paper's c)."""
-    drop_dual_clipped: bool = True
-    """Leave out a response with more than one dual-clipped token of negative advantage (fipo only)."""
-    normalization: str = _choice("token_mean", "reference_micro_batch")
-    """`token_mean` divides by the kept tokens of the whole mini-batch, so no split changes the gradient.
-    `reference_micro_batch` averages each micro-batch alone, as the authors' release does (not grpo)."""
-    kl_coefficient: float = 0.0
-    """Weight of the k3 estimate of KL to the initial model (grpo only)."""
-    entropy_coefficient: float = 0.0
-    """Weight of an entropy bonus. 0 holds no memory for its gradient."""
-    correction: str = _choice("none", "tis", "mis")
-    """Off-policy correction by w = exp(old log-prob of the trainer - log-prob of the rollout engine), per token: `tis` multiplies
-    the token's loss by min(w, correction_cap), `mis` by w where w <= correction_cap and by 0 elsewhere."""
-    correction_cap: float = 2.0
-    """Largest importance weight."""
 
 
 @dataclass
 class BatchConfig:
     """How much is trained on per iteration, per optimizer step and at one time."""
 
-    prompts_per_iteration: int = 512
+    prompts_per_iteration: int = number(512, least=1)
     """Groups trained on per iteration, after dynamic sampling."""
-    responses_per_prompt: int = 16
-    """Group size."""
-    mini_batch_prompts: int = 64
+    responses_per_prompt: int = number(16, least=2)
+    """Group size; advantages compare the responses to one prompt."""
+    mini_batch_prompts: int = number(64, least=1)
     """Groups per optimizer step; prompts_per_iteration / mini_batch_prompts steps per iteration."""
-    max_tokens_per_micro_batch: int = 22528
+    max_tokens_per_micro_batch: int = number(22528, least=1)
     """Padded tokens that one rank holds at one time. A micro-batch holds context_parallel_size times as many."""
 
 
@@ -162,25 +124,25 @@ class BatchConfig:
 class OptimizerSettings:
     """AdamW, with Megatron-Core's distributed optimizer."""
 
-    lr: float = 1e-6
+    lr: float = number(1e-6, above=0)
     """Constant learning rate after the warm-up (AdamW)."""
-    warmup_iterations: int = 10
+    warmup_iterations: int = number(10, least=0)
     """Iterations over which the rate rises linearly from 0; it changes once per iteration."""
-    weight_decay: float = 0.1
+    weight_decay: float = number(0.1, least=0)
     """Decoupled weight decay, not applied to norms and biases."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = number(0.9, least=0, below=1)
     """Decay of the first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = number(0.999, least=0, below=1)
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: float = number(1e-8, above=0)
     """Added to the root of the second moment."""
-    clip_grad: float = 1.0
+    clip_grad: float = number(1.0, least=0)
     """Largest global gradient norm; 0 for none."""
     distributed: bool = True
     """Megatron's distributed optimizer: state split over data and context parallel ranks."""
-    state_dtype: str = _choice("float32", "bfloat16")
+    state_dtype: str = choice("float32", "bfloat16")
     """Dtype of the two moments; `bfloat16` needs Transformer Engine's Adam. Master weights and checkpoints stay float32."""
-    cpu_offload: float = 0.0
+    cpu_offload: float = number(0.0, least=0, most=1)
     """Share of master weights and moments that is kept in host memory and updated there (needs a GPU and model.dtype=bfloat16)."""
 
 
@@ -188,55 +150,55 @@ class OptimizerSettings:
 class RolloutConfig:
     """Sampling of responses, and dynamic sampling of groups."""
 
-    engine: str = _choice("local", "vllm")
+    engine: str = choice("local", "vllm")
     """`vllm` generates with vLLM; `local` with transformers, for small models and machines without vLLM."""
-    num_engines: int = 1
+    num_engines: int = number(1, least=1)
     """Engine replicas; requests are spread over them."""
-    engine_tensor_parallel_size: int = 1
+    engine_tensor_parallel_size: int = number(1, least=1)
     """Ranks that share one engine's model (vllm only). Each takes one GPU where there are any."""
-    placement: str = _choice("separate", "colocated")
+    placement: str = choice("separate", "colocated")
     """`separate` gives engines GPUs of their own. `colocated` lets them share the trainer's: they sleep, their memory given back,
     while the trainer works (vllm and mode=synchronous only)."""
-    gpu_memory_share: float = 0.85
+    gpu_memory_share: float = number(0.85, above=0, most=1)
     """Share of a GPU's memory that an engine takes for weights and KV cache (vllm on GPUs only)."""
-    mode: str = _choice("synchronous", "one_step_off", "fully_asynchronous")
+    mode: str = choice("synchronous", "one_step_off", "fully_asynchronous")
     """`synchronous` samples, then trains. `one_step_off` samples the next iteration while this one trains, whole iterations with
     one weight version. `fully_asynchronous` never stops sampling; new weights reach responses that are half done."""
-    unfinished: str = _choice("drop", "continue")
+    unfinished: str = choice("drop", "continue")
     """Responses not finished when an iteration has its groups. `drop`: an iteration gets the first informative groups in the order of
     their prompts, whichever finish first; what was started beyond them is dropped. `continue` keeps `prompts_in_flight` prompts going;
     what is unfinished goes on under the next weights."""
-    prompts_in_flight: int = 1024
+    prompts_in_flight: int = number(1024, least=1)
     """Prompts at the engines at one time. With `drop` so many are started at once: batch.prompts_per_iteration wastes nothing and waits
     for replacements of uninformative groups; that / (share of informative groups) is faster and wastes a few percent."""
-    max_prompts: int = 20480
+    max_prompts: int = number(20480, least=1)
     """Prompts that dynamic sampling may start for one iteration before it goes on with the groups it has."""
-    max_staleness: int = 1
+    max_staleness: int = number(1, least=0)
     """A group is trained on at most this many weight versions after its oldest token was sampled; older ones are dropped. With
     `continue`, 2 or 3 keep long responses from being dropped more often than short ones. In `fully_asynchronous` it also bounds how
     far sampling runs ahead."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, above=0)
     """Sampling temperature. The head divides logits by the same number."""
-    top_p: float = 1.0
+    top_p: float = number(1.0, above=0, most=1)
     """Nucleus truncation while sampling."""
-    max_prompt_length: int = 2048
+    max_prompt_length: int = number(2048, least=1)
     """Longer prompts are refused when the dataset is read."""
-    max_response_length: int = 20480
+    max_response_length: int = number(20480, least=1)
     """Generation stops here with finish reason `length`."""
-    max_retries: int = 2
+    max_retries: int = number(2, least=0)
     """Times a failed request is sent again before its group is dropped and counted."""
-    timeout_s: float = 3600.0
+    timeout_s: float = number(3600.0, above=0)
     """Seconds an engine may take to load, to answer one call, or to take new weights."""
-    health_timeout_s: float = 60.0
+    health_timeout_s: float = number(60.0, above=0)
     """Seconds an engine may leave a health probe unanswered before it counts as hung."""
-    max_restarts: int = 3
+    max_restarts: int = number(3, least=0)
     """Times an engine is started again after it died, hung or answered garbage; then the others go on without it."""
-    weight_bucket_mb: int = 256
+    weight_bucket_mb: int = number(256, least=1)
     """Size of the pieces in which weights travel to the engines."""
-    check_weight_sync: int = 1
+    check_weight_sync: int = number(1, least=0)
     """Every so many weight updates, compare a checksum of each tensor on both sides; an engine that differs is started again, and the
     difference is said. 0 for never."""
-    dump_every: int = 0
+    dump_every: int = number(0, least=0)
     """Iterations between dumps of the trained trajectories to run_dir/rollouts, for `train --replay`; 0 for none."""
 
 
@@ -244,7 +206,7 @@ class RolloutConfig:
 class DataConfig:
     """Problems to train on and held-out problems."""
 
-    source: str = _choice("parquet", "jsonl", "countdown")
+    source: str = choice("parquet", "jsonl", "countdown")
     """`parquet` and `jsonl` read rows of prompt, reward_model.ground_truth, data_source; `countdown` generates problems."""
     train_path: str | None = None
     """File of training rows (parquet, jsonl)."""
@@ -252,9 +214,9 @@ class DataConfig:
     """File of held-out rows (parquet, jsonl)."""
     deduplicate: bool = True
     """Keep the first of rows with the same prompt, and say how many went."""
-    train_size: int = 4000
+    train_size: int = number(4000, least=1)
     """Problems to generate for training (countdown)."""
-    evaluation_size: int = 150
+    evaluation_size: int = number(150, least=1)
     """Held-out problems to generate (countdown)."""
 
 
@@ -262,11 +224,11 @@ class DataConfig:
 class RewardConfig:
     """How a response is scored."""
 
-    name: str = _choice("dapo_math", "countdown")
+    name: str = choice("dapo_math", "countdown")
     """The scorer."""
-    overlong_buffer: int = 4096
+    overlong_buffer: int = number(4096, least=0)
     """Last tokens of the response limit over which the penalty grows linearly; 0 for no penalty."""
-    overlong_factor: float = 1.0
+    overlong_factor: float = number(1.0, least=0)
     """Penalty at the limit."""
 
 
@@ -274,13 +236,13 @@ class RewardConfig:
 class EvaluationConfig:
     """Measurements on the held-out problems. The response limit is `rollout.max_response_length`."""
 
-    every: int = 5
+    every: int = number(5, least=0)
     """Iterations between evaluations; 0 for only after the last, which is always evaluated where there are held-out problems."""
-    samples_per_problem: int = 32
+    samples_per_problem: int = number(32, least=1)
     """k of avg@k, cons@k, pass@k."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, least=0)
     """Sampling temperature of evaluation."""
-    top_p: float = 0.7
+    top_p: float = number(0.7, above=0, most=1)
     """Nucleus truncation of evaluation."""
     before_training: bool = True
     """Evaluate the starting weights first."""
@@ -290,15 +252,15 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When the run's state is saved, and which checkpoints stay. The newest complete one always does."""
 
-    every: int = 5
+    every: int = number(5, least=0)
     """Iterations between checkpoints; 0 saves only at the end and on interruption."""
     asynchronous: bool = True
     """Write in the background while training goes on; a writer that fails stops the run with its reason."""
-    keep_last: int = 1
+    keep_last: int = number(1, least=1)
     """The newest so many checkpoints stay."""
-    keep_best: int = 0
+    keep_best: int = number(0, least=0)
     """So do this many with the best held-out accuracy (avg@k)."""
-    keep_every: int = 0
+    keep_every: int = number(0, least=0)
     """So does each whose iteration is a multiple of this; 0 for none."""
 
 
@@ -306,7 +268,7 @@ class CheckpointConfig:
 class TrackingConfig:
     """Where metrics go besides the console and the run directory."""
 
-    wandb: str = _choice("offline", "online", "disabled")
+    wandb: str = choice("offline", "online", "disabled")
     """Weights & Biases mode."""
     wandb_project: str = "megatron-fipo"
     """Project name there."""
@@ -321,7 +283,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -332,15 +294,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str = "???"
     """Where the run keeps its state, metrics, report and model. An existing run of the same config continues."""
-    iterations: int = 500
+    iterations: int = number(500, least=1)
     """Iterations of rollout and update."""
-    seed: int = 1
+    seed: int = number(1, least=0)
     """Of data order, sampling and initialisation."""
     deterministic: bool = False
     """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died (within
     max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, where timing decides
     what is sampled."""
-    max_walltime_minutes: float | None = None
+    max_walltime_minutes: float | None = number(None, above=0)
     """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
     ray_address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine."""
@@ -350,7 +312,7 @@ class Config:
 class SftDataConfig:
     """Traces to imitate: searches of generated countdown problems."""
 
-    train_size: int = 4000
+    train_size: int = number(4000, least=1)
     """Problems to write traces for. The held-out problems are never among them."""
 
 
@@ -358,15 +320,15 @@ class SftDataConfig:
 class SftOptimizerSettings:
     """AdamW for supervised training."""
 
-    lr: float = 3e-3
+    lr: float = number(3e-3, above=0)
     """Learning rate after the warm-up (AdamW); it falls along a half cosine to lr / 10 at the last step."""
-    warmup_steps: int = 50
+    warmup_steps: int = number(50, least=0)
     """Steps over which the rate rises linearly from 0."""
-    weight_decay: float = 0.01
+    weight_decay: float = number(0.01, least=0)
     """Decoupled weight decay, not applied to norms and biases."""
-    adam_beta2: float = 0.98
+    adam_beta2: float = number(0.98, least=0, below=1)
     """Decay of the second moment; short runs want a shorter memory than 0.999."""
-    clip_grad: float = 1.0
+    clip_grad: float = number(1.0, least=0)
     """Largest global gradient norm; 0 for none."""
 
 
@@ -378,16 +340,16 @@ class SftConfig:
     """Folder with config.json and tokenizer in Hugging Face format. It needs no weights: they start random, from `seed`."""
     output_dir: str = "???"
     """Where the trained model goes, in Hugging Face format."""
-    dtype: str = _choice("float32", "bfloat16")
+    dtype: str = choice("float32", "bfloat16")
     """Dtype of parameters and activations."""
-    layer_spec: str = _choice("auto", "portable", "transformer_engine")
+    layer_spec: str = choice("auto", "portable", "transformer_engine")
     """Which modules build a layer, as in `train`."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: SftDataConfig = field(default_factory=SftDataConfig)
     optimizer: SftOptimizerSettings = field(default_factory=SftOptimizerSettings)
-    steps: int = 1000
+    steps: int = number(1000, least=1)
     """Optimizer steps."""
-    tokens_per_step: int = 3000
+    tokens_per_step: int = number(3000, least=1)
     """Tokens of whole traces per optimizer step, over all ranks."""
-    seed: int = 1
+    seed: int = number(1, least=0)
     """Of initialisation, data and order."""

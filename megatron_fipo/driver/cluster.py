@@ -10,9 +10,9 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from megatron_fipo.config import Config, Machine
+from megatron_fipo.config import Config
 from megatron_fipo.driver.rollout.pool import EnginePool
-from megatron_fipo.environment.machine import this_machine
+from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.weight_sync.object_store import BUCKETS_IN_STORE, transport_for
 

@@ -26,7 +26,7 @@ from megatron_fipo.config import (
 from megatron_fipo.driver.cluster import ray_cluster
 from megatron_fipo.driver.train import load_tokenizer, pad_id
 from megatron_fipo.driver.trainer_group import TrainerGroup
-from megatron_fipo.environment.machine import this_machine
+from megatron_fipo.environment import this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.tasks.countdown.problems import generate_problems, supervised_trace

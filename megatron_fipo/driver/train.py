@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import Config, Machine, validate
+from megatron_fipo.config import Config, validate
 from megatron_fipo.driver.cluster import engine_class, run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
@@ -21,7 +21,7 @@ from megatron_fipo.driver.rollout.prompt_group import GroupScorer
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import TrainerGroup
-from megatron_fipo.environment.machine import this_machine
+from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.errors import UserError, first_line, writing
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.report import write_report

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig
-from megatron_fipo.environment.accelerators import can_compile
+from megatron_fipo.environment import can_compile
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.families.registry import read_model_config

@@ -1,6 +1,6 @@
-"""What becomes of whole responses: which are left out, and what their tokens weigh. The same on every context-parallel rank.
+"""Step 7, the drop rule: which responses are kept, and the weight of their tokens. The same on every context-parallel rank.
 
-Letter: S sequences in the micro-batch.
+Notation: S sequences in the micro-batch.
 """
 
 from dataclasses import dataclass
@@ -8,35 +8,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective.config import PolicyObjective
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss_inputs import PolicyRows
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """One answer per response."""
+class KeptSequences:
+    """The decision for each response."""
 
     non_finite: Tensor
     """bool [S]: a number of one of its rows is not finite."""
     dropped: Tensor
-    """bool [S]: the drop rule leaves it out."""
+    """bool [S]: excluded by the drop rule."""
     kept: Tensor
-    """bool [S]: neither."""
+    """bool [S]: neither of the two."""
     weight: Tensor
-    """[S]: what each kept row of it weighs in the loss sum."""
+    """[S]: weight of each of its kept rows in the loss sum."""
     reference_weight: Tensor
     """0-d: that weight in the authors' mean per micro-batch, sequences / kept tokens over all context-parallel ranks."""
 
 
 @torch.no_grad()
-def judge_sequences(totals: Tensor, rows: PolicyRows, objective: PolicyObjective) -> Sequences:
-    """From totals [S, 2] over all context-parallel ranks: rows that are not finite, and dual-clipped rows.
+def apply_drop_rule(counts: Tensor, rows: PolicyRows, objective: ObjectiveConfig) -> KeptSequences:
+    """From counts [S, 2] over all context-parallel ranks: rows that are not finite, and dual-clipped rows.
 
     The authors' mean per micro-batch, weighted by sequences, is a sum too: Σ_mb n_mb·mean_mb = Σ over rows of n_mb / kept
-    tokens of the micro-batch. What is kept is known on every context-parallel rank, so no collective is needed for it.
+    tokens of the micro-batch. What is kept is known on every context-parallel rank, so it needs no collective.
     """
-    non_finite = totals[:, 0] > 0
-    dropped = ~non_finite & (totals[:, 1] > 1) & objective.drops
+    non_finite = counts[:, 0] > 0
+    dropped = ~non_finite & (counts[:, 1] > 1) & objective.drops
     kept = ~(non_finite | dropped)
     length = rows.response_length
     reference_weight = (length > 0).sum() / (length * kept).sum().clamp(
@@ -48,4 +48,4 @@ def judge_sequences(totals: Tensor, rows: PolicyRows, objective: PolicyObjective
         weight = torch.ones_like(length)
     else:
         weight = reference_weight.to(length.dtype).expand_as(length)
-    return Sequences(non_finite, dropped, kept, weight, reference_weight)
+    return KeptSequences(non_finite, dropped, kept, weight, reference_weight)

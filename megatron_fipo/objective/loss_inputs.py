@@ -1,6 +1,6 @@
-"""What goes into the policy loss of one micro-batch on one rank, and what comes out.
+"""Inputs and results of the policy loss of one micro-batch on one rank.
 
-Letters: R rows on this rank, S sequences in the micro-batch.
+Notation: R rows on this rank, S sequences in the micro-batch.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective.config import PolicyObjective
-from megatron_fipo.objective.metrics import Statistics
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.scan_layout import ScanPlan
+from megatron_fipo.objective.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class PolicyRows:
-    """What the loss knows about each row besides its log-probability. All per-row tensors are float32 (float64 in tests)."""
+    """Inputs of the loss per row besides its log-probability. All per-row tensors are float32 (float64 in tests)."""
 
     old_log_probs: Tensor
     """[R], under the weights at the start of the iteration."""
@@ -26,13 +26,13 @@ class PolicyRows:
     response_length: Tensor
     """[S], response tokens of each sequence over all context-parallel ranks."""
     plan: ScanPlan
-    """Where the rows lie; knows the sequence of each row."""
+    """Index tables of the scan, with the sequence of each row."""
     reference_log_probs: Tensor | None = None
     """[R], under the initial model; only for a KL term."""
     rollout_log_probs: Tensor | None = None
-    """[R], under the rollout engine that sampled: for the off-policy correction, and compared with the old ones where given."""
+    """[R], under the rollout engine that sampled: for the off-policy correction; if given, compared with the old ones."""
     mask: Tensor | None = None
-    """bool [R]: rows that count. None where every row is a response token, as in packed batches."""
+    """bool [R]: rows that count. None if every row is a response token, as in packed batches."""
 
     def to(self, device: torch.device | str) -> "PolicyRows":
         """The same rows on `device`."""
@@ -47,9 +47,9 @@ class PolicyLoss:
     """The loss of one micro-batch on one rank. Mini-batch loss = Σ loss_sum / Σ normalizer over micro-batches and ranks."""
 
     loss_sum: Tensor
-    """0-d, with gradient; 0 with a graph attached where nothing is kept, so that backward runs on every rank."""
+    """0-d, with gradient; 0 with a graph attached if nothing is kept, so that backward runs on every rank."""
     normalizer: Tensor
-    """0-d, a whole number: the tokens or sequences this rank contributes to the denominator."""
+    """0-d, an integer: the tokens or sequences this rank contributes to the denominator."""
     influence_weights: Tensor
     """[R], the paper's f; 1 for dapo and grpo."""
     future_kl: Tensor
@@ -60,7 +60,7 @@ class PolicyLoss:
 
 
 def check_inputs(
-    log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows, objective: PolicyObjective
+    log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows, objective: ObjectiveConfig
 ) -> None:
     """Raise ValueError for dtypes and shapes that disagree, and for inputs that the objective lacks."""
     if log_probs.dtype not in (torch.float32, torch.float64):

@@ -1,27 +1,25 @@
-"""What a mini-step reports: sums and maxima that stay on the device, merge freely, and are copied to the host once.
+"""The one list of what a mini-step reports: names, meanings, sums, reductions and report panels. Pure data, no torch.
 
-Every number the loss reports is a ratio of sums, a minimum or a maximum, so micro-batches, context-parallel and
-data-parallel ranks merge by addition and maximum, and no number depends on how the tokens were spread.
+Every metric is a ratio of sums, a minimum or a maximum, so micro-batches, context-parallel and data-parallel ranks merge
+by addition and maximum, and no number depends on how tokens were distributed. A new metric takes one entry in `SUMS`, one
+in `METRICS`, its sum in the torch path (`loss.py`) and in the Triton path (`kernels/triton_loss.py`). Statistics, kernel
+indices, the reduction over mini-steps, the report's panels and the table in docs/algorithm.md derive from here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
 SUMS = (
-    "loss",  # the numerator that is minimised, and its denominator
-    "normalizer",
+    "loss",  # the numerator that is minimized
+    "normalizer",  # its denominator
     "token_mean_loss",  # the policy loss summed over kept tokens
     "reference_loss",  # the same with each micro-batch's tokens weighted by sequences / kept tokens
     "sequences",
     "dropped_sequences",
     "nonfinite_sequences",
     "tokens",
-    "finite_tokens",  # tokens of sequences without a non-finite number: what the means below are over
+    "finite_tokens",  # tokens of sequences without a non-finite number: the default denominator
     "kept_tokens",
     "log_ratio",
     "log_ratio_squared",
@@ -34,7 +32,7 @@ SUMS = (
     "influence_at_low",
     "influence_at_high",
     "influence_raw",
-    "compared_tokens",  # finite tokens whose rollout log-prob is known and finite: what the numbers below are over
+    "compared_tokens",  # finite tokens whose rollout log-prob is known and finite
     "rollout_difference",  # log-prob of the trainer's old weights minus that of the rollout engine
     "rollout_difference_size",
     "rollout_k3",
@@ -42,107 +40,257 @@ SUMS = (
     "importance_squared",
     "importance_capped",
 )
+"""What is added up over tokens, micro-batches and ranks, in the order of `Statistics.sums`."""
 MAXIMA = ("influence_max", "influence_negative_min", "rollout_difference_max")
+"""What is maximized over them, in the order of `Statistics.maxima`."""
 
 
-@dataclass
-class Statistics:
-    """float64 sums [len(SUMS)] (a mini-batch may hold more tokens than float32 can count) and maxima [len(MAXIMA)]."""
+@dataclass(frozen=True)
+class Totals:
+    """Merged sums and maxima by name (0-d tensors)."""
 
-    sums: Tensor
-    maxima: Tensor
+    values: Mapping[str, Any]
 
-    @classmethod
-    def empty(cls, device: torch.device | str = "cpu") -> "Statistics":
-        """The neutral element of `merge`."""
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-        return cls(sums, torch.full((len(MAXIMA),), -torch.inf, dtype=torch.float64, device=device))
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
 
-    @classmethod
-    def pack(cls, values: Mapping[str, Tensor]) -> "Statistics":
-        """From one 0-d tensor per name of SUMS and MAXIMA."""
-        return cls(
-            torch.stack([values[name].detach().double() for name in SUMS]),
-            torch.stack([values[name].detach().double() for name in MAXIMA]),
-        )
+    def mean(self, name: str, over: str = "finite_tokens") -> Any:
+        """One sum divided by another; 0 over nothing."""
+        return ratio(self[name], self[over])
 
-    def merge(self, other: "Statistics") -> "Statistics":
-        """Both together."""
-        return Statistics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+    def maximum(self, name: str, over: str = "finite_tokens") -> Any:
+        """A maximum; 0 over nothing."""
+        return self[name].where(self[over] > 0, 0.0)
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> "Statistics":
-        """All ranks together. Two all-reduces over `group` (sum of 224 bytes, maximum of 24 bytes); none without a group."""
-        if group is None:
-            return self
-        sums, maxima = self.sums.clone(), self.maxima.clone()
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
-        return Statistics(sums, maxima)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The reported numbers as 0-d tensors, still on the device. Means over nothing are 0."""
-        s = dict(zip(SUMS, self.sums.unbind(), strict=True))
-        highest, negative_lowest, largest_difference = self.maxima.unbind()
-        tokens, compared = s["finite_tokens"], s["compared_tokens"]
-        mean_log_ratio = _ratio(s["log_ratio"], tokens)
-        variance = _ratio(s["log_ratio_squared"], tokens) - mean_log_ratio.square()
-        token_mean = _ratio(s["token_mean_loss"], s["kept_tokens"])
-        reference = _ratio(s["reference_loss"], s["sequences"])
-        return {
-            "policy/loss": _ratio(s["loss"], s["normalizer"]),
-            "policy/loss_token_mean": token_mean,
-            "policy/loss_reference_micro_batch": reference,
-            "policy/normalization_gap": _ratio(
-                (token_mean - reference).abs(), torch.maximum(token_mean.abs(), reference.abs())
-            ),
-            "policy/kl": -mean_log_ratio,
-            "policy/sigma_log_ratio": variance.clamp(min=0).sqrt(),
-            "policy/entropy": _ratio(s["entropy"], tokens),
-            "policy/reference_kl": _ratio(s["reference_kl"], tokens),
-            "policy/clip_fraction_high": _ratio(s["clipped_high"], tokens),
-            "policy/clip_fraction_low": _ratio(s["clipped_low"], tokens),
-            "policy/dual_clip_fraction": _ratio(s["dual_clipped"], tokens),
-            "policy/sequences": s["sequences"],
-            "policy/dropped_sequences": s["dropped_sequences"],
-            "policy/nonfinite_sequences": s["nonfinite_sequences"],
-            "policy/tokens": s["tokens"],
-            "policy/kept_tokens": s["kept_tokens"],
-            "influence/mean": _ratio(s["influence"], tokens),
-            "influence/min": torch.where(tokens > 0, -negative_lowest, 0.0),
-            "influence/max": torch.where(tokens > 0, highest, 0.0),
-            "influence/share_at_low": _ratio(s["influence_at_low"], tokens),
-            "influence/share_at_high": _ratio(s["influence_at_high"], tokens),
-            "influence/raw_mean": _ratio(s["influence_raw"], tokens),
-            "rollout/compared_tokens": compared,
-            "rollout/log_prob_difference": _ratio(s["rollout_difference_size"], compared),
-            "rollout/log_prob_difference_max": torch.where(compared > 0, largest_difference, 0.0),
-            "rollout/kl": -_ratio(s["rollout_difference"], compared),
-            "rollout/kl_k3": _ratio(s["rollout_k3"], compared),
-            "rollout/effective_sample_size": _ratio(
-                s["importance"].square(), compared * s["importance_squared"]
-            ),
-            "rollout/capped_fraction": _ratio(s["importance_capped"], compared),
-        }
-
-    def finalize(self) -> dict[str, float]:
-        """The reported numbers on the host: the one copy of a mini-step, to be called after `reduce`."""
-        named = self.tensors()
-        return dict(zip(named, torch.stack(list(named.values())).tolist(), strict=True))
+    def variance(self, name: str) -> Any:
+        """Of a per-token value whose square is summed too."""
+        return self.mean(f"{name}_squared") - self.mean(name).square()
 
 
-def sums_where(counted: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each value [R] summed over the rows that are `counted` (bool [R]), in float64."""
-    return {name: torch.where(counted, value, 0.0).sum(dtype=torch.float64) for name, value in values.items()}
-
-
-def maxima_where(counted: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each value's [R] largest over the rows that are `counted` (bool [R]); -inf over no rows."""
-    return {
-        n: F.pad(torch.where(counted, v, -torch.inf), (0, 1), value=-torch.inf).amax()
-        for n, v in values.items()
-    }
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+def ratio(numerator: Any, denominator: Any) -> Any:
     """numerator / denominator, and 0 over 0."""
-    return numerator / torch.where(denominator == 0, 1.0, denominator)
+    return numerator / denominator.where(denominator != 0, 1.0)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def first(values: Sequence[float]) -> float:
+    return values[0]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of the log."""
+
+    name: str
+    meaning: str
+    """For the table in docs/algorithm.md."""
+    value: Callable[[Totals], Any] | None
+    """From the merged sums; None if the optimizer step measures it."""
+    over_mini_steps: Callable[[Sequence[float]], float] = mean
+    """How the values of the mini-steps of an iteration become one number: mean, sum, min, max or first."""
+    panel: str = ""
+    """Title of the report panel (`report/figures.py`) that draws it as a line; empty for none."""
+    label: str = ""
+    """Of that line."""
+
+
+def _normalization_gap(t: Totals) -> Any:
+    token_mean, reference = t.mean("token_mean_loss", "kept_tokens"), t.mean("reference_loss", "sequences")
+    return ratio((token_mean - reference).abs(), token_mean.abs().maximum(reference.abs()))
+
+
+METRICS = (
+    Metric("policy/loss", "the minimized loss", lambda t: t.mean("loss", "normalizer")),
+    Metric(
+        "policy/loss_token_mean",
+        "policy loss, mean over the kept tokens of the mini-batch",
+        lambda t: t.mean("token_mean_loss", "kept_tokens"),
+    ),
+    Metric(
+        "policy/loss_reference_micro_batch",
+        "policy loss, the authors' mean per micro-batch",
+        lambda t: t.mean("reference_loss", "sequences"),
+    ),
+    Metric(
+        "policy/normalization_gap",
+        "difference of the two means, relative to the larger",
+        _normalization_gap,
+        panel="Normalization gap",
+        label="gap",
+    ),
+    Metric("policy/kl", "mean −Δ", lambda t: -t.mean("log_ratio"), panel="Policy KL", label="KL"),
+    Metric(
+        "policy/sigma_log_ratio",
+        "standard deviation of Δ; of the first mini-step, where anything but 0 is numerical noise",
+        lambda t: t.variance("log_ratio").clamp(min=0).sqrt(),
+        first,
+        panel="σ of the log-ratio, first mini-step",
+        label="σ",
+    ),
+    Metric(
+        "policy/entropy",
+        "mean entropy; 0 if not computed",
+        lambda t: t.mean("entropy"),
+        panel="Entropy",
+        label="entropy",
+    ),
+    Metric(
+        "policy/reference_kl",
+        "mean k3 estimate of KL to the initial model; 0 if not computed",
+        lambda t: t.mean("reference_kl"),
+    ),
+    Metric(
+        "policy/clip_fraction_high",
+        "share of tokens with A > 0, r > 1 + clip_high",
+        lambda t: t.mean("clipped_high"),
+        panel="Clipped tokens",
+        label="high",
+    ),
+    Metric(
+        "policy/clip_fraction_low",
+        "share of tokens with A < 0, r < 1 − clip_low",
+        lambda t: t.mean("clipped_low"),
+        panel="Clipped tokens",
+        label="low",
+    ),
+    Metric(
+        "policy/dual_clip_fraction",
+        "share of tokens with A < 0, r > c",
+        lambda t: t.mean("dual_clipped"),
+        panel="Clipped tokens",
+        label="dual",
+    ),
+    Metric("policy/sequences", "responses", lambda t: t["sequences"], sum),
+    Metric(
+        "policy/dropped_sequences",
+        "responses excluded by the drop rule",
+        lambda t: t["dropped_sequences"],
+        sum,
+        panel="Excluded",
+        label="dropped",
+    ),
+    Metric(
+        "policy/nonfinite_sequences",
+        "responses excluded for a non-finite number",
+        lambda t: t["nonfinite_sequences"],
+        sum,
+        panel="Excluded",
+        label="not finite",
+    ),
+    Metric("policy/tokens", "response tokens", lambda t: t["tokens"], sum),
+    Metric("policy/kept_tokens", "response tokens in the loss", lambda t: t["kept_tokens"], sum),
+    Metric(
+        "policy/grad_norm",
+        "global gradient norm before clipping",
+        None,
+        panel="Gradient norm",
+        label="norm",
+    ),
+    Metric(
+        "policy/skipped_steps",
+        "optimizer steps skipped for a non-finite gradient",
+        None,
+        sum,
+        panel="Excluded",
+        label="steps skipped",
+    ),
+    Metric(
+        "influence/mean",
+        "mean f; 1 for `dapo` and `grpo`",
+        lambda t: t.mean("influence"),
+        panel="Influence weight, mean",
+        label="mean",
+    ),
+    Metric(
+        "influence/min",
+        "lowest f of any token",
+        lambda t: -t.maximum("influence_negative_min"),
+        min,
+        panel="Influence weight, range",
+        label="lowest",
+    ),
+    Metric(
+        "influence/max",
+        "highest f of any token",
+        lambda t: t.maximum("influence_max"),
+        max,
+        panel="Influence weight, range",
+        label="highest",
+    ),
+    Metric(
+        "influence/raw_mean",
+        "mean e^F before any clipping; F is capped at 20 here, since e^F may exceed float32",
+        lambda t: t.mean("influence_raw"),
+        panel="Mean of exp F before clipping",
+        label="exp F",
+    ),
+    Metric(
+        "influence/share_at_low",
+        "share of tokens with e^F at or below the lower bound, before the safety rule",
+        lambda t: t.mean("influence_at_low"),
+        panel="Weights at a bound",
+        label="at the lower",
+    ),
+    Metric(
+        "influence/share_at_high",
+        "share of tokens with e^F at or above the upper bound, before the safety rule",
+        lambda t: t.mean("influence_at_high"),
+        panel="Weights at a bound",
+        label="at the upper",
+    ),
+    Metric(
+        "rollout/compared_tokens",
+        "response tokens with a finite log-prob under the engine: what the numbers below are over, under any `correction`",
+        lambda t: t["compared_tokens"],
+        sum,
+    ),
+    Metric(
+        "rollout/log_prob_difference",
+        "mean abs(δ), not clamped",
+        lambda t: t.mean("rollout_difference_size", "compared_tokens"),
+        panel="Rollout against trainer",
+        label="difference",
+    ),
+    Metric(
+        "rollout/log_prob_difference_max",
+        "largest abs(δ), not clamped",
+        lambda t: t.maximum("rollout_difference_max", "compared_tokens"),
+        max,
+    ),
+    Metric(
+        "rollout/kl",
+        "KL(μ ‖ π_old) on the tokens that the engine sampled: mean −δ (k1)",
+        lambda t: -t.mean("rollout_difference", "compared_tokens"),
+    ),
+    Metric(
+        "rollout/kl_k3",
+        "the same by mean e^δ − δ − 1 (k3, never negative)",
+        lambda t: t.mean("rollout_k3", "compared_tokens"),
+    ),
+    Metric(
+        "rollout/effective_sample_size",
+        "(Σw)² / (n·Σw²), a share of the tokens; 1 if the engine agrees",
+        lambda t: ratio(t["importance"].square(), t["compared_tokens"] * t["importance_squared"]),
+    ),
+    Metric(
+        "rollout/capped_fraction",
+        "share of tokens with w > `correction_cap`",
+        lambda t: t.mean("importance_capped", "compared_tokens"),
+    ),
+)
+"""In the order of the table in docs/algorithm.md."""
+
+
+def over_mini_steps(mini_steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One number per metric for an iteration, from those of its mini-steps. KeyError for a name that is not in `METRICS`."""
+    reductions = {metric.name: metric.over_mini_steps for metric in METRICS}
+    return {name: reductions[name]([step[name] for step in mini_steps]) for name in mini_steps[0]}
+
+
+def markdown_table() -> str:
+    """The table of docs/algorithm.md."""
+    rows = [f"| `{metric.name}` | {metric.meaning} |" for metric in METRICS]
+    return "\n".join(["| name | meaning |", "|---|---|", *rows]) + "\n"

@@ -1,21 +1,20 @@
-"""FIPO for any trainer that holds whole sequences as [B, L]: the packed core, given a rectangle. Needs torch and nothing else.
+"""The loss for any trainer that holds complete sequences as [B, L]: the packed loss on a rectangle. Needs torch and nothing else.
 
     >>> from megatron_fipo import FIPOConfig, fipo_loss
     >>> result = fipo_loss(log_probs, old_log_probs, advantages, response_mask, FIPOConfig(half_life=32.0))
     >>> result.loss.backward()
 
-Every position of the rectangle is a row, masked ones too, so that no index depends on the data and the host does not wait;
-index tables are made once per shape [B, L].
+Every position of the rectangle is a row, masked ones too, so no index depends on the data and the host does not wait.
+Index tables are made once per shape [B, L].
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective.config import FIPOConfig, PolicyObjective
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.future_kl import scan_future_kl
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.loss_inputs import PolicyRows
@@ -41,9 +40,9 @@ class LossResult:
 def future_kl(log_ratio: Tensor, response_mask: Tensor, half_life: float, kernels: str = "auto") -> Tensor:
     """F_t = Σ_{k≥t} γ^(k−t)·log_ratio_k·mask_k along the last axis, γ = 2^(−1/half_life): [B, L] → [B, L], no gradient.
 
-    The log-ratio is taken as it is; `fipo_loss` also leaves out tokens beyond the dual clip. Distance counts positions, masked
-    ones included. Half precision is raised to float32. kernels: `auto` (Triton on a GPU), `triton`, `torch`. Raises ValueError for
-    disagreeing shapes and dtypes.
+    The log-ratio is used as given; `fipo_loss` also excludes tokens beyond the dual clip. Distance counts positions,
+    masked ones included. Half precision is raised to float32. kernels: `auto` (Triton on a GPU), `triton`, `torch`.
+    Raises ValueError for disagreeing shapes and dtypes.
     """
     mask = _checked_mask(response_mask, {"log_ratio": log_ratio})
     values = torch.where(mask, _raised(log_ratio.detach()), 0.0).flatten()
@@ -58,30 +57,31 @@ def fipo_loss(
     old_log_probs: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    config: FIPOConfig = FIPOConfig(),  # noqa: B008 (frozen)
+    config: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008 (frozen)
     kernels: str = "auto",
 ) -> LossResult:
-    """The FIPO loss of a batch of whole sequences, averaged over its kept tokens.
+    """The loss of a batch of complete sequences, averaged over its kept tokens.
 
     All inputs are [B, L]; `log_probs` carries the gradient; the mask (bool, integer or floating, 0 or 1) marks response
     tokens. float64 in gives float64 out; half precision is raised to float32. The batch counts as one micro-batch: to
-    accumulate several without weighing them unequally, multiply each loss by its share `loss_mask.sum()` of all kept tokens.
+    accumulate several with equal weight per token, multiply each loss by its share `loss_mask.sum()` of all kept tokens.
     kernels: `auto` (Triton on a GPU, else plain torch), `triton`, `torch`.
-    Raises ValueError for disagreeing shapes and dtypes.
+    Raises ValueError for disagreeing shapes and dtypes, and for a config with a KL term, an entropy bonus or a
+    correction, whose inputs are not among the arguments.
     """
     given = {"log_probs": log_probs, "old_log_probs": old_log_probs, "advantages": advantages}
     mask = _checked_mask(response_mask, given)
     new, old, weight = (_raised(value) for value in given.values())
-    seen = mask.flip(1).cumsum(1).flip(1)  # response tokens from here on
+    remaining = mask.flip(1).cumsum(1).flip(1)  # response tokens from this position on
     rows = PolicyRows(
         old_log_probs=old.detach().to(new.dtype).flatten(),
         advantages=weight.detach().to(new.dtype).flatten(),
-        last_row=(mask & (seen == 1)).to(new.dtype).flatten(),
+        last_row=(mask & (remaining == 1)).to(new.dtype).flatten(),
         response_length=mask.sum(1).to(new.dtype),
         plan=_rectangle(*mask.shape, mask.device),
         mask=mask.flatten(),
     )
-    result = policy_loss(new.flatten(), None, rows, PolicyObjective("fipo", config), kernels=kernels)
+    result = policy_loss(new.flatten(), None, rows, config, kernels=kernels)
     return LossResult(
         loss=result.loss_sum / result.normalizer.clamp(min=1),
         influence_weights=result.influence_weights.view(mask.shape),
@@ -93,10 +93,10 @@ def fipo_loss(
 
 @lru_cache(maxsize=8)
 def _rectangle(batch: int, length: int, device: torch.device) -> ScanPlan:
-    """The plan of B whole sequences of L positions, all of them rows."""
-    table = ChunkTable(first=np.zeros((1, batch, 1), dtype=np.int64), length=np.full((1, batch, 1), length))
-    sequence, position = np.divmod(np.arange(batch * length), max(length, 1))
-    return build_scan_plan(table, 0, sequence, position, device)
+    """The plan of B complete sequences of L positions, all of them rows."""
+    table = ChunkTable(torch.zeros(1, batch, 1, dtype=torch.int64), torch.full((1, batch, 1), length))
+    index = torch.arange(batch * length)
+    return build_scan_plan(table, 0, index // max(length, 1), index % max(length, 1), device)
 
 
 def _raised(value: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _raised(value: Tensor) -> Tensor:
 
 
 def _checked_mask(mask: Tensor, given: dict[str, Tensor]) -> Tensor:
-    """The mask as bool [B, L], once everything fits it."""
+    """The mask as bool [B, L]. ValueError unless everything has its shape."""
     if mask.ndim != 2 or mask.is_complex():
         raise ValueError(
             f"response_mask must be bool, integer or floating [B, L], not {mask.dtype} {list(mask.shape)}"

@@ -15,8 +15,7 @@ from megatron.core import parallel_state
 from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_fipo.environment.accelerators import find_accelerators
-from megatron_fipo.environment.packages import installed_version
+from megatron_fipo.environment import find_accelerators, installed_version
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM

@@ -34,15 +34,17 @@ from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.config.gpu_rules import check_accelerators
-from megatron_fipo.environment.accelerators import find_accelerators
+from megatron_fipo.environment import find_accelerators
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.build import build_model
 from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
 from megatron_fipo.model.logprob_head.head import HeadRequest
 from megatron_fipo.model.megatron_precision import optimizer_precision
-from megatron_fipo.objective import PolicyObjective, Statistics, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.kernels.choice import kernels_obstacle
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Policy:
         with torch.no_grad():
             return self._run(shards, lambda shard: collect, forward_only=True)
 
-    def policy_step(self, shards: Sequence[PackedShard], objective: PolicyObjective, lr: float) -> StepResult:
+    def policy_step(self, shards: Sequence[PackedShard], objective: ObjectiveConfig, lr: float) -> StepResult:
         """One optimizer step on a mini-batch, given old log-probs and advantages in the shards' rows.
 
         Collectives besides the model's own: one all-gather over the context-parallel group per micro-batch (the FutureKL
@@ -287,7 +289,7 @@ def _policy_loss(
     output: tuple[torch.Tensor, torch.Tensor],
     *,
     shard: PackedShard,
-    objective: PolicyObjective,
+    objective: ObjectiveConfig,
     group: torch.distributed.ProcessGroup,
     kernels: str,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

@@ -23,7 +23,6 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.gpu_rules import TORCH_ADAM
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import ADAM
-from megatron_fipo.objective import FIPOConfig, PolicyObjective
 from megatron_fipo.trainer.rank import MegatronRank, RankSettings
 from megatron_fipo.weight_sync.nccl import NcclSync
 from megatron_fipo.weight_sync.object_store import Transport, WeightSyncError, push_weights, transport_for
@@ -86,7 +85,7 @@ class TrainerWorker(MegatronRank):
         steps = [self._shards(batch, step) for step in range(len(batch.mini_batches))]
         with clock(seconds, "old_log_probs", self.device):
             steps = self._with_old_log_probs(steps)
-        objective = policy_objective(self.config)
+        objective = self.config.objective
         mini_steps, token_weights = [], []
         with clock(seconds, "update", self.device):
             for step, shards in enumerate(steps):
@@ -231,27 +230,3 @@ class TrainerWorker(MegatronRank):
                 if index in wanted and len(positions):
                     found.append(TokenWeights(index, positions.tolist(), per_token[positions].tolist()))
         return found
-
-
-def policy_objective(config: Config) -> PolicyObjective:
-    """The objective's own immutable settings from the run's configuration."""
-    settings = config.objective
-    return PolicyObjective(
-        name=settings.name,
-        settings=FIPOConfig(
-            half_life=settings.half_life,
-            influence_clip=(settings.influence_clip[0], settings.influence_clip[1])
-            if settings.influence_clip
-            else None,
-            safety_threshold=settings.safety_threshold,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-            drop_dual_clipped=settings.drop_dual_clipped,
-            normalization=settings.normalization,
-        ),
-        kl_coefficient=settings.kl_coefficient,
-        entropy_coefficient=settings.entropy_coefficient,
-        correction=settings.correction,
-        correction_cap=settings.correction_cap,
-    )

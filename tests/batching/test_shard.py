@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.batching.shard import build_shard, zigzag_table
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
-from megatron_fipo.objective.config import PolicyObjective
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from tests.ranks import run_ranks
 
@@ -154,7 +154,7 @@ def test_the_zigzag_evens_out_causal_attention(cp):
     assert (table.length.sum(axis=2) == table.length.sum(axis=2)[0]).all()
 
 
-def loss_of(shard, objective=PolicyObjective()):  # noqa: B008
+def loss_of(shard, objective=ObjectiveConfig()):  # noqa: B008
     log_probs = shard.rows.rollout_log_probs.double().requires_grad_()
     rows = replace(shard.rows, old_log_probs=shard.rows.old_log_probs.double())
     result = policy_loss(log_probs, None, rows, objective)
@@ -183,7 +183,7 @@ def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
 def context_parallel_loss(rank, world_size, batch):
     shard = shards(batch, world_size)[rank]
     log_probs = shard.rows.rollout_log_probs.clone().requires_grad_()
-    result = policy_loss(log_probs, None, shard.rows, PolicyObjective(), torch.distributed.group.WORLD)
+    result = policy_loss(log_probs, None, shard.rows, ObjectiveConfig(), torch.distributed.group.WORLD)
     result.loss_sum.backward()
     return result.loss_sum.item(), result.normalizer.item(), shard.scatter_rows(log_probs.grad)
 
@@ -245,7 +245,7 @@ def test_old_log_probs_and_device_moves_change_nothing_else():
     assert {
         moved.input_ids.device.type,
         moved.rows.advantages.device.type,
-        moved.rows.plan.lead.device.type,
+        moved.rows.plan.first_row_offset.device.type,
     } == {"meta"}
 
 

@@ -97,7 +97,7 @@ class TestLoad:
         assert type(config.model) is ModelConfig
         assert config.run_dir == "here/run"
         assert config.optimizer.lr == 3e-5
-        assert config.objective.influence_clip == [0.8, 1.2]
+        assert config.objective.influence_clip == (0.8, 1.2)
         assert math.isinf(config.objective.half_life)
         assert load_config(path, ["objective.influence_clip=null"]).objective.influence_clip is None
 
@@ -114,7 +114,7 @@ class TestLoad:
             ("model=path", "'model' is a section and has to hold keys such as model.path"),
             (
                 "objective.name=fippo",
-                "objective.name is 'fippo', but has to be one of: fipo, dapo, grpo (did you mean 'fipo'?)",
+                "objective.name must be one of fipo, dapo, grpo, not 'fippo' (did you mean 'fipo'?)",
             ),
             ("iterations", "has to look like section.key=value"),
             ("=3", "has to look like section.key=value"),

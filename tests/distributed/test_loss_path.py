@@ -22,7 +22,9 @@ from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
-from megatron_fipo.objective import FIPOConfig, PolicyLoss, PolicyObjective, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss
 from megatron_fipo.objective.metrics import MAXIMA, SUMS
 from megatron_fipo.trainer.rank_model import Policy
 from tests.distributed.tiny import make_trajectories, settings, write_model
@@ -31,16 +33,14 @@ from tests.ranks import run_ranks
 
 HIDDEN, VOCABULARY, COLUMNS, POSITIONS = 8, 61, 64, 8192
 SINGLE = ParallelConfig()
-FIPO = PolicyObjective("fipo", FIPOConfig(half_life=8.0, influence_clip=(0.8, 1.2)))
+FIPO = ObjectiveConfig(half_life=8.0, influence_clip=(0.8, 1.2))
 OBJECTIVES = {
     "fipo": FIPO,
-    "fipo-reference-bonus": PolicyObjective(
-        "fipo", FIPOConfig(normalization="reference_micro_batch"), entropy_coefficient=0.1
-    ),
-    "dapo": PolicyObjective("dapo"),
-    "grpo-bonus": PolicyObjective("grpo", entropy_coefficient=0.1),
-    "fipo-tis": PolicyObjective("fipo", correction="tis"),
-    "fipo-mis": PolicyObjective("fipo", correction="mis"),
+    "fipo-reference-bonus": ObjectiveConfig(normalization="reference_micro_batch", entropy_coefficient=0.1),
+    "dapo": ObjectiveConfig("dapo"),
+    "grpo-bonus": ObjectiveConfig("grpo", entropy_coefficient=0.1),
+    "fipo-tis": ObjectiveConfig("fipo", correction="tis"),
+    "fipo-mis": ObjectiveConfig("fipo", correction="mis"),
 }
 
 
@@ -97,7 +97,7 @@ def loss_path(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     shard: PackedShard,
-    objective: PolicyObjective,
+    objective: ObjectiveConfig,
     head: HeadConfig,
     tensor_group: dist.ProcessGroup | None = None,
     context_group: dist.ProcessGroup | None = None,

@@ -24,15 +24,15 @@ from megatron_fipo.batching.shard import build_shard
 from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.objective import FIPOConfig, PolicyObjective
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.trainer.rank_model import Policy
 from tests.distributed.tiny import make_trajectories, settings, write_model
 from tests.objective.oracle import OracleResult, Response, oracle_loss
 from tests.ranks import run_ranks
 
 COUNT = 12
-FIPO = PolicyObjective("fipo", FIPOConfig(half_life=8.0, influence_clip=(0.8, 1.2), safety_threshold=3.0))
-REFERENCE = PolicyObjective("fipo", replace(FIPO.settings, normalization="reference_micro_batch"))
+FIPO = ObjectiveConfig(half_life=8.0, influence_clip=(0.8, 1.2), safety_threshold=3.0)
+REFERENCE = replace(FIPO, name="fipo", normalization="reference_micro_batch")
 
 
 MODELS: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen2-tied": {"tied": True}, "qwen3": {"family": "qwen3"}}
@@ -83,7 +83,7 @@ def truth(folders):
     for name, folder in folders.items():
         for key, objective in {
             "fipo": FIPO,
-            "grpo": PolicyObjective("grpo", FIPO.settings, entropy_coefficient=0.05),
+            "grpo": replace(FIPO, name="grpo", entropy_coefficient=0.05),
             "tis": replace(FIPO, correction="tis", correction_cap=1.3),
             "mis": replace(FIPO, correction="mis", correction_cap=1.3),
         }.items():
@@ -249,7 +249,7 @@ def check_step(folders, truth, name, layout, key, token_budget, head):
 def test_reference_normalisation_depends_on_the_packing_and_ours_does_not(folders, truth):
     _, loss, _, old, _ = truth["qwen2", "fipo"]
     losses = {
-        (objective.settings.normalization, budget): run_ranks(
+        (objective.normalization, budget): run_ranks(
             1, step_on_rank, folders["qwen2"], LAYOUTS["1"], objective, old, budget, HeadConfig()
         )[0][0]
         for objective in (FIPO, REFERENCE)

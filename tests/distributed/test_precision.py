@@ -18,7 +18,7 @@ from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDevice
 
 from megatron_fipo.batching.shard import build_shard
 from megatron_fipo.config import Config, HeadConfig, ParallelConfig
-from megatron_fipo.config.gpu_rules import Accelerators
+from megatron_fipo.environment import Accelerators
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer import rank_model as policy_module

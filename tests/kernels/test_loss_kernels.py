@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fipo import FIPOConfig, fipo_loss
-from megatron_fipo.objective import (
-    ChunkTable,
-    PolicyLoss,
-    PolicyObjective,
-    PolicyRows,
-    policy_loss,
-    scan_future_kl,
-)
+from megatron_fipo import fipo_loss
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.future_kl import scan_future_kl
 from megatron_fipo.objective.kernels import launch as fused_loss
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
+from megatron_fipo.objective.scan_layout import ChunkTable
 from tests.objective.oracle import future_kl_by_definition
 from tests.objective.packed import (
     contiguous,
@@ -137,7 +134,7 @@ def _rows(dtype: torch.dtype, mask: bool) -> PolicyRows:
 
 
 def _both(
-    rows: PolicyRows, objective: PolicyObjective, log_probs: torch.Tensor, entropy: torch.Tensor | None
+    rows: PolicyRows, objective: ObjectiveConfig, log_probs: torch.Tensor, entropy: torch.Tensor | None
 ):
     """(result, gradient of log-probs, gradient of entropy) of the torch path and of the kernels."""
     found: list[tuple[PolicyLoss, torch.Tensor, torch.Tensor | None]] = []
@@ -194,7 +191,7 @@ def test_no_rows_and_no_group() -> None:
         rows, plan=replace(rows.plan, distance=rows.plan.distance[:1], follows=rows.plan.follows[:1])
     )
     log_probs = rows.old_log_probs.clone().requires_grad_()
-    result = policy_loss(log_probs, None, rows, PolicyObjective(), kernels="triton")
+    result = policy_loss(log_probs, None, rows, ObjectiveConfig(), kernels="triton")
     result.loss_sum.backward()
     assert result.loss_sum == result.normalizer == 0
     assert log_probs.grad.shape == (0,)
@@ -220,7 +217,7 @@ def test_an_empty_batch_is_a_loss_of_nothing() -> None:
 def test_backward_makes_nothing_but_the_gradient() -> None:
     rows = _rows(torch.float32, mask=False)
     log_probs = rows.old_log_probs.clone().requires_grad_()
-    loss = policy_loss(log_probs, None, rows, PolicyObjective(), kernels="triton").loss_sum
+    loss = policy_loss(log_probs, None, rows, ObjectiveConfig(), kernels="triton").loss_sum
     made: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -254,8 +251,6 @@ def test_the_ratio_at_its_bounds_has_the_gradient_of_torch() -> None:
     rows = _rows(torch.float32, mask=False)
     bounds = torch.tensor([0.5, 2.0, 4.0]).log()
     log_probs = rows.old_log_probs.zero_() + bounds[torch.arange(rows.plan.num_rows) % 3]
-    objective = PolicyObjective(
-        "fipo", FIPOConfig(clip_low=0.5, clip_high=1.0, dual_clip=4.0, drop_dual_clipped=False)
-    )
+    objective = ObjectiveConfig(clip_low=0.5, clip_high=1.0, dual_clip=4.0, drop_dual_clipped=False)
     (_, grad_a, _), (_, grad_b, _) = _both(rows, objective, log_probs, None)
     torch.testing.assert_close(grad_b, grad_a, rtol=1e-6, atol=1e-7)

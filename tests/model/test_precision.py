@@ -9,8 +9,7 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_fipo.config import ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_fipo.environment.accelerators import find_accelerators
-from megatron_fipo.environment.packages import installed_version
+from megatron_fipo.environment import find_accelerators, installed_version
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.model.build import transformer_config
 from megatron_fipo.model.layer_spec import PORTABLE, TRANSFORMER_ENGINE

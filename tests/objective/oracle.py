@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective import PolicyObjective
+from megatron_fipo.objective.config import ObjectiveConfig
 
 
 @dataclass
@@ -53,7 +53,7 @@ def future_kl_by_definition(x: Tensor, half_life: float) -> Tensor:
 
 def oracle_loss(
     responses: Sequence[Response],
-    objective: PolicyObjective,
+    objective: ObjectiveConfig,
     micro_batches: Sequence[Sequence[int]] | None = None,
 ) -> OracleResult:
     """The loss of a mini-batch. `micro_batches` (indices into the responses) only matter for `reference_micro_batch`."""
@@ -66,9 +66,9 @@ def oracle_loss(
     return OracleResult(loss, future_kl, weights, kept)
 
 
-def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tensor, Tensor, Tensor, bool]:
+def _response_loss(response: Response, objective: ObjectiveConfig) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Loss of each token that counts, F and f of every position, and whether the response is kept."""
-    settings = objective.settings
+    settings = objective
     tokens = response.tokens
     if not _is_finite(response, objective):
         nothing = torch.zeros(len(response.mask), dtype=torch.float64)
@@ -111,7 +111,7 @@ def _response_loss(response: Response, objective: PolicyObjective) -> tuple[Tens
     return loss[tokens], future_kl, weights, kept
 
 
-def _correction(response: Response, t: int, objective: PolicyObjective) -> float:
+def _correction(response: Response, t: int, objective: ObjectiveConfig) -> float:
     """What token t's policy loss is multiplied by: a number, not a function of the policy being trained. 1 for masked tokens."""
     if not response.mask[t]:
         return 1.0
@@ -123,7 +123,7 @@ def _correction(response: Response, t: int, objective: PolicyObjective) -> float
     return weight if weight <= objective.correction_cap else 0.0
 
 
-def _is_finite(response: Response, objective: PolicyObjective) -> bool:
+def _is_finite(response: Response, objective: ObjectiveConfig) -> bool:
     tokens = response.tokens
     given = [
         response.log_probs,
@@ -140,7 +140,7 @@ def _is_finite(response: Response, objective: PolicyObjective) -> bool:
 def _mean(
     token_losses: list[Tensor],
     kept: list[bool],
-    objective: PolicyObjective,
+    objective: ObjectiveConfig,
     micro_batches: Sequence[Sequence[int]],
 ) -> Tensor:
     """The mean that the objective asks for; 0 over nothing."""
@@ -154,7 +154,7 @@ def _mean(
             losses.mean() for losses, keep in zip(token_losses, kept, strict=True) if keep and len(losses)
         ]
         return torch.stack(means).mean() if means else torch.zeros((), dtype=torch.float64)
-    if objective.settings.normalization == "token_mean":
+    if objective.normalization == "token_mean":
         return token_mean(range(len(kept)))
     # The authors' release: each micro-batch's mean, weighted by its sequences, dropped ones included.
     sequences = [sum(1 for i in members if len(token_losses[i]) or not kept[i]) for members in micro_batches]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective import ChunkTable, PolicyRows, build_scan_plan, scan_future_kl
+from megatron_fipo.objective.future_kl import scan_future_kl
+from megatron_fipo.objective.loss_inputs import PolicyRows
+from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
 from tests.objective.oracle import Response
 
 
@@ -45,7 +47,9 @@ def local_rows(table: ChunkTable, rank: int, masks: Sequence[np.ndarray]) -> tup
     """Sequence and position of the rows that `rank` holds, in packed order; `masks` say which positions are rows."""
     sequences, positions = [], []
     for sequence, mask in enumerate(masks):
-        for first, length in zip(table.first[rank, sequence], table.length[rank, sequence], strict=True):
+        for first, length in zip(
+            table.first[rank, sequence].tolist(), table.length[rank, sequence].tolist(), strict=True
+        ):
             rows = first + np.flatnonzero(mask[first : first + length])
             sequences += [sequence] * len(rows)
             positions += rows.tolist()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.objective import group_advantages, is_informative, overlong_penalty
+from megatron_fipo.objective.advantages import group_advantages, is_informative, overlong_penalty
 
 
 def test_by_hand() -> None:

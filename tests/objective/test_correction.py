@@ -10,12 +10,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.objective import FIPOConfig, PolicyLoss, PolicyObjective, PolicyRows, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
 from tests.objective.packed import packed_rows, random_responses, zigzag
 from tests.ranks import run_ranks
 
 CORRECTIONS = ("tis", "mis")
-FIPO = PolicyObjective("fipo", FIPOConfig(influence_clip=(0.8, 1.2)))
+FIPO = ObjectiveConfig(influence_clip=(0.8, 1.2))
 
 
 def factor(difference: float, correction: str, cap: float) -> float:
@@ -42,7 +44,7 @@ def one_response(differences: list[float], dtype: torch.dtype = torch.float64) -
     return replace(rows, **{name: getattr(rows, name).to(dtype) for name in names})
 
 
-def step(rows: PolicyRows, objective: PolicyObjective, shift: float = 0.1) -> tuple[PolicyLoss, torch.Tensor]:
+def step(rows: PolicyRows, objective: ObjectiveConfig, shift: float = 0.1) -> tuple[PolicyLoss, torch.Tensor]:
     """Loss and gradient where each new log-prob lies `shift` above the old one."""
     log_probs = (rows.old_log_probs.nan_to_num() + shift).requires_grad_()
     result = policy_loss(log_probs, None, rows, objective)
@@ -57,7 +59,7 @@ def test_by_hand(correction) -> None:
     rows = one_response([-math.log(2), 0.0, math.log(2) - 1e-12, math.log(3)])
     rows = replace(rows, advantages=torch.ones(4, dtype=torch.float64))
     result, gradient = step(
-        rows, PolicyObjective("dapo", correction=correction, correction_cap=2.0), shift=0.0
+        rows, ObjectiveConfig("dapo", correction=correction, correction_cap=2.0), shift=0.0
     )
     beyond = {"tis": 2.0, "mis": 0.0}[correction]
     assert gradient.tolist() == pytest.approx([-0.5, -1.0, -2.0, -beyond])

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.objective import ChunkTable, build_scan_plan, scan_future_kl
+from megatron_fipo.objective.future_kl import scan_future_kl
+from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
 from tests.objective.oracle import future_kl_by_definition
 from tests.objective.packed import contiguous, random_case, scan_ranks, scattered, zigzag
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megatron_fipo.objective import PolicyObjective, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.kernels import choice as kernel_choice
 from megatron_fipo.objective.kernels.choice import describe_kernels, kernels_obstacle, takes_triton
+from megatron_fipo.objective.loss import policy_loss
 from tests.objective.packed import packed_rows, random_responses, zigzag
 
 ANY = (torch.float32,)
@@ -60,7 +61,7 @@ def test_the_loss_refuses_before_any_collective(monkeypatch) -> None:
             rows.old_log_probs,
             None,
             rows,
-            PolicyObjective(),
+            ObjectiveConfig(),
             group_that_must_not_be_asked(),
             kernels="triton",
         )

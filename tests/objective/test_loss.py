@@ -8,29 +8,28 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.objective import FIPOConfig, PolicyLoss, PolicyObjective, Statistics, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss
+from megatron_fipo.objective.statistics import Statistics
 from tests.objective.oracle import OracleResult, Response, oracle_loss
 from tests.objective.packed import contiguous, packed_rows, random_responses, zigzag
 from tests.ranks import run_ranks
 
-SAFE_7B = FIPOConfig(influence_clip=(0.8, 1.2), safety_threshold=3.0)
+SAFE_7B = ObjectiveConfig(influence_clip=(0.8, 1.2), safety_threshold=3.0)
 OBJECTIVES = {
-    "fipo": PolicyObjective("fipo", SAFE_7B),
-    "fipo_entropy_bonus": PolicyObjective("fipo", FIPOConfig(half_life=math.inf), entropy_coefficient=0.01),
-    "fipo_no_clip_keeps_all": PolicyObjective(
-        "fipo", FIPOConfig(influence_clip=None, drop_dual_clipped=False, half_life=4.0)
+    "fipo": replace(SAFE_7B, name="fipo"),
+    "fipo_entropy_bonus": ObjectiveConfig(half_life=math.inf, entropy_coefficient=0.01),
+    "fipo_no_clip_keeps_all": ObjectiveConfig(influence_clip=None, drop_dual_clipped=False, half_life=4.0),
+    "fipo_reference": replace(SAFE_7B, name="fipo", normalization="reference_micro_batch"),
+    "dapo": ObjectiveConfig("dapo"),
+    "dapo_reference": ObjectiveConfig(name="dapo", normalization="reference_micro_batch"),
+    "grpo_kl": ObjectiveConfig("grpo", kl_coefficient=0.05, entropy_coefficient=0.01),
+    "fipo_tis": replace(SAFE_7B, name="fipo", correction="tis", correction_cap=1.5, entropy_coefficient=0.01),
+    "fipo_reference_mis": replace(
+        SAFE_7B, name="fipo", normalization="reference_micro_batch", correction="mis", correction_cap=1.5
     ),
-    "fipo_reference": PolicyObjective("fipo", replace(SAFE_7B, normalization="reference_micro_batch")),
-    "dapo": PolicyObjective("dapo"),
-    "dapo_reference": PolicyObjective("dapo", FIPOConfig(normalization="reference_micro_batch")),
-    "grpo_kl": PolicyObjective("grpo", kl_coefficient=0.05, entropy_coefficient=0.01),
-    "fipo_tis": PolicyObjective(
-        "fipo", SAFE_7B, correction="tis", correction_cap=1.5, entropy_coefficient=0.01
-    ),
-    "fipo_reference_mis": PolicyObjective(
-        "fipo", replace(SAFE_7B, normalization="reference_micro_batch"), correction="mis", correction_cap=1.5
-    ),
-    "grpo_kl_tis": PolicyObjective("grpo", kl_coefficient=0.05, correction="tis"),
+    "grpo_kl_tis": ObjectiveConfig("grpo", kl_coefficient=0.05, correction="tis"),
 }
 LENGTHS = [1, 5, 37, 64, 3, 130, 90, 2]
 """One token; fewer tokens than chunks; not multiples of 2·cp; more than one block."""
@@ -139,7 +138,7 @@ class Expected:
     result: OracleResult
 
     @classmethod
-    def of(cls, members: list[Response], objective: PolicyObjective, micro_batches) -> "Expected":
+    def of(cls, members: list[Response], objective: ObjectiveConfig, micro_batches) -> "Expected":
         result = oracle_loss(members, objective, micro_batches)
         gradients = torch.autograd.grad(
             result.loss, [r.log_probs for r in members], allow_unused=True, materialize_grads=True
@@ -230,7 +229,7 @@ def count_collectives(
             if callable(getattr(dist, name)):
                 patch.setattr(dist, name, counted(name, getattr(dist, name)))
         policy_loss(
-            log_probs, None, rows, PolicyObjective(correction=correction), dist.group.WORLD, kernels
+            log_probs, None, rows, ObjectiveConfig(correction=correction), dist.group.WORLD, kernels
         ).loss_sum.backward()
     return calls
 
@@ -314,7 +313,7 @@ def test_equal_log_probs_make_fipo_dapo() -> None:
     gradients = []
     for name in ("fipo", "dapo"):
         log_probs = rows.old_log_probs.clone().requires_grad_()
-        result = policy_loss(log_probs, None, rows, PolicyObjective(name))
+        result = policy_loss(log_probs, None, rows, ObjectiveConfig(name))
         result.loss_sum.backward()
         assert not result.future_kl.any()
         assert (result.influence_weights == 1).all()
@@ -329,7 +328,7 @@ def test_log_ratios_beyond_twenty_have_no_gradient() -> None:
     rows, _ = packed_rows(members, [0], zigzag([4], 1), 0)
     log_probs = (rows.old_log_probs + torch.tensor([21.0, -21.0, 0.1, 0.0])).requires_grad_()
     rows = replace(rows, advantages=torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    policy_loss(log_probs, None, rows, PolicyObjective("dapo")).loss_sum.backward()
+    policy_loss(log_probs, None, rows, ObjectiveConfig("dapo")).loss_sum.backward()
     assert log_probs.grad is not None
     assert log_probs.grad.bool().tolist() == [False, False, True, True]
 
@@ -339,7 +338,7 @@ def test_entropy_without_a_bonus_gets_no_gradient() -> None:
     rows, _ = packed_rows(members, [0], zigzag([20], 1), 0)
     log_probs = rows.old_log_probs.clone().requires_grad_()
     entropy = torch.ones_like(log_probs).requires_grad_()
-    policy_loss(log_probs, entropy, rows, PolicyObjective()).loss_sum.backward()
+    policy_loss(log_probs, entropy, rows, ObjectiveConfig()).loss_sum.backward()
     assert entropy.grad is None
 
 
@@ -353,50 +352,50 @@ def test_bad_inputs_are_named() -> None:
             log_probs.bfloat16(),
             None,
             rows,
-            PolicyObjective(),
+            ObjectiveConfig(),
         ),
         rf"log_probs has shape \[{count - 1}\], but the plan has {count} rows": (
             log_probs[1:],
             None,
             rows,
-            PolicyObjective(),
+            ObjectiveConfig(),
         ),
         rf"entropy has shape \[1\], but the plan has {count} rows": (
             log_probs,
             log_probs[:1],
             rows,
-            PolicyObjective(),
+            ObjectiveConfig(),
         ),
-        "advantages has shape": (log_probs, None, replace(rows, advantages=log_probs[1:]), PolicyObjective()),
+        "advantages has shape": (log_probs, None, replace(rows, advantages=log_probs[1:]), ObjectiveConfig()),
         "response_length has shape": (
             log_probs,
             None,
             replace(rows, response_length=torch.ones(2)),
-            PolicyObjective(),
+            ObjectiveConfig(),
         ),
         "have no reference_log_probs": (
             log_probs,
             None,
             replace(rows, reference_log_probs=None),
-            PolicyObjective("grpo", kl_coefficient=0.1),
+            ObjectiveConfig("grpo", kl_coefficient=0.1),
         ),
         "entropy_coefficient is 0.1, but no entropy": (
             log_probs,
             None,
             rows,
-            PolicyObjective(entropy_coefficient=0.1),
+            ObjectiveConfig(entropy_coefficient=0.1),
         ),
         r"rollout_log_probs has shape \[1\]": (
             log_probs,
             None,
             replace(rows, rollout_log_probs=log_probs[:1]),
-            PolicyObjective(),
+            ObjectiveConfig(),
         ),
         "correction is mis, but the rows have no rollout_log_probs": (
             log_probs,
             None,
             replace(rows, rollout_log_probs=None),
-            PolicyObjective(correction="mis"),
+            ObjectiveConfig(correction="mis"),
         ),
     }
     for message, arguments in cases.items():

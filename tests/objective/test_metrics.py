@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.objective import FIPOConfig, PolicyObjective, PolicyRows, Statistics, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyRows
+from megatron_fipo.objective.statistics import Statistics
 from tests.objective.packed import packed_rows, random_responses, zigzag
 from tests.ranks import run_ranks
 
@@ -27,8 +30,8 @@ def hand_made() -> tuple[torch.Tensor, PolicyRows]:
 def test_values_by_hand() -> None:
     log_probs, rows = hand_made()
     entropy = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    config = FIPOConfig(half_life=1.0, influence_clip=(0.8, 1.2))
-    found = policy_loss(log_probs, entropy, rows, PolicyObjective("fipo", config)).statistics.finalize()
+    config = ObjectiveConfig(half_life=1.0, influence_clip=(0.8, 1.2))
+    found = policy_loss(log_probs, entropy, rows, replace(config, name="fipo")).statistics.finalize()
     two = math.log(2)
     # F = (ln 2, 0, -ln 2, 0), e^F = (2, 1, 0.5, 1), f = (1.2, 1, 0.8, 1)
     loss = (-1.2 * 1.28 - 1.0 + 0.8 * 0.8 + 1.0) / 4
@@ -66,14 +69,14 @@ def test_values_by_hand() -> None:
 def test_normalization_gap_shows_what_the_packing_did() -> None:
     """Micro-batches of 8 and 72 tokens: the release weighs them by sequences, the token mean by tokens."""
     members = random_responses(1, [8, 72])
-    config, total = FIPOConfig(), Statistics.empty()
+    config, total = ObjectiveConfig(), Statistics.empty()
     losses = {}
     for normalization in ("token_mean", "reference_micro_batch"):
         total = Statistics.empty()
         for member in members:
             rows, _ = packed_rows([member], [0], zigzag([len(member.mask)], 1), 0)
             log_probs = member.log_probs.detach()[member.mask.bool()]
-            objective = PolicyObjective("fipo", replace(config, normalization=normalization))
+            objective = replace(config, name="fipo", normalization=normalization)
             total = total.merge(policy_loss(log_probs, None, rows, objective).statistics)
         losses[normalization] = total.finalize()
     a, b = (losses[name]["policy/loss"] for name in losses)
@@ -91,9 +94,7 @@ def test_overflowing_influence_keeps_the_raw_mean_finite() -> None:
     rows = replace(
         rows, **{n: getattr(rows, n).float() for n in ("old_log_probs", "advantages", "reference_log_probs")}
     )
-    result = policy_loss(
-        rows.old_log_probs + 2.0, None, rows, PolicyObjective("fipo", FIPOConfig(half_life=math.inf))
-    )
+    result = policy_loss(rows.old_log_probs + 2.0, None, rows, ObjectiveConfig(half_life=math.inf))
     assert result.future_kl.exp().isinf().any()
     found = result.statistics.finalize()
     assert all(math.isfinite(value) for value in found.values())
@@ -102,14 +103,14 @@ def test_overflowing_influence_keeps_the_raw_mean_finite() -> None:
 
 def test_empty_is_neutral_and_means_over_nothing_are_zero() -> None:
     log_probs, rows = hand_made()
-    some = policy_loss(log_probs, None, rows, PolicyObjective()).statistics
+    some = policy_loss(log_probs, None, rows, ObjectiveConfig()).statistics
     assert Statistics.empty().merge(some).finalize() == some.finalize()
     assert set(Statistics.empty().finalize().values()) == {0.0}
 
 
 def _reduce(rank: int, world_size: int) -> tuple[dict, list[str]]:
     log_probs, rows = hand_made()
-    statistics = policy_loss(log_probs - 0.1 * rank, None, rows, PolicyObjective()).statistics
+    statistics = policy_loss(log_probs - 0.1 * rank, None, rows, ObjectiveConfig()).statistics
     calls: list[str] = []
     original = dist.all_reduce
 
@@ -126,7 +127,7 @@ def _reduce(rank: int, world_size: int) -> tuple[dict, list[str]]:
 def test_reduce_is_merge_by_two_all_reduces() -> None:
     log_probs, rows = hand_made()
     parts = [
-        policy_loss(log_probs - 0.1 * rank, None, rows, PolicyObjective()).statistics for rank in range(3)
+        policy_loss(log_probs - 0.1 * rank, None, rows, ObjectiveConfig()).statistics for rank in range(3)
     ]
     expected = parts[0].merge(parts[1]).merge(parts[2]).finalize()
     for found, calls in run_ranks(3, _reduce):

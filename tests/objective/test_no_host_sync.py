@@ -7,8 +7,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fipo import FIPOConfig, fipo_loss, future_kl
-from megatron_fipo.objective import PolicyObjective, policy_loss
+from megatron_fipo import fipo_loss, future_kl
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
 from tests.objective.packed import packed_rows, random_responses, zigzag
 
 FORBIDDEN_CALLS = {
@@ -78,15 +79,23 @@ def test_the_watch_sees_a_sync(bad) -> None:
         run_watched(lambda: bad(x))
 
 
-@pytest.mark.parametrize("name", ["fipo", "dapo", "grpo"])
-@pytest.mark.parametrize("normalization", ["token_mean", "reference_micro_batch"])
+@pytest.mark.parametrize(
+    ("name", "normalization"),
+    [
+        ("fipo", "token_mean"),
+        ("fipo", "reference_micro_batch"),
+        ("dapo", "token_mean"),
+        ("dapo", "reference_micro_batch"),
+        ("grpo", "token_mean"),
+    ],
+)
 @pytest.mark.parametrize("correction", ["none", "tis", "mis"])
 def test_the_packed_loss_never_syncs(name, normalization, correction) -> None:
     rows, _ = packed_rows(random_responses(0, [300, 4]), [5, 6], zigzag([305, 10], 1), 0)
     log_probs = (rows.old_log_probs + 0.1).requires_grad_()
-    objective = PolicyObjective(
-        name,
-        FIPOConfig(normalization=normalization),
+    objective = ObjectiveConfig(
+        name=name,
+        normalization=normalization,
         kl_coefficient=0.1 * (name == "grpo"),
         entropy_coefficient=0.1,
         correction=correction,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_fipo import FIPOConfig, fipo_loss, future_kl
-from megatron_fipo.objective import PolicyObjective
+from megatron_fipo.objective.config import ObjectiveConfig
 from tests.objective.oracle import future_kl_by_definition, oracle_loss
 from tests.objective.packed import random_responses
 
@@ -26,7 +26,7 @@ def batch(length: int = 60):
 def test_matches_the_oracle(normalization) -> None:
     config = FIPOConfig(influence_clip=(0.8, 1.2), normalization=normalization)
     members, (log_probs, old, advantages, mask) = batch()
-    expected = oracle_loss(members, PolicyObjective("fipo", config))
+    expected = oracle_loss(members, config)
     result = fipo_loss(log_probs, old, advantages, mask, config)
     result.loss.backward()
     expected.loss.backward()
@@ -117,13 +117,13 @@ BAD_SETTINGS = [
     (FIPOConfig, {"clip_high": -0.1}),
     (FIPOConfig, {"dual_clip": 0.5}),
     (FIPOConfig, {"normalization": "mean"}),
-    (PolicyObjective, {"name": "ppo"}),
-    (PolicyObjective, {"name": "grpo", "kl_coefficient": -0.1}),
-    (PolicyObjective, {"name": "fipo", "kl_coefficient": 0.1}),
-    (PolicyObjective, {"entropy_coefficient": -0.1}),
-    (PolicyObjective, {"correction": "clip"}),
-    (PolicyObjective, {"correction_cap": 0.0}),
-    (PolicyObjective, {"correction_cap": float("nan")}),
+    (ObjectiveConfig, {"name": "ppo"}),
+    (ObjectiveConfig, {"name": "grpo", "kl_coefficient": -0.1}),
+    (ObjectiveConfig, {"name": "fipo", "kl_coefficient": 0.1}),
+    (ObjectiveConfig, {"entropy_coefficient": -0.1}),
+    (ObjectiveConfig, {"correction": "clip"}),
+    (ObjectiveConfig, {"correction_cap": 0.0}),
+    (ObjectiveConfig, {"correction_cap": float("nan")}),
 ]
 
 

@@ -112,7 +112,8 @@ def _communicating_rank(rank: int, cp: int, length: int, store: str, queue: "mp.
     """Bytes that one zigzag rank puts into collectives for one micro-batch of BATCH sequences."""
     import numpy as np
 
-    from megatron_fipo.objective import ChunkTable, build_scan_plan, scan_future_kl
+    from megatron_fipo.objective.future_kl import scan_future_kl
+    from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=cp)
     size = length // (2 * cp)

@@ -9,19 +9,22 @@ from gpu.compare import Errors, largest_difference, one_row, poison, relative_no
 from gpu.loss_inputs import LossInputs, random_loss_inputs
 from gpu.measure import Bench
 from gpu.report import Row
-from megatron_fipo.objective import FIPOConfig, PolicyLoss, PolicyObjective, policy_loss, scan_future_kl
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.future_kl import scan_future_kl
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss
 
 SECTION = "loss"
 KERNELS = ("triton", "torch")
-FIPO = PolicyObjective("fipo", FIPOConfig(influence_clip=(0.8, 1.2)))
+FIPO = ObjectiveConfig(influence_clip=(0.8, 1.2))
 OBJECTIVES = {
     "fipo": FIPO,
-    "fipo, reference mean, bonus, tis": PolicyObjective(
-        "fipo", FIPOConfig(normalization="reference_micro_batch"), entropy_coefficient=0.01, correction="tis"
+    "fipo, reference mean, bonus, tis": ObjectiveConfig(
+        normalization="reference_micro_batch", entropy_coefficient=0.01, correction="tis"
     ),
-    "fipo, no clip, half life 500": PolicyObjective("fipo", FIPOConfig(half_life=500.0, influence_clip=None)),
-    "dapo": PolicyObjective("dapo"),
-    "grpo, KL, mis": PolicyObjective("grpo", kl_coefficient=0.1, correction="mis"),
+    "fipo, no clip, half life 500": ObjectiveConfig(half_life=500.0, influence_clip=None),
+    "dapo": ObjectiveConfig("dapo"),
+    "grpo, KL, mis": ObjectiveConfig("grpo", kl_coefficient=0.1, correction="mis"),
 }
 TOLERANCES = {"gradient": 1e-5, "F": 1e-5, "influence": 1e-5, "statistics": 2e-5}
 """Relative norm; largest difference of F, of weights, of a statistic, each relative to the largest value (at least 1)."""
@@ -29,7 +32,7 @@ REPEATS = 50
 
 
 def loss_and_gradients(
-    inputs: LossInputs, objective: PolicyObjective, kernels: str
+    inputs: LossInputs, objective: ObjectiveConfig, kernels: str
 ) -> tuple[PolicyLoss, list[torch.Tensor]]:
     """The loss, and the gradient by log-probs and (with a bonus) by entropy."""
     log_probs = inputs.log_probs.detach().requires_grad_()
@@ -40,7 +43,7 @@ def loss_and_gradients(
     return loss, list(gradients)
 
 
-def check_loss(bench: Bench, inputs: LossInputs, objective: PolicyObjective, kernels: str) -> Errors:
+def check_loss(bench: Bench, inputs: LossInputs, objective: ObjectiveConfig, kernels: str) -> Errors:
     truth, true_gradients = loss_and_gradients(inputs.double(), objective, "torch")
     require(truth.normalizer.item() > 0, "these inputs prove nothing: no response is kept")
     _poison(bench, inputs)

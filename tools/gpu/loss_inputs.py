@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_fipo.objective import ChunkTable, PolicyObjective, PolicyRows, build_scan_plan
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss_inputs import PolicyRows
+from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
 
 GRID = 2.0**14
 MARGIN = 1e-3
@@ -68,7 +70,7 @@ def random_loss_inputs(
     *,
     chunks: int = 1,
     holes: float = 0.1,
-    objective: PolicyObjective | None = None,
+    objective: ObjectiveConfig | None = None,
 ) -> LossInputs:
     """Responses of the given lengths, each behind a prompt of a few tokens, a share `holes` of their tokens not rows.
 
@@ -85,7 +87,7 @@ def random_loss_inputs(
     sequence, position = sequence[present], position[present]
     count = len(sequence)
     old = _grid(-4 * random.random(count) - 0.1)
-    settings = (objective or PolicyObjective()).settings
+    settings = (objective or ObjectiveConfig()).settings
     bounds = [
         1 - settings.clip_low,
         1 + settings.clip_low,

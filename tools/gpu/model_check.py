@@ -24,7 +24,8 @@ from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings
 from megatron_fipo.model.attention import PackedAttention
 from megatron_fipo.model.layer_spec import SHARED_NAMES
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
-from megatron_fipo.objective import FIPOConfig, PolicyObjective, policy_loss
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.trainer.rank import be_deterministic
 from megatron_fipo.trainer.rank_model import Policy, StepResult
 
@@ -33,7 +34,7 @@ os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
 )
 
 SECTION = "model"
-FIPO = PolicyObjective("fipo", FIPOConfig(influence_clip=(0.8, 1.2)))
+FIPO = ObjectiveConfig(influence_clip=(0.8, 1.2))
 
 
 def _shape(bench: Bench) -> Shape:
@@ -206,7 +207,7 @@ def no_host_sync(bench: Bench) -> Iterator[Row]:
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
     shard = shard.with_old_log_probs(torch.full((shard.num_rows,), -8.0, device=bench.device))
 
-    def loss_path(kernels: str, objective: PolicyObjective) -> None:
+    def loss_path(kernels: str, objective: ObjectiveConfig) -> None:
         bonus = objective.entropy_coefficient != 0
         head = HeadConfig(kernels=kernels)
         request = HeadRequest(shard.row_index, shard.labels, shape.vocabulary, 1.0, head, bonus)
@@ -214,7 +215,7 @@ def no_host_sync(bench: Bench) -> Iterator[Row]:
         loss = policy_loss(log_probs, entropy, shard.rows, objective, None, kernels=kernels)
         torch.autograd.grad(loss.loss_sum, [hidden, weight])
 
-    def check(kernels: str, objective: PolicyObjective) -> Errors:
+    def check(kernels: str, objective: ObjectiveConfig) -> Errors:
         loss_path(kernels, objective)  # compiles
         synchronize(bench)
         with _no_sync(bench):

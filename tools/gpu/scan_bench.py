@@ -11,7 +11,9 @@ from gpu.loss_check import loss_and_gradients
 from gpu.loss_inputs import LossInputs, plan_bytes, random_loss_inputs
 from gpu.measure import Bench, Timing, peak_extra, sets_for, time_calls, time_small
 from gpu.report import FIGURE, Row, aimed, duration, mebibytes
-from megatron_fipo.objective import PolicyObjective, ScanPlan, scan_future_kl
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.future_kl import scan_future_kl
+from megatron_fipo.objective.scan_layout import ScanPlan
 
 SECTION = "scan"
 HALF_LIFE = 32.0
@@ -156,7 +158,7 @@ def recipe_inputs(lengths: list[int]) -> LossInputs:
 
 
 def loss_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
-    inputs, objective = recipe_inputs([length] * batch), PolicyObjective()
+    inputs, objective = recipe_inputs([length] * batch), ObjectiveConfig()
     moved = inputs.bytes_moved
     sets = [inputs.to(bench.device) for _ in range(sets_for(bench, moved))]
     true_gradient = loss_and_gradients(inputs.double(), objective, "torch")[1][0]

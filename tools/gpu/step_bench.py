@@ -18,8 +18,9 @@ from gpu.report import FIGURE, SKIPPED, Row, aimed, duration, reason
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import ModelConfig, OptimizerSettings
 from megatron_fipo.config.gpu_rules import fp8_obstacle
-from megatron_fipo.environment.accelerators import find_accelerators
-from megatron_fipo.objective import PolicyObjective, policy_loss
+from megatron_fipo.environment import find_accelerators
+from megatron_fipo.objective.config import ObjectiveConfig
+from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.trainer.rank_model import Policy
 
 SECTION = "step"
@@ -33,7 +34,7 @@ TOY_PACKS = {"1 x 20,480": ([10], [50]), "4 x 5,120": ([5] * 4, [10] * 4)}
 """Lengths of prompts and responses."""
 MFU_AIM, LOSS_AIM = 0.5, 0.01
 LR, STEPS, WARM_UP = 1e-6, 5, 2
-OBJECTIVE = PolicyObjective()
+OBJECTIVE = ObjectiveConfig()
 PROFILE = "step_profile.txt"
 
 

@@ -1,1 +1,5 @@
-"""Triton kernels of the loss and the head, and the choice between them and plain torch."""
+"""The loss in Triton, and the choice between Triton and plain torch.
+
+`choice` decides per call; `launch` has the two entry points (`triton_scan`, `triton_policy_loss`); `triton_scan` and
+`triton_loss` are the kernels. Nothing outside this folder imports Triton for the loss.
+"""

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels or plain torch compute. Both give the same numbers; the choice is made per call, from the tensors."""
+"""The choice between Triton kernels and plain torch. Both give the same numbers; it is made per call, from the tensors."""
 
 import os
 from functools import cache
@@ -13,10 +13,10 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether Triton computes on `tensor`: with `auto` where it can on a GPU, with `triton` always, with `torch` never.
+    """Whether Triton computes on `tensor`: with `auto` if it can on a GPU, with `triton` always, with `torch` never.
 
-    ValueError, with the reason, where `triton` is asked for and cannot be: no Triton, another dtype than `dtypes`, a GPU that is
-    too old, or a CPU tensor outside Triton's interpreter (TRITON_INTERPRET=1, for tests).
+    ValueError, with the reason, if `kernels` is `triton` and it cannot run: no Triton, a dtype outside `dtypes`, a GPU
+    that is too old, or a CPU tensor outside Triton's interpreter (TRITON_INTERPRET=1, for tests).
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
@@ -31,12 +31,12 @@ def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) 
 
 
 def kernels_obstacle(kernels: str, device: torch.device) -> str | None:
-    """Why `kernels` cannot compute on `device`, to be asked before a run starts; None where it can, as `auto` and `torch` always."""
+    """Why `kernels` cannot compute on `device`, for checks before a run starts; None if it can (`auto`, `torch`: always)."""
     return _obstacle(device) if kernels == "triton" else None
 
 
 def describe_kernels(kernels: str, device: torch.device) -> str:
-    """What computes head and loss on `device`, for the log: "Triton 3.6.0", or "plain torch" with the reason if it is not the choice."""
+    """What computes head and loss on `device`, for the log: "Triton 3.6.0", or "plain torch" and why Triton is not used."""
     reason = _obstacle(device)
     if kernels != "torch" and reason is None:
         import triton

@@ -1,7 +1,8 @@
-"""Launches Triton's kernels for FutureKL and the policy loss. Same inputs, same numbers, same collective as the torch path.
+"""Launches the Triton kernels for FutureKL and the policy loss. Same inputs, numbers and collective as the torch path.
 
-Forward computes the gradient of the loss sum with the loss itself, as one number per row, so that backward is one product.
-Letters: R rows, S sequences, C chunks per sequence and rank, cp ranks.
+Forward computes the gradient of the loss sum together with the loss, as one number per row, so backward is one product.
+
+Notation: R rows, S sequences, C chunks per sequence and rank, cp ranks.
 """
 
 import math
@@ -14,38 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fipo.objective.config import LOG_RATIO_LIMIT, SAFE_INFLUENCE, PolicyObjective
-from megatron_fipo.objective.drop_rule import Sequences, judge_sequences
-from megatron_fipo.objective.future_kl import all_gather, check_group, decay_rate
-from megatron_fipo.objective.kernels import triton_loss as kernels
+from megatron_fipo.objective.config import LOG_RATIO_LIMIT, SAFE_INFLUENCE, ObjectiveConfig
+from megatron_fipo.objective.drop_rule import KeptSequences, apply_drop_rule
+from megatron_fipo.objective.kernels import triton_loss
+from megatron_fipo.objective.kernels import triton_scan as scan
 from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
-from megatron_fipo.objective.metrics import MAXIMA, SUMS, Statistics
-from megatron_fipo.objective.scan_layout import BLOCK, ScanPlan
+from megatron_fipo.objective.metrics import MAXIMA, SUMS
+from megatron_fipo.objective.scan_layout import BLOCK, ScanPlan, all_gather, decay_rate
+from megatron_fipo.objective.statistics import Statistics
 
 TILE = 128
-"""Blocks whose sums a program weighs and adds at one time: those of 16,384 positions."""
+"""Blocks whose aggregates a program sums at one time: those of 16,384 positions."""
 
 
 @torch.no_grad()
-def fused_scan(
-    x: Tensor, riders: Tensor, plan: ScanPlan, rate: float, group: dist.ProcessGroup | None
+def triton_scan(
+    x: Tensor, extra_sums: Tensor, plan: ScanPlan, rate: float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """`scan_future_kl` with Triton; `rate` is −log2 γ. x: [R] float32 or float64."""
-    x, chunks = x.contiguous(), plan.lead.shape[1]
+    x, chunks = x.contiguous(), plan.chunks_per_rank
     with _on(x.device):
         aggregate = x.new_empty(plan.num_blocks, dtype=torch.float64)
-        kernels.scan_blocks_kernel[(plan.num_blocks,)](
+        scan.scan_blocks_kernel[(plan.num_blocks,)](
             x, plan.slot_row, aggregate, GAMMA=2.0**-rate, BLOCK=BLOCK, num_warps=1
         )
-        local = x.new_empty(plan.num_sequences, chunks + riders.shape[1], dtype=torch.float64)
-        if riders.shape[1]:
+        local = x.new_empty(plan.num_sequences, chunks + extra_sums.shape[1], dtype=torch.float64)
+        if extra_sums.shape[1]:
             local[:, chunks:] = 0
-            local[:, chunks:].index_add_(0, plan.row_sequence, riders.double())
-        if plan.context_parallel_size * chunks > 1:  # else the kernel below reads nothing of `local`
+            local[:, chunks:].index_add_(0, plan.row_sequence, extra_sums.double())
+        if plan.context_parallel_size * chunks > 1:  # otherwise scan_rows_kernel does not read `local`
             _add_chunks(aggregate, None, local, plan, rate)
         gathered = all_gather(local, group)  # [cp, S, C + k]
         future_kl = torch.empty_like(x)
-        kernels.scan_rows_kernel[(plan.num_blocks,)](
+        scan.scan_rows_kernel[(plan.num_blocks,)](
             x,
             *_scan_tables(plan, aggregate, gathered),
             future_kl,
@@ -55,25 +57,24 @@ def fused_scan(
     return future_kl, gathered[:, :, chunks:].sum(dim=0)
 
 
-def fused_policy_loss(
+def triton_policy_loss(
     log_probs: Tensor,
     entropy: Tensor | None,
     rows: PolicyRows,
-    objective: PolicyObjective,
+    objective: ObjectiveConfig,
     cp_group: dist.ProcessGroup | None,
 ) -> PolicyLoss:
     """`policy_loss` with Triton, for inputs that it has checked."""
-    check_group(rows.plan, cp_group)
-    loss, sums, maxima, influence, future_kl, kept, reference_weight = _FusedPolicyLoss.apply(
+    loss, sums, maxima, influence, future_kl, kept, reference_weight = _TritonPolicyLoss.apply(
         log_probs, entropy, rows, objective, cp_group
     )
-    named = dict(zip(kernels.TOKEN_SUMS, sums.unbind(), strict=True))
+    named = dict(zip(triton_loss.TOKEN_SUMS, sums.unbind(), strict=True))
     named["reference_loss"] = named["token_mean_loss"] * reference_weight
     statistics = Statistics(torch.stack([named[name] for name in SUMS]), maxima)
     return PolicyLoss(loss, named["normalizer"].to(log_probs.dtype), influence, future_kl, kept, statistics)
 
 
-class _FusedPolicyLoss(torch.autograd.Function):
+class _TritonPolicyLoss(torch.autograd.Function):
     """(log_probs [R], entropy [R] or None) → loss sum with gradient, and without: sums, maxima, f, F, kept rows, reference weight."""
 
     @staticmethod
@@ -82,20 +83,12 @@ class _FusedPolicyLoss(torch.autograd.Function):
         with _on(log_probs.device):
             outputs, reference_weight = _launch(log_probs, entropy, rows, objective, group)
         ctx.save_for_backward(outputs["grad_log_probs"], outputs["grad_entropy"])
-        sums, maxima = (
-            outputs["sums"].sum(dim=1),
-            F.pad(outputs["maxima"], (0, 1), value=-torch.inf).amax(dim=1),
-        )
-        rest = (
-            sums,
-            maxima,
-            outputs["influence"],
-            outputs["future_kl"],
-            outputs["kept_rows"],
-            reference_weight,
-        )
-        ctx.mark_non_differentiable(*rest)
-        return sums[0].to(log_probs.dtype), *rest
+        sums = outputs["sums"].sum(dim=1)
+        maxima = F.pad(outputs["maxima"], (0, 1), value=-torch.inf).amax(dim=1)
+        per_row = (outputs[name] for name in ("influence", "future_kl", "kept_rows"))
+        reported = (sums, maxima, *per_row, reference_weight)
+        ctx.mark_non_differentiable(*reported)
+        return sums[triton_loss.TOKEN_SUMS.index("loss")].to(log_probs.dtype), *reported
 
     @staticmethod
     @once_differentiable
@@ -103,34 +96,29 @@ class _FusedPolicyLoss(torch.autograd.Function):
         grad_log_probs, grad_entropy = ctx.saved_tensors
         if grad_loss is None:
             return None, None, None, None, None
-        return (
-            grad_log_probs * grad_loss,
-            None if grad_entropy is None else grad_entropy * grad_loss,
-            None,
-            None,
-            None,
-        )
+        by_entropy = None if grad_entropy is None else grad_entropy * grad_loss
+        return grad_log_probs * grad_loss, by_entropy, None, None, None
 
 
 def _launch(
     log_probs: Tensor,
     entropy: Tensor | None,
     rows: PolicyRows,
-    objective: PolicyObjective,
+    objective: ObjectiveConfig,
     group: dist.ProcessGroup | None,
 ) -> tuple[dict[str, Any], Tensor]:
     """The launches around the gather: outputs of `loss_rows_kernel` by name (grad_entropy may be None), and the reference weight."""
-    plan, settings, rate = rows.plan, objective.settings, decay_rate(objective.settings.half_life)
+    plan, rate = rows.plan, decay_rate(objective.half_life)
     inputs = _row_inputs(log_probs, entropy, rows)
     shared = {
-        "LOG_DUAL_CLIP": math.log(settings.dual_clip),
-        "DUAL_CLIP": settings.dual_clip,
+        "LOG_DUAL_CLIP": math.log(objective.dual_clip),
+        "DUAL_CLIP": objective.dual_clip,
         "BLOCK": BLOCK,
         "num_warps": 1,
     }
     aggregate = log_probs.new_empty(plan.num_blocks, dtype=torch.float64)
     counts = log_probs.new_empty(plan.num_blocks, 2, dtype=torch.float64)
-    kernels.loss_blocks_kernel[(plan.num_blocks,)](
+    triton_loss.loss_blocks_kernel[(plan.num_blocks,)](
         **inputs,
         slot_row=plan.slot_row,
         aggregate=aggregate,
@@ -139,16 +127,16 @@ def _launch(
         CORRECTS=objective.corrects,
         **shared,
     )
-    chunks = plan.lead.shape[1]
+    chunks = plan.chunks_per_rank
     local = log_probs.new_empty(plan.num_sequences, chunks + 2, dtype=torch.float64)
     _add_chunks(aggregate, counts, local, plan, rate)
     gathered = all_gather(local, group)  # [cp, S, C + 2]
-    sequences = judge_sequences(gathered[:, :, chunks:].sum(dim=0), rows, objective)
+    sequences = apply_drop_rule(gathered[:, :, chunks:].sum(dim=0), rows, objective)
     outputs = _row_outputs(log_probs, plan, objective.entropy_coefficient != 0)
     names = (
-        "slot_row", "block_segment", "aggregate", "first_block", "gathered", "distance", "follows", "row_distance", "num_sequences",
+        "slot_row", "block_segment", "aggregate", "first_block", "gathered", "chunk_distance", "is_later", "row_distance", "num_sequences",
     )  # fmt: skip
-    kernels.loss_rows_kernel[(plan.num_blocks,)](
+    triton_loss.loss_rows_kernel[(plan.num_blocks,)](
         **inputs,
         last_row=rows.last_row.contiguous(),
         **dict(zip(names, _scan_tables(plan, aggregate, gathered), strict=True)),
@@ -161,37 +149,36 @@ def _launch(
 
 
 def _add_chunks(aggregate: Tensor, counts: Tensor | None, local: Tensor, plan: ScanPlan, rate: float) -> None:
-    """Fills `local` [S, C + k]: what each chunk does, and where counts are given their sums."""
-    kernels.chunk_sums_kernel[(plan.num_sequences,)](
-        aggregate, counts, plan.first_block, plan.lead, local,
-        RATE=rate, C=plan.lead.shape[1], K=0 if counts is None else counts.shape[1], WIDTH=local.shape[1], BLOCK=BLOCK, TILE=TILE,
+    """Fill `local` [S, C + k]: the aggregate of each chunk, then the column sums of `counts` if given."""
+    scan.chunk_sums_kernel[(plan.num_sequences,)](
+        aggregate, counts, plan.first_block, plan.first_row_offset, local,
+        RATE=rate, C=plan.chunks_per_rank, K=0 if counts is None else counts.shape[1], WIDTH=local.shape[1], BLOCK=BLOCK, TILE=TILE,
         num_warps=4,
     )  # fmt: skip
 
 
 def _scan_tables(plan: ScanPlan, aggregate: Tensor, gathered: Tensor) -> tuple[Tensor | int, ...]:
     return (
-        plan.slot_row, plan.block_segment, aggregate, plan.first_block, gathered, plan.distance, plan.follows, plan.row_distance,
+        plan.slot_row, plan.block_segment, aggregate, plan.first_block, gathered, plan.chunk_distance, plan.is_later, plan.row_distance,
         plan.num_sequences,
     )  # fmt: skip
 
 
 def _scan_constants(plan: ScanPlan, rate: float) -> dict[str, Any]:
-    ranks, chunks = plan.context_parallel_size, plan.lead.shape[1]
+    ranks, chunks = plan.context_parallel_size, plan.chunks_per_rank
     sources = 1 << (ranks * chunks - 1).bit_length()
     constants = {"GAMMA": 2.0**-rate, "RATE": rate, "CP": ranks, "C": chunks, "SOURCES": sources}
     return constants | {"BLOCK": BLOCK, "TILE": TILE, "num_warps": 1}
 
 
-def _loss_constants(objective: PolicyObjective) -> dict[str, Any]:
-    settings = objective.settings
+def _loss_constants(objective: ObjectiveConfig) -> dict[str, Any]:
     return {
         "LOW": objective.ratio_bounds[0],
         "HIGH": objective.ratio_bounds[1],
-        "WEIGHED": objective.name == "fipo",
-        "INFLUENCE_LOW": float(settings.influence_bounds[0]),
-        "INFLUENCE_HIGH": float(settings.influence_bounds[1]),
-        "SAFETY": settings.safety_threshold,
+        "WEIGHTED": objective.weights_tokens,
+        "INFLUENCE_LOW": float(objective.influence_bounds[0]),
+        "INFLUENCE_HIGH": float(objective.influence_bounds[1]),
+        "SAFETY": objective.safety_threshold,
         "SAFE_LOW": SAFE_INFLUENCE[0],
         "SAFE_HIGH": SAFE_INFLUENCE[1],
         "CORRECTION": objective.correction,
@@ -215,7 +202,7 @@ def _row_inputs(log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows) -> 
     return {name: None if value is None else value.detach().contiguous() for name, value in given.items()}
 
 
-def _sequence_inputs(sequences: Sequences) -> dict[str, Tensor]:
+def _sequence_inputs(sequences: KeptSequences) -> dict[str, Tensor]:
     return {
         "kept_sequence": sequences.kept.view(torch.uint8),
         "non_finite_sequence": sequences.non_finite.view(torch.uint8),
@@ -227,7 +214,7 @@ def _row_outputs(log_probs: Tensor, plan: ScanPlan, entropy_gradient: bool) -> d
     per_row = ("grad_log_probs", "influence", "future_kl", "kept_rows")
     outputs: dict[str, Any] = {name: torch.empty_like(log_probs) for name in per_row}
     outputs["grad_entropy"] = torch.empty_like(log_probs) if entropy_gradient else None
-    outputs["sums"] = log_probs.new_empty(len(kernels.TOKEN_SUMS), plan.num_blocks, dtype=torch.float64)
+    outputs["sums"] = log_probs.new_empty(len(triton_loss.TOKEN_SUMS), plan.num_blocks, dtype=torch.float64)
     outputs["maxima"] = log_probs.new_empty(len(MAXIMA), plan.num_blocks, dtype=torch.float64)
     return outputs
 
@@ -237,7 +224,7 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-if kernels.LIMIT.value != LOG_RATIO_LIMIT:
+if triton_loss.LIMIT.value != LOG_RATIO_LIMIT:
     raise RuntimeError(
-        f"the kernels clamp log-ratios at ±{kernels.LIMIT.value}, the torch path at ±{LOG_RATIO_LIMIT}"
+        f"the kernels clamp log-ratios at ±{triton_loss.LIMIT.value}, the torch path at ±{LOG_RATIO_LIMIT}"
     )

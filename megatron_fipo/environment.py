@@ -1,0 +1,83 @@
+"""What this machine has: cores, GPUs, installed packages. The one place that looks; everything else gets data classes.
+
+Nothing heavy is imported before a function needs torch, and no optional package is imported at all.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """The GPUs that a process sees and the packages installed for them."""
+
+    capability: tuple[int, int] | None
+    """Lowest compute capability of the GPUs; None without a GPU."""
+    cuda: str | None
+    """CUDA version that torch was built for."""
+    transformer_engine: str | None
+    """Its version, "unknown version" if it has no metadata, None if it is not installed."""
+    apex: bool = False
+    """Whether NVIDIA's apex is installed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ranks can run on: GPUs, or CPU cores if there is no GPU."""
+
+    cpus: int
+    gpus: int
+    accelerators: Accelerators | None = None
+    """None if unknown: on a Ray cluster of other machines, whose ranks look for themselves."""
+
+
+def this_machine() -> Machine:
+    """CPU cores that this process may use, visible CUDA devices, and the packages for them."""
+    import torch
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(cpus=cpus, gpus=torch.cuda.device_count(), accelerators=find_accelerators())
+
+
+def find_accelerators() -> Accelerators:
+    """The GPUs that this process sees, and the installed Transformer Engine and apex."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    return Accelerators(
+        capability=min((torch.cuda.get_device_capability(device) for device in devices), default=None),
+        cuda=torch.version.cuda,
+        transformer_engine=installed_version("transformer_engine", "transformer-engine"),
+        apex=has_nvidia_apex(),
+    )
+
+
+def can_compile() -> bool:
+    """Whether torch.compile, which Megatron-Core uses to fuse small operations, makes GPU kernels here."""
+    import torch
+
+    return torch.cuda.is_available() and find_spec("triton") is not None
+
+
+def installed_version(module: str, package: str) -> str | None:
+    """Version of the installed package, "unknown version" without metadata, None if `module` cannot be imported."""
+    try:
+        if find_spec(module) is None:
+            return None
+    except (ImportError, ValueError):
+        return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown version"
+
+
+def has_nvidia_apex() -> bool:
+    """Whether apex is NVIDIA's: it has `multi_tensor_apply`; the web toolkit of the same name on PyPI does not."""
+    spec = find_spec("apex")
+    return spec is not None and any(
+        (Path(p) / "multi_tensor_apply").is_dir() for p in spec.submodule_search_locations or ()
+    )

@@ -1,1 +1,0 @@
-"""What this machine has: cores, GPUs, installed packages."""
