@@ -7,39 +7,6 @@ import numpy as np
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.driver.rollout.collector import Collected
 
-# Over the mini-steps of an iteration most statistics average; these do not.
-MINIMA = ("influence/min",)
-MAXIMA = ("influence/max", "rollout/log_prob_difference_max")
-TOTALS = (
-    "policy/dropped_sequences",
-    "policy/nonfinite_sequences",
-    "policy/sequences",
-    "policy/tokens",
-    "policy/kept_tokens",
-    "policy/skipped_steps",
-    "rollout/compared_tokens",
-)
-FIRST = ("policy/sigma_log_ratio",)
-"""Of the first mini-step, where old and new weights are the same: anything but 0 is numerical noise that FutureKL amplifies."""
-
-
-def over_mini_steps(mini_steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One number per statistic for the iteration."""
-    values = {}
-    for name in mini_steps[0]:
-        series = [step[name] for step in mini_steps]
-        if name in MINIMA:
-            values[name] = min(series)
-        elif name in MAXIMA:
-            values[name] = max(series)
-        elif name in TOTALS:
-            values[name] = sum(series)
-        elif name in FIRST:
-            values[name] = series[0]
-        else:
-            values[name] = sum(series) / len(series)
-    return values
-
 
 def rollout_values(collected: Collected, trained: Sequence[Trajectory], version: int) -> dict[str, float]:
     """What dynamic sampling did and what the responses trained on, by an update of weights `version`, look like."""

@@ -18,7 +18,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.driver.checkpoint_saver import CheckpointSaver
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate
-from megatron_fipo.driver.iteration_metrics import over_mini_steps, rollout_values
+from megatron_fipo.driver.iteration_metrics import rollout_values
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.dump import write_dump
 from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, Rollouts
@@ -28,6 +28,7 @@ from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import TrainerGroup
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.objective.advantages import group_advantages
+from megatron_fipo.objective.metrics import over_mini_steps
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
 from megatron_fipo.tasks.problem import Problem

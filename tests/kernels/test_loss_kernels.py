@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_fipo import fipo_loss
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.future_kl import scan_future_kl
-from megatron_fipo.objective.kernels import launch as fused_loss
+from megatron_fipo.objective.kernels import launch
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
 from megatron_fipo.objective.scan_layout import ChunkTable
@@ -62,7 +62,7 @@ def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> N
 @pytest.mark.parametrize("cp", [1, 2])
 def test_blocks_are_added_tile_by_tile(tile, cp, monkeypatch) -> None:
     """A program adds TILE blocks at a time; here several times, with and without a remainder, in a chunk and over chunks behind."""
-    monkeypatch.setattr(fused_loss, "TILE", tile)
+    monkeypatch.setattr(launch, "TILE", tile)
     lengths = [128 * 20, 128 * 16 + 1, 70]
     values, masks = random_case(3, lengths)
     found = scan_ranks(contiguous(lengths, cp), values, masks, 500.0, kernels="triton")

@@ -143,7 +143,7 @@ def scan_ranks(
 
     result = [np.full(len(v), np.nan) for v in values]
     gathering = importlib.import_module(
-        f"megatron_fipo.objective.{'future_kl' if kernels == 'torch' else 'fused_loss'}"
+        f"megatron_fipo.objective.{'future_kl' if kernels == 'torch' else 'kernels.launch'}"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_fipo.objective.future_kl.check_group", lambda *_: None)

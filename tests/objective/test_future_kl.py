@@ -21,6 +21,26 @@ def whole(lengths: list[int]) -> ChunkTable:
     return ChunkTable(np.zeros((1, len(lengths), 1), dtype=np.int64), np.array(lengths).reshape(1, -1, 1))
 
 
+def test_the_worked_example() -> None:
+    """The numbers in the docstring of `future_kl.py`: 2 sequences of 8 and 4 ones, half life 1, cp = 2, zigzag."""
+    table = zigzag([8, 4], 2)
+    assert table.first.tolist() == [[[0, 6], [0, 3]], [[2, 4], [1, 2]]]  # [rank][sequence][chunk]
+    assert table.length.tolist() == [[[2, 2], [1, 1]], [[2, 2], [1, 1]]]
+
+    plan = build_scan_plan(table, 1, [0, 0, 0, 0, 1, 1], [2, 3, 4, 5, 1, 2])
+    assert plan.row_distance.tolist() == [2, 1, 2, 1, 1, 1]  # to the end of the chunk
+    # From the end of rank 1's chunk 2 3, which is 4, to the chunks [rank][chunk] of sequence 0.
+    assert plan.chunk_distance[:, 0, :, 0].tolist() == [[0, 2], [0, 0]]
+    assert plan.is_later[:, 0, :, 0].tolist() == [[0, 1], [0, 1]]
+
+    ones, rows = [np.ones(8), np.ones(4)], [np.ones(8, bool), np.ones(4, bool)]
+    long, short = scan_ranks(table, ones, rows, 1.0)
+    assert long[3] == 1 + 1.875 / 2 == 1.9375
+    assert long.tolist() == [2 - 2.0 ** -(7 - t) for t in range(8)]
+    assert short[0] == 1 + 1.75 / 2 == 1.875
+    assert short.tolist() == [1.875, 1.75, 1.5, 1.0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, HALF_LIVES, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**30))
 def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> None:
@@ -53,8 +73,8 @@ def test_permuting_the_pack_permutes_the_result(lengths, seed, random) -> None:
     shuffled = scan_ranks(
         whole([lengths[i] for i in order]), [values[i] for i in order], [masks[i] for i in order], 32.0
     )
-    for place, i in enumerate(order):
-        np.testing.assert_allclose(shuffled[place], before[i], rtol=0, atol=1e-13)
+    for position, i in enumerate(order):
+        np.testing.assert_allclose(shuffled[position], before[i], rtol=0, atol=1e-13)
 
 
 @given(st.integers(0, 2**30))
@@ -162,14 +182,14 @@ def test_bad_rows_are_named() -> None:
 
 def test_misuse_of_the_scan_is_refused_before_any_collective() -> None:
     plan = build_scan_plan(whole([4]), 0, np.zeros(4, int), np.arange(4))
-    x, riders = torch.zeros(4), torch.zeros(4, 1)
+    x, extra_sums = torch.zeros(4), torch.zeros(4, 1)
     for bad_half_life in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"half_life must be positive, not {bad_half_life}"):
-            scan_future_kl(x, riders, plan, bad_half_life)
+            scan_future_kl(x, extra_sums, plan, bad_half_life)
     with pytest.raises(ValueError, match=r"x \[3\]"):
-        scan_future_kl(x[:3], riders, plan, 32.0)
+        scan_future_kl(x[:3], extra_sums, plan, 32.0)
     with pytest.raises(ValueError, match="bfloat16"):
-        scan_future_kl(x.bfloat16(), riders, plan, 32.0)
+        scan_future_kl(x.bfloat16(), extra_sums, plan, 32.0)
     two = build_scan_plan(zigzag([4], 2), 0, np.zeros(2, int), np.array([0, 3]))
     with pytest.raises(ValueError, match="plan is for 2 context-parallel ranks, but the group has 1"):
-        scan_future_kl(x[:2], riders[:2], two, 32.0)
+        scan_future_kl(x[:2], extra_sums[:2], two, 32.0)

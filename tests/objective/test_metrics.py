@@ -1,7 +1,8 @@
-"""Statistics are the same however the tokens are spread, and mean what their names say."""
+"""Statistics do not depend on how tokens are distributed, and mean what their names state."""
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.loss_inputs import PolicyRows
+from megatron_fipo.objective.metrics import MAXIMA, METRICS, SUMS, Totals, markdown_table, over_mini_steps
 from megatron_fipo.objective.statistics import Statistics
 from tests.objective.packed import packed_rows, random_responses, zigzag
 from tests.ranks import run_ranks
@@ -133,3 +135,36 @@ def test_reduce_is_merge_by_two_all_reduces() -> None:
     for found, calls in run_ranks(3, _reduce):
         assert found == pytest.approx(expected, abs=1e-12)
         assert calls == ["all_reduce", "all_reduce"]
+
+
+def test_the_table_of_the_docs_is_the_list() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
+    assert markdown_table() in page, f"docs/algorithm.md lacks this table:\n{markdown_table()}"
+
+
+def test_every_sum_is_reported_and_every_name_is_unique() -> None:
+    used: set[str] = set()
+
+    class Recording(Totals):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            used.add(name)
+            return super().__getitem__(name)
+
+    totals = Recording({name: torch.ones((), dtype=torch.float64) for name in (*SUMS, *MAXIMA)})
+    for metric in METRICS:
+        if metric.value is not None:
+            metric.value(totals)
+    assert used == {*SUMS, *MAXIMA}
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_mini_steps_reduce_as_listed_and_an_unknown_name_is_refused() -> None:
+    steps = [{metric.name: value for metric in METRICS} for value in (3.0, 1.0, 2.0)]
+    found = over_mini_steps(steps)
+    assert found["policy/loss"] == 2.0  # mean
+    assert found["policy/tokens"] == found["policy/skipped_steps"] == 6.0  # sum
+    assert found["influence/min"] == 1.0
+    assert found["influence/max"] == 3.0
+    assert found["policy/sigma_log_ratio"] == 3.0  # of the first mini-step
+    with pytest.raises(KeyError, match="policy/new"):
+        over_mini_steps([{"policy/new": 1.0}])
