@@ -1,6 +1,6 @@
-"""Settings: the schema, reading YAML and overrides into it, and refusing what cannot work.
+"""Settings: the schema, loading YAML and overrides into it, and checks before anything starts.
 
-Imports of heavy packages happen inside functions, so that the command line starts fast.
+Heavy packages are imported inside functions, so that the command line starts fast.
 """
 
 from megatron_fipo.config.load import differences, load_config, save_config

@@ -1,4 +1,4 @@
-"""The schema as a commented YAML file: every setting with its meaning and default, taken from the schema's own source."""
+"""The schema as a commented YAML file: every setting with its meaning and default, taken from the schema's source."""
 
 import ast
 import inspect
@@ -29,7 +29,7 @@ def describe(schema: type, indent: int = 0) -> str:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """The string below each field of a dataclass; fields without one are absent."""
+    """The docstring of each field of a dataclass; fields without one are absent."""
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
     docs = {}
     for statement, following in pairwise(body):

@@ -1,4 +1,4 @@
-"""What FP8, low-precision optimizer state and host offload need. Pure: facts about packages and GPUs are arguments."""
+"""Requirements of FP8, low-precision optimizer state and host offload. Pure: facts about packages and GPUs are arguments."""
 
 from packaging.version import InvalidVersion, Version
 
@@ -12,18 +12,18 @@ BLOCKWISE_CAPABILITY = (9, 0)
 BLOCKWISE_CUDA = "12.9"
 AFTER_HOPPER = (10, 0)
 BLOCKWISE_AFTER_HOPPER = "2.10"
-"""The release of Transformer Engine from which blockwise surely runs on later GPUs; until 2.8 it is refused there."""
+"""First Transformer Engine release known to run blockwise on later GPUs; releases up to 2.8 refuse it there."""
 OLDEST_TRANSFORMER_ENGINE = "2.4"
 """The first release in which every recipe can keep weights in FP8."""
 TORCH_ADAM = (
-    "training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex, and neither is there: with torch's, Megatron-Core's "
-    f"optimizer has no checkpoints that a run can go on from; {INSTALL}, or build apex"
+    "training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex, and neither is installed: with torch's, "
+    f"Megatron-Core's optimizer has no checkpoints that a run can resume from; {INSTALL}, or build apex"
 )
-"""Why a run on GPUs is refused with neither."""
+"""Why a run on GPUs without either is refused."""
 
 
 def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
-    """Why FP8 with this recipe cannot run there, with the mend; None where it can."""
+    """Why FP8 with this recipe cannot run on that machine, with the fix; None if it can."""
     if machine.capability is None:
         return "it needs a GPU"
     if machine.transformer_engine is None:
@@ -50,7 +50,7 @@ def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
 
 
 def check_layers(layer_spec: str, dtype: str) -> None:
-    """Refuse Transformer Engine's layers in float32, for which its attention over packed sequences has no kernel. UserError."""
+    """Refuse Transformer Engine's layers in float32: its attention over packed sequences has no float32 kernel. UserError."""
     if layer_spec == "transformer_engine" and dtype != "bfloat16":
         raise UserError(
             f"layer_spec=transformer_engine needs dtype=bfloat16, not {dtype}; use auto or portable"
@@ -58,7 +58,7 @@ def check_layers(layer_spec: str, dtype: str) -> None:
 
 
 def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
-    """Refuse combinations that Megatron-Core has no sound way for, whatever the machine. UserError."""
+    """Refuse combinations that Megatron-Core does not support correctly on any machine. UserError."""
     if model.fp8 == "none":
         if model.fp8_param_gather:
             raise UserError("model.fp8_param_gather=true needs model.fp8=hybrid or e4m3")
@@ -70,8 +70,8 @@ def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
         raise UserError(f"model.fp8={model.fp8} needs model.dtype=bfloat16, not {model.dtype}")
     elif model.fp8_recipe == "delayed" and model.recompute == "full":
         raise UserError(
-            "model.fp8_recipe=delayed with model.recompute=full would recompute layers with the scales of the pass that records old "
-            "log-probs; choose blockwise or tensorwise, or another model.recompute"
+            "model.fp8_recipe=delayed with model.recompute=full would recompute layers with the scales of the pass that computes "
+            "old log-probs; choose blockwise or tensorwise, or another model.recompute"
         )
     if model.fp8_param_gather and not optimizer.distributed:
         raise UserError(
@@ -79,8 +79,8 @@ def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
         )
     if model.fp8_param_gather and model.fp8_recipe == "delayed":
         raise UserError(
-            "model.fp8_param_gather=true needs model.fp8_recipe=blockwise or tensorwise: delayed has seen no scale yet when the "
-            "weights are loaded, and would round them away"
+            "model.fp8_param_gather=true needs model.fp8_recipe=blockwise or tensorwise: delayed has no scale "
+            "yet when the weights are loaded, and would round them to zero"
         )
     if model.fp8_param_gather and optimizer.cpu_offload:
         raise UserError(
@@ -99,7 +99,7 @@ def check_precision(model: ModelConfig, optimizer: OptimizerSettings) -> None:
 
 
 def check_accelerators(model: ModelConfig, optimizer: OptimizerSettings, machine: Accelerators) -> None:
-    """Refuse settings that this machine's GPUs or packages cannot carry out. UserError."""
+    """Refuse settings that this machine's GPUs or packages do not support. UserError."""
     reason = None if model.fp8 == "none" else fp8_obstacle(model.fp8_recipe, machine)
     if reason:
         raise UserError(
@@ -121,25 +121,25 @@ def check_accelerators(model: ModelConfig, optimizer: OptimizerSettings, machine
 
 
 def check_adam(machine: Accelerators) -> None:
-    """Refuse to train on GPUs where Megatron-Core would fall back on torch's Adam. UserError."""
+    """Refuse to train on GPUs if Megatron-Core would fall back to torch's Adam. UserError."""
     if machine.capability is not None and machine.transformer_engine is None and not machine.apex:
         raise UserError(TORCH_ADAM)
 
 
-def check_fp8_split(hidden: int, split: dict[str, int], parallel: ParallelConfig) -> None:
+def check_fp8_shards(hidden: int, sharded: dict[str, int], parallel: ParallelConfig) -> None:
     """Refuse a model whose matrices FP8 cannot multiply. UserError.
 
-    The hidden size and, on each tensor-parallel rank, the sizes in `split` have to be multiples of 16.
+    The hidden size and, on each tensor-parallel rank, the sizes in `sharded` must be multiples of 16.
     """
     tp = parallel.tensor_model_parallel_size
     if hidden % 16:
         raise UserError(
             f"model.fp8 needs multiples of 16, but the model's hidden size is {hidden}; set model.fp8=none"
         )
-    for what, size in split.items():
+    for what, size in sharded.items():
         if size % (16 * tp):
             raise UserError(
-                f"model.fp8 needs multiples of 16 on each rank, but the model's {what} of {size} is split over "
+                f"model.fp8 needs multiples of 16 on each rank, but the model's {what} of {size} is sharded over "
                 f"parallel.tensor_model_parallel_size={tp}; lower that or set model.fp8=none"
             )
 
@@ -152,7 +152,7 @@ def _state_settings(optimizer: OptimizerSettings) -> tuple[tuple[str, object, ob
 def _below(version: str, least: str) -> bool:
     try:
         return Version(version) < Version(least)
-    except InvalidVersion:  # a build of one's own, whose age cannot be told
+    except InvalidVersion:  # a custom build of unknown age
         return False
 
 

@@ -1,4 +1,4 @@
-"""YAML and `key=value` overrides into the dataclasses of `schema`, with errors that name the key and where it came from."""
+"""YAML and `key=value` overrides into the dataclasses of `schema`, with errors that name the key and its source."""
 
 import difflib
 import os
@@ -21,11 +21,11 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config: ...
 @overload
 def load_config(path: str | Path | None, overrides: list[str], schema: type[Schema]) -> Schema: ...
 def load_config(path: str | Path | None, overrides: list[str], schema: type = Config) -> Any:
-    """Read a YAML file (None for none), then apply overrides such as `optimizer.lr=1e-5`, the last one winning.
+    """Read a YAML file (None for none), then apply overrides such as `optimizer.lr=1e-5` in order.
 
     Values are YAML: `objective.influence_clip=[0.8,1.2]`, `objective.influence_clip=null`, `objective.half_life=.inf`.
-    Returns a plain `schema` instance. Raises UserError on a file that is no YAML mapping, an unknown key (with the nearest
-    valid one), a value of the wrong type or outside its choices, and required values that nobody gave.
+    Returns a plain `schema` instance. Raises UserError for a file that is not a YAML mapping, an unknown key (with the
+    nearest valid one), a value of the wrong type or outside its range or choices, and a missing required value.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -55,7 +55,7 @@ def load_config(path: str | Path | None, overrides: list[str], schema: type = Co
 def save_config(config: Any, path: str | Path) -> None:
     """Write every value, defaults included, as YAML that `load_config` reads back equal. The file is complete or absent.
 
-    Raises UserError where the file cannot be written (disk full, no permission).
+    Raises UserError if the file cannot be written (disk full, no permission).
     """
     from omegaconf import OmegaConf
 
@@ -76,7 +76,7 @@ def save_config(config: Any, path: str | Path) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {error.strerror}; make room there or choose another folder"
+            f"cannot write {path}: {error.strerror}; free space there or choose another folder"
         ) from error
 
 
@@ -111,13 +111,13 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(f"cannot read the configuration file {path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}"
+            f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}"
         ) from None
     if not isinstance(values, DictConfig):
         raise UserError(
-            f"{path} has to be a mapping of sections such as 'model:' and 'objective:', not a list or a single value"
+            f"{path} must be a mapping of sections such as 'model:' and 'objective:', not a list or a single value"
         )
     return OmegaConf.to_container(values, resolve=False)  # type: ignore[return-value]
 
@@ -130,7 +130,7 @@ def _read_override(override: str) -> dict:
     key, equals, _ = override.partition("=")
     if not equals or not key or not all(part.isidentifier() for part in key.split(".")):
         raise UserError(
-            f"override '{override}' has to look like section.key=value, for example optimizer.lr=1e-5"
+            f"override '{override}' must look like section.key=value, for example optimizer.lr=1e-5"
         )
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)  # type: ignore[return-value]
@@ -149,7 +149,7 @@ def _refuse_unknown_keys(values: dict, schema: Any, source: str, root: Any = Non
             continue
         if not isinstance(value, dict):
             raise UserError(
-                f"{source}: '{key}' is a section and has to hold keys such as {key}.{fields(types[name])[0].name}"
+                f"{source}: '{key}' is a section and must have keys such as {key}.{fields(types[name])[0].name}"
             )
         _refuse_unknown_keys(value, types[name], source, root, f"{key}.")
 

@@ -1,4 +1,4 @@
-"""Refuse combinations that cannot work, before anything starts. Pure: facts about model and machine are arguments."""
+"""Checks of settings against each other, the model and the machine, before anything starts. Pure: facts are arguments."""
 
 import math
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from megatron_fipo.config.gpu_rules import (
     check_accelerators,
     check_adam,
-    check_fp8_split,
+    check_fp8_shards,
     check_layers,
     check_precision,
 )
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def validate(
     config: Config, architecture: "Architecture | None" = None, machine: Machine | None = None
 ) -> None:
-    """Check a training configuration; raises UserError naming the first key at fault and the mend.
+    """Check a training configuration; raises UserError with the first invalid key and the fix.
 
-    Without `architecture` the checks against the model are left out, without `machine` those against cores and GPUs.
+    Without `architecture` the checks against the model are skipped, without `machine` those against cores and GPUs.
     """
     _check_parallel(config.parallel, architecture)
     if machine is not None:
@@ -35,7 +35,7 @@ def validate(
     _check_rollout(config, architecture)
     if config.reward.overlong_buffer >= config.rollout.max_response_length:
         raise UserError(
-            f"reward.overlong_buffer={config.reward.overlong_buffer} has to be below "
+            f"reward.overlong_buffer={config.reward.overlong_buffer} must be below "
             f"rollout.max_response_length={config.rollout.max_response_length}; 0 turns the penalty off"
         )
     _check_data(config, training=True)
@@ -43,7 +43,7 @@ def validate(
 
 
 def validate_evaluation(config: Config, architecture: "Architecture | None" = None) -> None:
-    """Check what measuring a model needs; the settings of training are not looked at. Raises UserError."""
+    """Check the settings that evaluation uses; those of training are ignored. Raises UserError."""
     _check_data(config, training=False)
     _check_positions(config.rollout, architecture)
 
@@ -58,7 +58,7 @@ def validate_sft(
     check_layers(config.layer_spec, config.dtype)
     if config.optimizer.warmup_steps > config.steps:
         raise UserError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} has to be at most steps={config.steps}"
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be at most steps={config.steps}"
         )
 
 
@@ -69,7 +69,7 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
         raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1")
     if chunks is not None and (chunks < 2 or pp < 2):
         raise UserError(
-            f"parallel.virtual_pipeline_model_parallel_size={chunks} has to be null, or at least 2 with "
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} must be null, or at least 2 with "
             "parallel.pipeline_model_parallel_size at least 2"
         )
     if architecture is None:
@@ -96,7 +96,7 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
 def _check_machine(
     parallel: ParallelConfig, layer_spec: str, machine: Machine, rollout: RolloutConfig | None = None
 ) -> None:
-    """Ranks and rollout engines take GPUs of their own, unless colocated; on a machine without GPUs the engines share the ranks' cores."""
+    """Ranks and rollout engines have separate GPUs unless colocated; without GPUs the engines share the ranks' cores."""
     kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
     apart = rollout is not None and machine.gpus and rollout.placement == "separate"
     engines = (
@@ -127,8 +127,8 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
     check_precision(model, optimizer)
     if architecture is not None and model.fp8 != "none":
         names = {"ffn": "feed-forward width", "query": "query size", "key": "key size"}
-        split = {what: architecture.size(name) for name, what in names.items()}
-        check_fp8_split(architecture.hidden_size, split, config.parallel)
+        sharded = {what: architecture.size(name) for name, what in names.items()}
+        check_fp8_shards(architecture.hidden_size, sharded, config.parallel)
     if machine is not None and not machine.gpus:
         check_accelerators(
             model, optimizer, Accelerators(capability=None, cuda=None, transformer_engine=None)
@@ -138,14 +138,14 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
         check_adam(machine.accelerators)
     if model.fp8_param_gather and config.objective.kl_coefficient:
         raise UserError(
-            "objective.kl_coefficient puts the initial weights in place for a while, which would round those that "
+            "objective.kl_coefficient loads the initial weights temporarily, which would round the weights that "
             "model.fp8_param_gather=true keeps; set it to false"
         )
     if config.deterministic and (
         model.fp8_param_gather or (model.fp8 != "none" and model.fp8_recipe == "delayed")
     ):
         raise UserError(
-            "deterministic=true promises the same bits after a resume, but checkpoints hold neither FP8 weights nor delayed scales; "
+            "deterministic=true promises the same bits after a resume, but checkpoints contain neither FP8 weights nor delayed scales; "
             "set model.fp8_param_gather=false and model.fp8_recipe=blockwise or tensorwise"
         )
 
@@ -154,7 +154,7 @@ def _check_batch(config: Config) -> None:
     batch, rollout, parallel = config.batch, config.rollout, config.parallel
     if batch.prompts_per_iteration % batch.mini_batch_prompts:
         raise UserError(
-            f"batch.mini_batch_prompts={batch.mini_batch_prompts} has to divide "
+            f"batch.mini_batch_prompts={batch.mini_batch_prompts} must divide "
             f"batch.prompts_per_iteration={batch.prompts_per_iteration}"
         )
     if parallel.data_parallel_size > batch.mini_batch_prompts * batch.responses_per_prompt:
@@ -171,11 +171,11 @@ def _check_batch(config: Config) -> None:
     longest = rollout.max_prompt_length + rollout.max_response_length
     multiple = parallel.pack_multiple(config.model.token_multiple)
     padded = -(-longest // multiple) * multiple
-    room = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
-    if padded > room:
+    capacity = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
+    if padded > capacity:
         raise UserError(
             f"a prompt and response may take {padded} padded tokens, but batch.max_tokens_per_micro_batch="
-            f"{batch.max_tokens_per_micro_batch} x context_parallel_size={parallel.context_parallel_size} holds {room}; raise it "
+            f"{batch.max_tokens_per_micro_batch} x context_parallel_size={parallel.context_parallel_size} holds {capacity}; raise it "
             f"to at least {-(-padded // parallel.context_parallel_size)}, or lower rollout.max_response_length"
         )
 
@@ -212,23 +212,23 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
         )
     if rollout.mode == "fully_asynchronous" and rollout.unfinished == "drop":
         raise UserError(
-            "rollout.mode=fully_asynchronous needs rollout.unfinished=continue: new weights come while responses are half done"
+            "rollout.mode=fully_asynchronous needs rollout.unfinished=continue: new weights arrive while responses are unfinished"
         )
     least = 2 if rollout.mode == "one_step_off" else 1
     if rollout.unfinished == "continue" and rollout.max_staleness < least:
         raise UserError(
             f"rollout.unfinished=continue with rollout.mode={rollout.mode} needs rollout.max_staleness of at least {least}, not "
-            f"{rollout.max_staleness}: what goes on under new weights would be dropped as too old"
+            f"{rollout.max_staleness}: responses that continue under new weights would be dropped as too old"
         )
     if config.objective.correction != "none" and rollout.top_p < 1:
         raise UserError(
-            f"objective.correction={config.objective.correction} compares whole distributions, but rollout.top_p={rollout.top_p} samples "
-            "from a part; set rollout.top_p=1 or objective.correction=none"
+            f"objective.correction={config.objective.correction} compares complete distributions, but rollout.top_p={rollout.top_p} "
+            "truncates them; set rollout.top_p=1 or objective.correction=none"
         )
     if config.deterministic and (rollout.mode == "fully_asynchronous" or rollout.unfinished == "continue"):
         raise UserError(
-            "deterministic=true needs rollout.mode=synchronous or one_step_off and rollout.unfinished=drop: otherwise timing decides "
-            "which tokens are sampled with which weights"
+            "deterministic=true needs rollout.mode=synchronous or one_step_off and rollout.unfinished=drop: otherwise timing "
+            "decides which tokens are sampled with which weights"
         )
 
 
@@ -255,5 +255,5 @@ def _check_positions(rollout: RolloutConfig, architecture: "Architecture | None"
         raise UserError(
             f"rollout.max_prompt_length={rollout.max_prompt_length} + max_response_length={rollout.max_response_length} = "
             f"{longest} tokens exceed the model's max_position_embeddings={architecture.max_position_embeddings}; shorten them, "
-            "or raise that number in the model's config.json if the model is meant to grow beyond the length it was trained on"
+            "or raise that number in the model's config.json to train beyond the length the model was trained on"
         )

@@ -1,9 +1,9 @@
 """Every setting of a run, with its meaning beside it.
 
-The dataclasses below are the documentation: one section per room, each field followed by what it means. Field names of
-parallel settings are Megatron-Core's own. `megatron-fipo config` prints all of it.
+The dataclasses below are the documentation: one per section, each field followed by its meaning. Ranges and choices are
+on the fields (`fields.py`). Names of parallel settings are Megatron-Core's own. `megatron-fipo config` prints all of it.
 
-`"???"` marks a value that the user must give. Paths are relative to the current directory, not to the YAML file.
+`"???"` marks a required value. Paths are relative to the current directory, not to the YAML file.
 """
 
 import math
@@ -22,24 +22,25 @@ class ModelConfig:
     dtype: str = choice("bfloat16", "float32")
     """Dtype of parameters and activations. Gradients, master weights and everything per token are float32."""
     fp8: str = choice("none", "hybrid", "e4m3")
-    """Multiply the layers' matrices in FP8 (Transformer Engine, GPUs of compute capability 8.9 and above; `docs/precision.md`).
-    `hybrid` is E4M3 forward and E5M2 for gradients, `e4m3` the one format for both."""
+    """FP8 matrix products in the layers (Transformer Engine, GPUs of compute capability 8.9 and above;
+    `docs/precision.md`). `hybrid` is E4M3 in forward and E5M2 for gradients, `e4m3` uses E4M3 for both."""
     fp8_recipe: str = choice("blockwise", "tensorwise", "delayed")
-    """Where FP8's scales come from: each block of 128 values (`blockwise`, needs Hopper and CUDA 12.9), each tensor (`tensorwise`)
-    or the tensors of earlier micro-batches (`delayed`), which makes the first mini-step differ from the old log-probs."""
+    """Source of the FP8 scales: each block of 128 values (`blockwise`, needs Hopper and CUDA 12.9), each tensor
+    (`tensorwise`), or the tensors of earlier micro-batches (`delayed`; the first mini-step then differs from the old
+    log-probs)."""
     fp8_param_gather: bool = False
-    """Keep the layers' matrices in FP8 between steps too: half the bytes to gather after each. Not with `delayed`."""
+    """Also keep the layers' matrices in FP8 between steps: half the bytes to gather after each. Not with `delayed`."""
     layer_spec: str = choice("auto", "portable", "transformer_engine")
-    """Which modules build a layer. `auto` takes Transformer Engine for bfloat16 where it is installed, else the portable modules, and
-    says which."""
+    """Modules of a layer. `auto` takes Transformer Engine for bfloat16 if it is installed, else the portable modules, and
+    logs which."""
     recompute: str = choice("none", "selective", "full")
-    """Activation recomputation: `selective` recomputes core attention, `full` whole layers."""
+    """Activation recomputation: `selective` recomputes core attention, `full` complete layers."""
     trust_remote_code: bool = False
     """Let Hugging Face run code from the model folder."""
 
     @property
     def token_multiple(self) -> int:
-        """The tokens that a layer's matrices multiply on one rank come in multiples of this."""
+        """The number of tokens that a layer processes on one rank is a multiple of this."""
         if self.fp8 == "none":
             return 1
         return 128 if self.fp8_recipe == "blockwise" else 16
@@ -47,12 +48,12 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the trainer's ranks are used. World size = tensor × pipeline × context × data."""
+    """Parallel layout of the trainer's ranks. World size = tensor × pipeline × context × data."""
 
     tensor_model_parallel_size: int = number(1, least=1)
-    """Ranks that share each matrix. Must divide attention heads and key-value groups."""
+    """Ranks that share each matrix. Must divide attention heads, key-value groups and feed-forward width."""
     sequence_parallel: bool = False
-    """Split norms and residuals over the tensor-parallel ranks too (less memory; needs tensor_model_parallel_size > 1)."""
+    """Also shard norms and residuals over the tensor-parallel ranks (less memory; needs tensor_model_parallel_size > 1)."""
     pipeline_model_parallel_size: int = number(1, least=1)
     """Ranks that share the stack of layers."""
     virtual_pipeline_model_parallel_size: int | None = number(None, least=2)
@@ -75,7 +76,8 @@ class ParallelConfig:
 
     @property
     def length_multiple(self) -> int:
-        """Each sequence is padded to a multiple of this, so that it splits into 2 × cp chunks and over sequence-parallel ranks."""
+        """Each sequence is padded to a multiple of this, so that it divides into 2 × cp chunks and over
+        sequence-parallel ranks."""
         chunks = 2 if self.context_parallel_size > 1 else 1
         return self.context_parallel_size * math.lcm(chunks, self._sequence_shards)
 
@@ -95,20 +97,22 @@ class ParallelConfig:
 
 @dataclass
 class HeadConfig:
-    """The output layer, which turns hidden states of response tokens into log-probs and entropy, and the loss behind it."""
+    """The output layer, which turns hidden states of response tokens into log-probs and entropy, and the loss after it."""
 
     kernels: str = choice("auto", "torch", "triton")
-    """What computes all that is not a matrix product: `auto` takes Triton's kernels where it runs, else plain torch, the same numbers."""
+    """Kernels of everything but matrix products: `auto` takes Triton if it runs here, else plain torch with the same
+    numbers."""
     workspace_mb: int = number(384, least=1)
-    """Memory for logits at one time: the vocabulary is walked over in slabs that fit. On a GPU a bfloat16 logit takes 6 bytes (float32,
-    and its gradient). More slabs are slower: each reads and writes the sum of the hidden states' gradients."""
+    """Memory for logits at one time: the vocabulary is processed in slabs that fit. On a GPU a bfloat16 logit takes 6
+    bytes (float32 and its gradient). More slabs are slower: each reads and writes the sum of the hidden states'
+    gradients."""
     logits_memory_mb: int = number(0, least=0)
     """Keep logits (in the model's dtype) for backward while they fit this budget per micro-batch; 0 recomputes them."""
 
 
 @dataclass
 class BatchConfig:
-    """How much is trained on per iteration, per optimizer step and at one time."""
+    """Batch sizes per iteration, per optimizer step and per forward pass."""
 
     prompts_per_iteration: int = number(512, least=1)
     """Groups trained on per iteration, after dynamic sampling."""
@@ -117,7 +121,7 @@ class BatchConfig:
     mini_batch_prompts: int = number(64, least=1)
     """Groups per optimizer step; prompts_per_iteration / mini_batch_prompts steps per iteration."""
     max_tokens_per_micro_batch: int = number(22528, least=1)
-    """Padded tokens that one rank holds at one time. A micro-batch holds context_parallel_size times as many."""
+    """Padded tokens that one rank processes at one time. A micro-batch has context_parallel_size times as many."""
 
 
 @dataclass
@@ -139,11 +143,12 @@ class OptimizerSettings:
     clip_grad: float = number(1.0, least=0)
     """Largest global gradient norm; 0 for none."""
     distributed: bool = True
-    """Megatron's distributed optimizer: state split over data and context parallel ranks."""
+    """Megatron's distributed optimizer: state sharded over data and context parallel ranks."""
     state_dtype: str = choice("float32", "bfloat16")
     """Dtype of the two moments; `bfloat16` needs Transformer Engine's Adam. Master weights and checkpoints stay float32."""
     cpu_offload: float = number(0.0, least=0, most=1)
-    """Share of master weights and moments that is kept in host memory and updated there (needs a GPU and model.dtype=bfloat16)."""
+    """Share of master weights and moments that is kept and updated in host memory (needs a GPU and
+    model.dtype=bfloat16)."""
 
 
 @dataclass
@@ -155,36 +160,37 @@ class RolloutConfig:
     num_engines: int = number(1, least=1)
     """Engine replicas; requests are spread over them."""
     engine_tensor_parallel_size: int = number(1, least=1)
-    """Ranks that share one engine's model (vllm only). Each takes one GPU where there are any."""
+    """Ranks that share one engine's model (vllm only). Each takes one GPU if there are GPUs."""
     placement: str = choice("separate", "colocated")
-    """`separate` gives engines GPUs of their own. `colocated` lets them share the trainer's: they sleep, their memory given back,
-    while the trainer works (vllm and mode=synchronous only)."""
+    """`separate`: engines have their own GPUs. `colocated`: engines share the trainer's GPUs; they sleep and release their
+    memory while the trainer works (vllm and mode=synchronous only)."""
     gpu_memory_share: float = number(0.85, above=0, most=1)
-    """Share of a GPU's memory that an engine takes for weights and KV cache (vllm on GPUs only)."""
+    """Share of a GPU's memory for an engine's weights and KV cache (vllm on GPUs only)."""
     mode: str = choice("synchronous", "one_step_off", "fully_asynchronous")
-    """`synchronous` samples, then trains. `one_step_off` samples the next iteration while this one trains, whole iterations with
-    one weight version. `fully_asynchronous` never stops sampling; new weights reach responses that are half done."""
+    """`synchronous` samples, then trains. `one_step_off` samples the next iteration while this one trains; each iteration
+    uses one weight version. `fully_asynchronous` never stops sampling; new weights also apply to unfinished responses."""
     unfinished: str = choice("drop", "continue")
-    """Responses not finished when an iteration has its groups. `drop`: an iteration gets the first informative groups in the order of
-    their prompts, whichever finish first; what was started beyond them is dropped. `continue` keeps `prompts_in_flight` prompts going;
-    what is unfinished goes on under the next weights."""
+    """What happens to responses that are unfinished when an iteration has its groups. `drop`: an iteration takes the first
+    informative groups in prompt order, independent of timing; prompts started beyond them are dropped. `continue` keeps
+    `prompts_in_flight` prompts running; unfinished responses continue under the next weights."""
     prompts_in_flight: int = number(1024, least=1)
-    """Prompts at the engines at one time. With `drop` so many are started at once: batch.prompts_per_iteration wastes nothing and waits
-    for replacements of uninformative groups; that / (share of informative groups) is faster and wastes a few percent."""
+    """Prompts at the engines at one time. With `drop` this many are started at once: batch.prompts_per_iteration wastes
+    nothing and waits for replacements of uninformative groups; prompts_per_iteration / (share of informative groups) is
+    faster and wastes a few percent."""
     max_prompts: int = number(20480, least=1)
-    """Prompts that dynamic sampling may start for one iteration before it goes on with the groups it has."""
+    """Prompts that dynamic sampling may start for one iteration before it continues with the groups it has."""
     max_staleness: int = number(1, least=0)
-    """A group is trained on at most this many weight versions after its oldest token was sampled; older ones are dropped. With
-    `continue`, 2 or 3 keep long responses from being dropped more often than short ones. In `fully_asynchronous` it also bounds how
-    far sampling runs ahead."""
+    """Largest number of weight versions between a group's oldest token and its update; older groups are dropped. With
+    `continue`, 2 or 3 avoid dropping long responses more often than short ones. In `fully_asynchronous` it also limits
+    how many iterations are sampled in advance."""
     temperature: float = number(1.0, above=0)
     """Sampling temperature. The head divides logits by the same number."""
     top_p: float = number(1.0, above=0, most=1)
     """Nucleus truncation while sampling."""
     max_prompt_length: int = number(2048, least=1)
-    """Longer prompts are refused when the dataset is read."""
+    """Longest prompt in tokens; longer ones are refused when the dataset is read."""
     max_response_length: int = number(20480, least=1)
-    """Generation stops here with finish reason `length`."""
+    """Longest response in tokens; generation stops there with finish reason `length`."""
     max_retries: int = number(2, least=0)
     """Times a failed request is sent again before its group is dropped and counted."""
     timeout_s: float = number(3600.0, above=0)
@@ -192,12 +198,12 @@ class RolloutConfig:
     health_timeout_s: float = number(60.0, above=0)
     """Seconds an engine may leave a health probe unanswered before it counts as hung."""
     max_restarts: int = number(3, least=0)
-    """Times an engine is started again after it died, hung or answered garbage; then the others go on without it."""
+    """Times an engine is restarted after it died, hung or sent malformed replies; then the others continue without it."""
     weight_bucket_mb: int = number(256, least=1)
-    """Size of the pieces in which weights travel to the engines."""
+    """Size of the buckets in which weights are sent to the engines."""
     check_weight_sync: int = number(1, least=0)
-    """Every so many weight updates, compare a checksum of each tensor on both sides; an engine that differs is started again, and the
-    difference is said. 0 for never."""
+    """Weight updates between comparisons of a checksum of each tensor on both sides; an engine that differs is reported and
+    restarted. 0 for never."""
     dump_every: int = number(0, least=0)
     """Iterations between dumps of the trained trajectories to run_dir/rollouts, for `train --replay`; 0 for none."""
 
@@ -213,7 +219,7 @@ class DataConfig:
     evaluation_path: str | None = None
     """File of held-out rows (parquet, jsonl)."""
     deduplicate: bool = True
-    """Keep the first of rows with the same prompt, and say how many went."""
+    """Keep the first of rows with the same prompt, and log how many were dropped."""
     train_size: int = number(4000, least=1)
     """Problems to generate for training (countdown)."""
     evaluation_size: int = number(150, least=1)
@@ -237,7 +243,8 @@ class EvaluationConfig:
     """Measurements on the held-out problems. The response limit is `rollout.max_response_length`."""
 
     every: int = number(5, least=0)
-    """Iterations between evaluations; 0 for only after the last, which is always evaluated where there are held-out problems."""
+    """Iterations between evaluations; 0 evaluates after the last only, which is always evaluated if there are held-out
+    problems."""
     samples_per_problem: int = number(32, least=1)
     """k of avg@k, cons@k, pass@k."""
     temperature: float = number(1.0, least=0)
@@ -250,18 +257,18 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the run's state is saved, and which checkpoints stay. The newest complete one always does."""
+    """When the run's state is saved, and which checkpoints are kept. The newest complete one always is."""
 
     every: int = number(5, least=0)
     """Iterations between checkpoints; 0 saves only at the end and on interruption."""
     asynchronous: bool = True
-    """Write in the background while training goes on; a writer that fails stops the run with its reason."""
+    """Write in the background while training continues; a writer that fails stops the run with its reason."""
     keep_last: int = number(1, least=1)
-    """The newest so many checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = number(0, least=0)
-    """So do this many with the best held-out accuracy (avg@k)."""
+    """Number of checkpoints with the best held-out accuracy (avg@k) to keep in addition."""
     keep_every: int = number(0, least=0)
-    """So does each whose iteration is a multiple of this; 0 for none."""
+    """Also keep each checkpoint whose iteration is a multiple of this; 0 for none."""
 
 
 @dataclass
@@ -293,15 +300,15 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str = "???"
-    """Where the run keeps its state, metrics, report and model. An existing run of the same config continues."""
+    """Folder of the run's state, metrics, report and model. An existing run of the same config is resumed."""
     iterations: int = number(500, least=1)
     """Iterations of rollout and update."""
     seed: int = number(1, least=0)
-    """Of data order, sampling and initialisation."""
+    """Seed of data order, sampling and initialization."""
     deterministic: bool = False
-    """The same seed gives the same bits in every run of the same layout, at some cost in speed; also after engines died (within
-    max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or rollout.unfinished=continue, where timing decides
-    what is sampled."""
+    """The same seed gives the same bits in every run of the same parallel layout, at some cost in speed; also after engines
+    died (within max_retries) or the run was resumed. Not with rollout.mode=fully_asynchronous or
+    rollout.unfinished=continue, which depend on timing."""
     max_walltime_minutes: float | None = number(None, above=0)
     """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
     ray_address: str | None = None
@@ -310,7 +317,7 @@ class Config:
 
 @dataclass
 class SftDataConfig:
-    """Traces to imitate: searches of generated countdown problems."""
+    """Traces to imitate: written-out searches of generated countdown problems."""
 
     train_size: int = number(4000, least=1)
     """Problems to write traces for. The held-out problems are never among them."""
@@ -327,7 +334,7 @@ class SftOptimizerSettings:
     weight_decay: float = number(0.01, least=0)
     """Decoupled weight decay, not applied to norms and biases."""
     adam_beta2: float = number(0.98, least=0, below=1)
-    """Decay of the second moment; short runs want a shorter memory than 0.999."""
+    """Decay of the second moment; short runs need a shorter memory than 0.999."""
     clip_grad: float = number(1.0, least=0)
     """Largest global gradient norm; 0 for none."""
 
@@ -337,19 +344,20 @@ class SftConfig:
     """Supervised training from random weights: how the base model of a small task is made."""
 
     model_config_path: str = "???"
-    """Folder with config.json and tokenizer in Hugging Face format. It needs no weights: they start random, from `seed`."""
+    """Folder with config.json and tokenizer in Hugging Face format. No weights are needed: they are initialized from
+    `seed`."""
     output_dir: str = "???"
-    """Where the trained model goes, in Hugging Face format."""
+    """Folder of the trained model, in Hugging Face format."""
     dtype: str = choice("float32", "bfloat16")
     """Dtype of parameters and activations."""
     layer_spec: str = choice("auto", "portable", "transformer_engine")
-    """Which modules build a layer, as in `train`."""
+    """Modules of a layer, as in `train`."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: SftDataConfig = field(default_factory=SftDataConfig)
     optimizer: SftOptimizerSettings = field(default_factory=SftOptimizerSettings)
     steps: int = number(1000, least=1)
     """Optimizer steps."""
     tokens_per_step: int = number(3000, least=1)
-    """Tokens of whole traces per optimizer step, over all ranks."""
+    """Tokens of complete traces per optimizer step, over all ranks."""
     seed: int = number(1, least=0)
-    """Of initialisation, data and order."""
+    """Seed of initialization, data and order."""

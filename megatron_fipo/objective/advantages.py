@@ -1,4 +1,4 @@
-"""From scores to advantages, within groups of responses to the same prompt. Host data, numpy."""
+"""Advantages from rewards, within groups of responses to the same prompt. Host arithmetic, numpy."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ EPSILON = 1e-6
 def group_advantages(rewards: ArrayLike, group_ids: Sequence[str] | np.ndarray) -> np.ndarray:
     """(R − mean) / (std + 1e-6) within each group: float64 [N] from rewards [N] and group ids [N], in any order.
 
-    The standard deviation is the unbiased one. A group of one has no spread to compare with: mean 0 and std 1 are used.
+    The standard deviation is the unbiased one. A group of one has no spread: mean 0 and std 1 are used.
     """
     values = np.asarray(rewards, dtype=np.float64)
     if values.ndim != 1 or len(values) != len(group_ids):
@@ -27,7 +27,7 @@ def group_advantages(rewards: ArrayLike, group_ids: Sequence[str] | np.ndarray) 
 
 
 def overlong_penalty(length: ArrayLike, max_length: int, buffer: int, factor: float) -> np.ndarray:
-    """What a long response loses: 0 up to max_length − buffer tokens, then linearly down to −factor at max_length.
+    """Penalty of a long response: 0 up to max_length − buffer tokens, then linear down to −factor at max_length.
 
     `length` may be a number or an array. A buffer of 0 means no penalty.
     """

@@ -56,7 +56,7 @@ class TestValidate:
                 "needs optimizer.distributed=true",
             ),
             ("model.layer_spec=transformer_engine", "needs a GPU"),
-            ("batch.mini_batch_prompts=60", "has to divide"),
+            ("batch.mini_batch_prompts=60", "must divide"),
             ("batch.responses_per_prompt=1", "at least 2"),
             ("batch.max_tokens_per_micro_batch=143", "raise it to at least 144"),
             (
@@ -87,7 +87,7 @@ class TestValidate:
                 "rollout.mode=one_step_off rollout.unfinished=continue",
                 "needs rollout.max_staleness of at least 2",
             ),
-            ("objective.correction=mis rollout.top_p=0.9", "compares whole distributions"),
+            ("objective.correction=mis rollout.top_p=0.9", "compares complete distributions"),
             ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
             ("max_walltime_minutes=0", "max_walltime_minutes must be above 0"),
             ("objective.correction_cap=0", "objective.correction_cap must be above 0"),
@@ -110,7 +110,7 @@ class TestValidate:
             ),
             ("optimizer.lr=.inf", "optimizer.lr must be finite"),
             ("optimizer.lr=0", "optimizer.lr must be above 0"),
-            ("reward.overlong_buffer=128", "has to be below rollout.max_response_length=128"),
+            ("reward.overlong_buffer=128", "must be below rollout.max_response_length=128"),
             ("reward.name=dapo_math", "needs reward.name=countdown"),
             ("data.source=jsonl reward.name=dapo_math", "needs data.train_path"),
             ("data.source=jsonl reward.name=dapo_math data.train_path=t", "needs data.evaluation_path"),
@@ -303,7 +303,7 @@ class TestValidate:
         validate(config, ARCHITECTURE, apex)
         with pytest.raises(
             UserError,
-            match=r"neither is there: with torch's, .* pip install 'megatron-fipo\[gpu\]', or build apex",
+            match=r"neither is installed: with torch's, .* pip install 'megatron-fipo\[gpu\]', or build apex",
         ):
             validate(config, ARCHITECTURE, Machine(cpus=8, gpus=8, accelerators=neither))
 
