@@ -1,6 +1,6 @@
 """Run a function on several real ranks (gloo) inside one test, in a few tenths of a second.
 
-The parent has already imported torch, so the ranks are forked from it instead of started anew. That is safe only while the
+The parent has already imported torch, so the ranks are forked from it instead of started from scratch. That is safe only while the
 parent is single-threaded: no Ray and no thread pools in the same pytest process (such tests live in `tests/system`, which
 `make test` runs as a process of its own).
 """
@@ -47,7 +47,7 @@ def _rank_main(
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
-        for child in multiprocessing.active_children():  # os._exit would leave them behind
+        for child in multiprocessing.active_children():  # os._exit would leave them running
             child.kill()
         os._exit(status)
 

@@ -213,7 +213,7 @@ class TestValidate:
             (
                 "model.fp8=hybrid parallel.tensor_model_parallel_size=2",
                 H100,
-                "key size of 48 is split over parallel.tensor_model_par",
+                "key size of 48 is sharded over parallel.tensor_model_par",
             ),
             (
                 "model.fp8=hybrid model.fp8_recipe=delayed model.recompute=full",
@@ -231,9 +231,9 @@ class TestValidate:
             (
                 f"{FP8_WEIGHTS} objective.name=grpo objective.kl_coefficient=0.1",
                 H100,
-                "puts the initial weights in place for a while",
+                "loads the initial weights temporarily",
             ),
-            (f"{FP8_WEIGHTS} deterministic=true", H100, "checkpoints hold neither FP8 weights"),
+            (f"{FP8_WEIGHTS} deterministic=true", H100, "checkpoints contain neither FP8 weights"),
             ("model.fp8=hybrid model.fp8_recipe=delayed deterministic=true", H100, "nor delayed scales"),
             (
                 "optimizer.state_dtype=bfloat16 optimizer.distributed=false",

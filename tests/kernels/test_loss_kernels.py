@@ -61,7 +61,7 @@ def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> N
 @pytest.mark.parametrize("tile", [1, 2, 4])
 @pytest.mark.parametrize("cp", [1, 2])
 def test_blocks_are_added_tile_by_tile(tile, cp, monkeypatch) -> None:
-    """A program adds TILE blocks at a time; here several times, with and without a remainder, in a chunk and over chunks behind."""
+    """A program adds TILE blocks at a time; here several times, with and without a remainder, in a chunk and over later chunks."""
     monkeypatch.setattr(launch, "TILE", tile)
     lengths = [128 * 20, 128 * 16 + 1, 70]
     values, masks = random_case(3, lengths)

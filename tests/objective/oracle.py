@@ -1,4 +1,4 @@
-"""FIPO, DAPO and GRPO written out token by token in float64: slow, dense, obvious. What every fast path is held against.
+"""FIPO, DAPO and GRPO written out token by token in float64: slow, dense, obvious. The reference of every fast path.
 
 Nothing here knows about ranks, packing or blocks. `log_probs` may be the output of a model, so that `loss.backward()` also
 gives the gradient of every parameter.
@@ -16,7 +16,7 @@ from megatron_fipo.objective.config import ObjectiveConfig
 
 @dataclass
 class Response:
-    """One response, float64 [n] each; `mask` is 0 for tokens the policy did not choose."""
+    """One response, float64 [n] each; `mask` is 0 for tokens the policy did not sample."""
 
     log_probs: Tensor
     old_log_probs: Tensor
@@ -45,7 +45,7 @@ class OracleResult:
 
 
 def future_kl_by_definition(x: Tensor, half_life: float) -> Tensor:
-    """F_t = Σ_{k≥t} γ^(k−t)·x_k, the sum as it stands, with 0^0 = 1."""
+    """F_t = Σ_{k≥t} γ^(k−t)·x_k, the sum as written, with 0^0 = 1."""
     gamma = 2.0 ** (-1.0 / half_life)
     powers = torch.tensor([gamma**k for k in range(len(x))], dtype=torch.float64)
     return torch.stack([(powers[: len(x) - t] * x[t:]).sum() for t in range(len(x))]) if len(x) else x.clone()

@@ -37,9 +37,9 @@ def scattered(lengths: Sequence[int], cp: int, chunks: int, seed: int) -> ChunkT
     for sequence, total in enumerate(lengths):
         cuts = np.sort(random.integers(0, total + 1, cp * chunks - 1))
         starts = np.concatenate([[0], cuts])
-        place = random.permutation(cp * chunks)
-        first[:, sequence].flat[place] = starts
-        length[:, sequence].flat[place] = np.diff(np.append(starts, total))
+        position = random.permutation(cp * chunks)
+        first[:, sequence].flat[position] = starts
+        length[:, sequence].flat[position] = np.diff(np.append(starts, total))
     return ChunkTable(first, length)
 
 
@@ -59,7 +59,7 @@ def local_rows(table: ChunkTable, rank: int, masks: Sequence[np.ndarray]) -> tup
 def packed_rows(
     responses: Sequence[Response], prompts: Sequence[int], table: ChunkTable, rank: int
 ) -> tuple[PolicyRows, list[tuple[int, int]]]:
-    """The rows of `rank`, float64, and where each comes from: (response, token). Response i starts behind prompts[i] positions."""
+    """The rows of `rank`, float64, and where each comes from: (response, token). Response i starts after prompts[i] positions."""
     masks = [
         np.concatenate([np.zeros(p, bool), r.mask.numpy() != 0])
         for r, p in zip(responses, prompts, strict=True)

@@ -26,7 +26,7 @@ def factor(difference: float, correction: str, cap: float) -> float:
 
 
 def one_response(differences: list[float], dtype: torch.dtype = torch.float64) -> PolicyRows:
-    """One response whose old log-probs lie `differences` above the engine's."""
+    """One response whose old log-probs are `differences` above the engine's."""
     members = random_responses(0, [len(differences)])
     members[0].mask[:] = 1
     rows, _ = packed_rows(members, [0], zigzag([len(differences)], 1), 0)
@@ -45,7 +45,7 @@ def one_response(differences: list[float], dtype: torch.dtype = torch.float64) -
 
 
 def step(rows: PolicyRows, objective: ObjectiveConfig, shift: float = 0.1) -> tuple[PolicyLoss, torch.Tensor]:
-    """Loss and gradient where each new log-prob lies `shift` above the old one."""
+    """Loss and gradient if each new log-prob is `shift` above the old one."""
     log_probs = (rows.old_log_probs.nan_to_num() + shift).requires_grad_()
     result = policy_loss(log_probs, None, rows, objective)
     result.loss_sum.backward()
@@ -114,7 +114,7 @@ def test_without_correction_the_engine_changes_no_bit_of_the_loss() -> None:
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_masked_tokens_of_the_engine_are_ignored(correction) -> None:
-    """A tool's tokens have no log-prob of the engine; whatever stands there counts nowhere."""
+    """A tool's tokens have no log-prob of the engine; any value there counts nowhere."""
     objective = replace(FIPO, correction=correction)
     rows = replace(one_response([0.5, 0.0, 1.0, -0.5]), mask=torch.tensor([True, False, True, True]))
     clean, gradient = step(rows, objective)

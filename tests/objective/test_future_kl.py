@@ -17,7 +17,7 @@ HALF_LIVES = st.sampled_from([1e-300, 1e-3, 0.5, 8.0, 32.0, 4096.0, math.inf])
 LENGTHS = st.lists(st.integers(0, 400), min_size=1, max_size=5)
 
 
-def whole(lengths: list[int]) -> ChunkTable:
+def one_rank(lengths: list[int]) -> ChunkTable:
     return ChunkTable(np.zeros((1, len(lengths), 1), dtype=np.int64), np.array(lengths).reshape(1, -1, 1))
 
 
@@ -44,7 +44,7 @@ def test_the_worked_example() -> None:
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, HALF_LIVES, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**30))
 def test_any_cut_gives_the_definition(lengths, half_life, cp, chunks, seed) -> None:
-    """Splitting a sequence anywhere, over any ranks, in any order, does not change F."""
+    """Cutting a sequence anywhere, over any ranks, in any order, does not change F."""
     values, masks = random_case(seed, lengths)
     found = scan_ranks(scattered(lengths, cp, chunks, seed), values, masks, half_life)
     for value, mask, f in zip(values, masks, found, strict=True):
@@ -69,9 +69,9 @@ def test_megatron_layouts(layout, cp) -> None:
 def test_permuting_the_pack_permutes_the_result(lengths, seed, random) -> None:
     values, masks = random_case(seed, lengths)
     order = random.sample(range(len(lengths)), len(lengths))
-    before = scan_ranks(whole(lengths), values, masks, 32.0)
+    before = scan_ranks(one_rank(lengths), values, masks, 32.0)
     shuffled = scan_ranks(
-        whole([lengths[i] for i in order]), [values[i] for i in order], [masks[i] for i in order], 32.0
+        one_rank([lengths[i] for i in order]), [values[i] for i in order], [masks[i] for i in order], 32.0
     )
     for position, i in enumerate(order):
         np.testing.assert_allclose(shuffled[position], before[i], rtol=0, atol=1e-13)
@@ -84,8 +84,8 @@ def test_the_order_of_rows_does_not_matter(seed) -> None:
     order = random.permutation(300)
     x = torch.from_numpy(random.standard_normal(300))
     none = torch.empty(300, 0)
-    rising = build_scan_plan(whole([300]), 0, np.zeros(300, int), np.arange(300))
-    shuffled = build_scan_plan(whole([300]), 0, np.zeros(300, int), order)
+    rising = build_scan_plan(one_rank([300]), 0, np.zeros(300, int), np.arange(300))
+    shuffled = build_scan_plan(one_rank([300]), 0, np.zeros(300, int), order)
     torch.testing.assert_close(
         scan_future_kl(x[order], none, shuffled, 32.0)[0], scan_future_kl(x, none, rising, 32.0)[0][order]
     )
@@ -94,7 +94,7 @@ def test_the_order_of_rows_does_not_matter(seed) -> None:
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), HALF_LIVES, st.integers(0, 2**30))
 @settings(max_examples=50, deadline=None)
 def test_the_pair_of_length_and_aggregate_is_associative(a, b, c, half_life, seed) -> None:
-    """(n₁,A₁)∘(n₂,A₂) = (n₁+n₂, A₁+γ^n₁·A₂) composes the same either way, and to the aggregate of the whole run."""
+    """(n₁,A₁)∘(n₂,A₂) = (n₁+n₂, A₁+γ^n₁·A₂) composes the same either way, and to the aggregate of the complete run."""
     gamma = 2.0 ** (-1 / half_life)
     x = torch.from_numpy(np.random.default_rng(seed).standard_normal(a + b + c))
 
@@ -114,9 +114,9 @@ def test_the_pair_of_length_and_aggregate_is_associative(a, b, c, half_life, see
 def test_no_decay_is_a_suffix_sum_and_instant_decay_is_x_itself() -> None:
     values, masks = random_case(0, [700], share=1.0)
     np.testing.assert_allclose(
-        scan_ranks(whole([700]), values, masks, math.inf)[0], values[0][::-1].cumsum()[::-1], atol=1e-12
+        scan_ranks(one_rank([700]), values, masks, math.inf)[0], values[0][::-1].cumsum()[::-1], atol=1e-12
     )
-    np.testing.assert_array_equal(scan_ranks(whole([700]), values, masks, 1e-320)[0], values[0])
+    np.testing.assert_array_equal(scan_ranks(one_rank([700]), values, masks, 1e-320)[0], values[0])
 
 
 @pytest.mark.parametrize("half_life", [32.0, 4096.0])
@@ -124,7 +124,7 @@ def test_long_float32_sequences_lose_nothing(half_life) -> None:
     """81,920 float32 tokens: F is the float64 result to float32 rounding, and three levels of blocks are at work."""
     length = 81_920
     x = torch.randn(length, generator=torch.Generator().manual_seed(0))
-    plan = build_scan_plan(whole([length]), 0, np.zeros(length, int), np.arange(length))
+    plan = build_scan_plan(one_rank([length]), 0, np.zeros(length, int), np.arange(length))
     assert [level.blocks for level in plan.levels] == [640, 5, 1]
     found = scan_future_kl(x, x.new_empty(length, 0), plan, half_life)[0]
     gamma, carry, serial = 2.0 ** (-1 / half_life), 0.0, np.empty(length)
@@ -139,7 +139,7 @@ def test_a_rank_without_rows_takes_part() -> None:
     plan = build_scan_plan(table, 1, np.empty(0), np.empty(0))
     assert plan.num_rows == 0
     assert plan.num_sequences == 2
-    lonely = build_scan_plan(whole([64, 3]), 0, np.empty(0), np.empty(0))
+    lonely = build_scan_plan(one_rank([64, 3]), 0, np.empty(0), np.empty(0))
     future_kl, totals = scan_future_kl(torch.empty(0), torch.empty(0, 2), lonely, 32.0)
     assert future_kl.shape == (0,)
     assert totals.tolist() == [[0, 0], [0, 0]]
@@ -181,7 +181,7 @@ def test_bad_rows_are_named() -> None:
 
 
 def test_misuse_of_the_scan_is_refused_before_any_collective() -> None:
-    plan = build_scan_plan(whole([4]), 0, np.zeros(4, int), np.arange(4))
+    plan = build_scan_plan(one_rank([4]), 0, np.zeros(4, int), np.arange(4))
     x, extra_sums = torch.zeros(4), torch.zeros(4, 1)
     for bad_half_life in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=f"half_life must be positive, not {bad_half_life}"):

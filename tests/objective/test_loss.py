@@ -34,7 +34,7 @@ OBJECTIVES = {
 LENGTHS = [1, 5, 37, 64, 3, 130, 90, 2]
 """One token; fewer tokens than chunks; not multiples of 2·cp; more than one block."""
 PROMPTS = [2, 0, 40, 7, 1, 3, 200, 9]
-"""Behind the long prompt a response lies inside one chunk, and some ranks hold no row of it."""
+"""After the long prompt a response is inside one chunk, and some ranks hold no row of it."""
 MICRO_BATCHES = ([[0, 1, 2, 3, 4, 5, 6, 7]], [[0], [1, 2], [3, 4, 5, 6], [7]], [[7, 3, 5], [6, 0, 2, 4, 1]])
 
 
@@ -46,7 +46,7 @@ def responses() -> list[Response]:
         response.mask[-1] = 1
     plant_dual_clipped(
         made[5], -1.0, [3, 120]
-    )  # on different ranks: only their sum says that the response is dropped
+    )  # on different ranks: only their sum shows that the response is dropped
     plant_dual_clipped(made[4], -1.0, [1])
     plant_dual_clipped(made[6], 1.0, [5, 50])
     return made
@@ -131,7 +131,7 @@ def gather(results) -> tuple[float, dict, dict, dict]:
 
 @dataclass
 class Expected:
-    """What the oracle says: loss, and per (response, token) the gradient and the rest."""
+    """Results of the oracle: loss, and per (response, token) the gradient and the rest."""
 
     loss: float
     gradients: dict[tuple[int, int], float]

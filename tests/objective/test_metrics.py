@@ -69,7 +69,7 @@ def test_values_by_hand() -> None:
 
 
 def test_normalization_gap_shows_what_the_packing_did() -> None:
-    """Micro-batches of 8 and 72 tokens: the release weighs them by sequences, the token mean by tokens."""
+    """Micro-batches of 8 and 72 tokens: the release weights them by sequences, the token mean by tokens."""
     members = random_responses(1, [8, 72])
     config, total = ObjectiveConfig(), Statistics.empty()
     losses = {}

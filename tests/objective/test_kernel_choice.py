@@ -1,4 +1,4 @@
-"""Which implementation a call takes, and what is said where the wish cannot be met."""
+"""The implementation that a call takes, and the error if the requested one cannot run."""
 
 import pytest
 import torch
@@ -77,8 +77,10 @@ def group_that_must_not_be_asked():
 
 def test_a_gpu_without_triton_says_so(monkeypatch) -> None:
     monkeypatch.setattr(kernel_choice, "_has_triton", lambda: False)
-    said = describe_kernels("auto", torch.device("cuda"))
-    assert said == "plain torch, the same numbers more slowly: Triton is not installed (pip install triton)"
+    described = describe_kernels("auto", torch.device("cuda"))
+    assert (
+        described == "plain torch, the same numbers more slowly: Triton is not installed (pip install triton)"
+    )
     assert describe_kernels("torch", torch.device("cuda")) == "plain torch"
 
 
