@@ -213,7 +213,7 @@ def find(victim: str, driver: int) -> list[psutil.Process]:
     if victim == "driver":
         return [psutil.Process(driver)]
     titles = {process: title for process in descendants() if (title := title_of(process)) is not None}
-    ranks = {process.pid for process, title in titles.items() if title.startswith("ray::TrainerWorker")}
+    ranks = {process.pid for process, title in titles.items() if title.startswith("ray::RankActor")}
     if victim == "rollout engine":
         return [
             process for process, title in titles.items() if title.startswith("ray::") and "Engine" in title

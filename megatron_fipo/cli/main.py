@@ -203,7 +203,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from megatron_fipo.families.registry import read_architecture
 
     validate_evaluation(config, read_architecture(config.model.path))
-    from megatron_fipo.driver.train import evaluate
+    from megatron_fipo.driver.evaluate import evaluate
 
     model_name = Path(os.path.abspath(arguments.model_dir)).name
     evaluate(arguments.model_dir, config, arguments.output or Path("runs/evaluation") / f"{model_name}.jsonl")

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
 
@@ -11,7 +11,7 @@ from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirec
 class CheckpointSaver:
     """One save at a time. A save that fails raises its reason as `UserError` and leaves the older checkpoints as they were."""
 
-    def __init__(self, directory: RunDirectory, trainer: TrainerGroup) -> None:
+    def __init__(self, directory: RunDirectory, trainer: RLTrainer) -> None:
         self.directory = directory
         self.trainer = trainer
         self._pending: PendingSave | None = None
@@ -23,7 +23,7 @@ class CheckpointSaver:
             return
         self._pending = self.directory.begin_save(state)
         with self._or_abandon(self._pending):
-            self.trainer.call("start_save", str(self._pending.partial))
+            self.trainer.start_save(self._pending.partial)
 
     def finish_if_written(self) -> None:
         """Complete the save under way if the ranks have written it."""
@@ -35,23 +35,17 @@ class CheckpointSaver:
 
     def load(self, checkpoint: Path) -> bool:
         """Check every file of a checkpoint and load it into the ranks. False where another layout wrote it."""
-        problems = [problem for part in self.trainer.call("check_files", str(checkpoint)) for problem in part]
-        self.directory.refuse_damaged(checkpoint, problems)
-        return all(self.trainer.call("load", str(checkpoint)))
+        self.directory.refuse_damaged(checkpoint, self.trainer.check_files(checkpoint))
+        return self.trainer.load(checkpoint)
 
     def _finish(self, blocking: bool) -> None:
         pending = self._pending
         if pending is None:
             return
         with self._or_abandon(pending):
-            if not all(self.trainer.call("save_finished", blocking)):
+            if not self.trainer.save_finished(blocking):
                 return
-            files = {
-                name: record
-                for part in self.trainer.call("hash_files", str(pending.partial))
-                for name, record in part.items()
-            }
-            self.directory.commit(pending, files)
+            self.directory.commit(pending, self.trainer.hash_files(pending.partial))
         self._pending = None
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.families.family import Architecture
-from megatron_fipo.weight_sync.object_store import BUCKETS_IN_STORE, transport_for
+from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
 
 OBJECT_STORE_BASE_BYTES = 128 * 2**20
 """What Ray's object store holds besides weights and trajectories."""

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from megatron_fipo.batching.iteration_batch import IterationBatch, plan_iteration
 from megatron_fipo.clock import clock
 from megatron_fipo.config import Config
@@ -25,7 +23,7 @@ from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts,
 from megatron_fipo.driver.rollout.prompt_group import Group
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
-from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
@@ -33,14 +31,14 @@ from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, rea
 from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
 from megatron_fipo.tasks.problem import Problem
 from megatron_fipo.tasks.score import Scorer
-from megatron_fipo.trainer.rl_worker import IterationReport, TokenWeights
+from megatron_fipo.trainer.protocol import IterationReport, TokenWeights
 
 
 @dataclass
-class Parts:
-    """What the loop works with; `run.py` puts it together."""
+class LoopComponents:
+    """What the loop works with; `train.py` assembles it."""
 
-    trainer: TrainerGroup
+    trainer: RLTrainer
     rollouts: Rollouts
     held_out: list[Problem]
     """Empty where nothing is to be evaluated."""
@@ -55,59 +53,58 @@ class Parts:
 class Loop:
     """One run, from its last checkpoint or from the start to `config.iterations`."""
 
-    def __init__(self, config: Config, directory: RunDirectory, parts: Parts) -> None:
+    def __init__(self, config: Config, directory: RunDirectory, components: LoopComponents) -> None:
         self.config = config
         self.directory = directory
-        self.parts = parts
+        self.components = components
         self.metrics = MetricsLog(directory.path)
         self.samples = SampleLog(directory.path)
         self.state = LoopState()
-        self.saver = CheckpointSaver(directory, parts.trainer)
+        self.saver = CheckpointSaver(directory, components.trainer)
 
     def run(self) -> None:
         """Train until `config.iterations`. Raises `Interrupted`, with the state saved, where it has to stop before."""
-        config, parts = self.config, self.parts
+        config, components = self.config, self.components
         self._resume()
         try:
-            parts.rollouts.push_weights(self.state.weight_version)
+            components.rollouts.push_weights(self.state.weight_version)
             self._evaluate_if_due()
             while self.state.iteration < config.iterations:
                 self._iterate()
-                check_stop(parts.stop)
+                check_stop(components.stop)
                 self._evaluate_if_due()
                 if self._due(config.checkpoint.every):
                     self._save()
-                check_stop(parts.stop)
+                check_stop(components.stop)
         except Interrupted:
             if self.state.iteration == 0:
-                parts.console.note("stopped before the first update, so there is nothing to save")
+                components.console.note("stopped before the first update, so there is nothing to save")
             else:
                 self._save()
                 self.saver.finish()
-                parts.console.note(
+                components.console.note(
                     f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on from there"
                 )
             raise
         self.saver.finish()
 
     def _iterate(self) -> None:
-        config, state, parts = self.config, self.state, self.parts
+        config, state, components = self.config, self.state, self.components
         seconds: dict[str, float] = {}
         start = time.perf_counter()
 
-        parts.console.phase("rollout")
+        components.console.phase("rollout")
         with clock(seconds, "rollout"):
-            collected = parts.rollouts.groups(state.iteration + 1, state.weight_version)
+            collected = components.rollouts.groups(state.iteration + 1, state.weight_version)
             set_advantages(collected.groups)
-        batch = plan_iteration(collected.groups, config, parts.pad_token_id)
+        batch = plan_iteration(collected.groups, config, components.pad_token_id)
         lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
         wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
 
-        parts.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
-        results = parts.trainer.call(
-            "train_iteration", ray.put(batch), lr, wanted, meanwhile=parts.rollouts.during_update()
+        components.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
+        report, token_weights = components.trainer.train_iteration(
+            batch, lr, wanted, components.rollouts.during_update()
         )
-        report = next(report for report, _ in results if report is not None)
         seconds |= report.seconds
 
         state.iteration += 1
@@ -115,13 +112,12 @@ class Loop:
         try:
             self.saver.finish_if_written()
             with clock(seconds, "rollout_wait"):
-                parts.rollouts.after_update()
+                components.rollouts.after_update()
             with clock(seconds, "weight_sync"):
-                parts.rollouts.push_weights(state.weight_version)
-        finally:  # the iteration is complete, whatever becomes of the engines
+                components.rollouts.push_weights(state.weight_version)
+        finally:  # the iteration is complete, whatever happens to the engines
             seconds["total"] = time.perf_counter() - start
-            weights = [weights for _, part in results for weights in part]
-            self._record(collected, batch, report, wanted, weights, lr, seconds)
+            self._record(collected, batch, report, wanted, token_weights, lr, seconds)
 
     def _record(
         self,
@@ -134,19 +130,19 @@ class Loop:
         seconds: dict[str, float],
     ) -> None:
         """Write down an iteration that is complete. A disk that does not take it stops the run, with the state saved."""
-        state, parts = self.state, self.parts
+        state, components = self.state, self.components
         values = {
             **rollout_values(collected, batch.trajectories, state.weight_version - 1),
             **{
                 f"engines/{name}": float(count)
-                for name, count in asdict(parts.rollouts.take_counts()).items()
+                for name, count in asdict(components.rollouts.take_counts()).items()
             },
             **over_mini_steps(report.mini_steps),
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
             **{f"time/{phase}": duration for phase, duration in seconds.items()},
         }
-        parts.console.iteration(state.iteration, values)
+        components.console.iteration(state.iteration, values)
         every = self.config.rollout.dump_every
         try:
             self._log("iteration", values)
@@ -165,7 +161,7 @@ class Loop:
         """Evaluate the weights as they are, unless that is not due now or was done before the run was last stopped."""
         evaluation, done = self.config.evaluation, self.state.iteration
         due = evaluation.before_training if done == 0 else self._due(evaluation.every)
-        if not due or not self.parts.held_out:
+        if not due or not self.components.held_out:
             return
         records = read_metrics(self.directory.path)
         if not any(record.kind == "evaluation" and record.iteration == done for record in records):
@@ -175,30 +171,30 @@ class Loop:
                 raise Interrupted from error
 
     def _evaluate(self) -> None:
-        config, parts, version = self.config, self.parts, self.state.weight_version
-        rollouts = parts.rollouts
+        config, components, version = self.config, self.components, self.state.weight_version
+        rollouts = components.rollouts
         assert isinstance(rollouts, LiveRollouts)
-        parts.console.phase("evaluation")
+        components.console.phase("evaluation")
         start = time.perf_counter()
         evaluation = evaluate(
             lambda requests, sampling: rollouts.generate(requests, sampling, version),
-            parts.held_out,
-            parts.scorer,
-            parts.decode,
+            components.held_out,
+            components.scorer,
+            components.decode,
             config.evaluation,
             max_new_tokens=config.rollout.max_response_length,
             seed=config.seed,
         )
         self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
-        parts.console.evaluation(self.state.iteration, evaluation.values)
+        components.console.evaluation(self.state.iteration, evaluation.values)
         write_table(
             self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl",
             evaluation.table,
         )
 
     def _save(self) -> None:
-        self.parts.console.phase("checkpoint")
-        self.state.rollout = self.parts.rollouts.state()
+        self.components.console.phase("checkpoint")
+        self.state.rollout = self.components.rollouts.state()
         self.saver.save(self.state)
         if not self.config.checkpoint.asynchronous:
             self.saver.finish()
@@ -209,17 +205,17 @@ class Loop:
             self.metrics.truncate_after(-1)
             self.samples.truncate_after(-1)
             return
-        self.parts.console.phase("checking and loading the checkpoint")
+        self.components.console.phase("checking and loading the checkpoint")
         same_layout = self.saver.load(checkpoint)
         self.state = self.directory.load_state(checkpoint)
-        live = isinstance(self.parts.rollouts, LiveRollouts)
+        live = isinstance(self.components.rollouts, LiveRollouts)
         if bool(self.state.rollout) != live:
             before, now = ("with", "without") if live else ("without", "with")
             raise UserError(
                 f"{checkpoint} comes from training {before} --replay and does not go on {now} it: what is still to be sampled is not the "
                 "same; choose another run_dir"
             )
-        self.parts.rollouts.load_state(self.state.rollout)
+        self.components.rollouts.load_state(self.state.rollout)
         self.metrics.truncate_after(self.state.iteration)
         self.samples.truncate_after(self.state.iteration)
         again = (
@@ -227,11 +223,11 @@ class Loop:
             if same_layout
             else "; the parallel layout is another one, so the ranks' random states start anew from the seed"
         )
-        self.parts.console.note(f"continuing from {checkpoint}{again}")
+        self.components.console.note(f"continuing from {checkpoint}{again}")
 
     def _log(self, kind: Any, values: dict[str, float]) -> None:
         self.metrics.log(kind, self.state.iteration, values)
-        self.parts.trackers.log(kind, self.state.iteration, values)
+        self.components.trackers.log(kind, self.state.iteration, values)
 
     def _log_samples(self, batch: IterationBatch, wanted: list[int], weights: list[TokenWeights]) -> None:
         for index in wanted:
@@ -246,8 +242,8 @@ class Loop:
             self.samples.log(
                 Sample(
                     iteration=self.state.iteration,
-                    prompt=self.parts.decode(trajectory.prompt_ids),
-                    tokens=[self.parts.decode([token]) for token in trajectory.response_ids],
+                    prompt=self.components.decode(trajectory.prompt_ids),
+                    tokens=[self.components.decode([token]) for token in trajectory.response_ids],
                     influence_weights=influence,
                     reward=trajectory.reward,
                     accuracy=trajectory.accuracy,

@@ -1,6 +1,6 @@
-"""Supervised training from random weights: how the base model of a small task is made.
+"""`megatron-fipo sft`: supervised training from random weights, which makes the base model of a small task.
 
-The same ranks, packing, head and optimizer as reinforcement learning; only the loss is plain cross-entropy on the response.
+Ranks, packing, head and optimizer are those of reinforcement learning; the loss is plain cross-entropy on the response.
 """
 
 import math
@@ -9,13 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import ray
-import torch
 from rich.progress import Progress
 
 from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
-from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import (
     HeadConfig,
     ModelConfig,
@@ -24,36 +21,16 @@ from megatron_fipo.config import (
     validate_sft,
 )
 from megatron_fipo.driver.cluster import ray_cluster
-from megatron_fipo.driver.train import load_tokenizer, pad_id
-from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.driver.tokenizer import load_tokenizer, pad_id
+from megatron_fipo.driver.trainer_group import SftTrainer
 from megatron_fipo.environment import this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.tasks.countdown.problems import generate_problems, supervised_trace
-from megatron_fipo.trainer.rank import MegatronRank, RankSettings
+from megatron_fipo.trainer.protocol import RankSettings
 
 STEPS_PER_CALL = 20
 """Optimizer steps per message to the ranks."""
-
-
-class SupervisedWorker(MegatronRank):
-    """One rank of supervised training."""
-
-    def train_steps(
-        self, batches: list[list[list[list[Trajectory]]]], rates: list[float], pad_token_id: int
-    ) -> list[float] | None:
-        """One optimizer step per batch ([data-parallel rank][micro-batch][trajectory]); the losses, from the reporting rank."""
-        from megatron.core import parallel_state
-
-        losses = []
-        for batch, lr in zip(batches, rates, strict=True):
-            mine = batch[parallel_state.get_data_parallel_rank()]
-            losses.append(
-                self.policy.supervised_step(self.shards(mine, pad_token_id), lr).statistics.get(
-                    "loss", math.nan
-                )
-            )
-        return losses if self.reports else None
 
 
 def train(config: SftConfig) -> None:
@@ -78,30 +55,35 @@ def train(config: SftConfig) -> None:
         Progress() as progress,
     ):
         initial = Path(folder) / "initial"
-        write_random_model(source, initial, config.seed, getattr(torch, config.dtype))
-        settings = _rank_settings(config, initial)
-        trainer = TrainerGroup(
-            SupervisedWorker, config.parallel.world_size, int(machine.gpus > 0), settings=settings
-        )
-        for line in trainer.call("describe")[0]:
+        _write_initial_model(config, initial)
+        trainer = SftTrainer(_rank_settings(config, initial), int(machine.gpus > 0))
+        for line in trainer.describe():
             progress.console.print(line)
         bar = progress.add_task("supervised training", total=config.steps)
         for start in range(0, config.steps, STEPS_PER_CALL):
             count = min(STEPS_PER_CALL, config.steps - start)
-            batches = ray.put([_plan(_take(traces, config.tokens_per_step), config) for _ in range(count)])
-            results = trainer.call("train_steps", batches, rates[start : start + count], pad_id(tokenizer))
-            losses = next(result for result in results if result is not None)
+            batches = [_plan(_take(traces, config.tokens_per_step), config) for _ in range(count)]
+            losses = trainer.train_steps(batches, rates[start : start + count], pad_id(tokenizer))
             progress.update(
                 bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        trainer.call("export_hf", str(initial), str(target))
+        trainer.export_hf(initial, target)
         trainer.shutdown()
     print(f"model {target}")
 
 
+def _write_initial_model(config: SftConfig, target: Path) -> None:
+    """Random weights for the model config, as a Hugging Face folder."""
+    import torch
+
+    from megatron_fipo.checkpoint.random_weights import write_random_model
+
+    write_random_model(Path(config.model_config_path), target, config.seed, getattr(torch, config.dtype))
+
+
 def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajectory]:
-    """Endless: the training problems in shuffled epochs, each time with a new trace."""
+    """An endless stream: the training problems in shuffled epochs, each time with a new trace."""
     problems = generate_problems(config.data.train_size, held_out=False, seed=config.seed)
     rng = random.Random(f"supervised {config.seed}")
     while True:
@@ -132,7 +114,7 @@ def learning_rate(config: SftConfig, step: int) -> float:
 
 
 def _take(traces: Iterator[Trajectory], tokens: int) -> list[Trajectory]:
-    """Whole traces until they hold at least `tokens` tokens."""
+    """Complete traces with at least `tokens` tokens in total."""
     taken: list[Trajectory] = []
     while sum(trace.length for trace in taken) < tokens:
         taken.append(next(traces))

@@ -1,8 +1,13 @@
-"""The trainer's ranks as Ray actors: placed together, called together, ended together."""
+"""The trainer's ranks as Ray actors: placed together, called together, ended together.
+
+`RLTrainer` and `SftTrainer` have one typed method per method of the ranks (`trainer/protocol.py`) and merge the answers of
+the ranks into one result.
+"""
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -12,39 +17,67 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_fipo.driver.placement import node_by_node, reserve
 from megatron_fipo.engine.protocol import RAY_LOGS
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.trainer.protocol import (
+    IterationReport,
+    PushFailure,
+    RLRank,
+    SftRank,
+    TokenWeights,
+    TrainerRank,
+)
 
+if TYPE_CHECKING:
+    from megatron_fipo.batching.iteration_batch import IterationBatch
+    from megatron_fipo.batching.trajectory import Trajectory
+    from megatron_fipo.checkpoint.manifest import FileRecord
+    from megatron_fipo.config import Config
+    from megatron_fipo.trainer.rank import RankSettings
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 _logger = logging.getLogger(__name__)
 
 
 class TrainerLostError(UserError):
-    """A rank died or failed, and the whole group with it: nothing more can be trained or saved in this process."""
+    """A rank died or failed, and all ranks with it: nothing more can be trained or saved in this process."""
+
+
+class RankActor:
+    """The Ray actor of one rank. It imports the worker on the rank, so the driver never imports Megatron-Core."""
+
+    def __init__(self, load_worker: Callable[[], type], rank: int, world_size: int, **arguments: Any) -> None:
+        self._worker = load_worker()(rank=rank, world_size=world_size, **arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._worker, method)(*arguments)
 
 
 class TrainerGroup:
-    """`world_size` actors of one worker class. A method is called on all ranks at once; results come back by rank.
+    """`world_size` ranks of one worker class. A method is called on all ranks at once; results are ordered by rank.
 
-    A rank that dies leaves the others waiting inside a collective, so the first failure kills the whole group. It is raised as
+    A rank that dies leaves the others waiting inside a collective, so the first failure ends all of them. It is raised as
     `TrainerLostError`, and again by every later call.
     """
 
     def __init__(
         self,
-        worker_class: type,
+        load_worker: Callable[[], type],
         world_size: int,
         gpus_per_rank: int,
         gpu_share: float = 1.0,
         **worker_arguments: Any,
     ) -> None:
-        """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them, leaving the rest to a colocated engine.
+        """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them; a colocated engine has the rest.
 
-        Raises `UserError` where there is no room for them; then, or when a rank fails, nothing stays reserved.
+        `load_worker` runs on the rank and imports the worker class. Raises `UserError` if the cluster has no space for
+        the ranks; then, or when a rank fails, nothing stays reserved.
         """
         self._failure: TrainerLostError | None = None
         bundle = {"CPU": 1, "GPU": gpus_per_rank} if gpus_per_rank else {"CPU": 1}
         self.placement: PlacementGroup = reserve(
             bundle, world_size, "trainer ranks", "lower the parallel sizes"
         )
-        remote: Any = ray.remote(worker_class)
+        remote: Any = ray.remote(RankActor)
         self.actors: list[ActorHandle] = [
             remote.options(
                 num_cpus=1,
@@ -52,23 +85,50 @@ class TrainerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.placement, placement_group_bundle_index=bundle_index
                 ),
-            ).remote(rank=rank, world_size=world_size, **worker_arguments)
+            ).remote(load_worker, rank, world_size, **worker_arguments)
             for rank, bundle_index in enumerate(node_by_node(self.placement))
         ]
-        rendezvous = self._result(0, "rendezvous", self.actors[0].rendezvous.remote())
-        self.call("setup", rendezvous)
+        rendezvous = self._result(0, "rendezvous", self.actors[0].call.remote("rendezvous"))
+        self.call(TrainerRank.setup, rendezvous)
 
-    def call(self, method: str, *arguments: Any, meanwhile: Callable[[], None] | None = None) -> list[Any]:
-        """Run `method` on every rank and wait for all. Large arguments should be object references.
+    def call(
+        self,
+        method: Callable[Concatenate[Any, Arguments], Result],
+        *arguments: Arguments.args,
+        **keywords: Arguments.kwargs,
+    ) -> list[Result]:
+        """Run `method`, given as the protocol declares it, on every rank and wait for all. Positional arguments only.
 
-        `meanwhile` is called again and again until all ranks are done; it should take a fraction of a second. Raises
-        `TrainerLostError` with the first failure of the group, whichever call that was in.
+        Raises `TrainerLostError` with the first failure of the group, in whichever call it happened.
         """
+        assert not keywords
+        return self._call(method.__name__, arguments)
+
+    def describe(self) -> list[str]:
+        """What rank 0 runs on, a line for each part."""
+        return self.call(TrainerRank.describe)[0]
+
+    def export_hf(self, source: Path, target: Path) -> None:
+        """Write the weights as a Hugging Face folder, config and tokenizer from `source`."""
+        self.call(TrainerRank.export_hf, str(source), str(target))
+
+    def shutdown(self) -> None:
+        """End all ranks and release their reservation."""
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self.placement)
+
+    def _call(
+        self, method: str, arguments: tuple[Any, ...], meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """`meanwhile` is called repeatedly until all ranks are done; it should take a fraction of a second."""
         if self._failure is not None:
             raise self._failure
-        pending = {getattr(actor, method).remote(*arguments): rank for rank, actor in enumerate(self.actors)}
+        pending: dict[Any, int] = {
+            actor.call.remote(method, *arguments): rank for rank, actor in enumerate(self.actors)
+        }
         results: dict[int, Any] = {}
-        waiting = list(pending)
+        waiting: list[Any] = list(pending)
         while waiting:
             finished, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else 0)
             if not finished:
@@ -79,13 +139,8 @@ class TrainerGroup:
             results[pending[done]] = self._result(pending[done], method, done)
         return [results[rank] for rank in range(len(self.actors))]
 
-    def shutdown(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-        remove_placement_group(self.placement)
-
     def _result(self, rank: int, method: str, reference: Any) -> Any:
-        """What the rank answered; its failure ends the group."""
+        """The rank's answer; its failure ends the group."""
         try:
             return ray.get(reference)
         except ray.exceptions.RayError as error:
@@ -94,11 +149,90 @@ class TrainerGroup:
             raise self._failure from error
 
 
+class RLTrainer(TrainerGroup):
+    """The ranks of a reinforcement-learning run."""
+
+    def __init__(self, config: "Config", gpus_per_rank: int, gpu_share: float) -> None:
+        super().__init__(rl_worker, config.parallel.world_size, gpus_per_rank, gpu_share, config=config)
+
+    def train_iteration(
+        self,
+        batch: "IterationBatch",
+        lr: float,
+        samples: list[int],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> tuple[IterationReport, list[TokenWeights]]:
+        """Old log-probs and one optimizer step per mini-batch, on all ranks. See `RLRank.train_iteration`.
+
+        The batch is put into Ray's object store once. `meanwhile` is called repeatedly until all ranks are done.
+        """
+        method = RLRank.train_iteration.__name__
+        answers: list[tuple[IterationReport | None, list[TokenWeights]]]
+        answers = self._call(method, (ray.put(batch), lr, samples), meanwhile)
+        report = next(report for report, _ in answers if report is not None)
+        return report, [weights for _, part in answers for weights in part]
+
+    def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:
+        """Send the weights to these engines as `version`. Returns the engine that failed, if one did."""
+        answers = self.call(RLRank.push_weights, engines, version, check)
+        return next((failure for failure in answers if failure is not None), None)
+
+    def start_save(self, folder: Path) -> None:
+        """Begin to write a checkpoint's weights, optimizer and random states."""
+        self.call(RLRank.start_save, str(folder))
+
+    def save_finished(self, blocking: bool) -> bool:
+        """Whether all ranks have written it."""
+        return all(self.call(RLRank.save_finished, blocking))
+
+    def hash_files(self, folder: Path) -> dict[str, "FileRecord"]:
+        """Size and checksum of each file of a checkpoint, hashed by all ranks."""
+        answers = self.call(RLRank.hash_files, str(folder))
+        return {name: record for part in answers for name, record in part.items()}
+
+    def check_files(self, folder: Path) -> list[str]:
+        """Damage found in a checkpoint's files, a sentence each, checked by all ranks."""
+        return [problem for part in self.call(RLRank.check_files, str(folder)) for problem in part]
+
+    def load(self, folder: Path) -> bool:
+        """Resume from a checkpoint. False if another parallel layout wrote it."""
+        return all(self.call(RLRank.load, str(folder)))
+
+
+class SftTrainer(TrainerGroup):
+    """The ranks of supervised training."""
+
+    def __init__(self, settings: "RankSettings", gpus_per_rank: int) -> None:
+        super().__init__(sft_worker, settings.parallel.world_size, gpus_per_rank, settings=settings)
+
+    def train_steps(
+        self, batches: "list[list[list[list[Trajectory]]]]", rates: list[float], pad_token_id: int
+    ) -> list[float]:
+        """One optimizer step per batch, on all ranks; their losses. See `SftRank.train_steps`."""
+        answers: list[list[float] | None]
+        answers = self._call(SftRank.train_steps.__name__, (ray.put(batches), rates, pad_token_id))
+        return next(losses for losses in answers if losses is not None)
+
+
+def rl_worker() -> type[RLRank]:
+    """Runs on the rank."""
+    from megatron_fipo.trainer.rl_worker import RLWorker
+
+    return RLWorker
+
+
+def sft_worker() -> type[SftRank]:
+    """Runs on the rank."""
+    from megatron_fipo.trainer.sft_worker import SftWorker
+
+    return SftWorker
+
+
 def _describe(rank: int, method: str, error: ray.exceptions.RayError) -> TrainerLostError:
     if not isinstance(error, ray.exceptions.RayTaskError):
         return TrainerLostError(
-            f"trainer rank {rank} died in {method} ({first_line(error)}; see {RAY_LOGS}); run the same command to go on from the last "
-            "checkpoint"
+            f"trainer rank {rank} died in {method} ({first_line(error)}; see {RAY_LOGS}); run the same command to resume "
+            "from the last checkpoint"
         )
     cause = error.cause
     if isinstance(cause, UserError):

@@ -4,7 +4,6 @@ import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before 
 
 import os
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,35 +13,20 @@ from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.environment import find_accelerators, installed_version
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
 from megatron_fipo.objective.kernels.choice import describe_kernels
 from megatron_fipo.trainer.active import Active, active_lines
+from megatron_fipo.trainer.protocol import RankSettings, TrainerRank
 from megatron_fipo.trainer.rank_model import Policy
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Seconds a rank waits for the others, on top of what they may wait for the engines."""
 
 
-@dataclass(frozen=True)
-class RankSettings:
-    """The part of a configuration that building a policy needs."""
-
-    model: ModelConfig
-    parallel: ParallelConfig
-    head: HeadConfig
-    optimizer: OptimizerSettings
-    temperature: float
-    seed: int
-    deterministic: bool
-    outside_wait_s: float
-    """Longest time that a rank may wait for something outside the group while the others stand in a collective."""
-
-
-class MegatronRank:
+class MegatronRank(TrainerRank):
     """Life of a rank: `rendezvous` (rank 0), `setup`, then any number of a subclass's methods, each called on all ranks together."""
 
     def __init__(self, rank: int, world_size: int, settings: RankSettings) -> None:

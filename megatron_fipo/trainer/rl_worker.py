@@ -2,9 +2,8 @@
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,15 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.gpu_rules import TORCH_ADAM
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import ADAM
-from megatron_fipo.trainer.rank import MegatronRank, RankSettings
-from megatron_fipo.weight_sync.nccl import NcclSync
-from megatron_fipo.weight_sync.object_store import Transport, WeightSyncError, push_weights, transport_for
+from megatron_fipo.trainer.protocol import IterationReport, PushFailure, RankSettings, RLRank, TokenWeights
+from megatron_fipo.trainer.rank import MegatronRank
+from megatron_fipo.weight_sync.nccl import NcclTransport
+from megatron_fipo.weight_sync.object_store import ObjectStoreTransport
+from megatron_fipo.weight_sync.transport import Transport, WeightSyncError, WeightTransport, transport_for
 
 
-@dataclass(frozen=True)
-class IterationReport:
-    """What the updates of one iteration showed, reduced over all ranks."""
-
-    mini_steps: list[dict[str, float]]
-    """Statistics of each optimizer step, `policy/grad_norm` included."""
-    seconds: dict[str, float]
-    """Wall time of `old_log_probs` and `update` on this rank."""
-
-
-@dataclass(frozen=True)
-class TokenWeights:
-    """Influence weights of some rows of one trajectory, from the rank that holds them."""
-
-    trajectory: int
-    positions: list[int]
-    """Within the response."""
-    weights: list[float]
-
-
-class TrainerWorker(MegatronRank):
-    """One rank of the trainer. `TrainerGroup` makes Ray actors of this class."""
+class RLWorker(MegatronRank, RLRank):
+    """One trainer rank. `RLTrainer` calls its methods on all ranks together."""
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
         settings = RankSettings(
@@ -71,16 +52,11 @@ class TrainerWorker(MegatronRank):
         super().build()
         self.reference = self._snapshot() if self.config.objective.kl_coefficient else None
         self.writer = CheckpointWriter()
-        self.nccl = self._nccl_sync()
+        self.transport = self._weight_transport()
 
     def train_iteration(
         self, batch: IterationBatch, lr: float, samples: list[int]
     ) -> tuple[IterationReport | None, list[TokenWeights]]:
-        """Record old log-probs, then take one optimizer step per mini-batch.
-
-        `samples` are indices into the batch whose influence weights (of the step that trains them) are wanted for the report.
-        The report comes from the first rank of the last pipeline stage, the weights from whichever ranks hold the tokens.
-        """
         seconds: dict[str, float] = {}
         steps = [self._shards(batch, step) for step in range(len(batch.mini_batches))]
         with clock(seconds, "old_log_probs", self.device):
@@ -104,65 +80,44 @@ class TrainerWorker(MegatronRank):
             return None, token_weights
         return IterationReport(mini_steps, seconds), token_weights
 
-    def push_weights(self, engines: dict[int, Any], version: int, check: bool) -> tuple[int, str] | None:
-        """Send the weights to these engines, in Hugging Face names (collective; rank 0 sends). `check` compares checksums.
-
-        Returns None, or on rank 0 the number of an engine that did not take them and why; then no engine counts as updated.
-        """
-        modules, rollout = self.policy.modules, self.config.rollout
+    def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:
+        # A TransferStuckError is not caught: the ranks then hang in a collective and must be ended.
         try:
-            if self.nccl is not None:
-                # Its TransferStuckError is not caught: the ranks hang in a collective then and have to be ended.
-                self.nccl.push(engines, version, timeout_s=rollout.timeout_s, check=check)
-            else:
-                bucket_bytes = rollout.weight_bucket_mb * 2**20
-                tensors = iterate_hf_tensors(modules)
-                push_weights(
-                    tensors,
-                    engines,
-                    version,
-                    bucket_bytes=bucket_bytes,
-                    timeout_s=rollout.timeout_s,
-                    check=check,
-                )
+            self.transport.push(engines, version, timeout_s=self.config.rollout.timeout_s, check=check)
         except WeightSyncError as error:
-            return error.engine, error.reason
+            return PushFailure(error.engine, error.reason)
         return None
 
-    def _nccl_sync(self) -> NcclSync | None:
-        """The way over NCCL where it is the transport, made on all ranks."""
+    def _weight_transport(self) -> WeightTransport:
+        """The transport to the engines, made on all ranks."""
         modules, rollout = self.policy.modules, self.config.rollout
-        if transport_for(rollout.engine, self.device.type, rollout.placement) is not Transport.NCCL:
-            return None
-        return NcclSync(
+        bucket_bytes = rollout.weight_bucket_mb * 2**20
+        if transport_for(rollout.engine, self.device.type, rollout.placement) is Transport.OBJECT_STORE:
+            return ObjectStoreTransport(lambda: iterate_hf_tensors(modules), bucket_bytes)
+        return NcclTransport(
             lambda: iterate_hf_tensors(modules, to_host=False),
             describe_hf_tensors(modules),
             rank=self.rank,
             device=self.device,
             workers_per_engine=rollout.engine_tensor_parallel_size,
-            buffer_bytes=rollout.weight_bucket_mb * 2**20,
+            buffer_bytes=bucket_bytes,
         )
 
     def start_save(self, folder: str) -> None:
-        """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""
         asynchronous = self.config.checkpoint.asynchronous
         self.writer.start(self.policy.modules, self.policy.optimizer, Path(folder) / "weights", asynchronous)
         save_rng(Path(folder), self.rank)
 
     def save_finished(self, blocking: bool) -> bool:
-        """Whether all of it is on disk (collective). UserError with the writer's reason where it failed."""
         return self.writer.finished(blocking)
 
     def hash_files(self, folder: str) -> dict[str, FileRecord]:
-        """Size and checksum of this rank's share of a checkpoint's files."""
         return hash_files(Path(folder), self.rank, self.world_size)
 
     def check_files(self, folder: str) -> list[str]:
-        """What is damaged in this rank's share of a checkpoint's files, a sentence each."""
         return check_files(Path(folder), read_manifest(Path(folder)), self.rank, self.world_size)
 
     def load(self, folder: str) -> bool:
-        """Continue from a checkpoint (collective). False where the layout differs, so that random states start anew from the seed."""
         load_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder) / "weights")
         return load_rng(Path(folder), self.rank, self.world_size)
 

@@ -1,10 +1,10 @@
 """New weights from the trainer's GPUs into engines on vLLM that have GPUs of their own: one NCCL broadcast to all of them.
 
-It goes through vLLM's own interface (`vllm.distributed.weight_transfer`, written against version 0.32): vLLM's trainer engine
-packs the tensors into buffers and broadcasts them from global rank 0, which is rank 0 of the communicator; vLLM's workers unpack
-and load them. This module says which tensors, calls the engines, gives each worker a rank of its own and sets a deadline.
+It uses vLLM's own interface (`vllm.distributed.weight_transfer`, written against version 0.32): vLLM's trainer engine
+packs the tensors into buffers and broadcasts them from global rank 0, which is rank 0 of the communicator; vLLM's workers
+unpack and load them. This module lists the tensors, calls the engines, gives each worker a separate rank and sets a deadline.
 
-It has not run on hardware. The tests drive vLLM's trainer engine with everything but the communicator.
+It has not run on several GPUs. The tests drive vLLM's trainer engine with everything but the communicator.
 """
 
 import socket
@@ -12,48 +12,46 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.checkpoint.hf_export import TensorInfo
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import (
-    CHECKSUM_THREADS,
-    EngineCalls,
-    WeightSyncError,
-    tensor_checksum,
-)
+from megatron_fipo.weight_sync.object_store import CHECKSUM_THREADS, EngineCalls, tensor_checksum
+from megatron_fipo.weight_sync.transport import WeightSyncError
+
+if TYPE_CHECKING:
+    from megatron_fipo.checkpoint.hf_export import TensorInfo
 
 GRACE_S = 10.0
-"""Seconds in which a transfer whose engine failed may still end by itself."""
+"""Seconds in which a transfer whose engine failed may still end."""
 
 Export = Callable[[], Iterable[tuple[str, Tensor | None]]]
 
 
 class TransferStuckError(RuntimeError):
-    """A broadcast that can't end: NCCL waits for a lost engine without a limit, in this process and in all other engines.
+    """A broadcast that cannot end: NCCL waits for a lost engine without a limit, here and in all other engines.
 
-    Nothing can be sent from here any more. The trainer's ranks and the engines have to be killed and started again.
+    This process cannot send anything any more. The trainer's ranks and the engines must be killed and restarted.
     """
 
 
 def rank_offsets(engines: Iterable[int], workers_per_engine: int) -> dict[int, int]:
     """The rank of each engine's first worker. Rank 0 sends, the workers follow engine by engine.
 
-    (vLLM's own client for Ray gives every engine offset 1: from the second engine on, the rendezvous would never end.)
+    (vLLM's own client for Ray gives every engine offset 1: with a second engine the rendezvous would never end.)
     """
-    return {number: 1 + place * workers_per_engine for place, number in enumerate(sorted(engines))}
+    return {number: 1 + index * workers_per_engine for index, number in enumerate(sorted(engines))}
 
 
-class NcclSync:
-    """Pushes weights over NCCL, one after the other. Made on every trainer rank; rank 0 keeps the communicator between pushes."""
+class NcclTransport:
+    """`WeightTransport` over NCCL. Made on every trainer rank; rank 0 keeps the communicator between pushes."""
 
     def __init__(
         self,
         export: Export,
-        tensors: Sequence[TensorInfo],
+        tensors: Sequence["TensorInfo"],
         *,
         rank: int,
         device: torch.device,
@@ -70,17 +68,17 @@ class NcclSync:
         self._trainer: Any = None
 
     def push(self, engines: Mapping[int, Any], version: int, *, timeout_s: float, check: bool) -> None:
-        """Give every engine the weights and `version`, with the promises of `weight_sync.push_weights`, but for a lost engine.
+        """Give every engine the weights and `version`, with the guarantees of `push_weights` except for a lost engine.
 
-        Collective like the export. Bytes over the network: the model once to every engine worker (NCCL's broadcast), whatever
-        part of a tensor the worker's tensor-parallel rank keeps. Memory beyond the export's: two buffers of `buffer_bytes` (or
+        Collective like the export. Bytes over the network: the complete model once to every engine worker (NCCL's broadcast),
+        although a worker's tensor-parallel rank keeps only a part. Memory beyond the export's: two buffers of `buffer_bytes` (or
         the largest tensor) on rank 0's GPU and on each worker's.
 
-        The communicator is made in the first push and again whenever the engines are not the same.
+        The communicator is made in the first push and again whenever the set of engines changes.
 
-        Raises `WeightSyncError` where an engine failed before or after the broadcast, with the export exhausted on all ranks;
-        `TransferStuckError`, naming the engine, where one is lost or late while the broadcast runs. The other ranks then stand in
-        a collective of the export, so whoever catches it has to kill them all.
+        Raises `WeightSyncError` if an engine failed before or after the broadcast, with the export exhausted on all ranks;
+        `TransferStuckError`, naming the engine, if one is lost or late while the broadcast runs. The other ranks are then
+        inside a collective of the export, so whoever catches it must kill them all.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize(
@@ -106,7 +104,7 @@ class NcclSync:
         self._trainer, self._client = None, None
 
     def _broadcast(self, engines: Mapping[int, Any], timeout_s: float, check: bool) -> None:
-        """Send in a thread, so that neither a lost engine nor the deadline leaves this one waiting."""
+        """Send in a thread, so that neither a lost engine nor the deadline blocks this one."""
         if self._client is None or self._client.engines != dict(engines):
             self.close()
             self._client = _Client(engines, self._workers_per_engine)
@@ -122,8 +120,8 @@ class NcclSync:
                 else "the engines are done, the trainer's rank 0 is not"
             )
             raise TransferStuckError(
-                f"the NCCL broadcast of the weights to rollout engines {', '.join(map(str, client.engines))} can't end: {reason}; "
-                "trainer and engines have to be started again, from the last checkpoint"
+                f"the NCCL broadcast of the weights to rollout engines {', '.join(map(str, client.engines))} cannot end: {reason}; "
+                "restart trainer and engines from the last checkpoint"
             )
         sending.result()
 
@@ -155,16 +153,16 @@ class NcclSync:
 
 
 class _Source:
-    """vLLM's `WeightSource`: what it sends, and before that the names, dtypes and shapes in the same order."""
+    """vLLM's `WeightSource`: the tensors to send, and before that their names, dtypes and shapes in the same order."""
 
-    def __init__(self, export: Export, tensors: Sequence[TensorInfo]) -> None:
+    def __init__(self, export: Export, tensors: Sequence["TensorInfo"]) -> None:
         self._export = export
         self._tensors = list(tensors)
         self._check = False
         self._pass: Iterator[tuple[str, Tensor | None]] | None = None
         self._checksums: dict[str, Future[str]] = {}
 
-    def metadata(self) -> list[TensorInfo]:
+    def metadata(self) -> list["TensorInfo"]:
         """Attributes `name`, `dtype`, `shape`, as vLLM's `ParamMeta` has them."""
         return self._tensors
 
@@ -174,9 +172,9 @@ class _Source:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """One pass; with the check, checksums are computed in further threads while the tensors are sent.
 
-        vLLM iterates under two CUDA streams in turn, and one step of the export makes several tensors: what the step before
-        computed on one stream may be read on the other. Hence the wait for the stream that computed it, and the note to the
-        allocator not to reuse the memory before the stream that reads it is done.
+        vLLM iterates under two CUDA streams in turn, and one step of the export makes several tensors: what one step
+        computed on one stream may be read on the other. So the stream that computed it is waited for, and the allocator is
+        told not to reuse the memory before the stream that reads it is done.
         """
         self._pass = iter(self._export())
         computing: deque[Future[str]] = deque()  # the host holds no more tensors than are in here
@@ -195,20 +193,20 @@ class _Source:
                 yield name, tensor
 
     def exhaust(self) -> None:
-        """Go through the rest of the pass, or a whole one where none was begun, so that the export's other ranks get to its end."""
+        """Finish the pass, or run a complete one if none was begun, so that the other ranks reach the end of the export."""
         for _ in self._pass or self._export():
             pass
         self._pass = None
 
     def checksums(self) -> dict[str, str]:
-        """Of what was sent, by name."""
+        """Checksums of what was sent, by name."""
         return {name: checksum.result() for name, checksum in self._checksums.items()}
 
 
 class _Client:
     """vLLM's `VLLMWeightSyncClient`: the calls that its trainer engine makes, to every engine at once.
 
-    A call fails for all as it does for one. `failure` then says so to the thread that watches the transfer, since the
+    A call that fails on one engine fails for all. `failure` then notifies the thread that watches the transfer, since the
     one that transfers may be waiting for the lost engine inside NCCL.
     """
 
@@ -237,7 +235,7 @@ class _Client:
         self._wait(self.calls.start("nccl_update", update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing: `NcclSync.push` ends the update, with its version and the comparison of checksums."""
+        """Nothing: `NcclTransport.push` ends the update, with its version and the comparison of checksums."""
 
     def _wait(self, calls: Mapping[int, Future]) -> None:
         try:

@@ -1,16 +1,15 @@
-"""New weights from the trainer into the engines, in place, with a version number and checksums that both sides compare.
+"""Weights from the trainer into the engines through Ray's object store, with a version and checksums on both sides.
 
-`push_weights` goes through Ray's object store and serves every engine. Engines on vLLM with GPUs of their own take their weights
-over NCCL instead (`nccl_sync.py`). docs/weight-sync.md has the whole path, its costs and what was left out.
+Serves every engine. Engines on vLLM with GPUs of their own use NCCL instead (`nccl.py`). docs/weight-sync.md has the
+complete path, its costs and what was left out.
 """
 
 import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -19,54 +18,40 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.weight_sync.transport import WeightSyncError
 
-BUCKETS_IN_STORE = 3
-"""Buckets that lie in the object store at one time: one that the engines take, the next, and one that an engine may still hold
-because part of a layer came in it."""
 CHECKSUM_THREADS = min(4, os.cpu_count() or 1)
-"""One makes about 1.4 GB/s."""
-
-
-class Transport(StrEnum):
-    """How weights get to the engines, in words for the user."""
-
-    OBJECT_STORE = "Ray's object store"
-    NCCL = "NCCL"
-
-
-def transport_for(engine: str, device: str, placement: str) -> Transport:
-    """The way for `rollout.engine`, the trainer's device type and `rollout.placement`.
-
-    NCCL takes no communicator with two ranks on one GPU, so colocated engines use the object store; `local` engines do since
-    they are for small models.
-    """
-    return (
-        Transport.NCCL
-        if (engine, device, placement) == ("vllm", "cuda", "separate")
-        else Transport.OBJECT_STORE
-    )
-
-
-class WeightSyncError(RuntimeError):
-    """An engine did not take the weights. `engine` is its number, which the message names."""
-
-    def __init__(self, engine: int, reason: str) -> None:
-        super().__init__(f"rollout engine {engine} {reason}")
-        self.engine = engine
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.engine, self.reason)
+"""One thread hashes about 1.4 GB/s."""
 
 
 def tensor_checksum(name: str, tensor: Tensor) -> str:
-    """sha256, in hex, over name, dtype, shape and bytes. Layout in memory and device do not matter.
+    """sha256, in hex, over name, dtype, shape and bytes, independent of memory layout and device.
 
-    Memory: one CPU copy of the tensor, none where it already is a contiguous CPU tensor.
+    Memory: one CPU copy of the tensor, none if it already is a contiguous CPU tensor.
     """
     digest = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     digest.update(_as_bytes(tensor).data)
     return digest.hexdigest()
+
+
+class ObjectStoreTransport:
+    """`WeightTransport` through Ray's object store. `export` makes the tensors, as `push_weights` takes them."""
+
+    def __init__(self, export: Callable[[], Iterable[tuple[str, Tensor | None]]], bucket_bytes: int) -> None:
+        self._export = export
+        self._bucket_bytes = bucket_bytes
+
+    def push(self, engines: Mapping[int, Any], version: int, *, timeout_s: float, check: bool) -> None:
+        push_weights(
+            self._export(),
+            engines,
+            version,
+            bucket_bytes=self._bucket_bytes,
+            timeout_s=timeout_s,
+            check=check,
+        )
+
+    def close(self) -> None: ...
 
 
 def push_weights(
@@ -80,18 +65,20 @@ def push_weights(
 ) -> None:
     """Give every engine the tensors and `version`. With `check`, return only once all of them hold exactly what was sent.
 
-    Called on every trainer rank: making `tensors` is collective (export gathers the shards), so all ranks exhaust it in the same
-    order. Rank 0 gets tensors and sends them to `engines` (actor handles by number); the others get `None` and send nothing.
-    Rank 0 exhausts the iterator after a failure too, and raises then, so that no rank is left waiting in a collective.
+    Called on every trainer rank: making `tensors` is collective (export gathers the shards), so all ranks exhaust it in
+    the same order. Rank 0 gets tensors and sends them to `engines` (actor handles by number); the others get `None` and
+    send nothing. After a failure rank 0 also exhausts the iterator, then raises, so that no rank waits in a collective.
     Tensors must keep their values until this returns; they are not copied before they are put into the object store.
 
-    Three things run at one time on rank 0: this thread gathers a bucket, another puts the one before into the object store and
-    sends it, and further ones compute the checksums of that bucket while the engines take it. Each bucket is put once and read
-    in place by all engines of a node. Memory on rank 0: two buckets on the heap (none on a CPU, where tensors are the parameters
-    themselves) and `BUCKETS_IN_STORE` in the object store; a tensor larger than `bucket_bytes` makes a bucket alone.
+    Three things run concurrently on rank 0: this thread gathers a bucket, a second one puts the previous bucket into the
+    object store and sends it, and more threads compute the checksums of that bucket while the engines take it. Each
+    bucket is put once and read in place by all engines of a node. Memory on rank 0: two buckets on the heap (none on a
+    CPU, where tensors are the parameters) and `BUCKETS_IN_STORE` in the object store; a tensor larger than
+    `bucket_bytes` is a bucket alone.
 
-    Raises `WeightSyncError` where an engine dies, is not done `timeout_s` after the first bucket was ready, or (with `check`)
-    holds other bytes than were sent, naming the first such tensor; `UserError` where the engine's model has other names or shapes.
+    Raises `WeightSyncError` if an engine dies, is not done `timeout_s` after the first bucket was ready, or (with
+    `check`) holds other bytes than were sent, naming the first such tensor; `UserError` if the engine's model has other
+    names or shapes.
     """
     update: _Update | None = None
     failure: Exception | None = None
@@ -114,7 +101,7 @@ def push_weights(
 
 
 class EngineCalls:
-    """Calls of all engines at once, under one deadline for the whole update."""
+    """Calls of all engines at once, under one deadline for the complete update."""
 
     def __init__(self, engines: Mapping[int, Any], timeout_s: float) -> None:
         self.engines = dict(engines)
@@ -128,7 +115,7 @@ class EngineCalls:
         }
 
     def wait(self, calls: Mapping[int, Future]) -> dict[int, Any]:
-        """All results, or the error of the first engine that failed, or of one that was not done at the deadline."""
+        """All results. Raises the error of the first engine that failed or was not done at the deadline."""
         waiting = {call: number for number, call in calls.items()}
         results = {}
         while waiting:
@@ -148,8 +135,8 @@ class EngineCalls:
 
     def finish(self, version: int, sent: Mapping[str, str] | None) -> None:
         """End the update on every engine and compare its checksums with those `sent` (None: without a check)."""
-        held = self.wait(self.start("finish_weight_update", version))
-        for number, checksums in held.items():
+        received = self.wait(self.start("finish_weight_update", version))
+        for number, checksums in received.items():
             difference = None if sent is None else first_difference(sent, checksums)
             if difference is not None:
                 raise WeightSyncError(
@@ -157,18 +144,18 @@ class EngineCalls:
                 )
 
 
-def first_difference(sent: Mapping[str, str], held: Mapping[str, str]) -> str | None:
-    """The first tensor, in the order sent, whose checksum differs or which only one side has, and what is wrong with it."""
+def first_difference(sent: Mapping[str, str], received: Mapping[str, str]) -> str | None:
+    """The first tensor, in the order sent, whose checksum differs or which only one side has, and the difference."""
     for name, checksum in sent.items():
-        if name not in held:
+        if name not in received:
             return f"{name} is missing"
-        if held[name] != checksum:
+        if received[name] != checksum:
             return f"{name} differs"
-    return next((f"{name} was not sent" for name in held if name not in sent), None)
+    return next((f"{name} was not sent" for name in received if name not in sent), None)
 
 
 class _Update:
-    """One update through the object store, seen from rank 0. The sending thread alone talks to the engines until `finish`."""
+    """One update through the object store, on rank 0. Only the sending thread calls the engines until `finish`."""
 
     def __init__(self, engines: Mapping[int, Any], timeout_s: float, check: bool) -> None:
         self._calls = EngineCalls(engines, timeout_s)
@@ -177,22 +164,22 @@ class _Update:
         self._sender = ThreadPoolExecutor(1, "weight-sender")
         self._hashers = ThreadPoolExecutor(CHECKSUM_THREADS, "weight-checksum")
         self._taking: dict[int, Future] = {}
-        self._in_hand: list[Future] = [self._sender.submit(self._begin)]
+        self._pending: list[Future] = [self._sender.submit(self._begin)]
 
     def send(self, bucket: dict[str, Tensor]) -> None:
-        """Hand a bucket over, once the one before is through: sent to the engines, its checksums known."""
-        for work in self._in_hand:
+        """Pass a bucket on, once the previous one is sent to the engines and its checksums are known."""
+        for work in self._pending:
             work.result()
-        self._in_hand = [self._sender.submit(self._send, bucket)]
+        self._pending = [self._sender.submit(self._send, bucket)]
         if self._check:
             checksums = {
                 name: self._hashers.submit(tensor_checksum, name, tensor) for name, tensor in bucket.items()
             }
             self._checksums |= checksums
-            self._in_hand += checksums.values()
+            self._pending += checksums.values()
 
     def finish(self, version: int) -> None:
-        for work in self._in_hand:
+        for work in self._pending:
             work.result()
         self._calls.wait(self._taking)
         sent = (
@@ -208,7 +195,7 @@ class _Update:
         self._calls.wait(self._calls.start("begin_weight_update", self._check))
 
     def _send(self, bucket: dict[str, Tensor]) -> None:
-        """An engine gets one bucket at a time, since calls to an actor with several threads may overtake each other."""
+        """An engine gets one bucket at a time, since calls to an actor with several threads may be reordered."""
         reference = ray.put(Bucket(bucket))
         self._calls.wait(self._taking)
         self._taking = self._calls.start("load_weights", reference)
@@ -217,8 +204,8 @@ class _Update:
 class Bucket(dict[str, Tensor]):
     """Named CPU tensors. Pickled, their bytes go out of band: one copy into the object store, none out of it.
 
-    Ray pickles a plain tensor through `torch.save`, several copies on either side. What arrives is a plain dict of tensors
-    that look into the object store, which is read-only: an engine must copy them and not write to them.
+    Ray pickles a plain tensor through `torch.save`, with several copies on either side. The receiver gets a plain dict of
+    tensors that are views of the read-only object store: an engine must copy them and not write to them.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -234,12 +221,12 @@ def _restore(parts: Sequence[tuple[str, torch.dtype, tuple[int, ...], np.ndarray
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:
-    """The tensor's bytes as uint8 [n]; a view where it is a contiguous CPU tensor."""
+    """The tensor's bytes as uint8 [n]; a view if it is a contiguous CPU tensor."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _buckets(tensors: Iterable[tuple[str, Tensor | None]], bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Group the tensors into buckets of at most `bucket_bytes` (a larger tensor goes alone)."""
+    """Group the tensors into buckets of at most `bucket_bytes` (a larger tensor is one alone)."""
     bucket: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:

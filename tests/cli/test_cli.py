@@ -116,7 +116,7 @@ def test_unknown_arguments(arguments, capsys):
 
 def test_evaluate_takes_a_file_or_none(monkeypatch):
     calls = []
-    monkeypatch.setattr("megatron_fipo.driver.train.evaluate", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("megatron_fipo.driver.evaluate.evaluate", lambda *arguments: calls.append(arguments))
     folder = "examples/countdown/model-config"
     settings = [
         "data.source=countdown",
@@ -138,7 +138,7 @@ def test_evaluate_takes_a_file_or_none(monkeypatch):
 
 def test_the_table_of_evaluate_goes_where_output_says(monkeypatch):
     calls = []
-    monkeypatch.setattr("megatron_fipo.driver.train.evaluate", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("megatron_fipo.driver.evaluate.evaluate", lambda *arguments: calls.append(arguments))
     folder, config = "examples/countdown/model-config", "examples/countdown/fipo.yaml"
     assert cli.main(["evaluate", folder, config, "seed=2", "--output", "mine.jsonl"]) == 0
     assert cli.main(["evaluate", folder, "--output", "mine.jsonl", config, "seed=2"]) == 0

@@ -24,7 +24,7 @@ from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer import rank_model as policy_module
 from megatron_fipo.trainer import rl_worker as worker_module
 from megatron_fipo.trainer.rank_model import Policy
-from megatron_fipo.trainer.rl_worker import TrainerWorker
+from megatron_fipo.trainer.rl_worker import RLWorker
 from tests.distributed.test_distributed_checkpoint import (
     forked_managers,  # noqa: F401 (a fixture)
     load_and_step,
@@ -202,7 +202,7 @@ def test_torchs_adam_is_refused_on_a_gpu_before_anything_is_built(model, monkeyp
     monkeypatch.setattr(worker_module, "ADAM", "torch")
     config = Config()
     config.model.path = str(model)
-    worker = TrainerWorker(0, 1, config)
+    worker = RLWorker(0, 1, config)
     worker.device = torch.device("cuda", 0)
     with pytest.raises(
         UserError, match="training on GPUs needs Adam of Transformer Engine or of NVIDIA's apex"

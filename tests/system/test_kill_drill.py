@@ -18,8 +18,8 @@ TOOL = ROOT / "tools/kill_drill.py"
 # A family like a run's: the title of a process is its first argument, as Ray sets it.
 FAMILY = """
 import subprocess, sys, time
-code = "import os, sys, time; os.fork() if 'TrainerWorker' in sys.argv[1] else None; time.sleep(60)"
-for title in ("raylet", "ray::TrainerWorker.train_iteration", "ray::TrainerWorker", "ray::LocalEngine.generate", "ray::IDLE"):
+code = "import os, sys, time; os.fork() if 'RankActor' in sys.argv[1] else None; time.sleep(60)"
+for title in ("raylet", "ray::RankActor.call", "ray::RankActor", "ray::LocalEngine.generate", "ray::IDLE"):
     subprocess.Popen([title, "-c", code, title], executable=sys.executable)
 time.sleep(60)
 """
@@ -85,7 +85,7 @@ def test_every_difference_is_seen_and_times_are_none(tool, tmp_path):
 
 def test_victims_and_orphans_are_found_and_strangers_left_alone():
     stranger = subprocess.Popen(
-        ["ray::TrainerWorker", "-c", "import time; time.sleep(60)"], executable=sys.executable
+        ["ray::RankActor", "-c", "import time; time.sleep(60)"], executable=sys.executable
     )
     try:
         done = subprocess.run(

@@ -42,7 +42,7 @@ def rank_class(dies_in: str = "") -> Any:
             if self.rank == 1 and trouble == "die":
                 os._exit(1)
             if self.rank == 1 and trouble == "refuse":
-                raise UserError("the disk is full; make room")
+                raise UserError("the disk is full; free space")
             if self.rank == 1 and trouble == "fault":
                 raise ZeroDivisionError("no rows")
             return self.rank
@@ -59,19 +59,20 @@ def rank_class(dies_in: str = "") -> Any:
     [
         (
             "die",
-            r"trainer rank 1 died in work \(The actor died.*run the same command to go on from the last checkpoint",
+            r"trainer rank 1 died in work \(The actor died.*run the same command to resume from the last checkpoint",
         ),
-        ("refuse", "^the disk is full; make room$"),
+        ("refuse", "^the disk is full; free space$"),
         ("fault", "^trainer rank 1 failed in work: ZeroDivisionError: no rows$"),
     ],
 )
 def test_the_first_failure_is_the_one_that_every_later_call_raises(trouble, message):
-    group = TrainerGroup(rank_class(), 2, 0)
-    assert group.call("work", "") == [0, 1]
+    rank = rank_class()
+    group = TrainerGroup(lambda: rank, 2, 0)
+    assert group.call(rank.work, "") == [0, 1]
     with pytest.raises(TrainerLostError, match=message) as first:
-        group.call("work", trouble)
+        group.call(rank.work, trouble)
     with pytest.raises(TrainerLostError) as later:
-        group.call("work", "")
+        group.call(rank.work, "")
     assert later.value is first.value
     assert "\n" not in str(first.value)
     group.shutdown()  # as the run does at its end
@@ -81,7 +82,7 @@ def test_the_first_failure_is_the_one_that_every_later_call_raises(trouble, mess
 @pytest.mark.parametrize("method", ["rendezvous", "setup"])
 def test_a_rank_that_dies_at_the_start_leaves_nothing_reserved(method):
     with pytest.raises(TrainerLostError, match=f"trainer rank . died in {method}"):
-        TrainerGroup(rank_class(dies_in=method), 2, 0)
+        TrainerGroup(lambda: rank_class(dies_in=method), 2, 0)
     assert placements() == []
 
 

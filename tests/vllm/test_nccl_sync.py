@@ -10,7 +10,7 @@ import ray
 import torch
 
 from megatron_fipo.checkpoint.hf_export import TensorInfo
-from megatron_fipo.weight_sync.nccl import NcclSync
+from megatron_fipo.weight_sync.nccl import NcclTransport
 from tests.engine.wire import WireEngine, broadcast
 from tests.weight_sync.handles import handles
 
@@ -51,7 +51,7 @@ def push(nccl_engine, monkeypatch, actors, infos) -> None:
             pass
 
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", send)
-    sync = NcclSync(
+    sync = NcclTransport(
         lambda: iter(WEIGHTS.items()),
         infos,
         rank=0,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_fipo.checkpoint.hf_export import TensorInfo
 from megatron_fipo.weight_sync import nccl as nccl_sync
-from megatron_fipo.weight_sync.nccl import NcclSync, TransferStuckError, rank_offsets
-from megatron_fipo.weight_sync.object_store import WeightSyncError
+from megatron_fipo.weight_sync.nccl import NcclTransport, TransferStuckError, rank_offsets
+from megatron_fipo.weight_sync.transport import WeightSyncError
 from tests.engine.wire import WireEngine, broadcast
 from tests.weight_sync.handles import handles
 
@@ -51,7 +51,7 @@ class StandIn:
 
 
 class Run:
-    """A `NcclSync` over engines in this process."""
+    """A `NcclTransport` over engines in this process."""
 
     def __init__(self, monkeypatch, actors, rank: int = 0) -> None:
         self.passes = 0
@@ -59,7 +59,7 @@ class Run:
         self.trainers: list[StandIn] = []
         self.blocked: threading.Event | None = None
         self.actors = actors
-        self.sync = NcclSync(
+        self.sync = NcclTransport(
             self.export, INFOS, rank=rank, device=torch.device("cpu"), workers_per_engine=2, buffer_bytes=64
         )
         monkeypatch.setattr(self.sync, "_join", self.join)

@@ -22,14 +22,12 @@ from megatron_fipo.engine.protocol import SamplingParams
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.object_store import (
     Bucket,
-    Transport,
-    WeightSyncError,
     _buckets,
     first_difference,
     push_weights,
     tensor_checksum,
-    transport_for,
 )
+from megatron_fipo.weight_sync.transport import Transport, WeightSyncError, transport_for
 from tests.engine.conftest import loaded
 from tests.engine.tiny import save_model, some_requests
 from tests.weight_sync.handles import Stored, handles

@@ -34,7 +34,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo.driver.rollout.engine_actors import CONTROL_CALLS
 from megatron_fipo.engine.local import LocalEngine
-from megatron_fipo.weight_sync.object_store import BUCKETS_IN_STORE, push_weights, tensor_checksum
+from megatron_fipo.weight_sync.object_store import push_weights, tensor_checksum
+from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE
 
 BUCKET_BYTES = 128 * 2**20
 PUSHES, STARTS = 12, 2

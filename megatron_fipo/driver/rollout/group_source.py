@@ -16,7 +16,7 @@ from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.rollout.collector import Collected, Collector
 from megatron_fipo.driver.rollout.dump import ReplaySource
 from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts
-from megatron_fipo.driver.trainer_group import TrainerGroup, TrainerLostError
+from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
 
@@ -64,7 +64,7 @@ class LiveRollouts:
         config: Config,
         collector: Collector,
         pool: EnginePool,
-        trainer: TrainerGroup,
+        trainer: RLTrainer,
         console: Console,
         check_stop: Callable[[], None],
     ) -> None:
@@ -208,14 +208,12 @@ class LiveRollouts:
         if not engines:
             return True
         every = self.config.rollout.check_weight_sync
-        failures = self.trainer.call(
-            "push_weights", engines, version, every > 0 and self._pushes % every == 0
-        )
-        failure = next((failure for failure in failures if failure is not None), None)
+        check = every > 0 and self._pushes % every == 0
+        failure = self.trainer.push_weights(engines, version, check)
         if failure is None:
             self.pool.updated(engines, version)
             return True
-        self.pool.failed(*failure)
+        self.pool.failed(failure.engine, failure.reason)
         return False
 
 

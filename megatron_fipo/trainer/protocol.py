@@ -1,0 +1,121 @@
+"""What the driver calls on trainer ranks, and the messages that go between them. Imports neither torch nor Megatron-Core.
+
+    driver/trainer_group.py  RLTrainer.train_iteration  →  RLRank.train_iteration  =  rl_worker.py  RLWorker.train_iteration
+                             one call, one result           this file                 on every rank, together
+
+Each method runs on all ranks at once, because most of them are collective. Arguments and results are pickled by Ray.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_fipo.batching.iteration_batch import IterationBatch
+    from megatron_fipo.batching.trajectory import Trajectory
+    from megatron_fipo.checkpoint.manifest import FileRecord
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """Results of the updates of one iteration, reduced over all ranks."""
+
+    mini_steps: list[dict[str, float]]
+    """Metrics of each optimizer step, by the names of `objective/metrics.py`."""
+    seconds: dict[str, float]
+    """Wall time of `old_log_probs` and `update` on the reporting rank."""
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Influence weights of some tokens of one trajectory, from the rank that holds them."""
+
+    trajectory: int
+    """Index into the iteration's trajectories."""
+    positions: list[int]
+    """Within the response."""
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class PushFailure:
+    """A rollout engine that did not take the weights."""
+
+    engine: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """The part of a configuration that building a rank's model and optimizer needs."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    head: HeadConfig
+    optimizer: OptimizerSettings
+    temperature: float
+    seed: int
+    deterministic: bool
+    outside_wait_s: float
+    """Longest time that a rank may wait for something outside the group while the others are inside a collective."""
+
+
+class TrainerRank(Protocol):
+    """Start of a rank, and what every kind of training needs."""
+
+    def rendezvous(self) -> str:
+        """A free address on this rank's node for the process group."""
+
+    def setup(self, rendezvous: str) -> None:
+        """Join the process group, build the model and load the starting weights."""
+
+    def describe(self) -> list[str]:
+        """What this rank runs on, a line for each part: layers, attention, FP8, optimizer, kernels."""
+
+    def export_hf(self, source: str, target: str) -> None:
+        """Write the weights as a Hugging Face folder, config and tokenizer from `source` (collective; rank 0 writes)."""
+
+
+class RLRank(TrainerRank, Protocol):
+    """A rank of a reinforcement-learning run."""
+
+    def train_iteration(
+        self, batch: "IterationBatch", lr: float, samples: list[int]
+    ) -> tuple[IterationReport | None, list[TokenWeights]]:
+        """Compute old log-probs, then take one optimizer step per mini-batch.
+
+        `samples` are indices into the batch whose influence weights (of the step that trains them) the report shows. The
+        report comes from the first rank of the last pipeline stage, the weights from the ranks that hold the tokens.
+        """
+
+    def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:
+        """Send the weights to these engines (actor handles by number), in Hugging Face names (collective; rank 0 sends).
+
+        `check` compares checksums. On rank 0 the failure of an engine is returned; then no engine counts as updated.
+        """
+
+    def start_save(self, folder: str) -> None:
+        """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""
+
+    def save_finished(self, blocking: bool) -> bool:
+        """Whether everything is on disk (collective). UserError with the writer's reason if it failed."""
+
+    def hash_files(self, folder: str) -> dict[str, "FileRecord"]:
+        """Size and checksum of this rank's share of a checkpoint's files."""
+
+    def check_files(self, folder: str) -> list[str]:
+        """Damage found in this rank's share of a checkpoint's files, a sentence each."""
+
+    def load(self, folder: str) -> bool:
+        """Resume from a checkpoint (collective). False if the parallel layout differs: random states restart from the seed."""
+
+
+class SftRank(TrainerRank, Protocol):
+    """A rank of supervised training."""
+
+    def train_steps(
+        self, batches: "list[list[list[list[Trajectory]]]]", rates: list[float], pad_token_id: int
+    ) -> list[float] | None:
+        """One optimizer step per batch ([data-parallel rank][micro-batch][trajectory]); losses, from the reporting rank."""
