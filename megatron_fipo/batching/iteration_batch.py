@@ -1,7 +1,8 @@
-"""The training data of one iteration and its division into micro-batches: made once by the driver, used twice by every rank.
+"""The training data of one iteration and its division into micro-batches.
 
-The pass that records old log-probs and the updates use the same packing. The first mini-step therefore repeats the old
-pass operation by operation: its log-ratios are exactly zero, and any other value indicates a bug.
+Made once by the driver and used twice by every rank. The pass that records old log-probs and the updates use
+the same packing. The first mini-step therefore repeats the old pass operation by operation: its log-ratios
+are exactly zero, and any other value indicates a bug.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ class IterationBatch:
 
     trajectories: list[Trajectory]
     mini_batches: list[Packing]
-    """By mini-step. `mini_batches[step][data-parallel rank][micro-batch]` lists indices into `trajectories`."""
+    """By mini-step. `mini_batches[step][data-parallel rank][micro-batch]` lists indices into
+    `trajectories`."""
     pad_token_id: int
 
     def micro_batches(self, step: int, data_parallel_rank: int) -> list[list[Trajectory]]:
@@ -31,7 +33,7 @@ class IterationBatch:
 def plan_iteration(
     groups: Sequence[Sequence[Trajectory]], config: Config, pad_token_id: int
 ) -> IterationBatch:
-    """Divide an iteration into mini-batches of complete groups, and each mini-batch into balanced micro-batches."""
+    """Divide an iteration into mini-batches of complete groups, and these into balanced micro-batches."""
     parallel = config.parallel
     size = config.batch.mini_batch_prompts
     trajectories: list[Trajectory] = []

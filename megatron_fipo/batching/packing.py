@@ -1,4 +1,7 @@
-"""Assignment of sequences to micro-batches, and of micro-batches to data-parallel ranks. Host arithmetic only."""
+"""Assignment of sequences to micro-batches, and of micro-batches to data-parallel ranks.
+
+Host arithmetic only.
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +13,8 @@ Packing = list[list[MicroBatch]]
 """[data-parallel rank][micro-batch]."""
 
 ATTENTION_CROSSOVER = 49152.0
-"""Sequence length at which causal attention costs as much as all matrices of a layer: about 12 x hidden size (4,096)."""
+"""Sequence length at which causal attention costs as much as all matrices of a layer: about 12 x hidden size
+(4,096)."""
 
 
 def padded_lengths(lengths: Sequence[int] | np.ndarray, length_multiple: int) -> np.ndarray:
@@ -21,8 +25,8 @@ def padded_lengths(lengths: Sequence[int] | np.ndarray, length_multiple: int) ->
 def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CROSSOVER) -> np.ndarray:
     """Work of each sequence, float64: L + L^2 / crossover. The unit is the work of one token in the matrices.
 
-    The matrices of a layer take about 24 H^2 floating point operations per token and causal attention 2 L H, so the two
-    are equal at L = 12 H.
+    The matrices of a layer take about 24 H^2 floating point operations per token and causal attention 2 L H,
+    so the two are equal at L = 12 H.
     """
     lengths = np.asarray(lengths, dtype=np.float64)
     return lengths + lengths**2 / attention_crossover
@@ -33,7 +37,8 @@ def micro_batch_multiple(
 ) -> int:
     """The number of micro-batches per rank must be a multiple of this for Megatron's schedule.
 
-    The interleaved schedule processes micro-batches in groups of one per stage and refuses an incomplete group.
+    The interleaved schedule processes micro-batches in groups of one per stage and refuses an incomplete
+    group.
     """
     return pipeline_model_parallel_size if virtual_pipeline_model_parallel_size else 1
 
@@ -48,16 +53,17 @@ def plan_micro_batches(
     count_multiple: int = 1,
     attention_crossover: float = ATTENTION_CROSSOVER,
 ) -> Packing:
-    """Pack sequences into micro-batches of at most `token_budget` padded tokens, the same number on every rank.
+    """Pack sequences into micro-batches of at most `token_budget` padded tokens, equally many on every rank.
 
-    The number is the smallest multiple of `count_multiple` (see `micro_batch_multiple`) for which the balanced greedy
-    assignment below, or else best-fit decreasing, fits. Within it, sequences are assigned longest first to the cheapest
-    micro-batch with enough space, and micro-batches costliest first to the cheapest rank. Work is therefore even over
-    micro-batches and over ranks. A micro-batch is empty only if there are fewer sequences than micro-batches. The result
-    is deterministic. On each rank the costliest micro-batch comes first.
+    The number is the smallest multiple of `count_multiple` (see `micro_batch_multiple`) for which the
+    balanced greedy assignment below, or else best-fit decreasing, fits. Within it, sequences are assigned
+    longest first to the cheapest micro-batch with enough space, and micro-batches costliest first to the
+    cheapest rank. Work is therefore even over micro-batches and over ranks. A micro-batch is empty only if
+    there are fewer sequences than micro-batches. The result is deterministic. On each rank the costliest
+    micro-batch comes first.
 
-    `token_budget` counts the complete micro-batch, over all of its context-parallel ranks and padded to a multiple of
-    `pack_multiple`. Raises ValueError for a sequence that does not fit the budget.
+    `token_budget` counts the complete micro-batch, over all of its context-parallel ranks and padded to a
+    multiple of `pack_multiple`. Raises ValueError for a sequence that does not fit the budget.
     """
     token_budget -= token_budget % pack_multiple
     if min(data_parallel_size, token_budget, length_multiple, count_multiple) < 1:
@@ -86,7 +92,7 @@ def plan_micro_batches(
 def _fill(
     order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, count: int, budget: int
 ) -> list[MicroBatch] | None:
-    """The sequences of `count` micro-batches: balanced if that fits, else best-fit decreasing if that fits, else None."""
+    """The sequences of `count` micro-batches: balanced if that fits, else best-fit decreasing, else None."""
     for balanced in (True, False):
         bins: list[MicroBatch] = [[] for _ in range(count)]
         used, load = np.zeros(count, dtype=np.int64), np.zeros(count)
@@ -104,7 +110,7 @@ def _fill(
 
 
 def _occupy_empty(bins: list[MicroBatch]) -> list[MicroBatch]:
-    """Move a sequence into every empty micro-batch: the shortest one of the micro-batch with most sequences, if it has two."""
+    """Move a sequence into every empty micro-batch: the shortest of the fullest one, if that has two."""
     for target in bins:
         if not target:
             donor = max(bins, key=len)
@@ -114,7 +120,7 @@ def _occupy_empty(bins: list[MicroBatch]) -> list[MicroBatch]:
 
 
 def _spread(bins: list[MicroBatch], costs: np.ndarray, ranks: int) -> Packing:
-    """Assign micro-batches to ranks, costliest first, each to the cheapest rank that does not have its full number yet."""
+    """Assign micro-batches to ranks, costliest first, each to the cheapest rank that is not full yet."""
     per_rank = len(bins) // ranks
     totals = [float(costs[members].sum()) if members else 0.0 for members in bins]
     packing: Packing = [[] for _ in range(ranks)]

@@ -1,15 +1,17 @@
 """One context-parallel rank's shard of one micro-batch, built on the host when a micro-batch is packed.
 
-Sequences are concatenated (THD). Each is padded to `length_multiple`; the last one is padded further, so that the total is
-a multiple of `pack_multiple`. With context parallelism each sequence is cut into 2·cp equal chunks, and rank r holds
-chunks r and 2·cp−1−r of every sequence (Megatron's zigzag, which balances causal attention). Labels, masks and
-advantages are shifted to the position that predicts them before this cut, so no rank needs tokens of another rank.
+Sequences are concatenated (THD). Each is padded to `length_multiple`; the last one is padded further, so that
+the total is a multiple of `pack_multiple`. With context parallelism each sequence is cut into 2·cp equal
+chunks, and rank r holds chunks r and 2·cp−1−r of every sequence (Megatron's zigzag, which balances causal
+attention). Labels, masks and advantages are shifted to the position that predicts them before this cut, so no
+rank needs tokens of another rank.
 
-Notation: T packed tokens on this rank, R response rows on this rank, S sequences in the micro-batch, cp ranks. A row is
-a token whose next token was sampled from the policy (response mask 1).
+Notation: T packed tokens on this rank, R response rows on this rank, S sequences in the micro-batch, cp
+ranks. A row is a token whose next token was sampled from the policy (response mask 1).
 
-Example: two sequences, context_parallel_size 2, length_multiple 4, pack_multiple 1. Sequence A has the prompt a0 a1 and
-the response a2 a3 a4; sequence B has the prompt b0 and the response b1 b2 b3, where b2 is tool output (mask 1 0 1).
+Example: two sequences, context_parallel_size 2, length_multiple 4, pack_multiple 1. Sequence A has the prompt
+a0 a1 and the response a2 a3 a4; sequence B has the prompt b0 and the response b1 b2 b3, where b2 is tool
+output (mask 1 0 1).
 
     sequence  length  padded  chunk size  chunks (positions)        rows at positions -> labels
     A         5       8       2           0 1 | 2 3 | 4 5 | 6 7     1 -> a2, 2 -> a3, 3 -> a4
@@ -29,17 +31,20 @@ the response a2 a3 a4; sequence B has the prompt b0 and the response b1 b2 b3, w
                                    input_ids     a2  a3  a4 pad  b1  b2
                                    labels        a3  a4              b3    row_index 0 1 5, last_row 0 1 1
 
-The label a2 of the row on rank 0 is a token of rank 1: hence the shift before the cut. response_length is 3 2 on both
-ranks. With pack_multiple 8, B would be padded to 8 tokens, and each rank would hold 8 tokens.
+The label a2 of the row on rank 0 is a token of rank 1: hence the shift before the cut. response_length is 3 2
+on both ranks. With pack_multiple 8, B would be padded to 8 tokens, and each rank would hold 8 tokens.
 
 Invariants of the shards of one micro-batch:
 
 1. Every token of every padded sequence is on exactly one rank. Every row is on exactly one rank.
-2. T, `cu_seqlens_padded`, `max_seqlen` and `rows.response_length` are the same on all ranks; T > 0. R differs and may be 0.
-3. Every padded length is a multiple of `length_multiple`, and their sum of `pack_multiple`. Only the last sequence's
-   padding depends on `pack_multiple`.
-4. `row_index` rises strictly. A row's label is the token at the next position of the same sequence, on any rank.
-5. No padding token is a row or a label. Over all ranks, a sequence with rows has exactly one row with `last_row` 1.
+2. T, `cu_seqlens_padded`, `max_seqlen` and `rows.response_length` are the same on all ranks; T > 0. R differs
+   and may be 0.
+3. Every padded length is a multiple of `length_multiple`, and their sum of `pack_multiple`. Only the last
+   sequence's padding depends on `pack_multiple`.
+4. `row_index` rises strictly. A row's label is the token at the next position of the same sequence, on any
+   rank.
+5. No padding token is a row or a label. Over all ranks, a sequence with rows has exactly one row with
+   `last_row` 1.
 """
 
 import math
@@ -74,7 +79,8 @@ class PackedShard:
     labels: Tensor
     """int64 [R]: the next token of the sequence."""
     rows: PolicyRows
-    """Per-row input of the loss, including the rollout engine's log-probs. `old_log_probs` is 0 until `with_old_log_probs`."""
+    """Per-row input of the loss, including the rollout engine's log-probs. `old_log_probs` is 0 until
+    `with_old_log_probs`."""
     row_sequence: np.ndarray
     """int64 [R], host: sequence of each row."""
     row_position: np.ndarray
@@ -107,15 +113,16 @@ class PackedShard:
         """The same shard with these log-probs of the reference model, float32 [R] on the shard's device."""
         if reference_log_probs.shape != self.labels.shape:
             raise ValueError(
-                f"reference_log_probs has shape {list(reference_log_probs.shape)}, but there are {self.num_rows} rows"
+                f"reference_log_probs has shape {list(reference_log_probs.shape)}, but the shard has "
+                f"{self.num_rows} rows"
             )
         return replace(self, rows=replace(self.rows, reference_log_probs=reference_log_probs))
 
     def scatter_rows(self, values: Tensor | np.ndarray) -> list[np.ndarray]:
         """One number per row [R] as one array [response length] per trajectory, in the dtype of `values`.
 
-        NaN where this rank has no row: tool tokens and tokens of other context-parallel ranks. An empty micro-batch gives an
-        empty list.
+        NaN where this rank has no row: tool tokens and tokens of other context-parallel ranks. An empty
+        micro-batch gives an empty list.
         """
         host = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
         if host.shape != (self.num_rows,):
@@ -130,7 +137,7 @@ class PackedShard:
 
 
 def zigzag_table(padded: np.ndarray, context_parallel_size: int) -> ChunkTable:
-    """The positions that every rank holds of sequences with these padded lengths [S] (multiples of 2·cp if cp > 1).
+    """The chunks of every rank for sequences of these padded lengths [S] (multiples of 2·cp if cp > 1).
 
     Chunks per rank C: 2 (r and 2·cp−1−r on rank r), or 1, the complete sequence, without context parallelism.
     """
@@ -155,16 +162,16 @@ def build_shard(
 ) -> PackedShard:
     """The shard of a micro-batch for `context_parallel_rank`, on the CPU.
 
-    All ranks must pass the same trajectories in the same order. Over all ranks the micro-batch has a multiple of
-    `pack_multiple` tokens, which is 1 or a multiple of `length_multiple`. Without trajectories the shard is one padding
-    sequence without rows, so that a rank with an empty micro-batch can run it like the others.
-    Raises ValueError, naming the trajectory, for inconsistent lengths, an empty prompt, more than `max_position`
-    tokens, or an advantage that is not finite.
+    All ranks must pass the same trajectories in the same order. Over all ranks the micro-batch has a multiple
+    of `pack_multiple` tokens, which is 1 or a multiple of `length_multiple`. Without trajectories the shard
+    is one padding sequence without rows, so that a rank with an empty micro-batch can run it like the others.
+    Raises ValueError, naming the trajectory, for inconsistent lengths, an empty prompt, more than
+    `max_position` tokens, or an advantage that is not finite.
     """
     if context_parallel_size > 1 and length_multiple % (2 * context_parallel_size):
         raise ValueError(
-            f"length_multiple is {length_multiple}; with context_parallel_size {context_parallel_size} it must be "
-            f"a multiple of {2 * context_parallel_size}"
+            f"length_multiple is {length_multiple}; with context_parallel_size {context_parallel_size} it "
+            f"must be a multiple of {2 * context_parallel_size}"
         )
     if pack_multiple > 1 and pack_multiple % length_multiple:
         raise ValueError(
@@ -209,7 +216,7 @@ def build_shard(
 
 @dataclass(frozen=True)
 class _PackedBatch:
-    """The complete micro-batch before the context-parallel cut: concatenated sequences, N tokens with padding."""
+    """The micro-batch before the context-parallel cut: concatenated sequences, N tokens with padding."""
 
     ids: np.ndarray
     """int64 [N]."""
@@ -263,17 +270,17 @@ def _pack(
 
 
 def _chunk_tokens(starts: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """int64 [T]: indices in the complete micro-batch of the tokens of the chunks [S, C], sequence by sequence.
+    """int64 [T]: indices in the packed micro-batch of the tokens of the chunks [S, C], sequence by sequence.
 
-    Rank 0 of the example in the module docstring: starts 0 8, first [[0, 6], [0, 3]], length [[2, 2], [1, 1]] gives
-    0 1 6 7 8 11.
+    Rank 0 of the example in the module docstring: starts 0 8, first [[0, 6], [0, 3]], length [[2, 2], [1, 1]]
+    gives 0 1 6 7 8 11.
     """
     begin, count = (starts[:, None] + first).ravel(), length.ravel()
     return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
 def _rows_per_sequence(packed: _PackedBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Number of rows of each sequence over all ranks [S], and the token of its last row [S] (-1 without rows)."""
+    """Rows of each sequence over all ranks [S], and the token of its last row [S] (-1 without rows)."""
     tokens = np.flatnonzero(packed.is_row)
     count = np.bincount(packed.sequence[tokens], minlength=len(packed.starts))
     last = np.full(len(packed.starts), -1, dtype=np.int64)

@@ -22,13 +22,15 @@ class Trajectory:
     """
 
     group_id: str
-    """Shared by the responses to the same prompt in the same iteration. Advantages are relative to the group."""
+    """Shared by the responses to the same prompt in the same iteration. Advantages are relative to the
+    group."""
     prompt_ids: list[int]
     response_ids: list[int]
     response_mask: list[int]
     """1 for tokens sampled from the policy, 0 for tool output. FutureKL decays over the zeros too."""
     rollout_log_probs: list[float]
-    """Natural-log probability under the rollout engine. A health metric, never used as the loss's old log-probs."""
+    """Natural-log probability under the rollout engine. A health metric, never used as the loss's old
+    log-probs."""
     spans: list[VersionSpan]
     """Which weights sampled which tokens. Covers the response without gaps."""
     finish_reason: str

@@ -18,8 +18,8 @@ from megatron_fipo.families.family import (
     Family,
     Layout,
     Weight,
+    padded_vocab_size,
 )
-from megatron_fipo.families.vocab import padded_vocab_size
 from megatron_fipo.model.layer_spec import SHARED_NAMES
 
 

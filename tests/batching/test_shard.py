@@ -1,4 +1,4 @@
-"""The shards of all context-parallel ranks together are the complete micro-batch, and a valid input of the loss."""
+"""All context-parallel ranks' shards together are the complete micro-batch, and valid input of the loss."""
 
 from dataclasses import replace
 
@@ -195,7 +195,7 @@ def loss_of(shard, objective=PolicyObjective()):  # noqa: B008
 
 
 def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
-    """Every row's log-ratio is its rollout log-prob, so FutureKL is a serial scan over response positions (tool tokens: 0)."""
+    """Log-ratios are the rollout log-probs: FutureKL is a serial scan over the response, tool tokens 0."""
     batch = [
         trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1),
         trajectory(2, [1] * 9, 1.5, 2),

@@ -1,4 +1,4 @@
-"""The map says truly where every tensor goes: for published models on shapes alone, and for small ones against real ranks."""
+"""The map is correct for every tensor: by shape for published models, and against real ranks for small ones."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ TP8_PP4 = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_s
 
 
 def assert_tiles(tensor: MappedTensor) -> None:
-    """The ranks' boxes cover the tensor and do not overlap; of a replicated one each is the whole."""
+    """The ranks' boxes cover the tensor and do not overlap. Each box of a replicated tensor is the complete tensor."""
     if tensor.weight.layout is Layout.REPLICATED:
         assert all(box == tuple((0, length) for length in tensor.shape) for box in tensor.boxes)
         return
@@ -148,7 +148,7 @@ def test_the_dry_run_prints_every_tensor_and_needs_config_json_only(tmp_path, ca
     ("flags", "reason"),
     [
         (["--tensor-parallel", "3"], "does not divide the model's 40 attention heads"),
-        (["--pipeline-parallel", "5"], "64 layers do not"),
+        (["--pipeline-parallel", "5"], "=5 does not divide the model's 64 layers"),
     ],
 )
 def test_a_split_that_does_not_divide_is_refused(tmp_path, capsys, flags, reason):

@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.families.family import EMBEDDING_WEIGHT, Architecture, Family, Layout, Weight
-from megatron_fipo.families.vocab import padded_vocab_size
+from megatron_fipo.families.family import (
+    EMBEDDING_WEIGHT,
+    Architecture,
+    Family,
+    Layout,
+    Weight,
+    padded_vocab_size,
+)
 
 Box = tuple[tuple[int, int], ...]
 """First and behind-last index in each dimension."""

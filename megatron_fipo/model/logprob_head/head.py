@@ -1,16 +1,16 @@
 """Log-probabilities and entropy of the response tokens from hidden states, without materializing full logits.
 
-A policy gradient needs two numbers per response token: log π(label) and, for a metric or a bonus, the entropy of π.
-A plain implementation materializes the logits [T, V]: at 20,480 tokens and a vocabulary of 152,064 that is 12.5 GB in
-fp32, several times. This head does the following instead:
+A policy gradient needs two numbers per response token: log π(label) and, for a metric or a bonus, the entropy
+of π. A plain implementation materializes the logits [T, V]: at 20,480 tokens and a vocabulary of 152,064 that
+is 12.5 GB in fp32, several times. This head does the following instead:
 
 - It multiplies only the rows that predict a response token (prompt, padding and tool output cost nothing).
-- It processes the vocabulary in slabs, all rows at once, and keeps four numbers per row. Backward recomputes each
-  slab's logits, or reads them if they were kept in the model's dtype within a given memory budget (their rounding then
-  affects the gradient, not the value). The weight's gradient is one product per slab and micro-batch, added directly
-  to `main_grad`.
-- Every tensor-parallel rank handles its own slice of the vocabulary. The slices are combined by two small all-reduces
-  per micro-batch, independent of the number of slabs.
+- It processes the vocabulary in slabs, all rows at once, and keeps four numbers per row. Backward recomputes
+  each slab's logits, or reads them if they were kept in the model's dtype within a given memory budget (their
+  rounding then affects the gradient, not the value). The weight's gradient is one product per slab and
+  micro-batch, added directly to `main_grad`.
+- Every tensor-parallel rank handles its own slice of the vocabulary. The slices are combined by two small
+  all-reduces per micro-batch, independent of the number of slabs.
 
 Notation: T packed tokens on this rank, R response rows on this rank, H hidden size, V vocabulary on this
 tensor-parallel rank, w columns of a slab.
@@ -20,8 +20,9 @@ With logits z = h·Wᵀ/temperature, m = max z, s = Σ exp(z − m), u = Σ exp(
     log π(label) = z_label − m − ln s            d/dz = onehot − p
     entropy      = ln s − u/s                    d/dz = −p·(z − m − u/s)
 
-The elementwise work on a slab is behind the interface `SlabPasses` (`slab.py`), implemented in `torch_passes.py` and, for
-Triton, in `objective/kernels/triton_head.py`. Everything in this file is the same for both.
+The elementwise work on a slab is behind the interface `SlabPasses` (`slab.py`), implemented in
+`torch_passes.py` and, for Triton, in `objective/kernels/triton_head.py`. Everything in this file is the same
+for both.
 """
 
 import math
@@ -42,7 +43,8 @@ from megatron_fipo.model.logprob_head.torch_passes import accumulation_dtype, re
 from megatron_fipo.objective.kernels.choice import takes_triton
 
 SLAB_MULTIPLE = 128
-"""Columns. Matrix kernels are fast on multiples of it. It is also the minimum width of a slab for any budget."""
+"""Columns. Matrix kernels are fast on multiples of it. It is also the minimum width of a slab for any
+budget."""
 TRITON_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -86,15 +88,16 @@ class _VocabSlice:
 
 
 class _LogProbAndEntropy(torch.autograd.Function):
-    """(hidden [R, H], weight [V, H], labels [R]) -> (log_probs [R], entropy [R]) in fp32 (fp64 for fp64 input).
+    """(hidden [R, H], weight [V, H], labels [R]) -> (log_probs [R], entropy [R]), fp32 (fp64 for fp64 input).
 
-    Memory, besides a few numbers per row: one slab, bounded by `head.workspace_mb`; kept logits from forward to backward,
-    bounded by `head.logits_memory_mb`; and in backward [R, H], the sum of the rows' gradients (fp32 with several slabs).
-    `hidden` must be a copy that nothing else reads: backward clears rows in it, so autograd refuses a second backward
-    through the same graph.
+    Memory, besides a few numbers per row: one slab, bounded by `head.workspace_mb`; kept logits from forward
+    to backward, bounded by `head.logits_memory_mb`; and in backward [R, H], the sum of the rows' gradients
+    (fp32 with several slabs). `hidden` must be a copy that nothing else reads: backward clears rows in it, so
+    autograd refuses a second backward through the same graph.
 
-    Collectives over the tensor-parallel group: forward one MAX all-reduce of R floats and one SUM all-reduce of 3·R
-    floats. Backward none: the gradient of `hidden` covers this vocabulary slice only, and the caller sums it.
+    Collectives over the tensor-parallel group: forward one MAX all-reduce of R floats and one SUM all-reduce
+    of 3·R floats. Backward none: the gradient of `hidden` covers this vocabulary slice only, and the caller
+    sums it.
     """
 
     @staticmethod
@@ -141,7 +144,8 @@ class _LogProbAndEntropy(torch.autograd.Function):
             entropy,
             vocab_slice.inverse_temperature,
         )
-        # A row without gradient contributes exactly 0, even if it is NaN. In place: the rows are the head's own copy.
+        # A row without gradient contributes exactly 0, even if it is NaN. In place: the rows are the head's
+        # own copy.
         hidden.masked_fill_(~gradient.active().unsqueeze(1), 0)
         workspace = hidden.new_empty(rows * vocab_slice.width, dtype=dtype)
         out = (
@@ -229,13 +233,16 @@ class _WeightGradient:
         self.sum = torch.zeros_like(weight) if self.main_grad is None else self.main_grad
 
     def returned(self) -> torch.Tensor:
-        """The gradient for autograd. With `main_grad` it is a placeholder: the data-parallel hook checks that it exists.
+        """The gradient for autograd.
 
-        An embedding that is tied to the head on one pipeline stage has `zero_out_wgrad`: autograd adds the embedding's own
-        gradient to the returned tensor, and the hook adds that sum to `main_grad`. This requires true zeros in the
-        shape of the weight. All other weights return themselves: no memory is needed, and autograd keeps the alias as
-        `weight.grad` until the hook drops it. If the previous one was not dropped, autograd would add this one to it
-        and so change the weight. In that case zeros are returned too.
+        With `main_grad` it is a placeholder: the data-parallel hook checks that it exists.
+
+        An embedding that is tied to the head on one pipeline stage has `zero_out_wgrad`: autograd adds the
+        embedding's own gradient to the returned tensor, and the hook adds that sum to `main_grad`. This
+        requires true zeros in the shape of the weight. All other weights return themselves: no memory is
+        needed, and autograd keeps the alias as `weight.grad` until the hook drops it. If the previous one was
+        not dropped, autograd would add this one to it and so change the weight. In that case zeros are
+        returned too.
         """
         if self.main_grad is None:
             return self.sum
@@ -273,10 +280,10 @@ def response_log_probs(
 
     Raises ValueError if `head.kernels` asks for Triton and it cannot run.
 
-    Collectives over the tensor-parallel group, in addition to the two all-reduces of `_LogProbAndEntropy` (16·R bytes
-    together). With sequence parallelism: an all-gather of the hidden states forward and a reduce-scatter of their
-    gradient backward (T·H elements each). Without: an all-reduce of the gradient of the rows (R·H elements), because
-    each vocabulary slice contributes only its share.
+    Collectives over the tensor-parallel group, in addition to the two all-reduces of `_LogProbAndEntropy`
+    (16·R bytes together). With sequence parallelism: an all-gather of the hidden states forward and a
+    reduce-scatter of their gradient backward (T·H elements each). Without: an all-reduce of the gradient of
+    the rows (R·H elements), because each vocabulary slice contributes only its share.
     """
     tensor_parallel_size = (
         dist.get_world_size(tensor_parallel_group) if tensor_parallel_group is not None else 1
@@ -306,7 +313,7 @@ def response_log_probs(
 
 
 def _choose_passes(kernels: str, rows: torch.Tensor) -> SlabPasses:
-    """The Triton or the plain torch implementation, as `head.kernels` and the rows' device and dtype require."""
+    """The Triton or plain torch implementation, chosen by `head.kernels` and the rows' device and dtype."""
     if not takes_triton(kernels, rows, TRITON_DTYPES):
         return torch_passes
     from megatron_fipo.objective.kernels import triton_head  # imports Triton, an optional dependency

@@ -1,10 +1,11 @@
 """The interface between the head and the passes that it runs on each slab of logits.
 
-Two modules implement `SlabPasses`: `torch_passes` and `objective/kernels/triton_head.py`. The loop over slabs, the
-matrix products and the collectives are in `head.py` and are the same for both.
+Two modules implement `SlabPasses`: `torch_passes` and `objective/kernels/triton_head.py`. The loop over
+slabs, the matrix products and the collectives are in `head.py` and are the same for both.
 
-Notation: R response rows, w columns of the slab. Statistics are the four rows of a [4, R] tensor. With z the logits
-seen so far: m = max z, Σ exp(z − m), Σ exp(z − m)·(z − m), and the label's z (0 until its slab is reached).
+Notation: R response rows, w columns of the slab. Statistics are the four rows of a [4, R] tensor. With z the
+logits seen so far: m = max z, Σ exp(z − m), Σ exp(z − m)·(z − m), and the label's z (0 until its slab is
+reached).
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Protocol
 import torch
 
 PADDED_LOGIT = -1e30
-"""Represents minus infinity: in the padded part of the vocabulary and before any logit was seen. Finite, so 0 × it is 0."""
+"""Represents minus infinity: in the padded part of the vocabulary and before any logit was seen. Finite, so 0
+× it is 0."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Slab:
     first_word: int
     """Vocabulary index of column `start`."""
     words: int
-    """Number of columns with a vocabulary entry, at least one. They come first; the columns after them are padding."""
+    """Number of columns with a vocabulary entry, at least one. They come first; the columns after them are
+    padding."""
 
     @property
     def columns(self) -> slice:
@@ -47,14 +50,18 @@ class KeptLogits:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """Per-row input of backward. d loss/dz = inverse_temperature · (a·onehot − p·(a + b·(ln p + entropy)))."""
+    """Per-row input of backward.
+
+    d loss/dz = inverse_temperature · (a·onehot − p·(a + b·(ln p + entropy))).
+    """
 
     labels: torch.Tensor
     """[R] int64."""
     log_probs: torch.Tensor
     """[R]: a, the gradient of the loss with respect to log π(label)."""
     entropy: torch.Tensor | None
-    """[R]: b, the gradient of the loss with respect to the entropy. None if the entropy is not part of the loss."""
+    """[R]: b, the gradient of the loss with respect to the entropy. None if the entropy is not part of the
+    loss."""
     entropy_value: torch.Tensor | None
     """[R]: the entropy itself. None if the entropy is not part of the loss."""
     inverse_temperature: float
@@ -101,7 +108,7 @@ class SlabPasses(Protocol):
     ) -> None:
         """Write the gradient with respect to the slab's logits (before the temperature) to `out` [R, w].
 
-        `out` may be `logits` itself. logits: [R, w], such that logits · scale + shift is the log-probability; shift: [R].
-        A row with zero gradients gets exact zeros, even if its logits are NaN.
+        `out` may be `logits` itself. logits: [R, w], such that logits · scale + shift is the log-probability;
+        shift: [R]. A row with zero gradients gets exact zeros, even if its logits are NaN.
         """
         ...

@@ -1,4 +1,4 @@
-"""The slab passes of the head (`slab.SlabPasses`) in plain torch: logits into row statistics and into gradients."""
+"""The slab passes of the head (`slab.SlabPasses`) in plain torch."""
 
 import torch
 
@@ -8,9 +8,9 @@ from megatron_fipo.model.logprob_head.slab import PADDED_LOGIT, KeptLogits, RowG
 def bytes_per_logit(dtype: torch.dtype) -> int:
     """Peak bytes per element of a slab for weights of `dtype`, kept logits not counted.
 
-    Forward: the logits and their exponentials. Backward: the probabilities and their slopes. They replace the logits
-    if the gradient has the same dtype; otherwise logits and gradient are held as well. In half precision on a CPU,
-    the factors of a product are also converted to float32.
+    Forward: the logits and their exponentials. Backward: the probabilities and their slopes, in place of the
+    logits if the gradient has the logits' dtype, else in addition to the logits and the gradient. In half
+    precision on a CPU, the factors of a product are also converted to float32.
     """
     wide = accumulation_dtype(dtype).itemsize
     return 2 * wide if dtype.itemsize == wide else 3 * wide + dtype.itemsize
@@ -24,7 +24,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def rescale_sums(
     peak: torch.Tensor, total: torch.Tensor, moment: torch.Tensor, new_peak: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total, moment) relative to `new_peak` ≥ peak, so that sums over different columns can be added. All [R]."""
+    """(total, moment) relative to `new_peak` ≥ peak, so that different columns can be added. All [R]."""
     shift = peak - new_peak
     scale = shift.exp()
     return total * scale, (moment + shift * total) * scale
@@ -73,8 +73,8 @@ def write_gradient(
 ) -> None:
     """Write the gradient with respect to the slab's logits (before the temperature) to `out` [R, w].
 
-    `out` may be `logits` itself. logits: [R, w], such that logits · scale + shift is the log-probability; shift: [R].
-    A row with zero gradients gets exact zeros, even if its logits are NaN.
+    `out` may be `logits` itself. logits: [R, w], such that logits · scale + shift is the log-probability;
+    shift: [R]. A row with zero gradients gets exact zeros, even if its logits are NaN.
     """
     log_p = torch.add(shift.unsqueeze(1), logits, alpha=scale, out=out if out.dtype == shift.dtype else None)
     log_p[:, slab.words :] = PADDED_LOGIT

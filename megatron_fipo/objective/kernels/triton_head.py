@@ -1,7 +1,7 @@
 """The slab passes of the head (`model/logprob_head/slab.py`: `SlabPasses`) as Triton kernels.
 
-Statistics take one read of a slab's logits, the gradient one read and one write. Arithmetic is fp32 for every gradient
-dtype. No atomics: a row's result depends on that row alone and is deterministic.
+Statistics take one read of a slab's logits, the gradient one read and one write. Arithmetic is fp32 for every
+gradient dtype. No atomics: a row's result depends on that row alone and is deterministic.
 """
 
 import torch
@@ -31,7 +31,10 @@ def statistics_kernel(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row. Each lane keeps its own statistics: one exponential per logit and no reduction in the loop."""
+    """One program per row.
+
+    Each lane keeps its own statistics: one exponential per logit and no reduction in the loop.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], PADDED, tl.float32)
@@ -56,7 +59,8 @@ def statistics_kernel(
             tl.store(
                 kept + row * width + column, (z - slab_peak).to(kept.dtype.element_ty), mask=column < words
             )
-    # Lanes without a logit, and the initial statistics, have a total of 0 at the padded peak: they contribute 0.
+    # Lanes without a logit, and the initial statistics, have a total of 0 at the padded peak: they contribute
+    # 0.
     old_peak = tl.load(statistics + row)
     old_total = tl.load(statistics + rows + row)
     old_moment = tl.load(statistics + 2 * rows + row)
@@ -93,7 +97,10 @@ def gradient_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row and block of columns. `out` may be `logits`: the program that read an element writes it."""
+    """One program per row and block of columns.
+
+    `out` may be `logits`: the program that read an element writes it.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(gradients + row)
