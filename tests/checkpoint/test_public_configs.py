@@ -1,4 +1,4 @@
-"""Published configs give the published parameter counts, and every weight can be sharded as large models are run."""
+"""Published configs give the published parameter counts, and every weight divides over 8 ranks."""
 
 import json
 from math import prod

@@ -20,7 +20,7 @@ With logits z = h·Wᵀ/temperature, m = max z, s = Σ exp(z − m), u = Σ exp(
     log π(label) = z_label − m − ln s            d/dz = onehot − p
     entropy      = ln s − u/s                    d/dz = −p·(z − m − u/s)
 
-The elementwise work on a slab is behind the interface `SlabPasses` (`slab.py`), implemented in
+The elementwise work on a slab is the interface `SlabPasses` (`slab.py`), implemented in
 `torch_passes.py` and, for Triton, in `objective/kernels/triton_head.py`. Everything in this file is the same
 for both.
 """

@@ -39,7 +39,7 @@ class Slab:
 class KeptLogits:
     """A slab's logits saved for backward, relative to each row's maximum.
 
-    This makes rounding errors smallest where the probability is largest.
+    Rounding errors are therefore smallest for the largest probabilities.
     """
 
     distances: torch.Tensor
