@@ -17,9 +17,7 @@ one network link.
 """
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -48,6 +46,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fipo.checkpoint.rank_errors import (
+    join_by_rank,
+    one_line,
+    raise_on_all_ranks,
+    reasons_by_rank,
+    write_error,
+    write_obstacle,
+)
 from megatron_fipo.checkpoint.safetensors_folder import listing
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import (
@@ -61,8 +67,6 @@ from megatron_fipo.model.mcore import (
 )
 
 POLL_S = 0.05
-RESERVE_BYTES = 16 * 2**20
-"""More than the size of the files that only rank 0 writes: the index and the common state."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class CheckpointWriter:
             raise RuntimeError(
                 "the previous save is not finished; call `finished` until it returns True first"
             )
-        _raise_on_all_ranks(folder, _write_obstacle(folder))
+        raise_on_all_ranks(folder, write_obstacle(folder))
         request = dist_checkpointing.save(
             _sharded_state(modules, optimizer, is_loading=False),
             str(folder),
@@ -149,11 +153,11 @@ class CheckpointWriter:
             for finalize in pending.request.finalize_fns:
                 finalize()
         except CheckpointException as error:
-            problems = _reasons(error)
+            problems = reasons_by_rank(error)
         except OSError as error:
-            raise _write_error(pending.folder, str(error)) from None
+            raise write_error(pending.folder, str(error)) from None
         own = pending.problem or _writer_failure(pending.process)
-        _raise_on_all_ranks(pending.folder, {**problems, **({dist.get_rank(): own} if own else {})})
+        raise_on_all_ranks(pending.folder, {**problems, **({dist.get_rank(): own} if own else {})})
         return True
 
 
@@ -237,7 +241,7 @@ def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path)
         loaded = dist_checkpointing.load(state, str(folder), strategy)
     except CheckpointException as error:
         raise UserError(
-            f"checkpoint {folder} is damaged: {_by_rank(_reasons(error))}; use an earlier one"
+            f"checkpoint {folder} is damaged: {join_by_rank(reasons_by_rank(error))}; use an earlier one"
         ) from None
     for name, module in zip(_names(modules), modules, strict=True):
         module.load_state_dict(loaded[name], strict=False)  # `_extra_state` objects are not stored
@@ -258,7 +262,7 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
             for item in dist_checkpointing.load_tensors_metadata(str(folder)).values()
         }
     except (Exception, CheckpointException) as error:  # unpickling a damaged index may raise any exception
-        problem = _one_line(error)
+        problem = one_line(error)
         if (
             COMMON_STATE_FILE
             and (folder / ".metadata").exists()
@@ -272,7 +276,7 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
     dist.all_gather_object(gathered, (problem, here))
     if unreadable := {rank: text for rank, (text, _) in enumerate(gathered) if text}:
         raise UserError(
-            f"checkpoint {folder} cannot be read: {_by_rank(unreadable)}; use another one, on a disk that "
+            f"checkpoint {folder} cannot be read: {join_by_rank(unreadable)}; use another one, on a disk that "
             "all nodes share"
         )
     wanted = {key: shape for _, shapes in gathered for key, shape in shapes.items()}
@@ -356,60 +360,3 @@ def _writer_failure(process: BaseProcess | None) -> str | None:
     if process.exitcode is not None and process.exitcode < 0:
         return f"its writer was killed by {signal.Signals(-process.exitcode).name} (out of memory?)"
     return f"its writer ended with exit code {process.exitcode}; its output has the reason"
-
-
-# --- errors --------------------------------------------------------------------------------------------------
-
-
-def _write_obstacle(folder: Path) -> dict[int, str]:
-    """By rank: why this rank cannot write into the folder.
-
-    Checked before, because the others wait while rank 0 writes.
-    """
-    rank = dist.get_rank()
-    if not folder.is_dir():
-        return {rank: "there is no such folder (run_dir must be on a disk that all nodes share)"}
-    try:
-        if rank == 0:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
-    except OSError as error:
-        return {rank: str(error.strerror)}
-    return {}
-
-
-def _raise_on_all_ranks(folder: Path, problems: dict[int, str]) -> None:
-    """UserError on every rank if any rank has a problem. A rank's report about itself takes precedence.
-
-    One gather.
-    """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    known = {rank: text for found in gathered for rank, text in found.items()}
-    known.update((rank, found[rank]) for rank, found in enumerate(gathered) if rank in found)
-    if known:
-        raise _write_error(folder, _by_rank(known))
-
-
-def _write_error(folder: Path, reason: str) -> UserError:
-    free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free)" if folder.is_dir() else ""
-    return UserError(
-        f"cannot write the checkpoint {folder}{free}: {reason}; fix this, then run the same command to "
-        "resume from the previous checkpoint"
-    )
-
-
-def _reasons(error: CheckpointException) -> dict[int, str]:
-    """The reasons by rank. When Megatron saves, only rank 0 receives them."""
-    return {rank: _one_line(reason) for rank, (reason, _) in error.failures.items()}
-
-
-def _by_rank(reasons: dict[int, str], limit: int = 3) -> str:
-    more = f" and {len(reasons) - limit} more ranks" if len(reasons) > limit else ""
-    return "; ".join(f"rank {rank}: {reasons[rank]}" for rank in sorted(reasons)[:limit]) + more
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # its message is a traceback
-        error = next((reason for reason, _ in error.failures.values()), error)
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
