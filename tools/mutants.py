@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "labels shifted after the context split",
         SHARD,
-        "labels=torch.from_numpy(whole.ids[row_token + 1])",
-        "labels=torch.from_numpy(whole.ids[local[np.minimum(row_index + 1, len(local) - 1)]])",
+        "labels=torch.from_numpy(packed.ids[row_token + 1])",
+        "labels=torch.from_numpy(packed.ids[local[np.minimum(row_index + 1, len(local) - 1)]])",
         (
             "batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once",
             f"{GRID}[cp2-fipo",
@@ -289,8 +289,8 @@ MUTANTS = (
     Mutant(
         "correction: the engine's log-prob of the token, not of its label",
         SHARD,
-        "torch.from_numpy(whole.rollout_log_probs[row_token])",
-        "torch.from_numpy(whole.rollout_log_probs[row_token - 1])",
+        "torch.from_numpy(packed.rollout_log_probs[row_token])",
+        "torch.from_numpy(packed.rollout_log_probs[row_token - 1])",
         (
             "batching/test_shard.py::test_the_ranks_together_hold_every_token_and_every_row_once",
             f"{GRID}[1-tis",
@@ -335,7 +335,7 @@ MUTANTS = (
         "kept logits: temperature applied twice",
         HEAD_FILE,
         "scale, shift = 1.0, peak - log_partition",
-        "scale, shift = part.inverse_temperature, peak - log_partition",
+        "scale, shift = vocab_slice.inverse_temperature, peak - log_partition",
         (HEAD,),
     ),
     Mutant(
@@ -383,7 +383,7 @@ MUTANTS = (
     Mutant(
         "every slab's logits kept",
         HEAD_FILE,
-        "if index < part.kept_slabs:\n                keep =",
+        "if index < vocab_slice.kept_slabs:\n                keep =",
         "if True:\n                keep =",
         (MEMORY, f"{HEAD_TESTS}::test_kept_logits_are_bounded_by_the_budget_and_absent_by_default"),
     ),

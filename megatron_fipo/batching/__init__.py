@@ -1,1 +1,5 @@
-"""From trajectories to what one rank computes: micro-batches (`packing`) and a context-parallel rank's part (`shard`)."""
+"""From trajectories to the input of one rank. Host arithmetic, no Megatron-Core.
+
+The driver plans micro-batches (`iteration_batch`, `packing`); each trainer rank builds its context-parallel
+shard of them (`shard`).
+"""

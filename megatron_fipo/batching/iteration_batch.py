@@ -1,26 +1,30 @@
-"""What one iteration trains on, and how it is cut: made once by the driver, used twice by every rank.
+"""The training data of one iteration and its division into micro-batches.
 
-The same packing serves the pass that records old log-probs and the updates. So the first mini-step repeats the old pass
-operation by operation, its log-ratios are exactly zero, and any other value is a fault worth a look.
+Made once by the driver and used twice by every rank. The pass that records old log-probs and the updates use
+the same packing. The first mini-step therefore repeats the old pass operation by operation: its log-ratios
+are exactly zero, and any other value indicates a bug.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
+from megatron_fipo.batching.packing import Packing, micro_batch_multiple, plan_micro_batches
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import Config
 
 
 @dataclass(frozen=True)
 class IterationBatch:
-    """Trajectories and their place: `mini_batches[step][data-parallel rank][micro-batch]` lists indices into them."""
+    """All trajectories of an iteration, and which rank trains on which of them in which mini-step."""
 
     trajectories: list[Trajectory]
-    mini_batches: list[list[list[list[int]]]]
+    mini_batches: list[Packing]
+    """By mini-step. `mini_batches[step][data-parallel rank][micro-batch]` lists indices into
+    `trajectories`."""
     pad_token_id: int
 
     def micro_batches(self, step: int, data_parallel_rank: int) -> list[list[Trajectory]]:
+        """The trajectories of each micro-batch of one data-parallel rank in one mini-step."""
         return [
             [self.trajectories[i] for i in indices] for indices in self.mini_batches[step][data_parallel_rank]
         ]
@@ -29,11 +33,11 @@ class IterationBatch:
 def plan_iteration(
     groups: Sequence[Sequence[Trajectory]], config: Config, pad_token_id: int
 ) -> IterationBatch:
-    """Cut an iteration into mini-batches of whole groups, and each of those into balanced micro-batches."""
+    """Divide an iteration into mini-batches of complete groups, and these into balanced micro-batches."""
     parallel = config.parallel
     size = config.batch.mini_batch_prompts
     trajectories: list[Trajectory] = []
-    mini_batches = []
+    mini_batches: list[Packing] = []
     for start in range(0, len(groups), size):
         members = [trajectory for group in groups[start : start + size] for trajectory in group]
         offset = len(trajectories)

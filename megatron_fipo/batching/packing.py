@@ -1,14 +1,20 @@
-"""Which sequences share a micro-batch, and which data-parallel rank runs it. Host arithmetic only."""
+"""Assignment of sequences to micro-batches, and of micro-batches to data-parallel ranks.
+
+Host arithmetic only.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-Packing = list[list[list[int]]]
-"""[data-parallel rank][micro-batch][indices into the sequences]."""
+MicroBatch = list[int]
+"""Indices into the sequences, rising."""
+Packing = list[list[MicroBatch]]
+"""[data-parallel rank][micro-batch]."""
 
 ATTENTION_CROSSOVER = 49152.0
-"""Tokens at which causal attention costs as all matrices of a layer: about 12 x hidden size (here 4,096)."""
+"""Sequence length at which causal attention costs as much as all matrices of a layer: about 12 x hidden size
+(4,096)."""
 
 
 def padded_lengths(lengths: Sequence[int] | np.ndarray, length_multiple: int) -> np.ndarray:
@@ -17,10 +23,10 @@ def padded_lengths(lengths: Sequence[int] | np.ndarray, length_multiple: int) ->
 
 
 def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CROSSOVER) -> np.ndarray:
-    """Work of each sequence in units of one token through the matrices: L + L^2 / crossover.
+    """Work of each sequence, float64: L + L^2 / crossover. The unit is the work of one token in the matrices.
 
-    The matrices of a layer take about 24 H^2 floating point operations per token and causal attention 2 L H, so both are
-    equal at L = 12 H.
+    The matrices of a layer take about 24 H^2 floating point operations per token and causal attention 2 L H,
+    so the two are equal at L = 12 H.
     """
     lengths = np.asarray(lengths, dtype=np.float64)
     return lengths + lengths**2 / attention_crossover
@@ -29,9 +35,10 @@ def sequence_cost(lengths: np.ndarray, attention_crossover: float = ATTENTION_CR
 def micro_batch_multiple(
     pipeline_model_parallel_size: int, virtual_pipeline_model_parallel_size: int | None
 ) -> int:
-    """The number of micro-batches per rank has to be a multiple of this for Megatron's schedule.
+    """The number of micro-batches per rank must be a multiple of this for Megatron's schedule.
 
-    The interleaved schedule passes micro-batches round in groups of as there are stages and refuses a part of a group.
+    The interleaved schedule processes micro-batches in groups of one per stage and refuses an incomplete
+    group.
     """
     return pipeline_model_parallel_size if virtual_pipeline_model_parallel_size else 1
 
@@ -46,29 +53,31 @@ def plan_micro_batches(
     count_multiple: int = 1,
     attention_crossover: float = ATTENTION_CROSSOVER,
 ) -> Packing:
-    """Packs sequences into micro-batches of at most `token_budget` padded tokens, the same number on every rank.
+    """Pack sequences into micro-batches of at most `token_budget` padded tokens, equally many on every rank.
 
-    The number is the smallest multiple of `count_multiple` for which best-fit decreasing (or the balanced greedy below)
-    fits; see `micro_batch_multiple`. Within it, sequences go longest first to the cheapest micro-batch with room, and
-    micro-batches costliest first to the cheapest rank, so work is even over micro-batches and over ranks. A micro-batch is
-    empty only if there are fewer sequences than micro-batches. The same lengths always give the same packing; on each rank
-    the costliest micro-batch comes first.
+    The number is the smallest multiple of `count_multiple` (see `micro_batch_multiple`) for which the
+    balanced greedy assignment below, or else best-fit decreasing, fits. Within it, sequences are assigned
+    longest first to the cheapest micro-batch with enough space, and micro-batches costliest first to the
+    cheapest rank. Work is therefore even over micro-batches and over ranks. A micro-batch is empty only if
+    there are fewer sequences than micro-batches. The result is deterministic. On each rank the costliest
+    micro-batch comes first.
 
-    `token_budget` counts a whole micro-batch, over all of its context-parallel ranks, padded to a multiple of `pack_multiple`.
-    Raises ValueError for a sequence that does not fit the budget.
+    `token_budget` counts the complete micro-batch, over all of its context-parallel ranks and padded to a
+    multiple of `pack_multiple`. Raises ValueError for a sequence that does not fit the budget.
     """
     token_budget -= token_budget % pack_multiple
     if min(data_parallel_size, token_budget, length_multiple, count_multiple) < 1:
         raise ValueError(
-            f"data_parallel_size ({data_parallel_size}), token_budget ({token_budget}), length_multiple ({length_multiple}) "
-            f"and count_multiple ({count_multiple}) must be positive"
+            f"data_parallel_size ({data_parallel_size}), token_budget ({token_budget}), "
+            f"length_multiple ({length_multiple}) and count_multiple ({count_multiple}) must be positive"
         )
     tokens = padded_lengths(lengths, length_multiple)
     if (tokens > token_budget).any():
         index = int(tokens.argmax())
         raise ValueError(
-            f"sequence {index} has {lengths[index]} tokens, {tokens[index]} after padding to a multiple of {length_multiple}, "
-            f"but a micro-batch holds {token_budget}; raise batch.max_tokens_per_micro_batch or shorten the responses"
+            f"sequence {index} has {lengths[index]} tokens, {tokens[index]} after padding to a multiple of "
+            f"{length_multiple}, but a micro-batch has space for {token_budget}; raise "
+            "batch.max_tokens_per_micro_batch or shorten the responses"
         )
     costs = sequence_cost(tokens, attention_crossover)
     order = np.argsort(-tokens, kind="stable")
@@ -82,16 +91,16 @@ def plan_micro_batches(
 
 def _fill(
     order: np.ndarray, tokens: np.ndarray, costs: np.ndarray, count: int, budget: int
-) -> list[list[int]] | None:
-    """Fills `count` micro-batches: balanced if that fits, else tightly, else None."""
+) -> list[MicroBatch] | None:
+    """The sequences of `count` micro-batches: balanced if that fits, else best-fit decreasing, else None."""
     for balanced in (True, False):
-        bins: list[list[int]] = [[] for _ in range(count)]
+        bins: list[MicroBatch] = [[] for _ in range(count)]
         used, load = np.zeros(count, dtype=np.int64), np.zeros(count)
         for index in order:
-            room = used + tokens[index] <= budget
-            if not room.any():
+            fits = used + tokens[index] <= budget
+            if not fits.any():
                 break
-            best = int(np.where(room, load if balanced else budget - used, np.inf).argmin())
+            best = int(np.where(fits, load if balanced else budget - used, np.inf).argmin())
             bins[best].append(int(index))
             used[best] += tokens[index]
             load[best] += costs[index]
@@ -100,8 +109,8 @@ def _fill(
     return None
 
 
-def _occupy_empty(bins: list[list[int]]) -> list[list[int]]:
-    """Gives every empty micro-batch the shortest sequence of the fullest one that can spare it."""
+def _occupy_empty(bins: list[MicroBatch]) -> list[MicroBatch]:
+    """Move a sequence into every empty micro-batch: the shortest of the fullest one, if that has two."""
     for target in bins:
         if not target:
             donor = max(bins, key=len)
@@ -110,8 +119,8 @@ def _occupy_empty(bins: list[list[int]]) -> list[list[int]]:
     return bins
 
 
-def _spread(bins: list[list[int]], costs: np.ndarray, ranks: int) -> Packing:
-    """Deals micro-batches to ranks, costliest first, each to the cheapest rank that still lacks one."""
+def _spread(bins: list[MicroBatch], costs: np.ndarray, ranks: int) -> Packing:
+    """Assign micro-batches to ranks, costliest first, each to the cheapest rank that is not full yet."""
     per_rank = len(bins) // ranks
     totals = [float(costs[members].sum()) if members else 0.0 for members in bins]
     packing: Packing = [[] for _ in range(ranks)]

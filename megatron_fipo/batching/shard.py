@@ -1,11 +1,50 @@
-"""One context-parallel rank's part of one micro-batch, made on the host when a micro-batch is packed.
+"""One context-parallel rank's shard of one micro-batch, built on the host when a micro-batch is packed.
 
-Sequences lie end to end (THD), each padded to `length_multiple`, the last one on to `pack_multiple`. With context parallelism
-each is cut into 2·cp equal chunks and rank r holds chunks r and 2·cp−1−r of every sequence (Megatron's zigzag, which evens out
-causal attention). Labels, masks and advantages are shifted to the position that predicts them before that cut, so no rank needs
-its neighbour's tokens.
+Sequences are concatenated (THD). Each is padded to `length_multiple`; the last one is padded further, so that
+the total is a multiple of `pack_multiple`. With context parallelism each sequence is cut into 2·cp equal
+chunks, and rank r holds chunks r and 2·cp−1−r of every sequence (Megatron's zigzag, which balances causal
+attention). Labels, masks and advantages are shifted to the position that predicts them before this cut, so no
+rank needs tokens of another rank.
 
-Letters: T packed tokens on this rank, R response rows on this rank, S sequences in the micro-batch, cp ranks.
+Notation: T packed tokens on this rank, R response rows on this rank, S sequences in the micro-batch, cp
+ranks. A row is a token whose next token was sampled from the policy (response mask 1).
+
+Example: two sequences, context_parallel_size 2, length_multiple 4, pack_multiple 1. Sequence A has the prompt
+a0 a1 and the response a2 a3 a4; sequence B has the prompt b0 and the response b1 b2 b3, where b2 is tool
+output (mask 1 0 1).
+
+    sequence  length  padded  chunk size  chunks (positions)        rows at positions -> labels
+    A         5       8       2           0 1 | 2 3 | 4 5 | 6 7     1 -> a2, 2 -> a3, 3 -> a4
+    B         4       4       1           0 | 1 | 2 | 3             0 -> b1, 2 -> b3
+
+    complete micro-batch: 12 tokens, cu_seqlens_padded 0 8 12, max_seqlen 8 (the same on both ranks)
+
+    rank 0: chunks 0 and 3         local token    0   1   2   3   4   5
+            T = 6, R = 2           sequence       A   A   A   A   B   B
+                                   position_ids   0   1   6   7   0   3
+                                   input_ids     a0  a1 pad pad  b0  b3
+                                   labels            a2          b1        row_index 1 4, last_row 0 0
+
+    rank 1: chunks 1 and 2         local token    0   1   2   3   4   5
+            T = 6, R = 3           sequence       A   A   A   A   B   B
+                                   position_ids   2   3   4   5   1   2
+                                   input_ids     a2  a3  a4 pad  b1  b2
+                                   labels        a3  a4              b3    row_index 0 1 5, last_row 0 1 1
+
+The label a2 of the row on rank 0 is a token of rank 1: hence the shift before the cut. response_length is 3 2
+on both ranks. With pack_multiple 8, B would be padded to 8 tokens, and each rank would hold 8 tokens.
+
+Invariants of the shards of one micro-batch:
+
+1. Every token of every padded sequence is on exactly one rank. Every row is on exactly one rank.
+2. T, `cu_seqlens_padded`, `max_seqlen` and `rows.response_length` are the same on all ranks; T > 0. R differs
+   and may be 0.
+3. Every padded length is a multiple of `length_multiple`, and their sum of `pack_multiple`. Only the last
+   sequence's padding depends on `pack_multiple`.
+4. `row_index` rises strictly. A row's label is the token at the next position of the same sequence, on any
+   rank.
+5. No padding token is a row or a label. Over all ranks, a sequence with rows has exactly one row with
+   `last_row` 1.
 """
 
 import math
@@ -25,26 +64,27 @@ from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
 
 @dataclass(frozen=True)
 class PackedShard:
-    """What one rank computes on. A row is a local token whose next token the policy chose (response mask 1)."""
+    """The input of one rank for one micro-batch."""
 
     input_ids: Tensor
     """int64 [1, T]."""
     position_ids: Tensor
-    """int64 [1, T]: position in the token's own sequence."""
+    """int64 [1, T]: position of each token in its sequence."""
     cu_seqlens_padded: Tensor
-    """int32 [S + 1]: where sequences start, padding included, over all context-parallel ranks."""
+    """int32 [S + 1]: start of each sequence, padding included, over all context-parallel ranks."""
     max_seqlen: int
-    """Longest sequence, padding included, over all context-parallel ranks."""
+    """Length of the longest sequence, padding included, over all context-parallel ranks."""
     row_index: Tensor
-    """int64 [R]: local token of each row, rising."""
+    """int64 [R]: index of each row's token among the local tokens, rising."""
     labels: Tensor
-    """int64 [R]: the token that follows it."""
+    """int64 [R]: the next token of the sequence."""
     rows: PolicyRows
-    """What the loss needs, the rollout engine's log-probs included. `old_log_probs` are zeros until `with_old_log_probs`."""
+    """Per-row input of the loss, including the rollout engine's log-probs. `old_log_probs` is 0 until
+    `with_old_log_probs`."""
     row_sequence: np.ndarray
     """int64 [R], host: sequence of each row."""
     row_position: np.ndarray
-    """int64 [R], host: position of each row's token in its sequence; its label is at the next."""
+    """int64 [R], host: position of each row's token in its sequence; the label is at the next position."""
     prompt_lengths: np.ndarray
     """int64 [S], host. 0 for the padding sequence of an empty micro-batch."""
     response_lengths: np.ndarray
@@ -55,14 +95,14 @@ class PackedShard:
         return len(self.row_sequence)
 
     def to(self, device: torch.device | str) -> "PackedShard":
-        """The same shard with its tensors on `device`; host arrays stay."""
+        """The same shard with its tensors on `device`; host arrays are shared."""
         moved: dict[str, Any] = {
             k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | PolicyRows)
         }
         return replace(self, **moved)
 
     def with_old_log_probs(self, old_log_probs: Tensor) -> "PackedShard":
-        """The same shard whose rows have these old log-probs, float32 [R] on the shard's device."""
+        """The same shard with these old log-probs, float32 [R] on the shard's device."""
         if old_log_probs.shape != self.labels.shape:
             raise ValueError(
                 f"old_log_probs has shape {list(old_log_probs.shape)}, but the shard has {self.num_rows} rows"
@@ -70,37 +110,36 @@ class PackedShard:
         return replace(self, rows=replace(self.rows, old_log_probs=old_log_probs))
 
     def with_reference_log_probs(self, reference_log_probs: Tensor) -> "PackedShard":
-        """The same shard whose rows have these log-probs of the reference model, float32 [R] on the shard's device."""
+        """The same shard with these log-probs of the reference model, float32 [R] on the shard's device."""
         if reference_log_probs.shape != self.labels.shape:
             raise ValueError(
-                f"reference_log_probs has shape {list(reference_log_probs.shape)}, but there are {self.num_rows} rows"
+                f"reference_log_probs has shape {list(reference_log_probs.shape)}, but the shard has "
+                f"{self.num_rows} rows"
             )
         return replace(self, rows=replace(self.rows, reference_log_probs=reference_log_probs))
 
     def scatter_rows(self, values: Tensor | np.ndarray) -> list[np.ndarray]:
-        """Puts one number per row [R] back where it belongs: per trajectory an array [response length] in the dtype of values.
+        """One number per row [R] as one array [response length] per trajectory, in the dtype of `values`.
 
-        NaN where this rank holds no row: tool tokens, and what lies on other context-parallel ranks. An empty micro-batch gives
-        an empty list.
+        NaN where this rank has no row: tool tokens and tokens of other context-parallel ranks. An empty
+        micro-batch gives an empty list.
         """
         host = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
         if host.shape != (self.num_rows,):
             raise ValueError(f"values have shape {list(host.shape)}, but the shard has {self.num_rows} rows")
         starts = np.cumsum(self.response_lengths) - self.response_lengths
         flat = np.full(int(self.response_lengths.sum()), np.nan, dtype=host.dtype)
-        flat[starts[self.row_sequence] + self.row_position + 1 - self.prompt_lengths[self.row_sequence]] = (
-            host
-        )
-        trajectories = np.count_nonzero(
-            self.prompt_lengths
-        )  # a prompt is never empty, so this leaves out the padding sequence
+        response_position = self.row_position + 1 - self.prompt_lengths[self.row_sequence]
+        flat[starts[self.row_sequence] + response_position] = host
+        # A prompt is never empty, so this excludes the padding sequence.
+        trajectories = np.count_nonzero(self.prompt_lengths)
         return np.split(flat, starts[1:])[:trajectories]
 
 
 def zigzag_table(padded: np.ndarray, context_parallel_size: int) -> ChunkTable:
-    """Which positions every rank holds of sequences with these padded lengths [S] (multiples of 2·cp if cp > 1).
+    """The chunks of every rank for sequences of these padded lengths [S] (multiples of 2·cp if cp > 1).
 
-    Without context parallelism a sequence is one chunk.
+    Chunks per rank C: 2 (r and 2·cp−1−r on rank r), or 1, the complete sequence, without context parallelism.
     """
     if context_parallel_size == 1:
         first, length = np.zeros_like(padded)[None, :, None], padded[None, :, None]
@@ -123,85 +162,89 @@ def build_shard(
     max_position: int,
     pack_multiple: int = 1,
 ) -> PackedShard:
-    """The part of a micro-batch that `context_parallel_rank` computes, on the CPU.
+    """The shard of a micro-batch for `context_parallel_rank`, on the CPU.
 
-    All ranks must be given the same trajectories in the same order. Over all ranks the micro-batch holds a multiple of
-    `pack_multiple` tokens, which is 1 or a multiple of `length_multiple`. Without trajectories the shard is one padding sequence
-    without rows, so that a rank with an empty micro-batch can run it like the others.
-    Raises ValueError, naming the trajectory, for lengths that disagree, an empty prompt, more than `max_position` tokens, or
-    an advantage that is not finite.
+    All ranks must pass the same trajectories in the same order. Over all ranks the micro-batch has a multiple
+    of `pack_multiple` tokens, which is 1 or a multiple of `length_multiple`. Without trajectories the shard
+    is one padding sequence without rows, so that a rank with an empty micro-batch can run it like the others.
+    Raises ValueError, naming the trajectory, for inconsistent lengths, an empty prompt, more than
+    `max_position` tokens, or an advantage that is not finite.
     """
     if context_parallel_size > 1 and length_multiple % (2 * context_parallel_size):
         raise ValueError(
-            f"length_multiple is {length_multiple}; with context_parallel_size {context_parallel_size} it must be "
-            f"a multiple of {2 * context_parallel_size}"
+            f"length_multiple is {length_multiple}; with context_parallel_size {context_parallel_size} it "
+            f"must be a multiple of {2 * context_parallel_size}"
         )
     if pack_multiple > 1 and pack_multiple % length_multiple:
         raise ValueError(
-            f"pack_multiple is {pack_multiple}, which is no multiple of length_multiple {length_multiple}"
+            f"pack_multiple is {pack_multiple}, which is not a multiple of length_multiple {length_multiple}"
         )
     for index, trajectory in enumerate(trajectories):
         _check(index, trajectory, max_position)
-    whole = _lay_out(trajectories, length_multiple, pack_multiple, pad_token_id)
-    table = zigzag_table(whole.padded, context_parallel_size)
+    packed = _pack(trajectories, length_multiple, pack_multiple, pad_token_id)
+    table = zigzag_table(packed.padded, context_parallel_size)
 
-    local = _held_tokens(
-        whole.starts, table.first[context_parallel_rank].numpy(), table.length[context_parallel_rank].numpy()
+    local = _chunk_tokens(
+        packed.starts,
+        table.first[context_parallel_rank].numpy(),
+        table.length[context_parallel_rank].numpy(),
     )
-    sequence = whole.sequence[local]
-    position = local - whole.starts[sequence]
-    row_index = np.flatnonzero(whole.is_row[local])
+    sequence = packed.sequence[local]
+    position = local - packed.starts[sequence]
+    row_index = np.flatnonzero(packed.is_row[local])
     row_token, row_sequence, row_position = local[row_index], sequence[row_index], position[row_index]
 
-    row_count, last_row = _rows_per_sequence(whole)
+    row_count, last_row = _rows_per_sequence(packed)
     rows = PolicyRows(
         old_log_probs=torch.zeros(len(row_index)),
-        advantages=torch.from_numpy(whole.advantages[row_sequence]),
+        advantages=torch.from_numpy(packed.advantages[row_sequence]),
         last_row=torch.from_numpy((row_token == last_row[row_sequence]).astype(np.float32)),
         response_length=torch.from_numpy(row_count.astype(np.float32)),
         plan=build_scan_plan(table, context_parallel_rank, row_sequence, row_position),
-        rollout_log_probs=torch.from_numpy(whole.rollout_log_probs[row_token]),
+        rollout_log_probs=torch.from_numpy(packed.rollout_log_probs[row_token]),
     )
     return PackedShard(
-        input_ids=torch.from_numpy(whole.ids[local])[None],
+        input_ids=torch.from_numpy(packed.ids[local])[None],
         position_ids=torch.from_numpy(position)[None],
-        cu_seqlens_padded=torch.from_numpy(np.append(whole.starts, len(whole.ids)).astype(np.int32)),
-        max_seqlen=int(whole.padded.max()),
+        cu_seqlens_padded=torch.from_numpy(np.append(packed.starts, len(packed.ids)).astype(np.int32)),
+        max_seqlen=int(packed.padded.max()),
         row_index=torch.from_numpy(row_index),
-        labels=torch.from_numpy(whole.ids[row_token + 1]),
+        labels=torch.from_numpy(packed.ids[row_token + 1]),
         rows=rows,
         row_sequence=row_sequence,
         row_position=row_position,
-        prompt_lengths=whole.prompt_lengths,
-        response_lengths=whole.response_lengths,
+        prompt_lengths=packed.prompt_lengths,
+        response_lengths=packed.response_lengths,
     )
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """The whole micro-batch, before the context split: sequences end to end, N tokens with padding."""
+class _PackedBatch:
+    """The micro-batch before the context-parallel cut: concatenated sequences, N tokens with padding."""
 
     ids: np.ndarray
     """int64 [N]."""
     sequence: np.ndarray
     """int64 [N]: sequence of each token."""
     is_row: np.ndarray
-    """bool [N]: the next token is one that the policy chose."""
+    """bool [N]: the next token was sampled from the policy."""
     rollout_log_probs: np.ndarray
-    """float32 [N]: of the next token."""
+    """float32 [N]: log-prob of the next token under the rollout engine, 0 where there is none."""
     starts: np.ndarray
-    """int64 [S]."""
+    """int64 [S]: index of each sequence's first token."""
     padded: np.ndarray
-    """int64 [S]."""
+    """int64 [S]: padded lengths."""
     prompt_lengths: np.ndarray
+    """int64 [S]."""
     response_lengths: np.ndarray
+    """int64 [S]."""
     advantages: np.ndarray
     """float32 [S]."""
 
 
-def _lay_out(
+def _pack(
     trajectories: Sequence[Trajectory], length_multiple: int, pack_multiple: int, pad_token_id: int
-) -> _Layout:
+) -> _PackedBatch:
     prompts = np.array([len(t.prompt_ids) for t in trajectories] or [0], dtype=np.int64)
     responses = np.array([t.response_length for t in trajectories] or [0], dtype=np.int64)
     padded = np.maximum(padded_lengths(prompts + responses, length_multiple), length_multiple)
@@ -217,7 +260,7 @@ def _lay_out(
         ids[response : response + trajectory.response_length] = trajectory.response_ids
         is_row[predicting] = np.asarray(trajectory.response_mask, dtype=bool)
         log_probs[predicting] = trajectory.rollout_log_probs
-    return _Layout(
+    return _PackedBatch(
         ids=ids,
         sequence=np.repeat(np.arange(len(padded)), padded),
         is_row=is_row,
@@ -230,18 +273,22 @@ def _lay_out(
     )
 
 
-def _held_tokens(starts: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """int64 [T]: places in the whole micro-batch of the tokens in the chunks [S, C], sequence by sequence."""
+def _chunk_tokens(starts: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int64 [T]: indices in the packed micro-batch of the tokens of the chunks [S, C], sequence by sequence.
+
+    Rank 0 of the example in the module docstring: starts 0 8, first [[0, 6], [0, 3]], length [[2, 2], [1, 1]]
+    gives 0 1 6 7 8 11.
+    """
     begin, count = (starts[:, None] + first).ravel(), length.ravel()
     return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
-def _rows_per_sequence(whole: _Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each sequence over all ranks [S], and the place of its last one [S] (-1 where it has none)."""
-    tokens = np.flatnonzero(whole.is_row)
-    count = np.bincount(whole.sequence[tokens], minlength=len(whole.starts))
-    last = np.full(len(whole.starts), -1, dtype=np.int64)
-    last[whole.sequence[tokens]] = tokens  # rising, so the last one stays
+def _rows_per_sequence(packed: _PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of each sequence over all ranks [S], and the token of its last row [S] (-1 without rows)."""
+    tokens = np.flatnonzero(packed.is_row)
+    count = np.bincount(packed.sequence[tokens], minlength=len(packed.starts))
+    last = np.full(len(packed.starts), -1, dtype=np.int64)
+    last[packed.sequence[tokens]] = tokens  # tokens rise, so the last assignment remains
     return count, last
 
 
@@ -257,7 +304,8 @@ def _check(index: int, trajectory: Trajectory, max_position: int) -> None:
             )
     if trajectory.length > max_position:
         raise ValueError(
-            f"{name} has {trajectory.length} tokens, but the model has {max_position} positions; lower the length limits"
+            f"{name} has {trajectory.length} tokens, but the model has {max_position} positions; "
+            "lower the length limits"
         )
     if not math.isfinite(trajectory.advantage):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What one rollout leaves behind: the unit that everything between sampling and packing passes around."""
+"""The result of one rollout: the unit of data between sampling and packing."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,34 +15,37 @@ class VersionSpan:
 
 @dataclass
 class Trajectory:
-    """One response to one prompt, with what sampling and scoring learnt about it.
+    """One response to one prompt, with the results of sampling and scoring.
 
-    `response_ids`, `response_mask`, `rollout_log_probs` have the same length: the response, its end-of-sequence token included.
+    `response_ids`, `response_mask` and `rollout_log_probs` have the same length: the response, including its
+    end-of-sequence token.
     """
 
     group_id: str
-    """Responses to the same prompt in the same iteration share it; advantages are relative to the group."""
+    """Shared by the responses to the same prompt in the same iteration. Advantages are relative to the
+    group."""
     prompt_ids: list[int]
     response_ids: list[int]
     response_mask: list[int]
-    """1 where the policy chose the token, 0 where a tool did. FutureKL still decays over the zeros."""
+    """1 for tokens sampled from the policy, 0 for tool output. FutureKL decays over the zeros too."""
     rollout_log_probs: list[float]
-    """Natural-log probability under the rollout engine. A health metric; never the loss's old log-probs."""
+    """Natural-log probability under the rollout engine. A health metric, never used as the loss's old
+    log-probs."""
     spans: list[VersionSpan]
-    """Which weights sampled which tokens; covers the response without gaps."""
+    """Which weights sampled which tokens. Covers the response without gaps."""
     finish_reason: str
     """`stop` (end-of-sequence token seen) or `length` (cut at the response limit)."""
     reward: float = 0.0
-    """What the advantage is computed from: the scorer's value plus the overlong penalty."""
+    """Input of the advantage: the scorer's value plus the overlong penalty."""
     accuracy: float = 0.0
-    """What dynamic sampling and evaluation look at: right (1.0) or wrong (0.0), before shaping."""
+    """Input of dynamic sampling and evaluation: correct (1.0) or wrong (0.0), before shaping."""
     advantage: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever the reward wants logged, e.g. the extracted answer."""
+    """Additional values that the reward logs, such as the extracted answer."""
 
     @property
     def oldest_version(self) -> int:
-        """Version of the weights that sampled the first token; versions never fall along a response."""
+        """Version of the weights that sampled the first token. Versions never decrease along a response."""
         return self.spans[0].version
 
     @property

@@ -1,22 +1,23 @@
 """Weights and optimizer state as a Megatron-Core distributed checkpoint (`torch_dist` format).
 
-The files are independent of the parallel layout that wrote them, and carry the same names on CPU and GPU. Which folder a
-checkpoint lives in, and when it counts as complete, is the caller's business (`run_dir/run_directory.py`). Megatron's format holds
-pickles (its index, the optimizer's hyper-parameters), so load only folders that you trust.
+The files are independent of the parallel layout that wrote them and have the same names on CPU and GPU. The
+caller (`run_dir/run_directory.py`) decides in which folder a checkpoint is and when it counts as complete.
+Megatron's format contains pickles (its index, the optimizer's hyperparameters), so load only folders that you
+trust.
 
-Memory. N is the number of parameters of this rank's tensor × pipeline shard, D the number of data × context ranks. Optimizer
-state is stored per parameter, as it must be for any layout to read it, while the distributed optimizer keeps it in flat slices
-of 1/D. So saving all-gathers it over the data × context group, one fp32 bucket of one of its three parts at a time. Without
-`parallel.overlap_communication` there is one bucket: 4N bytes of device memory for a moment (with it 160 MB or so, but only on
-the first pipeline stage). On the host every rank holds all of it, 12N bytes, while `start` runs; loading needs as much. After
-`start`, a rank holds its 1/D of the state and weights until they are written. Megatron can gather on the host, over gloo and to
-one rank of D, instead: no device memory, but the others then have nothing to write, and training waits for one network link.
+Memory. N is the number of parameters of this rank's tensor × pipeline shard, D the number of data × context
+ranks. Optimizer state is stored per parameter, which any layout can read, but the distributed optimizer keeps
+it in flat slices of 1/D. Saving therefore all-gathers it over the data × context group, one fp32 bucket of
+one of its three parts at a time. Without `parallel.overlap_communication` there is one bucket: 4N bytes of
+temporary device memory (with it about 160 MB, but only on the first pipeline stage). On the host every rank
+holds the complete state, 12N bytes, while `start` runs; loading needs the same amount. After `start`, a rank
+holds its 1/D of the state and weights until they are written. Megatron can instead gather on the host, over
+gloo, to one of the D ranks. That needs no device memory, but then only one rank writes and training waits for
+one network link.
 """
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -45,6 +46,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fipo.checkpoint.rank_errors import (
+    join_by_rank,
+    one_line,
+    raise_on_all_ranks,
+    reasons_by_rank,
+    write_error,
+    write_obstacle,
+)
 from megatron_fipo.checkpoint.safetensors_folder import listing
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import (
@@ -58,28 +67,26 @@ from megatron_fipo.model.mcore import (
 )
 
 POLL_S = 0.05
-ROOM_BYTES = 16 * 2**20
-"""More than the files that rank 0 alone writes: the index and the common state."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A save whose writers may still be at work."""
+    """A save whose writers may still be running."""
 
     folder: Path
     request: AsyncRequest
     caller: TemporalAsyncCaller
     process: BaseProcess | None
-    """This rank's writer; None where it has nothing to write, or where no process could be started."""
+    """This rank's writer. None if it has nothing to write, or if no process could be started."""
     problem: str | None
-    """Why none could be started."""
+    """Why no process could be started."""
 
 
 class CheckpointWriter:
-    """One rank's part in saving: `start`, then `finished` until it is True. One save at a time.
+    """One rank's part of saving: `start`, then `finished` until it returns True. One save at a time.
 
-    Each rank forks a writer that sees memory as it was then, so training goes on at once. The data × context ranks share the
-    writing of what they hold in common. Nothing is remembered between saves: each looks at the model anew.
+    Each rank forks a writer that has a snapshot of the memory, so training continues immediately. The data ×
+    context ranks divide the writing of their common weights and state. No state is kept between saves.
     """
 
     def __init__(self) -> None:
@@ -92,16 +99,22 @@ class CheckpointWriter:
         folder: Path,
         asynchronous: bool,
     ) -> None:
-        """Begin to write into an existing empty folder; without `asynchronous`, also wait until it is written.
+        """Start to write into an existing empty folder.
 
-        Afterwards weights and optimizer may change in place. Without an optimizer the checkpoint holds weights alone.
+        Without `asynchronous`, also wait until it is written.
 
-        Collective over all ranks: all-gathers of a few objects (the plan: some hundred bytes per tensor), and the all-gather of
-        the optimizer state, 12N bytes (module docstring). UserError on every rank if the folder cannot be written to.
+        Afterwards weights and optimizer may change in place. Without an optimizer the checkpoint has weights
+        only.
+
+        Collective over all ranks: all-gathers of a few objects (the plan: a few hundred bytes per tensor),
+        and the all-gather of the optimizer state, 12N bytes (module docstring). UserError on every rank if
+        the folder cannot be written to.
         """
         if self._pending is not None:
-            raise RuntimeError("the save before this one is not finished; wait for `finished` first")
-        _raise_together(folder, _obstacle(folder))
+            raise RuntimeError(
+                "the previous save is not finished; call `finished` until it returns True first"
+            )
+        raise_on_all_ranks(folder, write_obstacle(folder))
         request = dist_checkpointing.save(
             _sharded_state(modules, optimizer, is_loading=False),
             str(folder),
@@ -115,14 +128,16 @@ class CheckpointWriter:
             self.finished(blocking=True)
 
     def finished(self, blocking: bool) -> bool:
-        """Whether every rank's files are complete (or nothing is pending); with `blocking`, wait until they are.
+        """Whether every rank's files are complete (or nothing is pending).
 
-        Collective over all ranks: an all-reduce of one number per look; at the end a gather of what was written (some hundred
-        bytes per tensor), the index written by rank 0, and a barrier.
+        With `blocking`, wait until they are.
 
-        UserError with the reason, on every rank, if a writer failed or was killed; the save is then over and its folder worth
-        nothing. Should rank 0 fail to write the index, after all data was written, then it alone raises, while the others
-        wait for it until the caller ends them.
+        Collective over all ranks: an all-reduce of one number per check; at the end a gather of the written
+        records (a few hundred bytes per tensor), the index written by rank 0, and a barrier.
+
+        UserError with the reason, on every rank, if a writer failed or was killed; the save is then over and
+        its folder is invalid. If rank 0 fails to write the index after all data was written, only rank 0
+        raises, and the others wait for it until the caller ends them.
         """
         pending = self._pending
         if pending is None:
@@ -134,25 +149,26 @@ class CheckpointWriter:
         self._pending = None
         problems: dict[int, str] = {}
         try:
-            # Also where a writer failed: this is what takes the results of the others out of Megatron's queue.
+            # Also if a writer failed: this removes the results of the others from Megatron's queue.
             for finalize in pending.request.finalize_fns:
                 finalize()
         except CheckpointException as error:
-            problems = _reasons(error)
+            problems = reasons_by_rank(error)
         except OSError as error:
-            raise _refusal(pending.folder, str(error)) from None
-        own = pending.problem or _end_of(pending.process)
-        _raise_together(pending.folder, {**problems, **({dist.get_rank(): own} if own else {})})
+            raise write_error(pending.folder, str(error)) from None
+        own = pending.problem or _writer_failure(pending.process)
+        raise_on_all_ranks(pending.folder, {**problems, **({dist.get_rank(): own} if own else {})})
         return True
 
 
 def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path) -> None:
-    """Read weights and optimizer state back in place, whatever layout wrote them.
+    """Load weights and optimizer state in place, written by any layout.
 
-    Learning rate, weight decay, betas and epsilon stay those of the present settings. Collective over all ranks: gathers of a
-    few objects (some hundred bytes per tensor), then each data × context rank reads its share and broadcasts it within the
-    group (14N bytes for bf16 weights). UserError on every rank, and nothing changed, where the checkpoint is of another model,
-    lacks something or has an unreadable index; UserError with weights undefined where the data turn out to be damaged.
+    Learning rate, weight decay, betas and epsilon keep the values of the current settings. Collective over
+    all ranks: gathers of a few objects (a few hundred bytes per tensor), then each data × context rank reads
+    its share and broadcasts it within the group (14N bytes for bf16 weights). UserError on every rank, with
+    nothing changed, if the checkpoint is of another model, is incomplete or has an unreadable index.
+    UserError, with weights undefined, if the data is damaged.
     """
     loaded = _load(modules, optimizer, folder)
     with torch.no_grad():
@@ -165,14 +181,14 @@ def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer
 
 
 def load_weights_only(modules: list[torch.nn.Module], folder: Path) -> None:
-    """Read the weights alone, also from a checkpoint that holds nothing else. Otherwise as `load_checkpoint`.
+    """Load the weights only, also from a checkpoint without optimizer state. Otherwise as `load_checkpoint`.
 
-    An optimizer with copies of its own takes them over by `reload_model_params()`.
+    An optimizer with its own copies of the weights needs `reload_model_params()` afterwards.
     """
     _load(modules, None, folder)
 
 
-# --- the state ---------------------------------------------------------------------------------------------------------------
+# --- the state ----------------------------------------------------------------------------------------------
 
 
 def _names(modules: list[Any]) -> list[str]:
@@ -182,13 +198,17 @@ def _names(modules: list[Any]) -> list[str]:
 def _sharded_state(
     modules: list[Any], optimizer: MegatronOptimizer | None, is_loading: bool
 ) -> dict[str, Any]:
-    """Megatron's description of what this rank holds. Saving, it gathers the optimizer state (module docstring)."""
+    """Megatron's sharded state of this rank.
+
+    For saving, it gathers the optimizer state (module docstring).
+    """
     metadata = ensure_metadata_has_dp_cp_group({"distrib_optim_sharding_type": "fully_reshardable"})
     state: dict[str, Any] = {}
     for name, module in zip(_names(modules), modules, strict=True):
         tensors = module.sharded_state_dict(metadata=metadata)
-        # Without the objects (`_extra_state`), which differ between Transformer Engine and other layers and hold nothing but FP8's
-        # delayed scales. Those start from ones after a resume, and the first updates find them anew.
+        # Without the objects (`_extra_state`): they differ between Transformer Engine and other layers, and
+        # contain only FP8's delayed scales. These start from ones after a resume, and the first updates
+        # recompute them.
         state[name] = {key: value for key, value in tensors.items() if not isinstance(value, ShardedObject)}
     if optimizer is not None:
         make_optimizer_state(optimizer)
@@ -196,7 +216,7 @@ def _sharded_state(
             dict(state), is_loading=is_loading, metadata=metadata
         )
         drop_classes(optimizer, state["optimizer"])
-    for name in _names(modules):  # not before the optimizer's part, which knows parameters by identity
+    for name in _names(modules):  # after the optimizer's part, which identifies parameters by object identity
         for value in state[name].values():
             if is_quantized(value.data):
                 value.data = full_precision(value.data)
@@ -204,7 +224,7 @@ def _sharded_state(
 
 
 def _replicas() -> dist.ProcessGroup:
-    """The ranks that hold the same weights."""
+    """The ranks with the same weights."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -213,7 +233,7 @@ def _architecture(modules: list[Any]) -> dict[str, Any]:
 
 
 def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path) -> dict[str, Any]:
-    """Weights into the modules; returns what was loaded, with the optimizer's part."""
+    """Load weights into the modules; returns the loaded state, including the optimizer's part."""
     state = _sharded_state(modules, optimizer, is_loading=True)
     _check_fit(modules, state, folder)
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _replicas())
@@ -221,15 +241,18 @@ def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path)
         loaded = dist_checkpointing.load(state, str(folder), strategy)
     except CheckpointException as error:
         raise UserError(
-            f"checkpoint {folder} is damaged: {_by_rank(_reasons(error))}; use an earlier one"
+            f"checkpoint {folder} is damaged: {join_by_rank(reasons_by_rank(error))}; use an earlier one"
         ) from None
     for name, module in zip(_names(modules), modules, strict=True):
-        module.load_state_dict(loaded[name], strict=False)  # all but the objects left out above
+        module.load_state_dict(loaded[name], strict=False)  # `_extra_state` objects are not stored
     return loaded
 
 
 def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
-    """UserError on every rank if the checkpoint cannot be read or is not of this model. One gather of all tensors' names."""
+    """UserError on every rank if the checkpoint cannot be read or is not of this model.
+
+    One gather of all tensors' names.
+    """
     here, there, problem = _wanted_shapes(state), {}, None
     architecture, written = _architecture(modules), {}
     try:
@@ -238,19 +261,23 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
             item.key: item.global_shape
             for item in dist_checkpointing.load_tensors_metadata(str(folder)).values()
         }
-    except (Exception, CheckpointException) as error:  # an unpickled index that is damaged may raise anything
-        problem = _one_line(error)
+    except (Exception, CheckpointException) as error:  # unpickling a damaged index may raise any exception
+        problem = one_line(error)
         if (
             COMMON_STATE_FILE
             and (folder / ".metadata").exists()
             and not (folder / COMMON_STATE_FILE).exists()
         ):
-            problem = f"it has no {COMMON_STATE_FILE}; if Megatron-Core 0.19 or later wrote it, only such a release can read it"
+            problem = (
+                f"it has no {COMMON_STATE_FILE}; if Megatron-Core 0.19 or later wrote it, "
+                "only such a release can read it"
+            )
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (problem, here))
     if unreadable := {rank: text for rank, (text, _) in enumerate(gathered) if text}:
         raise UserError(
-            f"checkpoint {folder} cannot be read: {_by_rank(unreadable)}; use another one, on a disk that all nodes share"
+            f"checkpoint {folder} cannot be read: {join_by_rank(unreadable)}; use another one, on a disk that "
+            "all nodes share"
         )
     wanted = {key: shape for _, shapes in gathered for key, shape in shapes.items()}
     different = [
@@ -278,7 +305,7 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
 
 
 def _wanted_shapes(state: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Global shape of each tensor of this rank, and whether its first dimension is a padded vocabulary, which may differ."""
+    """Each tensor's global shape, and whether its first dimension is a padded vocabulary (may differ)."""
     shapes = {}
     for value in nested_values(state):
         for item in nested_values([value.build()]) if isinstance(value, ShardedTensorFactory) else [value]:
@@ -287,7 +314,7 @@ def _wanted_shapes(state: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], bo
     return shapes
 
 
-# --- the writer process ------------------------------------------------------------------------------------------------------
+# --- the writer process -------------------------------------------------------------------------------------
 
 
 def _fork_writer(folder: Path, request: AsyncRequest) -> _Pending:
@@ -296,24 +323,26 @@ def _fork_writer(folder: Path, request: AsyncRequest) -> _Pending:
     caller, problem = TemporalAsyncCaller(), None
     try:
         caller.schedule_async_call(request)
-    except OSError as error:  # of this rank alone: the others learn of it in `finished`
+    except OSError as error:  # on this rank only; the others get it in `finished`
         problem = f"no writer could be started: {error}"
-    # The finalizers are all that is needed of the request; its arguments hold tensors.
+    # Only the finalizers of the request are still needed; its arguments hold tensors.
     request = request._replace(async_fn=None, async_fn_args=(), preload_fn=None)
     return _Pending(folder, request, caller, caller.process, problem)
 
 
 def _write(write: Any, *arguments: Any) -> None:
-    """What a rank's writer process runs."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches a terminal's every process; what stops then is the driver's to say
+    """The body of a rank's writer process."""
+    # Ctrl-C reaches every process of a terminal. The driver decides which of them stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, _end_with_child)
     write(*arguments)
 
 
 def _end_with_child(signum: int, frame: FrameType | None) -> None:
-    """End this writer as its child ended, if that was not well: Megatron-Core 0.16 would wait forever for a killed one."""
+    """End this writer in the same way as a child that failed.
+
+    Megatron-Core 0.16 would wait forever for a killed child.
+    """
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if code := os.waitstatus_to_exitcode(ended[1]):
@@ -324,61 +353,10 @@ def _end_with_child(signum: int, frame: FrameType | None) -> None:
                 os._exit(code)
 
 
-def _end_of(process: BaseProcess | None) -> str | None:
-    """How a writer that is gone ended, unless well."""
+def _writer_failure(process: BaseProcess | None) -> str | None:
+    """How a writer ended, or None if it ended successfully."""
     if process is None or process.exitcode == 0:
         return None
     if process.exitcode is not None and process.exitcode < 0:
         return f"its writer was killed by {signal.Signals(-process.exitcode).name} (out of memory?)"
-    return f"its writer ended with exit code {process.exitcode}; its output says why"
-
-
-# --- what goes wrong ---------------------------------------------------------------------------------------------------------
-
-
-def _obstacle(folder: Path) -> dict[int, str]:
-    """Why this rank could not write into the folder. Looked at before, for rank 0 writes alone where others wait for it."""
-    rank = dist.get_rank()
-    if not folder.is_dir():
-        return {rank: "there is no such folder (run_dir must be on a disk that all nodes share)"}
-    try:
-        if rank == 0:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, ROOM_BYTES)
-    except OSError as error:
-        return {rank: str(error.strerror)}
-    return {}
-
-
-def _raise_together(folder: Path, problems: dict[int, str]) -> None:
-    """UserError on every rank if any knows of a problem, by rank; a rank knows best about itself. One gather."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    known = {rank: text for found in gathered for rank, text in found.items()}
-    known.update((rank, found[rank]) for rank, found in enumerate(gathered) if rank in found)
-    if known:
-        raise _refusal(folder, _by_rank(known))
-
-
-def _refusal(folder: Path, reason: str) -> UserError:
-    free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free)" if folder.is_dir() else ""
-    return UserError(
-        f"cannot write the checkpoint {folder}{free}: {reason}; mend this, then run the same command to go on from the "
-        "checkpoint before"
-    )
-
-
-def _reasons(error: CheckpointException) -> dict[int, str]:
-    """By rank. Where Megatron saves, only rank 0 is told."""
-    return {rank: _one_line(reason) for rank, (reason, _) in error.failures.items()}
-
-
-def _by_rank(reasons: dict[int, str], limit: int = 3) -> str:
-    more = f" and {len(reasons) - limit} more ranks" if len(reasons) > limit else ""
-    return "; ".join(f"rank {rank}: {reasons[rank]}" for rank in sorted(reasons)[:limit]) + more
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # its own text is a traceback
-        error = next((reason for reason, _ in error.failures.values()), error)
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"its writer ended with exit code {process.exitcode}; its output has the reason"

@@ -1,4 +1,4 @@
-"""Megatron-Core model chunks back into Hugging Face tensors: streamed to whoever wants them, or into a folder."""
+"""Megatron-Core model chunks as Hugging Face tensors: as a stream, or written to a folder."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class TensorInfo:
 
 
 def describe_hf_tensors(model_chunks: Sequence[torch.nn.Module]) -> list[TensorInfo]:
-    """What `iterate_hf_tensors` yields, in its order, without communication; the same list on every rank."""
+    """The tensors that `iterate_hf_tensors` yields, in order: no communication, the same on every rank."""
     model = map_model(model_chunks)
     dtype = next(iter(model.parameters.values())).dtype
     return [TensorInfo(name, dtype, shape) for name, shape in _shapes(model).items()]
@@ -37,29 +37,33 @@ def iterate_hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Every Hugging Face tensor of the model, one at a time, as (name, full tensor) on global rank 0.
 
-    Collective: all ranks iterate, to the end and in step; they see the same names in the same order, and None for the tensor.
-    Tensors have the parameters' dtype and are on the CPU, or with `to_host` False on the parameters' device. FP8 ones have their
-    nominal bf16, which holds the values exactly where scales are powers of two (blockwise) and rounds them once more elsewhere. They
-    may share memory with parameters: read them, before the next update. Where embeddings are tied there is no `lm_head.weight`.
+    Collective: all ranks iterate to the end, in step. All see the same names in the same order, and other
+    ranks get None for the tensor. Tensors have the parameters' dtype and are on the CPU, or on the
+    parameters' device if `to_host` is False. FP8 tensors have their nominal bf16, which represents the values
+    exactly if scales are powers of two (blockwise) and rounds them once more otherwise. Tensors may share
+    memory with parameters: use them read-only and before the next update. If embeddings are tied there is no
+    `lm_head.weight`.
 
-    Communication is within data-parallel and context-parallel rank 0; the other replicas yield None at once. First one
-    all_gather_object of parameter names over the pipeline group. Then for each of the model's parameters: one gather over the
-    tensor-parallel group of the stage that holds it (the whole parameter arrives at its rank 0), and for stages other than the
-    first one send of the whole to the first, which the stage's next gather overlaps.
+    Communication is within data-parallel and context-parallel rank 0; the other replicas yield None
+    immediately. First one all_gather_object of parameter names over the pipeline group. Then, for each
+    parameter of the model: one gather over the tensor-parallel group of its stage (the complete parameter
+    arrives at tensor-parallel rank 0). If the stage is not the first, also one send of the complete parameter
+    to the first stage, overlapped with the stage's next gather.
 
-    Memory beyond the model, P being the largest parameter (query, key and value count as one, and so do gate and up): at most
-    3 P on the device of a stage's tensor-parallel rank 0 (shards, whole, parts), one P more where a send is under way, and P on
-    the host of global rank 0 for what it yields. The other ranks hold nothing beyond their shard.
+    Memory beyond the model, with P the largest parameter (query, key and value count as one, and so do gate
+    and up): at most 3 P on the device of a stage's tensor-parallel rank 0 (shards, complete parameter, its
+    tensors), one P more while a send is in flight, and P on the host of global rank 0 for the yielded
+    tensors. The other ranks need none.
     """
     model = map_model(model_chunks)
-    speaking = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    owners = _owners(model) if speaking else {}
+    participates = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    stages = _first_stages(model) if participates else {}
     sending: list[tuple[dist.Work, torch.Tensor]] = []
     for weight in model.weights:
-        parts = _collect(weight, model, owners[weight.megatron], sending) if speaking else None
+        tensors = _collect(weight, model, stages[weight.megatron], sending) if participates else None
         for index, name in enumerate(weight.names):
-            yield name, None if parts is None else parts[index].cpu() if to_host else parts[index]
-        del parts
+            yield name, None if tensors is None else tensors[index].cpu() if to_host else tensors[index]
+        del tensors
     _finish(sending)
 
 
@@ -69,12 +73,13 @@ def save_hf(
     target_folder: str | Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the model as a Hugging Face folder: safetensors of at most 4 GB, config, tokenizer, generation config, chat template.
+    """Write the model as a Hugging Face folder.
 
-    All but the weights is copied from `source_folder`. `dtype` None keeps the parameters' dtype. The folder appears under
-    its name only when it is complete. Collective, with the communication of `iterate_hf_tensors` and two small broadcasts;
-    global rank 0 writes each tensor as it comes.
-    UserError on every rank if the target exists or cannot be written (disk full); then nothing is left behind.
+    That is safetensors of at most 4 GB, config, tokenizer, generation config and chat template. All files
+    except the weights are copied from `source_folder`. `dtype` None keeps the parameters' dtype. The folder
+    appears under its name only when it is complete. Collective, with the communication of
+    `iterate_hf_tensors` and two small broadcasts. Global rank 0 writes each tensor as it arrives. UserError
+    on every rank if the target exists or cannot be written (disk full); no files remain in that case.
     """
     model = map_model(model_chunks)
     writer, problem = None, None
@@ -91,7 +96,7 @@ def save_hf(
             try:
                 writer.add(name, tensor)
             except UserError as error:
-                # The other ranks are still sending: hear them out before telling them.
+                # The other ranks are still sending: receive everything before the error is broadcast.
                 problem = str(error)
     if writer is not None and problem is None:
         try:
@@ -118,53 +123,52 @@ def _raise_everywhere(problem: str | None) -> None:
         raise UserError(box[0])
 
 
-def _owners(model: ModelMap) -> dict[str, int]:
-    """The first pipeline stage that holds each parameter."""
+def _first_stages(model: ModelMap) -> dict[str, int]:
+    """The first pipeline stage that has each parameter, by name."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    held: list[list[str]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(held, list(model.parameters), group=group)
-    return {name: stage for stage in reversed(range(len(held))) for name in held[stage]}
+    names: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(names, list(model.parameters), group=group)
+    return {name: stage for stage in reversed(range(len(names))) for name in names[stage]}
 
 
 def _collect(
     weight: Weight, model: ModelMap, owner: int, sending: list[tuple[dist.Work, torch.Tensor]]
 ) -> list[torch.Tensor] | None:
-    """The whole parts of one weight on the first stage's tensor-parallel rank 0; None on the other ranks.
+    """One weight's complete Hugging Face tensors, on tensor-parallel rank 0 of the first stage; else None.
 
-    `sending` is what this rank has under way to the first stage: the parts of at most one weight.
+    `owner` is the weight's stage. `sending` are this rank's sends to the first stage: the tensors of at most
+    one weight.
     """
-    stage, tp_rank = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    parts = None
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tensors = None
     if stage == owner:
         shards = _gather(full_precision(model.parameters[weight.megatron]), weight.layout)
-        parts = join(weight, shards, model.architecture) if tp_rank == 0 else None
+        tensors = join(weight, shards, model.architecture) if tp_rank == 0 else None
     if owner == 0 or tp_rank != 0 or stage not in (0, owner):
-        return parts
+        return tensors
     group = parallel_state.get_pipeline_model_parallel_group()
     if stage == owner:
-        assert parts is not None
+        assert tensors is not None
         _finish(sending)
-        for part in parts:
-            whole = part.contiguous()
-            work = dist.isend(whole, dist.get_global_rank(group, 0), group=group)
-            assert work is not None  # it is None outside the group only
-            sending.append((work, whole))
+        for tensor in tensors:
+            contiguous = tensor.contiguous()
+            work = dist.isend(contiguous, dist.get_global_rank(group, 0), group=group)
+            assert work is not None  # None only outside the group
+            sending.append((work, contiguous))
         return None
     like = next(iter(model.parameters.values()))
     received = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in weight.shapes]
-    for part in received:
-        dist.recv(part, dist.get_global_rank(group, owner), group=group)
+    for tensor in received:
+        dist.recv(tensor, dist.get_global_rank(group, owner), group=group)
     return received
 
 
 def _finish(sending: list[tuple[dist.Work, torch.Tensor]]) -> None:
-    """Wait until the sends are done and let go of their tensors.
+    """Wait until the sends are complete and release their tensors.
 
-    On a GPU `wait` only orders streams. Without the synchronisation this rank would run ahead of the first stage and hold its
-    whole stage, parameter by parameter.
+    On a GPU `wait` only orders streams. Without the synchronization this rank would not wait for the first
+    stage and would hold all parameters of its stage.
     """
     for work, tensor in sending:
         work.wait()
@@ -174,7 +178,10 @@ def _finish(sending: list[tuple[dist.Work, torch.Tensor]]) -> None:
 
 
 def _gather(shard: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """All shards of a parameter on tensor-parallel rank 0, an empty list on the others. Replicated ones need no gather."""
+    """All shards of a parameter on tensor-parallel rank 0, an empty list elsewhere.
+
+    Replicated ones need no gather.
+    """
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1 or layout is Layout.REPLICATED:
         return [shard]

@@ -1,4 +1,4 @@
-"""Hugging Face weights into Megatron-Core model chunks, under any tensor and pipeline split."""
+"""Loads Hugging Face weights into Megatron-Core model chunks, for any tensor and pipeline parallel layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_fipo.families.family import Architecture, Weight
 from megatron_fipo.model.mcore import is_quantized
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""Tensors that some exporters store though they follow from the config."""
+"""Tensors that some exporters store although they follow from the config."""
 
 
 @torch.no_grad()
@@ -22,15 +22,14 @@ def load_hf_weights(
 ) -> dict[torch.nn.Parameter, torch.Tensor]:
     """Fill every parameter of this rank's chunks from a folder of safetensors, cast to the parameter's dtype.
 
-    Returns, on the CPU, the values of those that round them (FP8), for whoever keeps master weights: none in a bf16 model.
-    Each rank reads only its own slices, one parameter at a time; no communication. Values of the same dtype arrive bit for bit.
-    UserError that lists missing and unexpected tensors, or names a tensor of the wrong shape; parameters are untouched then.
+    Returns, on the CPU, the exact values of parameters that round them (FP8), for master weights; empty for a
+    bf16 model. Each rank reads only its own slices, one parameter at a time, without communication. Values of
+    the same dtype are loaded bit for bit. UserError that lists missing and unexpected tensors, or names a
+    tensor of the wrong shape; the parameters are unchanged in that case.
     """
     model = map_model(model_chunks)
-    rank, size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
     source = SafetensorsFolder(folder)
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     check_tensors(model.weights, model.architecture, source)
@@ -47,7 +46,7 @@ def load_hf_weights(
 
 
 def check_tensors(weights: Sequence[Weight], architecture: Architecture, source: SafetensorsFolder) -> None:
-    """UserError unless the folder holds exactly the model's tensors, in the model's shapes."""
+    """UserError unless the folder has exactly the model's tensors, in the model's shapes."""
     expected = {
         name: shape for weight in weights for name, shape in zip(weight.names, weight.shapes, strict=True)
     }
@@ -56,12 +55,13 @@ def check_tensors(weights: Sequence[Weight], architecture: Architecture, source:
         found.discard("lm_head.weight")
     missing, unexpected = expected.keys() - found, found - expected.keys()
     if missing or unexpected:
-        parts = [f"lacks {listing(missing)}"] if missing else []
-        parts += [f"holds {listing(unexpected)} that its config.json does not ask for"] if unexpected else []
-        raise UserError(f"model folder {source.folder} {' and '.join(parts)}")
+        problems = [f"lacks {listing(missing)}"] if missing else []
+        if unexpected:
+            problems.append(f"has {listing(unexpected)}, not expected by its config.json")
+        raise UserError(f"model folder {source.folder} {' and '.join(problems)}")
     for name, shape in expected.items():
         stored = source.tensors[name].shape
         if stored != shape:
             raise UserError(
-                f"{name} in {source.folder} has shape {list(stored)}; config.json asks for {list(shape)}"
+                f"{name} in {source.folder} has shape {list(stored)}; config.json requires {list(shape)}"
             )

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face folder: sharded safetensors that come tensor by tensor, and the files that belong to them."""
+"""Writes a Hugging Face folder: sharded safetensors, one tensor at a time, and their companion files."""
 
 import json
 import os
@@ -32,27 +32,27 @@ COMPANIONS = (
     "*.py",
     "LICENSE*",
 )
-"""What travels with the weights, as glob patterns."""
+"""Files that are copied with the weights, as glob patterns."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-"""As safetensors names them."""
+"""Names in the safetensors format."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor goes."""
+class _Location:
+    """The location of a tensor in the files."""
 
     file: str
     offset: int
-    """Of its first byte in the file."""
+    """Byte offset of its first byte in the file."""
     dtype: torch.dtype
 
 
 class HFWriter:
-    """Writes each tensor, or some rows of one, to its place as it comes, and puts the complete folder in place at the end.
+    """Writes tensors to their location in the files as they are added, and renames the folder at the end.
 
-    `shapes` names all tensors that will be added, so the files' headers are written first and nothing is held in memory.
-    Tensors may come in any order and from several threads. `dtype` is one for all, or that of each. UserError from any method
-    leaves nothing on disk.
+    `shapes` names all tensors that will be added. So the files' headers are written first and no tensor is
+    kept in memory. Tensors may be added in any order and from several threads. `dtype` is one dtype for all,
+    or one per tensor. After a UserError from any method no files remain on disk.
     """
 
     def __init__(
@@ -71,37 +71,42 @@ class HFWriter:
         self._missing = dict(sizes)
         self._lock = threading.Lock()
         if self.target.exists():
-            raise UserError(f"{target} exists already; give another folder or remove it")
+            raise UserError(f"{target} already exists; give another folder or remove it")
         config = read_hf_config(source)
         try:
             self.partial.mkdir(parents=True)
             copy_companions(source, self.partial)
             self._set_dtype(config, set(dtypes.values()))
-            self._places = self._write_headers(
+            self._locations = self._write_headers(
                 {name: (dtypes[name], tuple(shape)) for name, shape in shapes.items()}
             )
         except OSError as error:
             self._fail(error)
 
     def add(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
-        """Write a tensor, or the part of it that begins at `first_row`."""
-        place = self._places[name]
-        values = tensor.to(place.dtype).contiguous()
+        """Write a tensor, or the rows of it from `first_row` on. UserError if the disk refuses."""
+        location = self._locations[name]
+        values = tensor.to(location.dtype).contiguous()
         row_bytes = prod(values.shape[1:]) * values.itemsize
         content = values.flatten().view(torch.uint8).numpy().data
         try:
-            _write_at(self.partial / place.file, content, place.offset + first_row * row_bytes)
+            _write_at(self.partial / location.file, content, location.offset + first_row * row_bytes)
         except OSError as error:
             self._fail(error)
         with self._lock:
             self._missing[name] -= len(content)
 
     def finish(self) -> None:
-        """Write the index, if there are several shards, and give the folder its name. ValueError for a tensor that never came."""
+        """Write the index, if there are several shards, and rename the folder.
+
+        ValueError if a tensor was not added.
+        """
         incomplete = [name for name, missing in self._missing.items() if missing]
         if incomplete:
             self.discard()
-            raise ValueError(f"not all of {incomplete[0]} was added, nor of {len(incomplete) - 1} others")
+            raise ValueError(
+                f"{incomplete[0]} was not added completely, nor were {len(incomplete) - 1} others"
+            )
         try:
             if len(set(self.files.values())) > 1:
                 index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.files}
@@ -111,11 +116,11 @@ class HFWriter:
             self._fail(error)
 
     def discard(self) -> None:
-        """Remove what was written so far."""
+        """Remove the files written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _set_dtype(self, config: dict, dtypes: set[torch.dtype]) -> None:
-        """transformers reads weights in the dtype that config.json names: `dtype`, or `torch_dtype` in older files."""
+        """Set the dtype in which transformers loads weights: `dtype`, or `torch_dtype` in older configs."""
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         if len(dtypes) == 1:
             stored = str(dtypes.pop()).removeprefix("torch.")
@@ -124,11 +129,13 @@ class HFWriter:
                     json.dumps({**config, key: stored}, indent=2) + "\n"
                 )
 
-    def _write_headers(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, _Place]:
-        """Begin each file: the header's length (8 bytes), the header as JSON, and room for the tensors behind it."""
-        places: dict[str, _Place] = {}
+    def _write_headers(
+        self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> dict[str, _Location]:
+        """Write each file's header (length in 8 bytes, then JSON) and allocate space for its tensors."""
+        locations: dict[str, _Location] = {}
         for file in dict.fromkeys(self.files.values()):
-            # Wide elements first, so that every tensor is aligned to its own.
+            # Wide dtypes first, so that every tensor is aligned to its element size.
             names = sorted(
                 (name for name in tensors if self.files[name] == file),
                 key=lambda name: -tensors[name][0].itemsize,
@@ -147,8 +154,10 @@ class HFWriter:
             path, begin = self.partial / file, 8 + len(text)
             path.write_bytes(len(text).to_bytes(8, "little") + text)
             os.truncate(path, begin + filled)
-            places.update((name, _Place(file, begin + starts[name], tensors[name][0])) for name in names)
-        return places
+            locations.update(
+                (name, _Location(file, begin + starts[name], tensors[name][0])) for name in names
+            )
+        return locations
 
     def _fail(self, error: Exception) -> None:
         self.discard()
@@ -156,18 +165,19 @@ class HFWriter:
 
 
 def hidden_name(target: Path) -> Path:
-    """Where a folder grows until it is complete: beside it, so that renaming is one step."""
+    """The path of an incomplete folder: next to the target, so that a rename completes it atomically."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.incomplete")
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy config, tokenizer, generation config, chat template and the like (`COMPANIONS`) into an existing folder.
+    """Copy config, tokenizer, chat template and similar files (`COMPANIONS`) into an existing folder.
 
-    Raises OSError, and `UserError` where `source` is no model folder (any more).
+    Raises OSError, and UserError if `source` is not a model folder (any more).
     """
     if not (source / "config.json").is_file():
         raise UserError(
-            f"the model folder {source} is gone or has no config.json; restore it, then run the same command again"
+            f"the model folder {source} is gone or has no config.json; restore it, then run the same command "
+            "again"
         )
     for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
         if path.is_dir():
@@ -177,7 +187,10 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def assign_shards(sizes: Mapping[str, int], limit: int) -> dict[str, str]:
-    """The file of each tensor (sizes in bytes), filled in order up to `limit`; a larger tensor has a file of its own."""
+    """The file of each tensor (sizes in bytes), filled in order up to `limit`.
+
+    A larger tensor gets a separate file.
+    """
     numbers: dict[str, int] = {}
     number, filled = 0, 0
     for name, size in sizes.items():

@@ -1,8 +1,8 @@
-"""A checkpoint's `manifest.json`: every file with its size and sha256, and what the checkpoint is of.
+"""A checkpoint's `manifest.json`: size and sha256 of every file, and information about the checkpoint.
 
-It is written last, so a folder that has one was complete at that time; a file that differs from its record was damaged afterwards.
-Hashing is work for all ranks: with `shares` of them, number `share` takes every `shares`-th file of the sorted list. No
-collectives here; the caller gathers what the ranks return.
+It is written last, so a folder with a manifest was complete at that time. A file that differs from its record
+was damaged afterwards. All ranks share the hashing: share `share` of `shares` is every `shares`-th file of
+the sorted list. No collectives here; the caller gathers the ranks' results.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ FORMAT = 1
 NAME = "manifest.json"
 BLOCK_BYTES = 4 * 2**20
 THREADS = 4
-"""Per process; sha256 lets other Python threads run while it works."""
+"""Per process. sha256 releases the GIL, so threads run in parallel."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file looked like when it was written."""
+    """Size and hash of a file when it was written."""
 
     size: int
     """Bytes."""
@@ -37,25 +37,30 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of a manifest."""
+
     files: dict[str, FileRecord]
-    """By path relative to the checkpoint, with `/` between its parts; without the manifest itself."""
+    """By path relative to the checkpoint, with `/` as separator; the manifest itself is not included."""
     info: dict[str, Any]
-    """What the checkpoint is of: a run's iteration, parallel layout, library versions; JSON values."""
+    """A run's iteration, parallel layout, library versions, as JSON values."""
 
 
 def hash_files(folder: Path, share: int = 0, shares: int = 1) -> dict[str, FileRecord]:
-    """Records of the files below `folder`, or of one share of them; the manifest is left out. Raises OSError."""
+    """Records of the files below `folder`, or of one share of them, without the manifest. Raises OSError."""
     return dict(_map(lambda name: (name, record_file(folder / name)), list_files(folder)[share::shares]))
 
 
 def list_files(folder: Path) -> list[str]:
-    """Sorted paths below `folder`, relative to it, of everything but folders and the manifest."""
+    """Sorted paths below `folder`, relative to it, of all files except the manifest.
+
+    Symbolic links are files.
+    """
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != NAME)
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileRecord], info: Mapping[str, Any]) -> None:
-    """Write the manifest, when the files it names are on the disk, and wait until it is there too. UserError when the disk refuses."""
+    """Sync the named files to disk, then write and sync the manifest. UserError if the disk refuses."""
     content = {
         "format": FORMAT,
         "files": {name: asdict(files[name]) for name in sorted(files)},
@@ -69,7 +74,7 @@ def write_manifest(folder: Path, files: Mapping[str, FileRecord], info: Mapping[
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError where the manifest is missing, garbled or of another format."""
+    """Raises UserError if the manifest is missing, malformed or has another format version."""
     path = folder / NAME
     try:
         content = json.loads(path.read_bytes())
@@ -88,13 +93,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} cannot be read ({error.strerror}), so the folder is not a complete checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged and says nothing about its checkpoint ({error!r})") from None
+        raise UserError(f"{path} is damaged and does not describe its checkpoint ({error!r})") from None
 
 
 def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> list[str]:
-    """One sentence for each file that is damaged, missing or not in the manifest; or of one share of the files.
+    """One sentence per file (of all, or of one share) that is damaged, missing or not in the manifest.
 
-    Reads every byte. An empty list from all shares means that the folder is what was written.
+    Reads every byte. If all shares return an empty list, the folder is exactly as it was written.
     """
     names = sorted({*manifest.files, *list_files(folder)})[share::shares]
     return [
@@ -105,7 +110,7 @@ def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 
 
 
 def check_file(path: Path, written: FileRecord | None) -> str | None:
-    """What is wrong with a file for which the manifest has this record, or has none; None where nothing is."""
+    """The problem of a file with this record in the manifest (None: no record), or None if it is intact."""
     if written is None:
         return f"{path} is not in the manifest"
     try:
@@ -137,7 +142,7 @@ def _map(function: Callable[[str], Result], names: list[str]) -> list[Result]:
 
 
 def _inside(name: str) -> str:
-    """`name`, if it can only be a file below the checkpoint."""
+    """`name`; ValueError unless it is a path inside the checkpoint."""
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise ValueError(f"{name!r} is not a path inside the checkpoint")
@@ -145,7 +150,7 @@ def _inside(name: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk. Raises OSError."""
+    """Wait until a file's content, or a folder's entries, are on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

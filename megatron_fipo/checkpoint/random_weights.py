@@ -1,4 +1,4 @@
-"""A model that was never trained, as an ordinary Hugging Face folder: how training from nothing starts."""
+"""A randomly initialized model as a Hugging Face folder: the start of training from scratch."""
 
 import zlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_fipo.families.registry import read_model_config
 def random_hf_weight(name: str, shape: tuple[int, ...], initializer_range: float, seed: int) -> torch.Tensor:
     """One float32 tensor: ones for norms, zeros for biases, else normal with the given standard deviation.
 
-    It depends on its name, shape and the seed alone, so no parallel layout and no order of creation changes it.
+    It depends only on its name, its shape and the seed, not on the parallel layout or the order of creation.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -25,9 +25,10 @@ def random_hf_weight(name: str, shape: tuple[int, ...], initializer_range: float
 def write_random_model(
     source: str | Path, target: str | Path, seed: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the model that `source/config.json` describes to `target`, with random weights; tokenizer and the like are copied.
+    """Write the model of `source/config.json` to `target`, with random weights.
 
-    One process, no Megatron groups needed. UserError as for `save_hf`, and for an unknown architecture.
+    Tokenizer and similar files are copied. One process, without Megatron groups. UserError as for `save_hf`,
+    and for an unknown architecture.
     """
     family, architecture = read_model_config(source)
     shapes = {

@@ -1,6 +1,7 @@
-"""A rank's random number generators, so that a resumed run goes on with the numbers that would have come next.
+"""Saves a rank's random number generators, so that a resumed run continues with the same random numbers.
 
-They belong to a rank of a parallel layout and mean nothing under another one. No pickles: byte tensors in safetensors.
+The states belong to a rank of a parallel layout and are invalid under another layout. Stored as byte tensors
+in safetensors, without pickles.
 """
 
 from pathlib import Path
@@ -14,14 +15,14 @@ from safetensors.torch import save
 from megatron_fipo.errors import UserError, writing
 
 TRACKER = "tracker/"
-"""Before the names of the states that Megatron keeps for regions of tensor parallelism."""
+"""Prefix of the names of the states that Megatron keeps for tensor-parallel regions."""
 
 
 def save_rng(folder: Path, rank: int) -> None:
     """Write `rng/rank_00000.safetensors` below the checkpoint `folder`. No collectives; a few KiB.
 
-    uint8 tensors `cpu`, `cuda` (of the current device, if there is one) and `tracker/<name>`; the layout in the metadata. Needs
-    `parallel.initialize` first. UserError if the disk refuses.
+    uint8 tensors `cpu`, `cuda` (of the current device, if there is one) and `tracker/<name>`, with the layout
+    in the metadata. Requires `parallel.initialize`. UserError if the disk refuses.
     """
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -34,11 +35,13 @@ def save_rng(folder: Path, rank: int) -> None:
 
 
 def load_rng(folder: Path, rank: int, world_size: int) -> bool:
-    """Set this rank's generators as `save_rng` found them; False, and nothing set, if another layout or device wrote them.
+    """Restore this rank's generators.
 
-    No collectives: all ranks of a run get the same answer. UserError if a file is missing or damaged.
+    Returns False, with nothing restored, if another layout or device wrote the files.
+
+    No collectives: all ranks of a run get the same result. UserError if a file is missing or damaged.
     """
-    # Rank 0 is part of every layout, this rank perhaps not.
+    # Rank 0 exists in every layout; this rank may not.
     if _read(_path(folder, 0))[0] != _layout(world_size):
         return False
     _, states = _read(_path(folder, rank))
@@ -69,7 +72,8 @@ def _layout(world_size: int) -> dict[str, str]:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return file.metadata() or {}, states
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the generator states in {path} cannot be read ({error}); use an earlier checkpoint"

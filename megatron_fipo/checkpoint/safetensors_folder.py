@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder of safetensors, one slice at a time."""
+"""Reads a Hugging Face folder of safetensors, one slice at a time."""
 
 import json
 from collections.abc import Iterable
@@ -16,18 +16,20 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """A tensor's entry in a file's header."""
+
     file: str
-    """Within the folder."""
+    """Relative to the folder."""
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it: `BF16`, `F32` and so on."""
+    """Name in the safetensors format, such as `BF16` or `F32`."""
 
 
 class SafetensorsFolder:
     """The tensors of a folder by name: one `model.safetensors`, or shards with an index.
 
-    Making one reads the headers of all files. UserError for a missing folder, index or shard, for tensors that the index lists and
-    the files lack, and for a file that is not readable safetensors.
+    The constructor reads the headers of all files. UserError for a missing folder, index or shard, for
+    tensors that are in the index but not in the files, and for a file that is not readable safetensors.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,28 +41,29 @@ class SafetensorsFolder:
         absent = [file for file in files if not (self.folder / file).is_file()]
         if absent:
             raise UserError(
-                f"model folder {self.folder} lacks {listing(absent)}, which its index names; copy it again"
+                f"model folder {self.folder} lacks {listing(absent)}, which its index lists; copy it again"
             )
         found = {name: tensor for file in files for name, tensor in self._read_header(file).items()}
         if index is not None:
             lost = [name for name, file in index.items() if name not in found or found[name].file != file]
             if lost:
                 raise UserError(
-                    f"the files in {self.folder} do not hold {listing(lost)}, though {INDEX_NAME} says so"
+                    f"the files in {self.folder} lack {listing(lost)}, which {INDEX_NAME} lists; copy them "
+                    "again"
                 )
             found = {name: found[name] for name in index}
         self.tensors: dict[str, StoredTensor] = found
-        """By name, as the index (or the single file) lists them."""
+        """By name, in the order of the index (or of the single file)."""
 
     def slice(self, name: str) -> Any:
-        """A lazily read tensor: `get_shape()`, and indexing with slices reads just those elements.
+        """A lazy tensor with `get_shape()`. Indexing with slices reads only those elements.
 
-        The file is mapped into memory for as the slice lives, so that pages which were read do not pile up.
+        The file is mapped into memory only while the slice exists, so pages that were read do not accumulate.
         """
         return self._open(self.tensors[name].file).get_slice(name)
 
     def _read_index(self) -> dict[str, str] | None:
-        """The file of each tensor; None where a single file says it itself."""
+        """The file of each tensor from the index, or None if there is a single file without an index."""
         index = self.folder / INDEX_NAME
         if index.is_file():
             try:
@@ -69,7 +72,8 @@ class SafetensorsFolder:
                 raise UserError(f"{index} is not a readable index of safetensors: {error!r}") from None
         if not (self.folder / SINGLE_NAME).is_file():
             raise UserError(
-                f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read"
+                f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors "
+                "are supported"
             )
         return None
 
@@ -77,8 +81,8 @@ class SafetensorsFolder:
         with self._open(file) as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return {
-                name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
-                for name, part in slices.items()
+                name: StoredTensor(file, tuple(tensor.get_shape()), tensor.get_dtype())
+                for name, tensor in slices.items()
             }
 
     def _open(self, file: str) -> Any:
@@ -86,12 +90,12 @@ class SafetensorsFolder:
             return safe_open(self.folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{self.folder / file} is not a readable safetensors file (damaged or cut short?): {error}"
+                f"{self.folder / file} is not a readable safetensors file (damaged or truncated?): {error}"
             ) from None
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:
-    """Names for an error message: all of them, or the first and how many more."""
+    """Names for an error message: all of them, or the first `limit` and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

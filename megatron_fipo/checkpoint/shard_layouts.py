@@ -1,7 +1,8 @@
-"""How Hugging Face tensors and Megatron's tensor-parallel shards are made of each other, and which rank holds which.
+"""Conversion between Hugging Face tensors and Megatron's tensor-parallel shards; the weights of each rank.
 
-Each `Layout` is a pair of functions: `shard` reads from the parts what one rank holds, `join` puts the shards of all ranks
-together and takes them apart into whole parts again. They are exact inverses.
+Each `Layout` is a pair of functions. `shard` reads a rank's shard from the Hugging Face tensors of a weight.
+`join` concatenates the shards of all ranks and separates the complete Hugging Face tensors again. They are
+exact inverses.
 """
 
 from collections.abc import Sequence
@@ -18,20 +19,20 @@ from megatron_fipo.families.family import (
     Family,
     Layout,
     Weight,
+    padded_vocab_size,
 )
-from megatron_fipo.families.vocab import padded_vocab_size
 from megatron_fipo.model.layer_spec import SHARED_NAMES
 
 
-class Source(Protocol):
-    """A tensor, or a slice of a safetensors file that is read only where it is indexed."""
+class TensorSource(Protocol):
+    """A tensor, or a lazy slice of a safetensors file that reads only the indexed elements."""
 
     def __getitem__(self, index: Any) -> torch.Tensor: ...
 
 
 class _Converter(Protocol):
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor: ...
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]: ...
@@ -39,9 +40,9 @@ class _Converter(Protocol):
 
 class _Replicated:
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor:
-        return parts[0][:]
+        return tensors[0][:]
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
         return [shards[0]]
@@ -49,9 +50,9 @@ class _Replicated:
 
 class _Column:
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor:
-        return _rows(parts[0], rank, size)
+        return _rows(tensors[0], rank, size)
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
         return [torch.cat(list(shards))]
@@ -59,10 +60,10 @@ class _Column:
 
 class _Row:
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor:
-        width = _shape(parts[0])[1] // size
-        return parts[0][:, rank * width : (rank + 1) * width]
+        width = _shape(tensors[0])[1] // size
+        return tensors[0][:, rank * width : (rank + 1) * width]
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
         return [torch.cat(list(shards), dim=1)]
@@ -70,13 +71,13 @@ class _Row:
 
 class _Vocabulary:
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor:
-        rows, width = _shape(parts[0])
+        rows, width = _shape(tensors[0])
         height = padded_vocab_size(rows, size) // size
         first, last = min(rank * height, rows), min((rank + 1) * height, rows)
-        held = parts[0][first:last]
-        return torch.cat((held, held.new_zeros(height - len(held), width)))
+        values = tensors[0][first:last]
+        return torch.cat((values, values.new_zeros(height - len(values), width)))
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
         return [torch.cat(list(shards))[: architecture.vocab_size]]
@@ -84,9 +85,9 @@ class _Vocabulary:
 
 class _GateUp:
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor:
-        return torch.cat([_rows(part, rank, size) for part in parts])
+        return torch.cat([_rows(tensor, rank, size) for tensor in tensors])
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
         halves = [shard.chunk(2) for shard in shards]
@@ -95,17 +96,17 @@ class _GateUp:
 
 class _Qkv:
     def shard(
-        self, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+        self, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
     ) -> torch.Tensor:
         groups = architecture.num_query_groups // size
-        held = [_rows(part, rank, size) for part in parts]
-        return torch.cat([part.unflatten(0, (groups, -1)) for part in held], dim=1).flatten(0, 1)
+        rows = [_rows(tensor, rank, size) for tensor in tensors]
+        return torch.cat([values.unflatten(0, (groups, -1)) for values in rows], dim=1).flatten(0, 1)
 
     def join(self, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
         head = architecture.kv_channels
         queries = head * (architecture.num_attention_heads // architecture.num_query_groups)
-        whole = torch.cat(list(shards)).unflatten(0, (architecture.num_query_groups, -1))
-        return [part.flatten(0, 1) for part in whole.split([queries, head, head], dim=1)]
+        grouped = torch.cat(list(shards)).unflatten(0, (architecture.num_query_groups, -1))
+        return [values.flatten(0, 1) for values in grouped.split([queries, head, head], dim=1)]
 
 
 LAYOUTS: dict[Layout, _Converter] = {
@@ -119,39 +120,44 @@ LAYOUTS: dict[Layout, _Converter] = {
 
 
 def shard(
-    weight: Weight, parts: Sequence[Source], architecture: Architecture, rank: int, size: int
+    weight: Weight, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
 ) -> torch.Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of a weight, read from its Hugging Face parts (in the rule's order)."""
-    return LAYOUTS[weight.layout].shard(parts, architecture, rank, size)
+    """The shard of tensor-parallel rank `rank` of `size`. `tensors` are in the rule's order."""
+    return LAYOUTS[weight.layout].shard(tensors, architecture, rank, size)
 
 
 def join(weight: Weight, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[torch.Tensor]:
-    """The whole Hugging Face parts, in the rule's order, from the shards of all ranks; vocabulary padding is cut off."""
+    """The complete Hugging Face tensors (in the rule's order) from all shards, without vocabulary padding."""
     return LAYOUTS[weight.layout].join(shards, architecture)
 
 
-def _shape(source: Source) -> Sequence[int]:
-    return source.shape if isinstance(source, torch.Tensor) else source.get_shape()  # type: ignore[attr-defined]
+def _shape(source: TensorSource) -> Sequence[int]:
+    if isinstance(source, torch.Tensor):
+        return source.shape
+    return source.get_shape()  # type: ignore[attr-defined]
 
 
-def _rows(source: Source, rank: int, size: int) -> torch.Tensor:
+def _rows(source: TensorSource, rank: int, size: int) -> torch.Tensor:
     height = _shape(source)[0] // size
     return source[rank * height : (rank + 1) * height]
 
 
 @dataclass(frozen=True)
 class ModelMap:
-    """Which parameter of this rank's chunks each weight of the model is."""
+    """The weights of the model and the parameters of this rank's chunks."""
 
     family: Family
     architecture: Architecture
     weights: list[Weight]
-    """All weights of the whole model, in Hugging Face order; the same list on every rank."""
+    """All weights of the complete model, in Hugging Face order; the same list on every rank."""
     parameters: dict[str, torch.nn.Parameter]
-    """The ones held by this rank, by their name in the whole model."""
+    """This rank's parameters, by their name in the complete model."""
 
     def local(self) -> list[tuple[Weight, torch.nn.Parameter]]:
-        """The weights to read on this rank. The last stage's copy of a tied embedding is one more reading of the embedding."""
+        """The weights to load on this rank.
+
+        The last stage's copy of a tied embedding is a second load of the embedding.
+        """
         pairs = [
             (weight, self.parameters[weight.megatron])
             for weight in self.weights
@@ -166,7 +172,7 @@ class ModelMap:
 def map_model(model_chunks: Sequence[torch.nn.Module]) -> ModelMap:
     """Match the parameters of this rank's chunks (wrapped or not) with the family's table.
 
-    ValueError naming a parameter that the table does not have: nothing can be left behind unnoticed.
+    ValueError naming a parameter that is not in the table, so that no parameter is skipped silently.
     """
     chunks = [_unwrap(chunk) for chunk in model_chunks]
     family, architecture = chunks[0].family, chunks[0].architecture
@@ -185,7 +191,7 @@ def _unwrap(chunk: Any) -> Any:
 
 
 def _global_parameters(chunk: GPTModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters under the names of the whole model: layers counted over all stages, norms named as in `SHARED_NAMES`."""
+    """Parameters by their name in the complete model (layers over all stages, norms as in `SHARED_NAMES`)."""
     named = []
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):

@@ -144,8 +144,8 @@ def _target(arguments: argparse.Namespace) -> Path:
 def _print_map(folder: Path, arguments: argparse.Namespace) -> int:
     from megatron_fipo.checkpoint.convert.name_map import describe_map
     from megatron_fipo.config import ParallelConfig
+    from megatron_fipo.config.divisibility import check_divisibility
     from megatron_fipo.families.registry import read_model_config
-    from megatron_fipo.model.build import check_split
 
     family, architecture = read_model_config(folder)
     parallel = ParallelConfig(
@@ -153,7 +153,7 @@ def _print_map(folder: Path, arguments: argparse.Namespace) -> int:
         pipeline_model_parallel_size=arguments.pipeline_parallel,
         virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_parallel,
     )
-    check_split(architecture, parallel)
+    check_divisibility(architecture, parallel)
     for line in describe_map(family, architecture, parallel):
         print(line)
     return 0

@@ -1,8 +1,8 @@
 """Checks of settings against each other, the model and the machine, before anything starts. Pure: facts are arguments."""
 
-import math
 from typing import TYPE_CHECKING
 
+from megatron_fipo.config.divisibility import check_divisibility
 from megatron_fipo.config.gpu_rules import (
     check_accelerators,
     check_adam,
@@ -72,25 +72,8 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
             f"parallel.virtual_pipeline_model_parallel_size={chunks} must be null, or at least 2 with "
             "parallel.pipeline_model_parallel_size at least 2"
         )
-    if architecture is None:
-        return
-    divided = {
-        "attention heads": architecture.num_attention_heads,
-        "key-value groups": architecture.num_query_groups,
-        "feed-forward width": architecture.ffn_hidden_size,
-    }
-    for what, size in divided.items():
-        if size % tp:
-            raise UserError(
-                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
-                f"choose a divisor of {math.gcd(*divided.values())}"
-            )
-    if architecture.num_layers % (pp * (chunks or 1)):
-        virtual = f" times parallel.virtual_pipeline_model_parallel_size={chunks}" if chunks else ""
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size={pp}{virtual} does not divide the model's {architecture.num_layers} layers; "
-            "choose sizes whose product divides them"
-        )
+    if architecture is not None:
+        check_divisibility(architecture, parallel)
 
 
 def _check_machine(

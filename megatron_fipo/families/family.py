@@ -1,8 +1,9 @@
-"""What a model family is: a translation of its Hugging Face config, and a table of its weights.
+"""The definition of a model family: a translation of its Hugging Face config, and a table of its weights.
 
-A family is data. Its file (see `qwen2.py`) holds one function from `config.json` to `Architecture` and one tuple of `Rule`s, both
-built on `dense.py`; `families.py` registers it under the names that Hugging Face puts into `architectures`. Building the model,
-converting weights in both directions and counting what each rank will hold need nothing else.
+A family is data. Its file (see `qwen2.py`) has one function from `config.json` to `Architecture` and one
+tuple of `Rule`s, both built on `dense_decoder.py`. `registry.py` registers it under the names that Hugging
+Face writes to `architectures`. Building the model, converting weights in both directions and computing the
+memory of each rank need nothing else.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,29 +14,36 @@ from math import prod
 from typing import Any
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.families.vocab import padded_vocab_size
+
+EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
+OUTPUT_WEIGHT = "output_layer.weight"
+"""Megatron-Core's names of the parameters at the two ends of the model."""
 
 
 class Layout(StrEnum):
-    """How the Hugging Face parts of a weight lie in Megatron's parameter, and how tensor parallelism cuts it."""
+    """How a Megatron parameter consists of Hugging Face tensors, and how tensor parallelism shards it."""
 
     REPLICATED = "replicated"
-    """One part, the same on every rank."""
+    """One tensor, the same on every rank."""
     COLUMN = "column"
-    """One part, cut along dimension 0 (output features)."""
+    """One tensor, sharded along dimension 0 (output features)."""
     ROW = "row"
-    """One part, cut along dimension 1 (input features)."""
+    """One tensor, sharded along dimension 1 (input features)."""
     VOCABULARY = "vocabulary"
-    """One part, padded with zero rows to a multiple, then cut along dimension 0."""
+    """One tensor, padded with zero rows to a multiple, then sharded along dimension 0."""
     GATE_UP = "gate_up"
-    """Two parts of equal shape; a rank holds its piece of the first above its piece of the second."""
+    """Two tensors of equal shape. A rank has its rows of the first, followed by its rows of the second."""
     QKV = "qkv"
-    """Three parts; rows are ordered by key-value group, each [its query heads | its key head | its value head]."""
+    """Three tensors. Rows are ordered by key-value group: [query heads of the group | key head | value
+    head]."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers that shape a dense decoder, under Megatron-Core's names. `vocab_size` is Hugging Face's, not padded."""
+    """The sizes of a dense decoder, under Megatron-Core's names.
+
+    `vocab_size` is Hugging Face's, without padding.
+    """
 
     num_layers: int
     hidden_size: int
@@ -55,7 +63,7 @@ class Architecture:
     initializer_range: float = 0.02
 
     def size(self, dimension: str) -> int:
-        """Length of a named dimension of a Hugging Face weight; the names are those that `Part.dimensions` uses."""
+        """Length of a named dimension of a Hugging Face weight (see `HfTensor.dimensions`)."""
         return {
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
@@ -67,11 +75,13 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One Hugging Face tensor: its name, with `{layer}` for the layer's index from 0, and its named dimensions."""
+class HfTensor:
+    """One Hugging Face tensor of a rule."""
 
     name: str
+    """With `{layer}` for the layer's index, from 0."""
     dimensions: tuple[str, ...]
+    """Names that `Architecture.size` maps to lengths."""
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
         return tuple(architecture.size(dimension) for dimension in self.dimensions)
@@ -79,42 +89,45 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and the Hugging Face tensors it is made of.
+    """One Megatron parameter and the Hugging Face tensors it consists of.
 
-    `megatron` is the name in the whole model (`{layer}` counts over all pipeline stages), in the form that both layer specs
-    share: norms under the linear layer that follows them, as Transformer Engine has them.
+    `megatron` is the name in the complete model (`{layer}` counts over all pipeline stages), in the form that
+    both layer specs share: a norm is named as part of the linear layer that follows it, as in Transformer
+    Engine.
     """
 
     megatron: str
     layout: Layout
-    parts: tuple[Part, ...]
+    tensors: tuple[HfTensor, ...]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A rule applied to one layer (or to the model's ends): concrete names and shapes."""
+    """A rule applied to one layer (or to the model's ends): actual names and shapes."""
 
     megatron: str
     layout: Layout
     names: tuple[str, ...]
+    """Hugging Face tensors, in the rule's order."""
     shapes: tuple[tuple[int, ...], ...]
+    """Of these tensors."""
     layer: int | None = None
     """Counted from 0 over all pipeline stages; None at the model's ends."""
 
     @property
     def is_layer_matrix(self) -> bool:
-        """Whether a layer multiplies by it: neither a norm, nor a bias, nor one of the model's ends."""
+        """Whether it is a matrix of a layer: not a norm, a bias, or a weight at the model's ends."""
         return self.layer is not None and all(len(shape) == 2 for shape in self.shapes)
 
     @property
     def parameters(self) -> int:
-        """Of the whole weight, its vocabulary not padded."""
+        """Number of parameters of the complete weight, without vocabulary padding."""
         return sum(map(prod, self.shapes))
 
     def parameters_per_rank(self, tensor_model_parallel_size: int) -> int:
-        """On each tensor-parallel rank: all of a replicated weight, else an equal share, of a vocabulary with its padding.
+        """Parameters on each tensor-parallel rank: all if replicated, else an equal share (padding included).
 
-        ValueError where the shares would not be equal.
+        ValueError if the shares would not be equal.
         """
         if self.layout is Layout.REPLICATED:
             return self.parameters
@@ -128,23 +141,25 @@ class Weight:
         share, rest = divmod(self.parameters, tensor_model_parallel_size)
         if rest:
             raise ValueError(
-                f"the {self.parameters} parameters of {self.megatron} do not split over {tensor_model_parallel_size} "
-                "tensor-parallel ranks"
+                f"the {self.parameters} parameters of {self.megatron} do not divide over "
+                f"{tensor_model_parallel_size} tensor-parallel ranks"
             )
         return share
 
 
 @dataclass(frozen=True)
 class Family:
+    """A set of models with the same config keys and the same weights."""
+
     name: str
     architectures: tuple[str, ...]
-    """Names in the `architectures` field of config.json that this family reads."""
+    """Names in the `architectures` field of config.json that belong to this family."""
     translate: Callable[[dict[str, Any]], Architecture]
-    """From the parsed config.json; UserError naming the key of a wrong size, or of a variant that the family does not cover."""
+    """From the parsed config.json. UserError naming the key of a wrong size or of an unsupported variant."""
     rules: tuple[Rule, ...]
 
     def weights(self, architecture: Architecture) -> Iterator[Weight]:
-        """All weights of the model as Hugging Face stores it, layer after layer; no `lm_head` where embeddings are tied."""
+        """All weights in Hugging Face order, layer by layer; no `lm_head` if embeddings are tied."""
         for layered, group in groupby(self.rules, key=lambda rule: "{layer}" in rule.megatron):
             rules = list(group)
             for layer in range(architecture.num_layers if layered else 1):
@@ -154,23 +169,34 @@ class Family:
                     yield Weight(
                         rule.megatron.format(layer=layer),
                         rule.layout,
-                        tuple(part.name.format(layer=layer) for part in rule.parts),
-                        tuple(part.shape(architecture) for part in rule.parts),
+                        tuple(tensor.name.format(layer=layer) for tensor in rule.tensors),
+                        tuple(tensor.shape(architecture) for tensor in rule.tensors),
                         layer if layered else None,
                     )
 
     def parameters(self, architecture: Architecture) -> int:
-        """Of the whole model, the vocabulary not padded."""
+        """Number of parameters of the complete model, without vocabulary padding."""
         return sum(weight.parameters for weight in self.weights(architecture))
 
 
 def read_size(config: dict[str, Any], key: str) -> int:
-    """`config[key]`, a positive whole number. UserError naming the key for anything else, KeyError where it is missing."""
+    """`config[key]`, a positive integer.
+
+    UserError naming the key for anything else, KeyError if it is missing.
+    """
     value = config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{key} has to be a positive whole number, not {value!r}")
+        raise UserError(f"{key} has to be a positive integer, not {value!r}")
     return value
 
 
-EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
-OUTPUT_WEIGHT = "output_layer.weight"
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """The vocabulary size rounded up, so that every rank has the same number of embedding and output rows.
+
+    Vocabularies above 1,024 are padded to a multiple of 128 rows per rank, which keeps matrix kernels fast;
+    smaller ones (test models) only as far as necessary. Padding rows exist in memory only: no Hugging Face
+    folder has them, and the head never scores them.
+    """
+    rows_per_rank = 128 if vocab_size > 1024 else 1
+    multiple = rows_per_rank * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple

@@ -1,4 +1,7 @@
-"""Llama 3, 3.1, 3.2 (text) and 3.3, and older ones of the same form: no biases, no head norms, rotary scaling 'llama3' or none."""
+"""Llama 3, 3.1, 3.2 (text), 3.3, and older models of the same form.
+
+No biases, no head norms, rotary scaling 'llama3' or none.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from megatron_fipo.families.family import Architecture, Family
 
 
 def translate(config: dict[str, Any]) -> Architecture:
-    """As `dense_architecture`; UserError for biases too."""
+    """As `dense_architecture`; UserError also for biases."""
     refuse_true(config, "attention_bias", "mlp_bias")
     return dense_architecture(config)
 

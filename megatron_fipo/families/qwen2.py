@@ -7,7 +7,7 @@ from megatron_fipo.families.family import Architecture, Family
 
 
 def translate(config: dict[str, Any]) -> Architecture:
-    """As `dense_architecture`; UserError for sliding windows too."""
+    """As `dense_architecture`; UserError also for sliding windows."""
     refuse_true(config, "use_sliding_window")
     return dense_architecture(config, add_qkv_bias=True)
 

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): a norm on each query and key head, no biases, heads of 128 whatever the hidden size."""
+"""Qwen3 (dense): a norm on each query and key head, no biases, head size 128 for every hidden size."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from megatron_fipo.families.family import Architecture, Family
 
 
 def translate(config: dict[str, Any]) -> Architecture:
-    """As `dense_architecture`, with transformers' default for `head_dim`; UserError for sliding windows and biases too."""
+    """As `dense_architecture`, with transformers' default for `head_dim`.
+
+    UserError also for sliding windows and biases.
+    """
     refuse_true(config, "use_sliding_window", "attention_bias")
     return dense_architecture({"head_dim": 128} | config, qk_layernorm=True)
 

@@ -1,4 +1,7 @@
-"""The registry of model families, and reading the config.json that picks one. A new family is one file and one line here."""
+"""The registry of model families, and reading config.json to choose one.
+
+A new family is one file and one line here.
+"""
 
 import json
 from pathlib import Path
@@ -17,15 +20,18 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """The numbers of the model in a Hugging Face folder, of which only the config.json is read. Errors as `read_model_config`."""
+    """The architecture of the model in a Hugging Face folder; only config.json is read.
+
+    Errors as `read_model_config`.
+    """
     return read_model_config(folder)[1]
 
 
 def read_model_config(folder: str | Path) -> tuple[Family, Architecture]:
-    """A Hugging Face folder's config.json as the family that it names and the numbers for it.
+    """The family named by a Hugging Face folder's config.json, and the model's architecture.
 
-    UserError as `read_hf_config`, and naming the file for an unknown architecture, a missing or impossible size, and a variant
-    that the family does not cover.
+    UserError as `read_hf_config`; UserError naming the file for an unknown architecture, a missing or invalid
+    size, and a variant that the family does not support.
     """
     hf_config = read_hf_config(folder)
     try:
@@ -36,7 +42,10 @@ def read_model_config(folder: str | Path) -> tuple[Family, Architecture]:
 
 
 def find_family(hf_config: dict[str, Any]) -> Family:
-    """The family of a parsed config.json, by its `architectures`. UserError listing the known ones for any other."""
+    """The family of a parsed config.json, by its `architectures`.
+
+    UserError listing the known ones for any other.
+    """
     named = hf_config.get("architectures")
     names = [str(name) for name in named] if isinstance(named, list) else []
     for name in names:
@@ -48,11 +57,12 @@ def find_family(hf_config: dict[str, Any]) -> Family:
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed `config.json` of a Hugging Face folder. UserError where there is none or it cannot be read."""
+    """The parsed `config.json` of a Hugging Face folder. UserError if there is none or it cannot be read."""
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
         raise UserError(
-            f"no model folder {folder}; download the model and give its folder (paths start at the current directory)"
+            f"no model folder {folder}; download the model and give its folder (paths are relative to the "
+            "current directory)"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -65,5 +75,5 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} has to hold a JSON object")
+        raise UserError(f"{path} has to be a JSON object")
     return config

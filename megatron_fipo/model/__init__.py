@@ -1,8 +1,10 @@
-"""The model: a Hugging Face config as a Megatron-Core model, its layers, its log-prob head.
+"""The model: a Hugging Face config as a Megatron-Core model, its layers and its log-prob head.
 
-Importing this package installs the CPU platform where there is no CUDA (`cpu.install`), and that has to happen before the
-first import of `megatron.core`. Import order within a file cannot promise it (sorted imports put `megatron` first), so every
-package whose modules import Megatron-Core imports this one in its `__init__.py`.
+Trainer ranks run it.
+
+Importing this package installs the CPU platform if CUDA is unavailable (`cpu.install`). This must happen
+before the first import of `megatron.core`. Sorted imports put `megatron` first, so modules outside this
+package that use Megatron-Core import this package before it explicitly.
 """
 
 from megatron_fipo.model import cpu

@@ -1,11 +1,12 @@
-"""Causal attention over packed sequences in plain torch, split over context-parallel ranks.
+"""Causal attention over packed sequences in plain torch, with context parallelism.
 
-Sequences in a pack are short and many, or long and few; a [T, T] mask would cost T^2 for either. Here the pack is cut into
-buckets of sequences of similar length (within a factor of two), each bucket is padded to its longest and goes through one
-batched `scaled_dot_product_attention`. Indices and masks are made once per micro-batch and shared by all layers.
+A pack has many short sequences or a few long ones; a [T, T] mask would cost T^2 in both cases. Instead the
+sequences are grouped into buckets of similar length (within a factor of two). Each bucket is padded to its
+longest sequence and runs as one batched `scaled_dot_product_attention`. Indices and masks are computed once
+per micro-batch and shared by all layers.
 
-Context parallelism is Megatron's zigzag: of each sequence, cut into 2·cp chunks, rank r holds chunks r and 2·cp-1-r. Keys and
-values are gathered from all ranks, and each query sees the keys up to its own position.
+Context parallelism is Megatron's zigzag: each sequence is cut into 2·cp chunks, and rank r holds chunks r and
+2·cp-1-r. Keys and values are gathered from all ranks. Each query attends to the keys up to its own position.
 """
 
 import math
@@ -22,64 +23,80 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""All but cuDNN's, which makes a plan for every new shape, tens of milliseconds each; nearly every pack has new ones."""
+"""All but cuDNN's, which builds a plan for every new shape (tens of milliseconds). Nearly every pack has new
+shapes."""
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Some sequences of one pack, as a batch of B rows: Lq query positions of this rank, Lk key positions of all ranks."""
+class AttentionBucket:
+    """Some sequences of a pack as a batch of B rows.
+
+    Lq query positions are of this rank, Lk key positions of all ranks.
+    """
 
     size: tuple[int, int, int]
     """B, Lq, Lk."""
     query_tokens: torch.Tensor
-    """int64 [tokens]: which of this rank's tokens belong to this bucket, sequence by sequence."""
+    """int64 [tokens]: indices of this bucket's tokens among this rank's tokens, sequence by sequence."""
     query_slots: torch.Tensor
-    """int64 [tokens]: where each goes in the flattened [B, Lq] batch."""
+    """int64 [tokens]: index of each in the flattened [B, Lq] batch."""
     key_tokens: torch.Tensor
-    """int64 [tokens · cp]: which gathered keys (rank after rank) belong to this bucket, in order of position."""
+    """int64 [tokens · cp]: indices of this bucket's keys among the gathered keys (rank by rank), in order of
+    position."""
     key_slots: torch.Tensor
-    """int64 [tokens · cp]: where each goes in the flattened [B, Lk] batch."""
+    """int64 [tokens · cp]: index of each in the flattened [B, Lk] batch."""
     mask: torch.Tensor | None
-    """bool [B, 1, Lq, Lk], true where the query sees the key; None without context parallelism (plain causal)."""
+    """bool [B, 1, Lq, Lk], true if the query attends to the key; None without context parallelism (plain
+    causal)."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one pack goes through attention on one rank."""
+class AttentionPlan:
+    """The buckets of one pack on one rank."""
 
-    buckets: list[Bucket]
+    buckets: list[AttentionBucket]
     order: torch.Tensor
-    """int64 [T]: where each of this rank's tokens is among the buckets' tokens laid end to end."""
+    """int64 [T]: index of each of this rank's tokens among the buckets' concatenated tokens."""
 
 
-def attention_plan(packed: PackedSeqParams, cp_rank: int, cp_size: int, device: torch.device) -> Plan:
-    """The plan of a pack; made at the first layer and kept on the `PackedSeqParams`, so it lives exactly as long.
+def attention_plan(
+    packed: PackedSeqParams, cp_rank: int, cp_size: int, device: torch.device
+) -> AttentionPlan:
+    """The plan of a pack.
 
-    ValueError unless the pack is THD and each (padded) sequence divides by 2·cp. Reads `cu_seqlens` on the host once per pack.
+    Built at the first layer and stored on the `PackedSeqParams`, so both have the same lifetime.
+
+    ValueError unless the pack is THD and each (padded) length is a multiple of 2·cp. Copies `cu_seqlens` to
+    the host once per pack.
     """
     plan = getattr(packed, "_attention_plan", None)
     if plan is None:
         if packed.qkv_format != "thd":
             raise ValueError(
-                f"attention takes packed sequences (qkv_format 'thd'), not {packed.qkv_format!r}"
+                f"attention needs packed sequences (qkv_format 'thd'), not {packed.qkv_format!r}"
             )
         cu_seqlens = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
         lengths = cu_seqlens.diff().cpu()
         if int(lengths.max()) > int(packed.max_seqlen_q):
             raise ValueError(
-                f"a packed sequence has {int(lengths.max())} tokens, but max_seqlen_q is {packed.max_seqlen_q}"
+                f"a packed sequence has {int(lengths.max())} tokens, but max_seqlen_q is "
+                f"{packed.max_seqlen_q}"
             )
         plan = build_plan(lengths, cp_rank, cp_size, device)
         packed._attention_plan = plan
     return plan
 
 
-def build_plan(lengths: torch.Tensor, cp_rank: int, cp_size: int, device: torch.device) -> Plan:
-    """The plan for sequences of the given global padded lengths (int [S], on the host). Pure but for the copy to `device`."""
+def build_plan(lengths: torch.Tensor, cp_rank: int, cp_size: int, device: torch.device) -> AttentionPlan:
+    """The plan for sequences of the given global padded lengths (int [S], on the host).
+
+    Pure, except for the copy to `device`.
+    """
     lengths = lengths.long()
     if cp_size > 1 and (lengths % (2 * cp_size)).any():
         raise ValueError(
-            f"packed sequences have to be padded to multiples of {2 * cp_size} for {cp_size} context-parallel ranks"
+            f"packed sequences must be padded to multiples of {2 * cp_size} for {cp_size} "
+            "context-parallel ranks"
         )
     local_starts = (lengths.cumsum(0) - lengths) // cp_size
     local_total = int(lengths.sum()) // cp_size
@@ -92,7 +109,7 @@ def build_plan(lengths: torch.Tensor, cp_rank: int, cp_size: int, device: torch.
         buckets.append(
             _build_bucket(lengths[members], local_starts[members], local_total, cp_rank, cp_size, device)
         )
-    return Plan(buckets, torch.cat([bucket.query_tokens for bucket in buckets]).argsort())
+    return AttentionPlan(buckets, torch.cat([bucket.query_tokens for bucket in buckets]).argsort())
 
 
 def _build_bucket(
@@ -102,23 +119,23 @@ def _build_bucket(
     cp_rank: int,
     cp_size: int,
     device: torch.device,
-) -> Bucket:
+) -> AttentionBucket:
     longest = int(lengths.max())
     batch, width = len(lengths), longest // cp_size
     rows, columns = _ragged(lengths // cp_size)
     query_tokens, query_slots = local_starts[rows] + columns, rows * width + columns
     if cp_size == 1:
         tokens, slots = query_tokens.to(device), query_slots.to(device)
-        return Bucket((batch, width, width), tokens, slots, tokens, slots, mask=None)
+        return AttentionBucket((batch, width, width), tokens, slots, tokens, slots, mask=None)
     key_rows, key_positions = _ragged(lengths)
     owner, offset = zigzag_owner(key_positions, lengths[key_rows], cp_size)
     key_tokens = owner * local_total + local_starts[key_rows] + offset
-    # Padding queries keep position 0, so that every row of the mask shows at least one key.
+    # Padding queries keep position 0, so that every row of the mask has at least one key.
     query_positions = torch.zeros(batch * width, dtype=torch.long)
     mine = owner == cp_rank
     query_positions[key_rows[mine] * width + offset[mine]] = key_positions[mine]
     mask = torch.arange(longest, device=device) <= query_positions.view(batch, 1, width, 1).to(device)
-    return Bucket(
+    return AttentionBucket(
         (batch, width, longest),
         query_tokens.to(device),
         query_slots.to(device),
@@ -129,7 +146,7 @@ def _build_bucket(
 
 
 def _ragged(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, column) of every element of rows of the given lengths, row after row."""
+    """(row, column) of every element of rows with the given lengths, row by row."""
     rows = torch.arange(len(lengths)).repeat_interleave(lengths)
     columns = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths)[rows]
     return rows, columns
@@ -138,7 +155,10 @@ def _ragged(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def zigzag_owner(
     positions: torch.Tensor, lengths: torch.Tensor, cp_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which context-parallel rank holds a position of a sequence, and at which offset within its part. All int64 [T]."""
+    """The context-parallel rank of a position of a sequence, and its offset within that rank's part.
+
+    All int64 [T].
+    """
     chunk_length = lengths // (2 * cp_size)
     chunk = positions // chunk_length
     second = chunk >= cp_size
@@ -147,10 +167,11 @@ def zigzag_owner(
 
 
 class PackedAttention(MegatronModule):
-    """Core attention of a Megatron layer for packed (THD) input, with grouped-query heads and context parallelism.
+    """Core attention of a Megatron layer: packed (THD) input, grouped-query heads, context parallelism.
 
-    Collectives per layer with context parallelism: one all-gather of keys and values forward and one reduce-scatter of their
-    gradient backward, each of 2 · T · query_groups/tp · kv_channels elements per rank.
+    Collectives per layer with context parallelism: one all-gather of keys and values forward and one
+    reduce-scatter of their gradient backward, each of 2 · T · query_groups/tp · kv_channels elements per
+    rank.
     """
 
     def __init__(
@@ -181,7 +202,7 @@ class PackedAttention(MegatronModule):
         """query [T, heads, d], key and value [T, groups, d] of this rank -> [T, heads · d]."""
         if packed_seq_params is None or attention_mask is not None or attention_bias is not None:
             raise ValueError(
-                "attention takes packed sequences only: give packed_seq_params, and no attention_mask or bias"
+                "attention needs packed sequences: pass packed_seq_params, and no attention_mask or bias"
             )
         cp_size = self.cp_group.size()
         plan = attention_plan(packed_seq_params, self.cp_group.rank(), cp_size, query.device)
@@ -191,16 +212,16 @@ class PackedAttention(MegatronModule):
         return attend(plan, query, key_value, self.softmax_scale).flatten(1)
 
 
-def attend(plan: Plan, query: torch.Tensor, key_value: torch.Tensor, scale: float) -> torch.Tensor:
-    """query [T, heads, d] of this rank, key_value [T · cp, groups, 2d] of all ranks in rank order -> [T, heads, d]."""
+def attend(plan: AttentionPlan, query: torch.Tensor, key_value: torch.Tensor, scale: float) -> torch.Tensor:
+    """query [T, heads, d] of this rank, key_value [T · cp, groups, 2d] in rank order -> [T, heads, d]."""
     attended = [_attend_bucket(bucket, query, key_value, scale) for bucket in plan.buckets]
     return torch.cat(attended).index_select(0, plan.order)
 
 
 def _attend_bucket(
-    bucket: Bucket, query: torch.Tensor, key_value: torch.Tensor, scale: float
+    bucket: AttentionBucket, query: torch.Tensor, key_value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """[tokens, heads, d]: one bucket's queries over its keys."""
+    """[tokens, heads, d]: attention of one bucket's queries over its keys."""
     batch, query_width, key_width = bucket.size
     queries = _pad(query.index_select(0, bucket.query_tokens), bucket.query_slots, batch, query_width)
     gathered = key_value.index_select(0, bucket.key_tokens)
@@ -219,6 +240,6 @@ def _attend_bucket(
 
 
 def _pad(tokens: torch.Tensor, slots: torch.Tensor, batch: int, width: int) -> torch.Tensor:
-    """[tokens, n, d] -> [batch, n, width, d], zeros where no token goes."""
+    """[tokens, n, d] -> [batch, n, width, d], zero in slots without a token."""
     padded = tokens.new_zeros(batch * width, *tokens.shape[1:]).index_copy(0, slots, tokens)
     return padded.view(batch, width, *tokens.shape[1:]).transpose(1, 2)

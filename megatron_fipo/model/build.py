@@ -1,4 +1,7 @@
-"""From a Hugging Face folder to Megatron-Core model chunks on this rank. Weights come later, by `load_hf_weights`."""
+"""Builds the Megatron-Core model chunks of this rank from a Hugging Face config.
+
+`load_hf_weights` loads the weights.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.config.divisibility import check_divisibility
 from megatron_fipo.environment import can_compile
-from megatron_fipo.errors import UserError
-from megatron_fipo.families.family import Architecture
+from megatron_fipo.families.family import Architecture, padded_vocab_size
 from megatron_fipo.families.registry import read_model_config
-from megatron_fipo.families.vocab import padded_vocab_size
 from megatron_fipo.model import mcore
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
 from megatron_fipo.model.megatron_precision import layer_precision
@@ -29,13 +31,14 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them, in pipeline order.
 
-    `folder` needs its config.json only. Parameters have `model.dtype` and random values. Each chunk also carries `family`,
-    `architecture` and `unpadded_vocab_size`. Needs `parallel.initialize` first. With tied embeddings and several pipeline stages
-    it is collective over the embedding group (one all-reduce of the embedding, by Megatron-Core).
-    UserError for an unknown architecture, or one that the parallel sizes do not divide.
+    Of `folder` only config.json is read. Parameters have `model.dtype` and random values. Each chunk has the
+    additional attributes `family`, `architecture` and `unpadded_vocab_size`. Requires `parallel.initialize`.
+    With tied embeddings and several pipeline stages it is collective over the embedding group (one all-reduce
+    of the embedding, by Megatron-Core). UserError for an unknown architecture, or one that the parallel sizes
+    do not divide.
     """
     family, architecture = read_model_config(folder)
-    check_split(architecture, parallel)
+    check_divisibility(architecture, parallel)
     layer_spec = choose_layer_spec(model.layer_spec, model.dtype)
     config = transformer_config(architecture, model, parallel, layer_spec)
     virtual_stages = parallel.virtual_pipeline_model_parallel_size
@@ -56,44 +59,16 @@ def build_model(
             vp_stage=vp_stage,
             **model_kwargs,
         )
-        chunk.family, chunk.architecture, chunk.unpadded_vocab_size = (
-            family,
-            architecture,
-            architecture.vocab_size,
-        )
+        chunk.family, chunk.architecture = family, architecture
+        chunk.unpadded_vocab_size = architecture.vocab_size
         chunks.append(chunk)
     return chunks
-
-
-def check_split(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """UserError naming the setting where tensor or pipeline parallelism does not divide the model."""
-    tp = parallel.tensor_model_parallel_size
-    for count, what in (
-        (architecture.num_attention_heads, "attention heads"),
-        (architecture.num_query_groups, "key-value heads"),
-        (architecture.ffn_hidden_size, "feed-forward columns"),
-    ):
-        if count % tp:
-            raise UserError(
-                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}"
-            )
-    virtual_stages = parallel.virtual_pipeline_model_parallel_size
-    stages = parallel.pipeline_model_parallel_size * (virtual_stages or 1)
-    if architecture.num_layers % stages:
-        raise UserError(
-            f"the model's {architecture.num_layers} layers do not divide over {stages} pipeline stages; change "
-            "parallel.pipeline_model_parallel_size or parallel.virtual_pipeline_model_parallel_size"
-        )
-    if virtual_stages and parallel.pipeline_model_parallel_size == 1:
-        raise UserError(
-            "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1"
-        )
 
 
 def transformer_config(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, layer_spec: str
 ) -> TransformerConfig:
-    """Megatron-Core's config: the architecture, the split, and what packed per-token training needs."""
+    """Megatron-Core's config: architecture, parallel layout, and settings for packed per-token training."""
     on_cpu = not torch.cuda.is_available()
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -111,8 +86,8 @@ def transformer_config(
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # The values are overwritten by `load_hf_weights`, but initialising is also what marks the parameters that
-        # tensor-parallel ranks split; without the marks the gradient norm counts only rank 0's shards.
+        # `load_hf_weights` overwrites the values, but initialization also marks the parameters that are
+        # sharded over tensor-parallel ranks. Without the marks the gradient norm counts only rank 0's shards.
         perform_initialization=True,
         use_cpu_initialization=on_cpu,
         apply_rope_fusion=layer_spec == TRANSFORMER_ENGINE,
@@ -131,9 +106,11 @@ def transformer_config(
 
 
 def _pipeline_settings(parallel: ParallelConfig, on_cpu: bool) -> dict[str, Any]:
-    """Megatron's interleaved schedule with packs of varying length is sound only with overlapped, unbatched point-to-point sends.
+    """Keywords of `TransformerConfig` for pipeline parallelism.
 
-    Freeing outputs once they are sent would corrupt them under gloo, which still reads the tensor while the send is in flight.
+    With packs of varying length, Megatron's interleaved schedule is correct only with overlapped, unbatched
+    point-to-point sends. Deallocating sent outputs would corrupt them under gloo, which still reads the
+    tensor while the send is in flight.
     """
     virtual_stages = parallel.virtual_pipeline_model_parallel_size
     return {
@@ -143,7 +120,7 @@ def _pipeline_settings(parallel: ParallelConfig, on_cpu: bool) -> dict[str, Any]
         "batch_p2p_comm": virtual_stages is None,
         "deallocate_pipeline_outputs": not on_cpu,
         "variable_seq_lengths": True,
-        # Refused otherwise together with variable_seq_lengths, even in a model without experts.
+        # Megatron-Core refuses other dispatchers with variable_seq_lengths, even in a model without experts.
         "moe_token_dispatcher_type": "alltoall",
     }
 

@@ -1,20 +1,27 @@
-"""The CPU platform: what lets Megatron-Core, which names CUDA throughout, run on CPU tensors over gloo.
+"""The CPU platform: patches that let Megatron-Core, which is written for CUDA, run on CPU tensors over gloo.
 
-Megatron-Core's algorithms (tensor, pipeline and context parallelism, its optimizers, its checkpoints) need no CUDA; only
-device names, a few type-name comparisons and imports stand in the way. `install` removes exactly these:
+Megatron-Core's algorithms (tensor, pipeline and context parallelism, its optimizers, its checkpoints) need no
+CUDA. Only device names, a few type-name comparisons and imports prevent a CPU run. `install` patches exactly
+these:
 
-1. Every `megatron.core` module sees, as its global `torch`, a stand-in that answers for CUDA with the CPU: factory functions
-   turn a CUDA device into the CPU one, and `torch.cuda` has inert streams and the CPU's random state. The real `torch` is left
-   as it is for everybody else. An import hook does this, so modules imported late are covered.
+1. Every `megatron.core` module gets, as its global `torch`, a proxy that maps CUDA to the CPU: factory
+   functions replace a CUDA device by the CPU, and `torch.cuda` has no-op streams and the CPU's random state.
+   The real `torch` is unchanged for all other modules. An import hook does this, so modules imported later
+   are covered.
 2. `Tensor.cuda()` is the identity. It would raise on a build without CUDA.
-3. `Tensor.type()`, called by `megatron.core.optimizer`, says `torch.cuda.FloatTensor`, which that code compares with.
-4. The tensor-parallel random tracker keeps the CPU generator's state.
-5. The optimizer is given a `FusedAdam` look-alike, since the distributed optimizer cannot load its state into torch's AdamW.
-6. `torch.compile` is the identity while a Megatron module is being imported (import time and memory; no compiler needed).
-7. The one module that imports Triton unconditionally (Megatron-Core 0.19, experts only) is replaced by a stub.
-8. Transformer Engine and apex, where installed, are found but not imported: Megatron-Core would give their kernels CPU tensors.
+3. `Tensor.type()`, called by `megatron.core.optimizer`, returns `torch.cuda.FloatTensor`, which that code
+   compares with.
+4. The tensor-parallel random tracker stores the CPU generator's state.
+5. The optimizer is a look-alike of `FusedAdam`, because the distributed optimizer cannot load its state into
+   torch's AdamW.
+6. `torch.compile` is the identity while a Megatron module is being imported (saves import time and memory;
+   needs no compiler).
+7. The one module that imports Triton unconditionally (Megatron-Core 0.19, experts only) is replaced by a
+   stub.
+8. Transformer Engine and apex, if installed, are found but not imported: Megatron-Core would pass CPU tensors
+   to their kernels.
 
-On a machine with CUDA `install` does nothing at all.
+If CUDA is available, `install` does nothing.
 """
 
 import importlib.util
@@ -46,10 +53,12 @@ FACTORIES = (
 
 
 def install() -> None:
-    """Make the first import of `megatron.core` a CPU one. Call before that import; calling again is harmless.
+    """Patch the coming import of `megatron.core` for the CPU.
 
-    Does nothing where CUDA is available. RuntimeError if `megatron.core` is already imported without the platform, or if this
-    Megatron-Core no longer has something that the platform replaces.
+    Call before the first import; later calls have no effect.
+
+    Does nothing if CUDA is available. RuntimeError if `megatron.core` is already imported without the
+    platform, or if this Megatron-Core no longer has an attribute that the platform replaces.
     """
     if torch.cuda.is_available() or is_installed():
         return
@@ -60,7 +69,8 @@ def install() -> None:
     _require_modules(PATCHES)
     torch.Tensor.cuda = _identity_cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.type = _tensor_type  # type: ignore[method-assign, assignment]
-    # Imported by Megatron-Core, it would say that a CUDA toolkit is there and no device: `megatron-fipo doctor` does.
+    # Megatron-Core imports it, and it would warn about a CUDA toolkit without a device. `megatron-fipo
+    # doctor` reports that.
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime" not in record.getMessage()
     )
@@ -72,11 +82,14 @@ def is_installed() -> bool:
     return any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path)
 
 
-# --- the import hook ---------------------------------------------------------------------------------------------------------
+# --- the import hook ----------------------------------------------------------------------------------------
 
 
 class _MegatronFinder(MetaPathFinder):
-    """Finds `megatron.core` modules as usual, and patches each right after its body has run. Lets nobody import `FOR_GPUS`."""
+    """Finds `megatron.core` modules as usual and patches each one after its body has run.
+
+    Blocks imports of `FOR_GPUS`.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -97,7 +110,7 @@ class _MegatronFinder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             with mock.patch.object(torch, "compile", _identity_compile), warnings.catch_warnings():
-                # A dozen times: that Transformer Engine and Apex are not installed. Here they count as that.
+                # Megatron-Core warns repeatedly that Transformer Engine and Apex are not installed.
                 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
                 execute(module)
             if module.__dict__.get("torch") is torch:
@@ -109,7 +122,7 @@ class _MegatronFinder(MetaPathFinder):
 
 
 class _StubLoader(Loader):
-    """A module that has every name, each a function that raises when called."""
+    """A module in which every name is a function that raises when called."""
 
     def exec_module(self, module: ModuleType) -> None:
         def __getattr__(name: str) -> Callable[..., Any]:
@@ -125,20 +138,20 @@ class _StubLoader(Loader):
 
 
 class _RefusingLoader(Loader):
-    """A package that is there and cannot be imported."""
+    """A package that is found but cannot be imported."""
 
     def exec_module(self, module: ModuleType) -> None:
         raise ModuleNotFoundError(
-            f"{module.__name__} computes on GPUs alone, and there is none", name=module.__name__
+            f"{module.__name__} runs on GPUs only, and this machine has none", name=module.__name__
         )
 
 
 def _identity_compile(function: Any = None, **_: Any) -> Any:
-    """`torch.compile` that compiles nothing, with and without arguments."""
+    """A `torch.compile` that compiles nothing, as a function and as a decorator with arguments."""
     return function if function is not None else lambda wrapped: wrapped
 
 
-# --- torch as Megatron-Core sees it ------------------------------------------------------------------------------------------
+# --- torch as Megatron-Core sees it -------------------------------------------------------------------------
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +166,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """A CUDA stream or event without a device: everything is already done."""
+    """A CUDA stream or event without a device: all work is always complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -174,19 +187,19 @@ class _Stream:
         return True
 
 
-class _Delegate(ModuleType):
-    """A module that answers with `overrides` first and with the module `behind` it for the rest."""
+class _Proxy(ModuleType):
+    """A module with the attributes in `overrides`, and those of `original` for all other names."""
 
-    def __init__(self, behind: ModuleType, overrides: dict[str, Any]) -> None:
-        super().__init__(behind.__name__)
-        self.__dict__["_behind"] = behind
+    def __init__(self, original: ModuleType, overrides: dict[str, Any]) -> None:
+        super().__init__(original.__name__)
+        self.__dict__["_original"] = original
         self.__dict__.update(overrides)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_behind"], name)
+        return getattr(self.__dict__["_original"], name)
 
 
-_CUDA = _Delegate(
+_CUDA = _Proxy(
     torch.cuda,
     {
         "current_device": lambda: CPU,
@@ -204,7 +217,7 @@ _CUDA = _Delegate(
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
     },
 )
-_TORCH = _Delegate(torch, {"cuda": _CUDA, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}})
+_TORCH = _Proxy(torch, {"cuda": _CUDA, **{name: _on_cpu(getattr(torch, name)) for name in FACTORIES}})
 
 
 def _identity_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -222,13 +235,15 @@ def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return answer
 
 
-# --- patches of single modules -----------------------------------------------------------------------------------------------
+# --- patches of single modules ------------------------------------------------------------------------------
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of NVIDIA's FusedAdam: `step` is an int in the parameter group, not a tensor per parameter.
+    """AdamW with the state layout of NVIDIA's FusedAdam.
 
-    The arithmetic is torch's own `adam`, so updates equal `torch.optim.AdamW` (or `Adam` with `adam_w_mode=False`) bit for bit.
+    `step` is an int per parameter group, not a tensor per parameter.
+    The arithmetic is torch's `adam`, so updates equal `torch.optim.AdamW` (or `Adam` with
+    `adam_w_mode=False`) bit for bit.
     """
 
     def __init__(
@@ -276,9 +291,9 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _require_modules(names: Iterable[str]) -> None:
-    """RuntimeError if a module to patch is not in the installed Megatron-Core (looked up on disk, nothing is imported)."""
+    """RuntimeError if the installed Megatron-Core lacks a module to patch (found on disk, not imported)."""
     namespace = importlib.util.find_spec("megatron")
-    roots = [Path(place) for place in (namespace.submodule_search_locations or [])] if namespace else []
+    roots = [Path(location) for location in (namespace.submodule_search_locations or [])] if namespace else []
     for name in names:
         inside = Path(*name.split(".")[1:])
         if not any(
@@ -305,7 +320,8 @@ def _patch_random(module: ModuleType) -> None:
         _get_cuda_rng_state=lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
         _set_cuda_rng_state=lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
     )
-    # The tracker warns whenever the CPU generator moved while the "CUDA" one was in use; here they are the same one.
+    # The tracker warns if the CPU generator advanced while the "CUDA" one was in use. Here they are the same
+    # generator.
     logging.getLogger(module.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

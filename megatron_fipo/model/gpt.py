@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel whose last stage answers with log-probs of the response instead of logits."""
+"""Megatron-Core's GPTModel with a last stage that returns log-probs of the response instead of logits."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_prob
 
 
 class LogProbGPTModel(GPTModel):
-    """GPTModel for Megatron-Core 0.16 and 0.17, which have no hook behind the final norm.
+    """GPTModel for Megatron-Core 0.16 and 0.17, which have no hook after the final norm.
 
-    `forward` hands `labels` to `_postprocess` untouched, so a `HeadRequest` travels there in its place. From 0.18 the public
-    `output_processor` argument does the same and this class adds nothing.
+    `forward` passes `labels` unchanged to `_postprocess`, so a `HeadRequest` is passed in place of the
+    labels. From 0.18 on the public `output_processor` argument is used instead, and this class changes
+    nothing.
     """
 
     def _postprocess(self, hidden_states, labels=None, **kwargs):

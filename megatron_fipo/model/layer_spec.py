@@ -1,6 +1,6 @@
-"""Which modules a transformer layer is made of: portable ones (plain torch) or Transformer Engine's.
+"""The modules of a transformer layer: portable ones (plain torch) or Transformer Engine's.
 
-Both give their parameters the same names in distributed checkpoints, so either reads what the other wrote.
+Parameters have the same names in distributed checkpoints for both, so each reads the other's checkpoints.
 """
 
 from typing import Any
@@ -31,15 +31,17 @@ SHARED_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""Portable norms are modules of their own; Transformer Engine's are fused into the linear layer behind them. The latter's
-names are the ones in checkpoints and in family tables."""
+"""Portable norms are separate modules; Transformer Engine's are fused into the linear layer that follows.
+Checkpoints and family tables use the latter's names."""
 
 
 def choose_layer_spec(wanted: str, dtype: str) -> str:
-    """`portable` or `transformer_engine` for a setting that may also be `auto`. `active.py` says which at the start of a run.
+    """`portable` or `transformer_engine` for a setting that may also be `auto`.
 
-    `auto` takes Transformer Engine for bfloat16 where it is installed and CUDA is available. UserError if it is asked for and is
-    not there, or for another dtype.
+    `trainer/active.py` reports it at the start.
+
+    `auto` chooses Transformer Engine for bfloat16 if it is installed and CUDA is available. UserError if
+    Transformer Engine is requested but unavailable, or requested for another dtype.
     """
     check_layers(wanted, dtype)
     usable = mcore.has_transformer_engine() and torch.cuda.is_available()
@@ -55,7 +57,7 @@ def choose_layer_spec(wanted: str, dtype: str) -> str:
 def block_spec(
     config: TransformerConfig, layer_spec: str, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers that this pipeline stage (and virtual stage) builds, and the norm behind the last layer."""
+    """The layers of this pipeline stage (and virtual stage), and the norm after the last layer."""
     if layer_spec == TRANSFORMER_ENGINE:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     layers = [portable_layer_spec(config)] * get_num_layers_to_build(config, vp_stage)
@@ -63,7 +65,7 @@ def block_spec(
 
 
 def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One pre-norm layer of Megatron-Core's own parallel linear layers, with this package's norm and attention."""
+    """A pre-norm layer of Megatron-Core's parallel linear layers, with this package's norm and attention."""
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -92,10 +94,10 @@ def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, [..., hidden_size] -> the same, computed in float32.
+    """Root-mean-square norm over the last dimension, [..., hidden_size] -> same shape, computed in float32.
 
-    With sequence parallelism each tensor-parallel rank norms its own tokens, so the weight's gradient is a sum over ranks; the
-    `sequence_parallel` attribute asks Megatron for it.
+    With sequence parallelism each tensor-parallel rank normalizes its own tokens, so the weight's gradient is
+    a sum over ranks. The `sequence_parallel` attribute makes Megatron compute this sum.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

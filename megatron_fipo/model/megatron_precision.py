@@ -1,4 +1,4 @@
-"""The settings of precision as Megatron-Core's config objects take them."""
+"""Precision settings as keywords of Megatron-Core's config objects."""
 
 from typing import Any
 
@@ -23,8 +23,9 @@ def layer_precision(model: ModelConfig) -> dict[str, Any]:
 def optimizer_precision(model: ModelConfig, settings: OptimizerSettings) -> dict[str, Any]:
     """Keywords of `OptimizerConfig`.
 
-    Megatron-Core offloads to the host through the code path of its precision-aware optimizer, so both turn that on. The master
-    weights are stored whole, not as the 16 bits that bf16 weights lack: those would make checkpoints that no other layout reads.
+    Megatron-Core offloads to the host through its precision-aware optimizer, so both low-precision state and
+    offloading turn that on. Master weights are stored completely, not as the 16 bits that bf16 weights lack:
+    no other layout could read such checkpoints.
     """
     state_dtype = getattr(torch, settings.state_dtype)
     return {

@@ -1,4 +1,4 @@
-"""Megatron-Core's process groups, made once per process and taken down at its end."""
+"""Megatron-Core's process groups: created once per process and destroyed at its end."""
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -9,15 +9,18 @@ from megatron_fipo.errors import UserError
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
-    """Make all process groups and seed the random trackers. torch.distributed must be initialised, with one process per rank.
+    """Create all process groups and seed the random trackers.
 
-    Collective over the world: every rank calls it with the same arguments. Ranks are ordered tensor, context, data, pipeline
-    (fastest first). UserError if the number of processes is not the product of the parallel sizes.
+    torch.distributed must be initialized, one process per rank.
+
+    Collective over the world: every rank calls it with the same arguments. Rank order is tensor, context,
+    data, pipeline (fastest first). UserError if the number of processes is not the product of the parallel
+    sizes.
     """
     if dist.get_world_size() != parallel.world_size:
         raise UserError(
-            f"the parallel sizes multiply to {parallel.world_size} ranks, but {dist.get_world_size()} were started; "
-            "change parallel.data_parallel_size or the number of ranks"
+            f"the parallel sizes multiply to {parallel.world_size} ranks, but {dist.get_world_size()} were "
+            "started; change parallel.data_parallel_size or the number of ranks"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -30,5 +33,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
 
 
 def destroy() -> None:
-    """Forget the process groups; `initialize` may be called again in the same process. torch.distributed stays up."""
+    """Destroy the process groups.
+
+    `initialize` may be called again in the same process; torch.distributed stays initialized.
+    """
     parallel_state.destroy_model_parallel()

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from megatron_fipo.checkpoint.convert.name_map import stages_of
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.families.family import Architecture, Family, Weight
-from megatron_fipo.families.vocab import padded_vocab_size
+from megatron_fipo.families.family import Architecture, Family, Weight, padded_vocab_size
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4

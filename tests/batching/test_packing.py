@@ -1,4 +1,4 @@
-"""Packing: everything once, within the budget, the same count on every rank, balanced, deterministic."""
+"""Packing: every sequence once, within the budget, the same count on every rank, balanced, deterministic."""
 
 import numpy as np
 import pytest
@@ -39,8 +39,8 @@ def test_every_plan_keeps_its_promises(lengths, ranks, multiple, budget):
     assert all(tokens(lengths, members, multiple) <= budget for rank in plan for members in rank)
     assert len(plan) == ranks
     assert len({len(rank) for rank in plan}) == 1
-    places = ranks * len(plan[0])
-    assert sum(not members for rank in plan for members in rank) == max(0, places - len(lengths))
+    micro_batches = ranks * len(plan[0])
+    assert sum(not members for rank in plan for members in rank) == max(0, micro_batches - len(lengths))
     assert plan == plan_micro_batches(
         lengths, data_parallel_size=ranks, token_budget=budget, length_multiple=multiple
     )
@@ -48,11 +48,8 @@ def test_every_plan_keeps_its_promises(lengths, ranks, multiple, budget):
 
 def test_a_micro_batch_still_fits_once_it_is_padded():
     lengths = [40, 40, 40, 40]
-    for pack_multiple, per_micro_batch in (
-        (1, 2),
-        (80, 2),
-        (48, 1),
-    ):  # 90 tokens are 80 in whole blocks of 80, 48 in those of 48
+    # A budget of 90 tokens has space for one complete block of 80 tokens, or one of 48.
+    for pack_multiple, per_micro_batch in ((1, 2), (80, 2), (48, 1)):
         plan = plan_micro_batches(
             lengths, data_parallel_size=1, token_budget=90, length_multiple=8, pack_multiple=pack_multiple
         )
@@ -60,7 +57,7 @@ def test_a_micro_batch_still_fits_once_it_is_padded():
 
 
 def fewest_bins(sizes, budget):
-    """Exact bin packing of a few sizes, by trying every bin for each."""
+    """Exact bin packing of a few sizes: tries every bin for each."""
     best = len(sizes)
 
     def place(index, bins):
@@ -87,7 +84,7 @@ def test_a_handful_of_sequences_takes_no_more_micro_batches_than_it_must(lengths
 
 
 def test_sizes_that_only_best_fit_can_pack_get_no_extra_micro_batch():
-    """Cheapest-first would put 50 beside 40 twice and leave no room for the last: 50 + 50 and 40 + 40 + 20 is the only way."""
+    """Cheapest-first would pair 50 and 40 twice, with no space for 20. Only 50 + 50 and 40 + 40 + 20 fit."""
     plan = plan_micro_batches([20, 40, 40, 50, 50], data_parallel_size=1, token_budget=100, length_multiple=1)
     assert sorted(plan[0]) == [[0, 1, 2], [3, 4]]
 
@@ -99,7 +96,7 @@ def test_work_is_even_over_ranks_by_cost_not_by_tokens():
     totals = [sum(cost(lengths, members, 8) for members in rank) for rank in plan]
     assert max(totals) < 1.03 * min(totals)
 
-    # one long sequence costs as two half as long and then some: token balance would be 4 + 2·2 here
+    # A long sequence costs more than two of half its length. Balancing tokens would put 500 on each rank.
     lengths = [400, 200, 200, 100, 100]
     plan = plan_micro_batches(
         lengths, data_parallel_size=2, token_budget=800, length_multiple=1, attention_crossover=10.0

@@ -1,4 +1,4 @@
-"""Shards: over all context-parallel ranks exactly the unsplit micro-batch, and a working input of the loss."""
+"""All context-parallel ranks' shards together are the complete micro-batch, and valid input of the loss."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ BATCHES = st.lists(st.tuples(st.integers(1, 20), MASKS, st.floats(-3, 3, width=3
 @settings(max_examples=100, deadline=None)
 @given(batch=BATCHES, cp=st.sampled_from([1, 2, 4]), factor=st.integers(1, 64))
 def test_each_rank_holds_a_multiple_and_no_other_rows(batch, cp, factor):
-    """FP8 multiplies whole blocks of tokens: the last sequence's padding fills them up."""
+    """FP8 multiplies complete blocks of tokens: the last sequence's padding fills the last block."""
     multiple = zigzag_multiple(cp)
     for shard, plain in zip(
         shards(batch, cp, pack_multiple=multiple * factor), shards(batch, cp), strict=True
@@ -77,7 +77,7 @@ def test_each_rank_holds_a_multiple_and_no_other_rows(batch, cp, factor):
 
 
 def test_a_pack_multiple_that_would_cut_a_sequence_wrongly_is_refused():
-    with pytest.raises(ValueError, match="pack_multiple is 6, which is no multiple of length_multiple 4"):
+    with pytest.raises(ValueError, match="pack_multiple is 6, which is not a multiple of length_multiple 4"):
         shards([trajectory(3, [1, 1])], cp=2, pack_multiple=6)
 
 
@@ -87,14 +87,14 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
     parts = shards(batch, cp, zigzag_multiple(cp) * factor)
     padded = np.diff(parts[0].cu_seqlens_padded.numpy())
 
-    held: list[tuple] = []
+    tokens: list[tuple] = []
     rows: list[tuple] = []
     for shard in parts:
         assert torch.equal(shard.cu_seqlens_padded, parts[0].cu_seqlens_padded)
         assert shard.input_ids.shape == shard.position_ids.shape == (1, padded.sum() // cp)
         sequence = np.repeat(np.arange(len(padded)), padded // cp)
         ids, position = shard.input_ids[0].tolist(), shard.position_ids[0].tolist()
-        held += zip(sequence.tolist(), position, ids, strict=True)
+        tokens += zip(sequence.tolist(), position, ids, strict=True)
         assert shard.row_index.tolist() == sorted(shard.row_index.tolist())
         for row, token in enumerate(shard.row_index.tolist()):
             assert (sequence[token], position[token]) == (shard.row_sequence[row], shard.row_position[row])
@@ -108,11 +108,13 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
             strict=True,
         )
 
-    expected_held: list[tuple] = []
+    expected_tokens: list[tuple] = []
     expected_rows: list[tuple] = []
     for s, t in enumerate(batch):
         ids = t.prompt_ids + t.response_ids
-        expected_held += [(s, p, token) for p, token in enumerate(ids + [PAD] * (int(padded[s]) - len(ids)))]
+        expected_tokens += [
+            (s, p, token) for p, token in enumerate(ids + [PAD] * (int(padded[s]) - len(ids)))
+        ]
         chosen = [k for k, m in enumerate(t.response_mask) if m]
         for k in chosen:
             position = len(t.prompt_ids) + k - 1
@@ -120,8 +122,8 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
                 (s, position, t.response_ids[k], t.advantage, t.rollout_log_probs[k], float(k == chosen[-1]))
             )
     if not batch:
-        expected_held = [(0, p, PAD) for p in range(int(padded[0]))]
-    assert sorted(held) == expected_held
+        expected_tokens = [(0, p, PAD) for p in range(int(padded[0]))]
+    assert sorted(tokens) == expected_tokens
     assert sorted(rows) == expected_rows
     for shard in parts:
         assert (
@@ -131,15 +133,45 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
     assert all(padded % (zigzag_multiple(cp) * factor) == 0)
 
 
+def test_the_worked_example_of_the_module_docstring():
+    """Exactly the numbers of the example at the top of `batching/shard.py`."""
+    a, b = trajectory(2, [1, 1, 1]), trajectory(1, [1, 0, 1])
+    a.prompt_ids, a.response_ids = [10, 11], [12, 13, 14]
+    b.prompt_ids, b.response_ids = [20], [21, 22, 23]
+    first, second = shards([a, b], cp=2, multiple=4)
+
+    assert first.input_ids.tolist() == [[10, 11, PAD, PAD, 20, 23]]
+    assert first.position_ids.tolist() == [[0, 1, 6, 7, 0, 3]]
+    assert first.row_index.tolist() == [1, 4]
+    assert first.labels.tolist() == [12, 21]
+    assert first.row_position.tolist() == [1, 0]
+    assert first.rows.last_row.tolist() == [0, 0]
+
+    assert second.input_ids.tolist() == [[12, 13, 14, PAD, 21, 22]]
+    assert second.position_ids.tolist() == [[2, 3, 4, 5, 1, 2]]
+    assert second.row_index.tolist() == [0, 1, 5]
+    assert second.labels.tolist() == [13, 14, 23]
+    assert second.row_position.tolist() == [2, 3, 2]
+    assert second.rows.last_row.tolist() == [0, 1, 1]
+
+    for shard in (first, second):
+        assert shard.cu_seqlens_padded.tolist() == [0, 8, 12]
+        assert shard.max_seqlen == 8
+        assert shard.rows.response_length.tolist() == [3, 2]
+    for shard in shards([a, b], cp=2, multiple=4, pack_multiple=8):
+        assert shard.cu_seqlens_padded.tolist() == [0, 8, 16]
+        assert shard.input_ids.shape == (1, 8)
+
+
 def test_the_zigzag_against_a_table_by_hand():
-    """8 and 16 tokens over two ranks: chunks of 2 and 4; rank 0 holds chunks 0 and 3, rank 1 chunks 1 and 2."""
+    """8 and 16 tokens over two ranks: chunks of 2 and 4. Rank 0 has chunks 0 and 3, rank 1 chunks 1 and 2."""
     first, second = shards([trajectory(3, [1] * 5), trajectory(2, [1] * 14, seed=1)], 2, 8)
     assert first.position_ids[0].tolist() == [0, 1, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15]
     assert second.position_ids[0].tolist() == [2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10, 11]
     assert first.cu_seqlens_padded.tolist() == second.cu_seqlens_padded.tolist() == [0, 8, 24]
     assert first.cu_seqlens_padded.dtype == torch.int32
     assert first.max_seqlen == 16
-    # sequence 0 predicts its 5 response tokens (3..7) at positions 2..6
+    # sequence 0: its 5 response tokens (3..7) are predicted at positions 2..6
     assert first.row_position[first.row_sequence == 0].tolist() == [6]
     assert second.row_position[second.row_sequence == 0].tolist() == [2, 3, 4, 5]
     assert first.row_index.tolist()[:1] == [2]
@@ -163,7 +195,7 @@ def loss_of(shard, objective=ObjectiveConfig()):  # noqa: B008
 
 
 def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
-    """x of every row is its rollout log-prob, so FutureKL is a serial scan over response positions, tool tokens counting as 0."""
+    """Log-ratios are the rollout log-probs: FutureKL is a serial scan over the response, tool tokens 0."""
     batch = [
         trajectory(4, [1, 1, 0, 0, 1, 0], -0.5, 1),
         trajectory(2, [1] * 9, 1.5, 2),
@@ -173,10 +205,10 @@ def test_the_loss_takes_a_shard_and_its_influence_weights_find_their_way_back():
     result = loss_of(shard)[0]
     decay = 2 ** (-1 / 32)
     for t, found in zip(batch, shard.scatter_rows(result.future_kl), strict=True):
-        behind, expected = 0.0, []
+        future_kl, expected = 0.0, []
         for x, m in reversed(list(zip(t.rollout_log_probs, t.response_mask, strict=True))):
-            behind = (x if m and x <= np.log(10) else 0.0) + decay * behind
-            expected.append(behind if m else np.nan)
+            future_kl = (x if m and x <= np.log(10) else 0.0) + decay * future_kl
+            expected.append(future_kl if m else np.nan)
         np.testing.assert_allclose(found, expected[::-1], rtol=1e-6)
 
 
@@ -194,12 +226,12 @@ def test_two_context_parallel_ranks_give_the_loss_and_gradient_of_the_unsplit_sh
         trajectory(2, [1] * 9, 1.5, 2),
         trajectory(1, [1] * 30, -1.0, 3),
     ]
-    (whole,) = shards(batch, 1)
-    result, gradient = loss_of(whole)
+    (complete,) = shards(batch, 1)
+    result, gradient = loss_of(complete)
     first, second = run_ranks(2, context_parallel_loss, batch)
     assert first[0] + second[0] == pytest.approx(result.loss_sum.item(), rel=1e-5)
-    assert first[1] + second[1] == result.normalizer.item() == whole.num_rows
-    for expected, a, b in zip(whole.scatter_rows(gradient), first[2], second[2], strict=True):
+    assert first[1] + second[1] == result.normalizer.item() == complete.num_rows
+    for expected, a, b in zip(complete.scatter_rows(gradient), first[2], second[2], strict=True):
         np.testing.assert_allclose(np.where(np.isnan(a), b, a), expected, rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""A small model of each family with its companions, and the same as checkpoint folders, made once per test module."""
+"""A small model of each family with its companion files, also as checkpoint folders; once per test module."""
 
 import shutil
 from functools import cache
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.checkpoint.convert import pieces as moves
+from megatron_fipo.checkpoint.convert import pieces
 from megatron_fipo.checkpoint.convert.convert import to_megatron
 from tests.model.reference import make_reference
 
@@ -20,12 +20,12 @@ def write_source(folder: Path, family: str, tied: str) -> Path:
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """For tests that look at the result."""
+    """For tests that check only the result."""
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """By family and whether embeddings are tied: a float32 model folder with companions, and one file that should not travel."""
+    """By family and tied embeddings: a float32 model folder with companions, one file not to copy."""
     return cache(lambda family, tied: write_source(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied))
 
 
@@ -37,7 +37,7 @@ def checkpoints(sources, tmp_path_factory):
     def make(family: str, tied: str) -> Path:
         target = tmp_path_factory.mktemp(f"{family}-{tied}") / "converted"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(moves, "PIECE_BYTES", 7000)
+            patch.setattr(pieces, "PIECE_BYTES", 7000)
             to_megatron(sources(family, tied), target, "keep", no_progress)
         return target
 
@@ -46,7 +46,7 @@ def checkpoints(sources, tmp_path_factory):
 
 @pytest.fixture
 def source(sources, tmp_path) -> Path:
-    """A copy that may be damaged."""
+    """A copy that the test may modify."""
     return Path(shutil.copytree(sources("qwen2", "untied"), tmp_path / "source"))
 
 

@@ -1,4 +1,7 @@
-"""Conversion loses nothing, is readable under any layout, and holds little in memory. Bad input: test_convert_errors.py."""
+"""Conversion is lossless, loads in any layout, and needs little memory.
+
+Invalid input: test_convert_errors.py.
+"""
 
 import json
 import logging
@@ -9,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # imported once, before ranks are forked
+import torch._dynamo  # imported before ranks are forked
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.checkpoint import hf_writer
-from megatron_fipo.checkpoint.convert import pieces as moves
-from megatron_fipo.checkpoint.convert import torch_dist as megatron_checkpoint
+from megatron_fipo.checkpoint.convert import pieces, torch_dist
 from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
 from megatron_fipo.checkpoint.hf_writer import copy_companions
@@ -50,7 +52,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], tensor), name
 
 
-# Nothing is lost
+# Lossless
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
@@ -73,10 +75,10 @@ def test_a_model_comes_back_bit_for_bit(sources, checkpoints, tmp_path, monkeypa
 
 
 def load_and_listen(folder: Path) -> tuple[Any, dict, list[str]]:
-    """transformers' model, its loading report, and the warnings it gave."""
-    said: list[str] = []
+    """transformers' model, its loading report, and its warnings."""
+    logged: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("transformers").addHandler(handler)
     try:
         with warnings.catch_warnings():
@@ -84,16 +86,16 @@ def load_and_listen(folder: Path) -> tuple[Any, dict, list[str]]:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     finally:
         logging.getLogger("transformers").removeHandler(handler)
-    return *loaded, said
+    return *loaded, logged
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_transformers_loads_the_result_without_a_warning(sources, checkpoints, tmp_path, family, tied):
-    """But for what it says about the tiny Llama's config, wherever that lies."""
+    """Except its warning about the tiny Llama's config, which the original folder gives too."""
     to_hf(checkpoints(family, tied), tmp_path / "back", "keep", no_progress)
-    model, report, said = load_and_listen(tmp_path / "back")
-    assert said == load_and_listen(sources(family, tied))[2]
-    assert family == "llama" or not said
+    model, report, logged = load_and_listen(tmp_path / "back")
+    assert logged == load_and_listen(sources(family, tied))[2]
+    assert family == "llama" or not logged
     assert not any(report.values())
     for name, tensor in tensors_of(sources(family, tied)).items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -101,8 +103,11 @@ def test_transformers_loads_the_result_without_a_warning(sources, checkpoints, t
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_those_of_megatron_s_own_checkpoints(sources, checkpoints, tmp_path, family):
-    """Extra states too: `dist_checkpointing.load` of another program asks for them. The common state that Megatron-Core 0.19 puts among
-    them stays a file of its own, which every release reads."""
+    """Also the extra states, which `dist_checkpointing.load` of another program requires.
+
+    The common state, which Megatron-Core 0.19 stores with the data, stays a separate file, which every
+    release reads.
+    """
     from megatron.core import dist_checkpointing
 
     (tmp_path / "own").mkdir()
@@ -130,7 +135,7 @@ def test_names_and_shapes_are_those_of_megatron_s_own_checkpoints(sources, check
 
 
 def load_converted(monkeypatch, checkpoint: Path) -> None:
-    """From now on `logits_of_rank` builds its model with the weights of a checkpoint, starting from others."""
+    """Make `logits_of_rank` build its model with the weights of a checkpoint, starting from other weights."""
 
     def build(folder, parallel, dtype="float32"):
         model_parallel.initialize(parallel, seed=1)
@@ -141,7 +146,7 @@ def load_converted(monkeypatch, checkpoint: Path) -> None:
     monkeypatch.setattr(reference, "build", build)
 
 
-SPLITS = {
+PARALLEL_LAYOUTS = {
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),
     "tp2_pp2_vpp2": ParallelConfig(2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
@@ -149,17 +154,17 @@ SPLITS = {
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "split"),
+    ("family", "tied", "layout"),
     [
-        *((family, tied, split) for family, tied in CASES for split in ("tp2", "pp2")),
+        *((family, tied, layout) for family, tied in CASES for layout in ("tp2", "pp2")),
         ("qwen2", "untied", "tp2_pp2_vpp2"),
         ("qwen2", "tied", "tp2_pp2_vpp2"),
     ],
 )
 def test_logits_of_a_loaded_checkpoint_equal_those_of_transformers(
-    sources, checkpoints, monkeypatch, family, tied, split
+    sources, checkpoints, monkeypatch, family, tied, layout
 ):
-    folder, parallel = sources(family, tied), SPLITS[split]
+    folder, parallel = sources(family, tied), PARALLEL_LAYOUTS[layout]
     load_converted(monkeypatch, checkpoints(family, tied))
     results = run_ranks(parallel.world_size, lambda rank, world: logits_of_rank(folder, parallel))
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -171,9 +176,9 @@ def test_logits_of_a_loaded_checkpoint_equal_those_of_transformers(
 
 
 def test_a_vocabulary_that_is_padded_comes_back_without_its_padding(tmp_path, monkeypatch):
-    """1,100 rows: 1,152 in the checkpoint, as Megatron pads for one rank; 1,280 in memory for two."""
+    """1,100 rows: 1,152 in the checkpoint, Megatron's padding for one rank; 1,280 in memory for two ranks."""
     monkeypatch.setattr(reference, "VOCAB", 1100)
-    monkeypatch.setattr(moves, "PIECE_BYTES", 100_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)
     model = make_reference(tmp_path / "source")
     to_megatron(tmp_path / "source", tmp_path / "checkpoint", "keep", no_progress)
     stored = FileSystemReader(tmp_path / "checkpoint" / "weights").read_metadata().state_dict_metadata
@@ -181,7 +186,7 @@ def test_a_vocabulary_that_is_padded_comes_back_without_its_padding(tmp_path, mo
     to_hf(tmp_path / "checkpoint", tmp_path / "back", "keep", no_progress)
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "source"))
     load_converted(monkeypatch, tmp_path / "checkpoint")
-    results = run_ranks(2, lambda rank, world: logits_of_rank(tmp_path / "source", SPLITS["tp2"]))
+    results = run_ranks(2, lambda rank, world: logits_of_rank(tmp_path / "source", PARALLEL_LAYOUTS["tp2"]))
     with torch.no_grad():
         expected = torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
     torch.testing.assert_close(gather_logits(results, 2), expected, atol=1e-5, rtol=1e-5)
@@ -281,7 +286,7 @@ def half(name: str):
     [
         (
             half("model.norm.weight"),
-            "model.norm.weight is stored as float16, which models here do not have; --dtype float32 is exact, "
+            "model.norm.weight is stored as float16, which is not supported; --dtype float32 is exact, "
             "--dtype bfloat16 drops 3 of 10 mantissa bits",
         ),
         (
@@ -292,8 +297,9 @@ def half(name: str):
             lambda tensors: tensors.update(
                 {(name := "model.layers.2.mlp.up_proj.weight"): tensors[name].bfloat16()}
             ),
-            "model.layers.2.mlp.up_proj.weight in .* is stored as bfloat16 and model.layers.0.mlp.gate_proj.weight as float32, but in "
-            "Megatron they are one tensor; --dtype float32 keeps every bit",
+            "model.layers.2.mlp.up_proj.weight in .* is stored as bfloat16 and "
+            "model.layers.0.mlp.gate_proj.weight as float32, but in Megatron they are one tensor; "
+            "--dtype float32 keeps every bit",
         ),
         (
             lambda tensors: tensors.update(
@@ -333,17 +339,21 @@ def test_a_terminal_gets_a_bar_and_everything_else_lines_with_the_time_left(monk
 
 
 def peak_bytes(run) -> int:
-    """What the resident set peaked at during `run` beyond what it was before."""
-    fields = lambda: dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())  # noqa: E731
-    before = int(fields()["VmRSS"].split()[0])
+    """Peak growth of the resident set during `run`."""
+
+    def kilobytes(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(dict(line.split(":") for line in lines)[field].split()[0])
+
+    before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run()
-    return (int(fields()["VmHWM"].split()[0]) - before) * 1024
+    return (kilobytes("VmHWM") - before) * 1024
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
-    """8 and 64 layers of 2.6 MB in float32; the whole second model is 160 MB."""
-    monkeypatch.setattr(megatron_checkpoint, "WORKERS", 1)
+    """8 and 64 layers of 2.6 MB in float32; the complete second model is 160 MB."""
+    monkeypatch.setattr(torch_dist, "WORKERS", 1)
     peaks = {}
     for layers in (8, 64):
         folder = tmp_path / str(layers)

@@ -1,4 +1,4 @@
-"""Bad input to a conversion is one sentence and leaves nothing behind."""
+"""Invalid input of a conversion is a one-sentence error, and no files remain."""
 
 import json
 import resource
@@ -43,11 +43,11 @@ def set_config(**values):
         (remove("model.norm.weight", "lm_head.weight"), "lacks lm_head.weight, model.norm.weight$"),
         (
             lambda folder: change(folder, lambda tensors: tensors.update({"model.extra": torch.zeros(1)})),
-            "holds model.extra that its config.json does not ask for",
+            "has model.extra, not expected by its config.json",
         ),
         (
             set_config(intermediate_size=128),
-            r"gate_proj.weight in .* has shape \[96, 64\]; config.json asks for \[128, 64\]",
+            r"gate_proj.weight in .* has shape \[96, 64\]; config.json requires \[128, 64\]",
         ),
         (
             set_config(architectures=["MambaForCausalLM"]),
@@ -63,7 +63,7 @@ def set_config(**values):
                     {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
                 )
             ),
-            "lacks model-00001-of-00002.safetensors, which its index names",
+            "lacks model-00001-of-00002.safetensors, which its index lists",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
@@ -76,7 +76,7 @@ def set_config(**values):
                     }
                 )
             ),
-            "do not hold model.gone, though model.safetensors.index.json says so",
+            "lack model.gone, which model.safetensors.index.json lists",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 def sealed(edit):
-    """Damage that the manifest does not know of, because it was written afterwards."""
+    """Damage that the manifest does not reveal, because it is written afterwards."""
 
     def apply(folder: Path) -> None:
         edit(folder)
@@ -104,7 +104,7 @@ def sealed(edit):
 
 
 def call_something(folder: Path) -> None:
-    """Metadata that would run a command if it were unpickled without a guard."""
+    """Metadata that runs a command if it is unpickled without restrictions."""
     (folder / "weights" / ".metadata").write_bytes(
         b"cos\nsystem\n(S'touch " + str(folder / "owned").encode() + b"'\ntR."
     )
@@ -128,25 +128,26 @@ def call_something(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (
             lambda folder: (folder / "manifest.json").unlink(),
-            "a checkpoint without manifest.json, so it was not written to its end",
+            "a checkpoint without manifest.json, so it is incomplete",
         ),
         (lambda folder: (folder / "weights" / ".metadata").unlink(), "it has no .metadata"),
         (
             sealed(lambda folder: (folder / "weights" / ".metadata").write_bytes(b"\x80")),
-            "no readable metadata",
+            "is not readable as checkpoint metadata",
         ),
-        (sealed(call_something), "no readable metadata of a checkpoint: it asks for os.system"),
+        (sealed(call_something), "is not readable as checkpoint metadata: it contains os.system"),
         (
             lambda folder: set_config(tie_word_embeddings=True)(folder / "hf"),
-            "holds output_layer.weight that its hf/config.json",
+            "has output_layer.weight, not expected by its hf/config.json",
         ),
         (
             lambda folder: set_config(num_hidden_layers=5)(folder / "hf"),
-            r"has shape \[4, 64\]; hf/config.json asks for \[5, 64\]",
+            r"has shape \[4, 64\]; hf/config.json requires \[5, 64\]",
         ),
         (
             lambda folder: set_config(vocab_size=102)(folder / "hf"),
-            r"embedding.word_embeddings.weight in .* has shape \[101, 64\]; hf/config.json asks for \[102, 64\]",
+            r"embedding.word_embeddings.weight in .* has shape \[101, 64\]; "
+            r"hf/config.json requires \[102, 64\]",
         ),
         (
             lambda folder: set_config(architectures=["Qwen3ForCausalLM"])(folder / "hf"),
@@ -165,8 +166,8 @@ def test_a_bad_checkpoint_is_refused(checkpoint, tmp_path, edit, reason):
 def test_each_direction_says_what_it_was_given_instead(source, checkpoint, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for convert_folder, folder, reason in (
-        (to_megatron, checkpoint, "is a Megatron checkpoint already; convert to-hf"),
-        (to_hf, source, "is a Hugging Face folder already; convert to-megatron"),
+        (to_megatron, checkpoint, "is already a Megatron checkpoint; convert to-hf"),
+        (to_hf, source, "is already a Hugging Face folder; convert to-megatron"),
         (to_hf, tmp_path / "run", "is a run's folder; give one of .*run/checkpoints"),
         (to_megatron, tmp_path / "run", "is a run's folder; give .*run/model"),
         (to_hf, tmp_path, "is neither a Hugging Face folder nor a checkpoint"),
@@ -179,7 +180,7 @@ def test_each_direction_says_what_it_was_given_instead(source, checkpoint, tmp_p
 def test_an_existing_target_is_left_alone(source, checkpoint, tmp_path):
     (tmp_path / "target").mkdir()
     for convert_folder, folder in ((to_megatron, source), (to_hf, checkpoint)):
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="already exists"):
             convert_folder(folder, tmp_path / "target", "keep", no_progress)
     assert list((tmp_path / "target").iterdir()) == []
 

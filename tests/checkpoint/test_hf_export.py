@@ -1,4 +1,4 @@
-"""The stream of Hugging Face tensors that weight sync sends is announced as it comes, and does not pile up."""
+"""The stream of Hugging Face tensors for weight sync matches its description and does not accumulate."""
 
 import pytest
 import torch.distributed as dist
@@ -18,26 +18,26 @@ def test_what_is_announced_on_every_rank_is_what_comes(tmp_path, tied, to_host):
     def body(rank, world):
         chunks = build(tmp_path, parallel)
         announced = [(info.name, info.dtype, info.shape) for info in describe_hf_tensors(chunks)]
-        come = [
+        received = [
             (name, None if tensor is None else (tensor.dtype, tuple(tensor.shape)))
             for name, tensor in iterate_hf_tensors(chunks, to_host=to_host)
         ]
-        return announced, come
+        return announced, received
 
-    (announced, come), *others = run_ranks(4, body)
-    assert [(name, *described) for name, described in come] == announced
-    for other_announced, other_come in others:
+    (announced, received), *others = run_ranks(4, body)
+    assert [(name, *described) for name, described in received] == announced
+    for other_announced, other_received in others:
         assert other_announced == announced
-        assert other_come == [(name, None) for name, _, _ in announced]
+        assert other_received == [(name, None) for name, _, _ in announced]
 
 
 def test_a_later_stage_has_one_weight_on_its_way_at_a_time(tmp_path):
-    """So it can't run ahead of a first stage that waits for engines, and hold its whole stage."""
+    """It must wait for a first stage that waits for engines, and not buffer all weights of its stage."""
     make_reference(tmp_path, False, "qwen2")
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 
     def body(rank, world):
-        sent, under_way, most = 0, 0, 0
+        sent, in_flight, most = 0, 0, 0
         isend = dist.isend
 
         class Counted:
@@ -45,24 +45,24 @@ def test_a_later_stage_has_one_weight_on_its_way_at_a_time(tmp_path):
                 self.work = work
 
             def wait(self):
-                nonlocal under_way
-                under_way -= 1
+                nonlocal in_flight
+                in_flight -= 1
                 return self.work.wait()
 
         def counting(*args, **kwargs):
-            nonlocal sent, under_way, most
+            nonlocal sent, in_flight, most
             sent += 1
-            under_way += 1
-            most = max(most, under_way)
+            in_flight += 1
+            most = max(most, in_flight)
             return Counted(isend(*args, **kwargs))
 
         dist.isend = counting
         for _ in iterate_hf_tensors(build(tmp_path, parallel)):
             pass
-        return sent, most, under_way
+        return sent, most, in_flight
 
     first, second, third, fourth = run_ranks(4, body)
     assert first == second == fourth == (0, 0, 0)
     sent, most, left = third
     assert sent > 10
-    assert (most, left) == (3, 0), "query, key and value travel together"
+    assert (most, left) == (3, 0), "query, key and value are sent together"

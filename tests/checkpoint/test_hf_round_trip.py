@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron-Core -> Hugging Face loses nothing, under any split; bad folders are refused with a reason."""
+"""Hugging Face -> Megatron-Core -> Hugging Face is lossless in every layout; invalid folders are refused."""
 
 import json
 import re
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 OTHER_LAYOUTS = ("one", "tp2", "tp2_pp2")
-"""For the families that differ from Qwen2 in their table alone."""
+"""For the families that differ from Qwen2 only in their table."""
 CASES = [
     *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in LAYOUTS),
     *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
@@ -50,7 +50,7 @@ def untied(tmp_path_factory) -> Path:
 
 
 def copy_model(source: Path, change=None) -> Path:
-    """A folder beside `source` with the same model, its tensors passed through `change`."""
+    """A folder next to `source` with the same model, its tensors modified by `change`."""
     target = source.parent / f"{source.name}_changed"
     target.mkdir(exist_ok=True)
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
@@ -62,7 +62,10 @@ def copy_model(source: Path, change=None) -> Path:
 
 
 def load_on_one_rank(source: Path, weights: Path) -> None:
-    """Build from `source`'s config, then load `weights`; a UserError comes back as its message inside AssertionError."""
+    """Build from `source`'s config, then load `weights`.
+
+    A UserError becomes an AssertionError with its message.
+    """
     run_ranks(1, lambda rank, world: load_hf_weights(build(source, ParallelConfig()), weights))
 
 
@@ -158,7 +161,8 @@ def test_missing_and_unexpected_tensors_are_listed(untied):
 
     with pytest.raises(
         AssertionError,
-        match=r"lacks model.layers.1.self_attn.k_proj.bias, model.norm.weight and holds model.layers.0.extra that",
+        match=r"lacks model.layers.1.self_attn.k_proj.bias, model.norm.weight and "
+        r"has model.layers.0.extra, not expected",
     ):
         load_on_one_rank(untied, copy_model(untied, change))
 
@@ -169,15 +173,15 @@ def test_a_wrong_shape_is_named(untied):
 
     with pytest.raises(
         AssertionError,
-        match=r"mlp.up_proj.weight in .* has shape \[95, 64\]; config.json asks for \[96, 64\]",
+        match=r"mlp.up_proj.weight in .* has shape \[95, 64\]; config.json requires \[96, 64\]",
     ):
         load_on_one_rank(untied, copy_model(untied, change))
 
 
 def test_a_cut_file_is_named(untied):
     folder = copy_model(untied)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:-100])
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(
         AssertionError, match=r"UserError: .*model.safetensors is not a readable safetensors file"
     ):
@@ -194,7 +198,7 @@ def test_a_missing_shard_is_named(untied, tmp_path):
 
 def test_a_folder_without_safetensors_is_refused(untied, tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("pickle")
-    with pytest.raises(AssertionError, match="only safetensors are read"):
+    with pytest.raises(AssertionError, match="only safetensors are supported"):
         load_on_one_rank(untied, tmp_path)
 
 
@@ -204,7 +208,7 @@ def test_an_existing_target_is_left_alone_and_every_rank_is_told(untied, tmp_pat
 
     def body(rank, world):
         chunks = build(untied, ParallelConfig(pipeline_model_parallel_size=2))
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="already exists"):
             save_hf(chunks, untied, tmp_path / "saved")
 
     run_ranks(2, body)
@@ -229,7 +233,7 @@ def test_a_full_disk_leaves_nothing_and_every_rank_is_told(untied, tmp_path, mon
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_distributed_checkpoints_use_the_names_that_transformer_engine_gives(sources, family):
-    """The family table has those names, so the portable norms must be found under them."""
+    """The family table has those names, so portable norms must use them in checkpoints."""
     source = sources(family, "untied")
 
     def body(rank, world):

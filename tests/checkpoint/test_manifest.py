@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: it says which files belong, and every difference from them is a sentence that names the file."""
+"""A checkpoint's manifest lists its files; every difference is one sentence that names the file."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The map says truly where every tensor goes: for published models on shapes alone, and for small ones against real ranks."""
+"""The map is correct for every tensor: by shape for published models, by real ranks for small ones."""
 
 import json
 from collections import Counter
@@ -24,7 +24,10 @@ TP8_PP4 = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_s
 
 
 def assert_tiles(tensor: MappedTensor) -> None:
-    """The ranks' boxes cover the tensor and do not overlap; of a replicated one each is the whole."""
+    """The ranks' boxes cover the tensor and do not overlap.
+
+    Each box of a replicated tensor is the complete tensor.
+    """
     if tensor.weight.layout is Layout.REPLICATED:
         assert all(box == tuple((0, length) for length in tensor.shape) for box in tensor.boxes)
         return
@@ -52,8 +55,8 @@ def test_shards_tile_every_tensor_of_published_models(name, virtual):
         assert prod(tensor.shard_shape) == tensor.weight.parameters_per_rank(8)
     layers = {tensor.weight.layer: tensor.stages for tensor in mapped if tensor.weight.layer is not None}
     assert {len(stages) for stages in layers.values()} == {1}
-    held = Counter((stages[0].pipeline, stages[0].chunk) for stages in layers.values())
-    assert held == {
+    counts = Counter((stages[0].pipeline, stages[0].chunk) for stages in layers.values())
+    assert counts == {
         (stage, chunk): model.num_layers // (4 * (virtual or 1))
         for stage in range(4)
         for chunk in range(virtual or 1)
@@ -77,12 +80,12 @@ def test_a_rank_s_box_holds_what_its_shard_is_made_of(layout, size):
     parts = [torch.tensor([next(numbers) for _ in range(prod(shape))]).view(shape) for shape in shapes]
     for rank in range(size):
         boxes = [hf_box(layout, shape, rank, size) for shape in shapes]
-        held = [
+        boxed = [
             part[tuple(slice(*edge) for edge in box)].flatten()
             for part, box in zip(parts, boxes, strict=True)
         ]
         found = shard(weight, parts, model, rank, size).flatten()
-        assert sorted(torch.cat(held).tolist()) == sorted(found[found > 0].tolist())
+        assert sorted(torch.cat(boxed).tolist()) == sorted(found[found > 0].tolist())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -148,7 +151,7 @@ def test_the_dry_run_prints_every_tensor_and_needs_config_json_only(tmp_path, ca
     ("flags", "reason"),
     [
         (["--tensor-parallel", "3"], "does not divide the model's 40 attention heads"),
-        (["--pipeline-parallel", "5"], "64 layers do not"),
+        (["--pipeline-parallel", "5"], "=5 does not divide the model's 64 layers"),
     ],
 )
 def test_a_split_that_does_not_divide_is_refused(tmp_path, capsys, flags, reason):

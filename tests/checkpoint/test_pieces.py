@@ -1,4 +1,4 @@
-"""However a model is cut, each row moves once: none is lost, none is read twice."""
+"""For any division into pieces, each row is copied exactly once."""
 
 from itertools import pairwise
 from math import prod
@@ -9,30 +9,30 @@ from hypothesis import strategies as st
 from torch import Size
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from megatron_fipo.checkpoint.convert import pieces as moves
+from megatron_fipo.checkpoint.convert import pieces
 from megatron_fipo.checkpoint.convert.name_map import megatron_shape
-from megatron_fipo.checkpoint.convert.pieces import Move, moves_to_hf, moves_to_megatron
+from megatron_fipo.checkpoint.convert.pieces import CopyStep, steps_to_hf, steps_to_megatron
 from megatron_fipo.families.family import Layout
 from megatron_fipo.families.qwen2 import QWEN2
 from tests.checkpoint.test_shard_layouts import architecture
 
 
-def hf_rows(found: list[Move], padding: bool) -> dict[str, list[int]]:
-    """By tensor, the rows that move; those of padding are left out where the last piece has them."""
+def hf_rows(found: list[CopyStep], padding: bool) -> dict[str, list[int]]:
+    """By tensor, the copied rows; with `padding`, rows after the end of the tensor are not counted."""
     rows: dict[str, list[int]] = {}
-    for move in found:
-        shapes = dict(zip(move.weight.names, move.weight.shapes, strict=True))
-        for name in [move.name] if move.name else move.weight.names:
-            last = shapes[name][0] if move.name is None else move.first_row + move.rows
+    for step in found:
+        shapes = dict(zip(step.weight.names, step.weight.shapes, strict=True))
+        for name in [step.name] if step.name else step.weight.names:
+            last = shapes[name][0] if step.name is None else step.first_row + step.rows
             rows.setdefault(name, []).extend(
-                range(move.first_row, min(last, shapes[name][0]) if padding else last)
+                range(step.first_row, min(last, shapes[name][0]) if padding else last)
             )
     return rows
 
 
-def megatron_rows(found: list[Move]) -> list[int]:
-    starts = [(move.piece.offset[-len(move.shape)], move) for move in found]
-    return [row for start, move in starts for row in range(start, start + move.rows)]
+def megatron_rows(found: list[CopyStep]) -> list[int]:
+    starts = [(step.piece.offset[-len(step.shape)], step) for step in found]
+    return [row for start, step in starts for row in range(start, start + step.rows)]
 
 
 @settings(deadline=None)
@@ -40,16 +40,16 @@ def megatron_rows(found: list[Move]) -> list[int]:
 def test_pieces_to_megatron_cover_both_sides(piece_bytes, vocab):
     model = architecture(groups=4, queries_per_group=2, head=2, vocab=vocab)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moves, "PIECE_BYTES", piece_bytes)
+        patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         for weight in QWEN2.weights(model):
-            found = list(moves_to_megatron(weight, model, itemsize=4))
+            found = list(steps_to_megatron(weight, model, itemsize=4))
             assert megatron_rows(found) == list(range(megatron_shape(weight)[0]))
             assert hf_rows(found, padding=True) == {
                 name: list(range(shape[0])) for name, shape in zip(weight.names, weight.shapes, strict=True)
             }
             row = prod(megatron_shape(weight)[1:]) * 4
             assert all(
-                move.name is None or move.rows * row <= max(piece_bytes, row) + 128 * row for move in found
+                step.name is None or step.rows * row <= max(piece_bytes, row) + 128 * row for step in found
             )
 
 
@@ -60,9 +60,9 @@ def test_pieces_to_megatron_cover_both_sides(piece_bytes, vocab):
 def test_pieces_to_hugging_face_follow_the_stored_chunks(cuts, columns, vocab):
     model = architecture(groups=4, queries_per_group=2, head=2, vocab=vocab)
     for weight in QWEN2.weights(model):
-        whole = (96, *weight.shapes[0][1:]) if weight.layout is Layout.VOCABULARY else megatron_shape(weight)
-        edges = sorted({0, whole[0], *(cut for cut in cuts if cut < whole[0])})
-        width = [size // columns for size in whole[1:]]
+        full = (96, *weight.shapes[0][1:]) if weight.layout is Layout.VOCABULARY else megatron_shape(weight)
+        edges = sorted({0, full[0], *(cut for cut in cuts if cut < full[0])})
+        width = [size // columns for size in full[1:]]
         layers = [()] if weight.layer is None else [(0,), (1,)]
         chunks = [
             ChunkStorageMetadata(
@@ -73,9 +73,9 @@ def test_pieces_to_hugging_face_follow_the_stored_chunks(cuts, columns, vocab):
             for first, last in pairwise(edges)
             for side in range(columns if width else 1)
         ]
-        found = list(moves_to_hf(weight, model, whole, chunks))
-        assert all(weight.layer is None or move.piece.offset[0] == weight.layer for move in found)
+        found = list(steps_to_hf(weight, model, full, chunks))
+        assert all(weight.layer is None or step.piece.offset[0] == weight.layer for step in found)
         rows = hf_rows(found, padding=False)
-        assert {name: sorted(held) for name, held in rows.items()} == {
+        assert {name: sorted(found_rows) for name, found_rows in rows.items()} == {
             name: list(range(shape[0])) for name, shape in zip(weight.names, weight.shapes, strict=True)
         }

@@ -1,4 +1,4 @@
-"""The figures of published configs give the published number of parameters, and every weight splits as large models are run."""
+"""Published configs give the published parameter counts, and every weight divides over 8 ranks."""
 
 import json
 from math import prod
@@ -9,8 +9,8 @@ import torch
 
 from megatron_fipo.checkpoint.shard_layouts import join, shard
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.config.divisibility import check_divisibility
 from megatron_fipo.families.registry import find_family
-from megatron_fipo.model.build import check_split
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
 PARAMETERS = {
@@ -39,9 +39,10 @@ def test_the_number_of_parameters_is_the_published_one(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_every_weight_splits_over_8_tensor_parallel_ranks_and_comes_back(name):
-    """On shapes alone (meta tensors)."""
+    """With shapes only (meta tensors)."""
     family, architecture = read(name)
-    check_split(architecture, ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4))
+    parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)
+    check_divisibility(architecture, parallel)
     first_layer_and_ends = [weight for weight in family.weights(architecture) if weight.layer in (None, 0)]
     for weight in first_layer_and_ends:
         parts = [torch.empty(shape, device="meta") for shape in weight.shapes]

@@ -1,3 +1,5 @@
+"""Randomly initialized model folders."""
+
 from typing import Any
 
 import torch

@@ -1,4 +1,4 @@
-"""A rank's random numbers go on where they were saved, on its own rank and under its own layout only."""
+"""A rank's random numbers continue where they were saved, on the same rank and in the same layout only."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TP2 = ParallelConfig(tensor_model_parallel_size=2)
 
 
 def draw() -> list[torch.Tensor]:
-    """From the plain generator and from each state that Megatron keeps."""
+    """Numbers from the default generator and from each state that Megatron keeps."""
     tracker = get_cuda_rng_tracker()
     numbers = [torch.rand(5)]
     for name in sorted(tracker.get_states()):
@@ -81,7 +81,7 @@ def load_damaged(rank, world_size, folder):
     return "loaded"
 
 
-@pytest.mark.parametrize("damage", ["missing", "garbled"])
+@pytest.mark.parametrize("damage", ["missing", "malformed"])
 def test_a_missing_or_damaged_file_is_named(tmp_path, damage):
     run_ranks(2, save_draw_load_draw, tmp_path)
     path = tmp_path / "rng" / "rank_00001.safetensors"

@@ -1,4 +1,4 @@
-"""Every layout's `join` undoes its `shard`, for any split that divides."""
+"""Every layout's `join` inverts its `shard`, for every tensor-parallel size that divides the weight."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_shards_hold_every_tensor_once_in_order_and_within_the_limit(sizes):
     assert list(files) == names
     assert list(files.values()) == sorted(files.values())
     for file in set(files.values()):
-        held = [size for name, size in zip(names, sizes, strict=True) if files[name] == file]
-        assert sum(held) <= 40 or len(held) == 1
+        within = [size for name, size in zip(names, sizes, strict=True) if files[name] == file]
+        assert sum(within) <= 40 or len(within) == 1
     if len(set(files.values())) == 1:
         assert set(files.values()) == {"model.safetensors"}

@@ -34,7 +34,7 @@ class TestValidate:
             ("parallel.tensor_model_parallel_size=3", "does not divide the model's 4 attention heads"),
             (
                 "parallel.tensor_model_parallel_size=4",
-                "does not divide the model's 2 key-value groups; choose a divisor of 2",
+                "does not divide the model's 2 key-value heads; choose a divisor of 2",
             ),
             ("parallel.pipeline_model_parallel_size=3", "does not divide the model's 4 layers"),
             (
@@ -337,7 +337,7 @@ class TestValidate:
         for override, message in [
             ("steps=0", "steps"),
             ("optimizer.warmup_steps=1001", "warmup_steps"),
-            ("parallel.tensor_model_parallel_size=4", "key-value groups"),
+            ("parallel.tensor_model_parallel_size=4", "key-value heads"),
             ("parallel.data_parallel_size=2", "CPU core"),
         ]:
             with pytest.raises(UserError, match=message):

@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.config import HeadConfig
-from megatron_fipo.model.logprob_head import torch_passes as head_passes
+from megatron_fipo.model.logprob_head import torch_passes, triton_passes
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
-from megatron_fipo.model.logprob_head.torch_passes import PADDED_LOGIT, KeptLogits, RowGradient, Slab
-from megatron_fipo.objective.kernels import triton_head as head_kernels
+from megatron_fipo.model.logprob_head.slab import PADDED_LOGIT, KeptLogits, RowGradient, Slab
 from tests.ranks import run_ranks
 
 ROWS, HIDDEN, VOCABULARY, COLUMNS, TEMPERATURE = 12, 8, 30_000, 32_768, 0.7
@@ -161,7 +160,7 @@ def _slab_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("slab", SLABS.values(), ids=SLABS)
 def test_both_statistics_passes_agree(slab, dtype):
     found = []
-    for passes in (head_passes, head_kernels):
+    for passes in (torch_passes, triton_passes):
         logits, labels, statistics = _slab_inputs()
         kept = KeptLogits(torch.full((5, 1200), 7.0, dtype=dtype), torch.zeros(5))
         passes.add_to_statistics(logits, labels, slab, 1.25, statistics, kept)
@@ -182,7 +181,7 @@ def test_both_statistics_passes_agree(slab, dtype):
 def test_both_gradient_passes_agree(slab, entropy, kept_dtype, out_dtype):
     """Also where the gradient takes the logits' place, and exact zeros in rows 1 (no gradient) and 3 (no gradient, NaN)."""
     found = []
-    for passes in (head_passes, head_kernels):
+    for passes in (torch_passes, triton_passes):
         logits, labels, _ = _slab_inputs()
         source = logits if kept_dtype is None else (logits - 4).to(kept_dtype)
         gradients = torch.tensor([1.5, 0.0, -2.0, 0.0, 0.0 if entropy else 0.3])
@@ -212,8 +211,8 @@ def test_both_gradient_passes_agree(slab, entropy, kept_dtype, out_dtype):
 def test_a_rows_bits_do_not_depend_on_the_other_rows_and_repeat():
     logits, labels, statistics = _slab_inputs()
     slab, together, alone = SLABS["padded"], statistics.clone(), statistics[:, 2:3].clone()
-    head_kernels.add_to_statistics(logits, labels, slab, 1.25, together, None)
-    head_kernels.add_to_statistics(logits[2:3].clone(), labels[2:3].clone(), slab, 1.25, alone, None)
+    triton_passes.add_to_statistics(logits, labels, slab, 1.25, together, None)
+    triton_passes.add_to_statistics(logits[2:3].clone(), labels[2:3].clone(), slab, 1.25, alone, None)
     assert torch.equal(together[:, 2:3], alone)
 
 
@@ -222,7 +221,7 @@ from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_fipo.objective.kernels.triton_head import BLOCK, gradient_kernel, statistics_kernel
+from megatron_fipo.model.logprob_head.triton_passes import BLOCK, gradient_kernel, statistics_kernel
 
 TYPES = dict.fromkeys(("statistics", "kept_peak", "shifts", "gradients", "entropy_gradients", "entropies"), "*fp32")
 TYPES |= dict.fromkeys(("rows", "width", "words", "first_word"), "i32") | dict.fromkeys(("scale", "inverse_temperature"), "fp32")

@@ -1,4 +1,4 @@
-"""A small random model of each family from transformers, packed inputs for it, and the same model through Megatron-Core on this rank."""
+"""A small random transformers model of each family, packed inputs, and the same model in Megatron-Core."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from megatron_fipo.model.build import build_model
 
 VOCAB = 101
 LENGTHS = (5, 33, 9, 1, 18, 70)
-
-
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -78,7 +76,10 @@ def build(
 
 
 def pack(parallel: ParallelConfig) -> tuple[torch.Tensor, PackedSeqParams, torch.Tensor]:
-    """(token ids [1, T] of this context-parallel rank, parameters, global position [T] of each in the unpadded concatenation)."""
+    """(token ids [1, T] of this context-parallel rank, parameters, origin [T]).
+
+    The origin of a token is its index in the unpadded concatenation of all sequences; -1 for padding.
+    """
     multiple = 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size
     ids = sequences()
     lengths = torch.tensor([-(-len(sequence) // multiple) * multiple for sequence in ids])
@@ -128,7 +129,7 @@ def logits_of_rank(
 
 
 def gather_logits(results: list, tensor_parallel_size: int) -> torch.Tensor:
-    """[all real tokens, V] from what the ranks returned."""
+    """[all real tokens, V] from the results of all ranks."""
     width = next(result[0].shape[1] for result in results if result is not None)
     logits = torch.full((sum(LENGTHS), width * tensor_parallel_size), torch.nan)
     for result in results:

@@ -1,3 +1,5 @@
+"""A Hugging Face config as an `Architecture`, and the errors for wrong ones."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +55,11 @@ class TestArchitecture:
                 "MambaForCausalLM is not supported; known: Qwen2ForCausalLM",
             ),
             ({"architectures": None}, r"\(none named\) is not supported"),
-            ({"hidden_size": None}, "hidden_size has to be a positive whole number, not None"),
+            ({"hidden_size": None}, "hidden_size has to be a positive integer, not None"),
             ({"num_hidden_layers": "4"}, "num_hidden_layers"),
-            ({"num_key_value_heads": 0}, "num_key_value_heads has to be a positive whole number, not 0"),
-            ({"head_dim": 1.5}, "head_dim has to be a positive whole number, not 1.5"),
-            ({"vocab_size": True}, "vocab_size has to be a positive whole number, not True"),
+            ({"num_key_value_heads": 0}, "num_key_value_heads has to be a positive integer, not 0"),
+            ({"head_dim": 1.5}, "head_dim has to be a positive integer, not 1.5"),
+            ({"vocab_size": True}, "vocab_size has to be a positive integer, not True"),
             ({"architectures": "Qwen2ForCausalLM"}, r"\(none named\) is not supported"),
             ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
         ],

@@ -1,4 +1,4 @@
-"""Bucketed, context-parallel packed attention equals plain attention on each sequence, forward and backward."""
+"""Bucketed, context-parallel packed attention equals plain attention per sequence, forward and backward."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def dense(query, key, value, lengths):
-    """Each sequence by itself: [T, heads, d]."""
+    """Each sequence alone: [T, heads, d]."""
     outputs = []
     for parts in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
@@ -40,7 +40,7 @@ def random_tensors(tokens: int, heads: int = 4, groups: int = 2, width: int = 3)
 
 
 def rank_tokens(lengths: list[int], cp_size: int) -> list[torch.Tensor]:
-    """Which tokens of the pack each context-parallel rank holds."""
+    """The tokens of the pack on each context-parallel rank."""
     sizes = torch.tensor(lengths)
     positions = torch.cat([torch.arange(length) for length in lengths])
     owner, _ = zigzag_owner(positions, sizes.repeat_interleave(sizes), cp_size)
@@ -76,7 +76,7 @@ def test_zigzag_chunks_follow_megatron():
 
 
 def test_gradients_cross_context_parallel_ranks():
-    """The module itself, with its gather, on two real ranks."""
+    """The module with its gather, on two real ranks."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -118,7 +118,7 @@ def test_the_plan_is_made_once_per_pack():
 
 
 def test_memory_is_far_below_a_dense_mask():
-    """100 short sequences and a long one: padding stays within the factor of two that buckets promise."""
+    """100 short sequences and a long one: padding stays within the factor of two of a bucket."""
     plan = build_plan(torch.tensor([60] * 100 + [2000]), 0, 1, CPU)
     assert sum(batch * width for bucket in plan.buckets for batch, width, _ in [bucket.size]) == 8000
 

@@ -1,4 +1,4 @@
-"""Configs become the right architecture, or a sentence that says what is wrong."""
+"""Configs become the right architecture, or one sentence that names the problem."""
 
 import json
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megatron_fipo.config import ParallelConfig
+from megatron_fipo.config.divisibility import check_divisibility
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.llama import LLAMA
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.families.qwen3 import QWEN3
 from megatron_fipo.families.registry import find_family, read_hf_config
 from megatron_fipo.model import mcore
-from megatron_fipo.model.build import check_split
 from megatron_fipo.model.layer_spec import choose_layer_spec
 
 QWEN25_7B = {
@@ -162,17 +162,20 @@ def test_unreadable_folders_are_refused(tmp_path):
             "tensor_model_parallel_size=8 does not divide the model's 28 attention heads",
         ),
         ({"tensor_model_parallel_size": 7}, "7 does not divide the model's 4 key-value heads"),
-        ({"pipeline_model_parallel_size": 3}, "28 layers do not divide over 3 pipeline stages"),
+        (
+            {"pipeline_model_parallel_size": 3},
+            "pipeline_model_parallel_size=3 does not divide the model's 28 layers",
+        ),
         (
             {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
-            "over 8 pipeline stages",
+            "=4 times parallel.virtual_pipeline_model_parallel_size=2 does not divide the model's 28 layers",
         ),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs parallel.pipeline_model_parallel_size > 1"),
     ],
 )
 def test_splits_that_do_not_divide_are_refused(sizes, message):
     with pytest.raises(UserError, match=message):
-        check_split(QWEN2.translate(QWEN25_7B), ParallelConfig(**sizes))
+        check_divisibility(QWEN2.translate(QWEN25_7B), ParallelConfig(**sizes))
 
 
 def test_transformer_engine_is_not_promised_where_it_is_not():

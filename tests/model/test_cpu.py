@@ -1,4 +1,4 @@
-"""The CPU platform: never there with CUDA, loud when it comes too late or no longer fits, and exact."""
+"""The CPU platform: absent with CUDA, exact, and an error if it is installed too late or no longer fits."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def test_it_refuses_to_come_after_megatron_core():
 
 
 def test_what_is_for_gpus_is_found_but_not_imported(tmp_path):
-    """With Transformer Engine installed Megatron-Core would take the norm of CPU tensors by its kernel."""
+    """With Transformer Engine installed, Megatron-Core would use its kernel for the norm of CPU tensors."""
     for package in ("transformer_engine", "apex"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise AssertionError('imported')")

@@ -1,4 +1,4 @@
-"""Megatron-Core through this package computes what transformers computes, in every parallel layout."""
+"""Models built by this package compute the logits of transformers, in every parallel layout."""
 
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 OTHER_LAYOUTS = ("one", "tp2", "tp2_sp", "pp2")
-"""For the families that differ from Qwen2 in their table alone: the splits that its entries can get wrong."""
+"""For the families that differ from Qwen2 only in their table: the layouts that depend on its entries."""
 CASES = [
     *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in LAYOUTS),
     *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
@@ -34,7 +34,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """By family and whether embeddings are tied: the model's folder and transformers' logits of each sequence by itself."""
+    """By family and tied embeddings: the model's folder and transformers' logits of each sequence alone."""
 
     @cache
     def make(family: str, tied: str) -> tuple[Path, torch.Tensor]:
@@ -69,7 +69,7 @@ def test_bfloat16_is_close(reference):
 
 
 def gradients(folder, recompute: str) -> dict[str, torch.Tensor | None]:
-    """By parameter, of the mean squared logit on this rank."""
+    """By parameter: the gradient of the mean squared logit on this rank."""
     parallel = ParallelConfig(context_parallel_size=2)
     (chunk,) = build(folder, parallel, recompute=recompute)
     input_ids, packed, _ = pack(parallel)

@@ -1,4 +1,4 @@
-"""Settings of precision become Megatron-Core's, and what a rank runs on is said as it is."""
+"""Precision settings become Megatron-Core's, and a rank's active implementations are reported correctly."""
 
 from dataclasses import fields, replace
 
@@ -23,7 +23,7 @@ FP8 = ModelConfig(fp8="hybrid", fp8_recipe="tensorwise", fp8_param_gather=True)
 
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "delayed"])
 def test_fp8_reaches_the_layers(recipe):
-    """The config object alone: on a machine without Transformer Engine no layer can be built from it."""
+    """Only the config object: without Transformer Engine no layer can be built from it."""
     model = replace(FP8, fp8_recipe=recipe)
     config = transformer_config(QWEN2.translate(QWEN25_7B), model, ParallelConfig(), PORTABLE)
     assert (config.fp8, config.fp8_recipe, config.fp8_param, config.bf16) == ("hybrid", recipe, True, True)
@@ -37,12 +37,12 @@ def test_without_fp8_nothing_asks_for_it():
     assert config.fp8 is None
     assert not config.fp8_param
     assert not config.gradient_accumulation_fusion
-    assert not config.bias_dropout_fusion  # what compiles GPU kernels stays off without a GPU
+    assert not config.bias_dropout_fusion  # options that compile GPU kernels stay off without a GPU
     assert ModelConfig().token_multiple == 1
 
 
 def test_megatron_has_every_field_that_is_set():
-    """Building its object with low precision would import Transformer Engine."""
+    """Field names only: building the config object with low precision would import Transformer Engine."""
     keywords = optimizer_precision(FP8, OptimizerSettings(state_dtype="bfloat16"))
     assert keywords.keys() <= {item.name for item in fields(OptimizerConfig)}
     assert "fp8_param_gather" in {item.name for item in fields(DistributedDataParallelConfig)}
@@ -60,7 +60,7 @@ def test_low_precision_state_and_offload_turn_on_what_they_need():
     offloaded = optimizer_precision(ModelConfig(), OptimizerSettings(cpu_offload=0.25))
     assert offloaded["use_precision_aware_optimizer"]
     assert (offloaded["optimizer_cpu_offload"], offloaded["optimizer_offload_fraction"]) == (True, 0.25)
-    assert offloaded["fp8_recipe"] is None  # Megatron-Core would take another path through its optimizer
+    assert offloaded["fp8_recipe"] is None  # with a recipe Megatron-Core would use another optimizer path
 
 
 def test_plain_parameters_are_exported_as_they_are():

@@ -13,14 +13,14 @@ from megatron_fipo.families.family import (
     OUTPUT_WEIGHT,
     Architecture,
     Family,
+    HfTensor,
     Layout,
-    Part,
     Rule,
     Weight,
+    padded_vocab_size,
 )
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.families.registry import read_architecture, read_model_config
-from megatron_fipo.families.vocab import padded_vocab_size
 from megatron_fipo.model import parallel as process_groups
 from megatron_fipo.model.build import build_model
 from megatron_fipo.plan.plan import make_plan, rank_groups
@@ -153,13 +153,15 @@ def test_a_new_family_is_counted_by_its_table_alone():
     """Norms of heads, a bias that is not split and a plain column layout, none of which Qwen2 has."""
     layer = "decoder.layers.{layer}"
     rules = (
-        Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (Part("e", ("vocab", "hidden")),)),
+        Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (HfTensor("e", ("vocab", "hidden")),)),
         Rule(
-            f"{layer}.self_attention.q_layernorm.weight", Layout.REPLICATED, (Part("{layer}.n", ("head",)),)
+            f"{layer}.self_attention.q_layernorm.weight",
+            Layout.REPLICATED,
+            (HfTensor("{layer}.n", ("head",)),),
         ),
-        Rule(f"{layer}.mlp.linear_fc1.weight", Layout.COLUMN, (Part("{layer}.up", ("ffn", "hidden")),)),
-        Rule(f"{layer}.mlp.linear_fc2.bias", Layout.REPLICATED, (Part("{layer}.b", ("hidden",)),)),
-        Rule(OUTPUT_WEIGHT, Layout.VOCABULARY, (Part("o", ("vocab", "hidden")),)),
+        Rule(f"{layer}.mlp.linear_fc1.weight", Layout.COLUMN, (HfTensor("{layer}.up", ("ffn", "hidden")),)),
+        Rule(f"{layer}.mlp.linear_fc2.bias", Layout.REPLICATED, (HfTensor("{layer}.b", ("hidden",)),)),
+        Rule(OUTPUT_WEIGHT, Layout.VOCABULARY, (HfTensor("o", ("vocab", "hidden")),)),
     )
     hidden, ffn, head, vocab = 24, 48, 6, 33
     architecture = Architecture(
@@ -186,7 +188,7 @@ def test_a_rank_holds_of_each_weight_what_the_conversion_gives_it(size):
 
 
 def test_a_weight_that_does_not_split_is_an_error():
-    with pytest.raises(ValueError, match="the 9 parameters of odd do not split over 2"):
+    with pytest.raises(ValueError, match="the 9 parameters of odd do not divide over 2"):
         Weight("odd", Layout.COLUMN, ("odd",), ((3, 3),)).parameters_per_rank(2)
 
 

@@ -1,1 +1,1 @@
-"""Offline conversion between Hugging Face folders and Megatron-Core checkpoints."""
+"""Offline conversion between Hugging Face folders and Megatron checkpoints, in the command's process."""

@@ -1,10 +1,10 @@
-"""Hugging Face folder <-> Megatron checkpoint folder, offline: one process, no GPU, piece by piece.
+"""Converts between Hugging Face folders and Megatron checkpoint folders, offline.
 
-The model is cut into pieces (`moves.py`), and a few threads each read one and write it, so memory does not grow with the
-model. The checkpoint folder is the one that a run writes (`manifest.json`, `weights/`, `hf/`), and reads: `to_hf` takes a run's
-checkpoints too.
+One process, no GPU. The model is divided into pieces (`pieces.py`). A few threads each read and write one
+piece at a time, so memory does not grow with the model. The checkpoint folder has the format of a run's
+checkpoints (`manifest.json`, `weights/`, `hf/`), and `to_hf` also converts a run's checkpoints.
 
-Tensors keep the dtype they are stored in, bit for bit, unless another is asked for (`dtypes.py`).
+Tensors keep their stored dtype, bit for bit, unless another is requested (`dtypes.py`).
 """
 
 import shutil
@@ -20,10 +20,10 @@ import torch
 
 from megatron_fipo.checkpoint.convert.dtypes import cast, dtypes_in_megatron, target_dtype
 from megatron_fipo.checkpoint.convert.name_map import megatron_shape
-from megatron_fipo.checkpoint.convert.pieces import Move, moves_to_hf, moves_to_megatron
+from megatron_fipo.checkpoint.convert.pieces import CopyStep, steps_to_hf, steps_to_megatron
 from megatron_fipo.checkpoint.convert.torch_dist import (
     WEIGHTS,
-    Piece,
+    TensorPiece,
     WeightsReader,
     extra_state_keys,
     in_parallel,
@@ -49,32 +49,32 @@ from megatron_fipo.families.family import Architecture, Layout, Weight
 from megatron_fipo.families.registry import read_model_config
 
 HF = "hf"
-"""The folder of config, tokenizer and the like within a checkpoint."""
+"""The folder of config, tokenizer and similar files in a checkpoint."""
 SHARES = 64
-"""Steps in which progress shows while files are hashed."""
+"""Number of progress steps while files are hashed."""
 
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
-"""Called with (what is done, bytes done, bytes in all), from one thread at a time."""
+"""Called with (name of the phase, bytes done, bytes in total), from one thread at a time."""
 
 
 @dataclass
 class Summary:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     tensors: int
     """Hugging Face tensors."""
     bytes: int
-    """Of their values, as written."""
+    """Size of the written values."""
     rounded: set[str] = field(default_factory=set)
-    """Tensors that lost bits in a cast that was asked for: Megatron's names, in the whole model."""
+    """Parameters rounded by a requested cast: Megatron's names in the complete model."""
 
 
 def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> Summary:
-    """Convert a Hugging Face folder to a checkpoint folder at `target`, which appears only when it is complete.
+    """Convert a Hugging Face folder to a checkpoint folder. `target` appears only when it is complete.
 
-    UserError: unknown architecture; shards, tensors or shapes that are not what config.json asks for; a dtype that cannot be kept;
-    `source` of another kind; `target` exists or cannot be written.
+    UserError: unknown architecture; shards, tensors or shapes that do not match config.json; a dtype that
+    cannot be kept; `source` of another kind; `target` exists or cannot be written.
     """
     _refuse_other_kind(source, "to-megatron")
     _refuse_existing(target)
@@ -83,20 +83,20 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
     weights = list(family.weights(architecture))
     check_tensors(weights, architecture, folder)
     dtypes = dtypes_in_megatron(weights, folder, dtype)
-    moves = {
-        move.piece: move
+    steps = {
+        step.piece: step
         for weight in weights
-        for move in moves_to_megatron(weight, architecture, dtypes[stacked_key(weight)].itemsize)
+        for step in steps_to_megatron(weight, architecture, dtypes[stacked_key(weight)].itemsize)
     }
-    size = sum(prod(piece.size) * dtypes[piece.key].itemsize for piece in moves)
+    size = sum(prod(piece.size) * dtypes[piece.key].itemsize for piece in steps)
     summary = Summary(sum(len(weight.names) for weight in weights), size)
     meter = _Meter("converting", size, progress)
 
-    def read(piece: Piece) -> torch.Tensor:
-        values = _read_hf(moves[piece], architecture, folder)
+    def read(piece: TensorPiece) -> torch.Tensor:
+        values = _read_hf(steps[piece], architecture, folder)
         result, changed = cast(values, dtypes[piece.key])
         if changed:
-            summary.rounded.add(moves[piece].weight.megatron)
+            summary.rounded.add(steps[piece].weight.megatron)
         meter.add(result.nbytes)
         return result
 
@@ -104,7 +104,7 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
         for name in (WEIGHTS, HF):
             (partial / name).mkdir(parents=True)
         copy_companions(source, partial / HF)
-        wanted = [(piece, dtypes[piece.key]) for piece in moves]
+        wanted = [(piece, dtypes[piece.key]) for piece in steps]
         extra_states = extra_state_keys(weights, architecture.num_layers)
         write_weights(partial / WEIGHTS, wanted, extra_states, {"architecture": asdict(architecture)}, read)
         files = _hash(partial, progress)
@@ -113,10 +113,12 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
 
 
 def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary:
-    """Convert a checkpoint folder (converted, or of a run) to a Hugging Face folder at `target`; of a run only the model is read.
+    """Convert a checkpoint folder (converted, or of a run) to a Hugging Face folder at `target`.
 
-    UserError: files that are not what the manifest says; tensors or shapes that are not what hf/config.json asks for; `source` of
-    another kind; `target` exists or cannot be written.
+    Reads only the model.
+
+    UserError: files that differ from the manifest; tensors or shapes that do not match hf/config.json;
+    `source` of another kind; `target` exists or cannot be written.
     """
     _refuse_other_kind(source, "to-hf")
     _refuse_existing(target)
@@ -138,18 +140,18 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
     summary = Summary(len(shapes), writer.total_bytes)
     meter = _Meter("converting", writer.total_bytes, progress)
 
-    def convert(move: Move) -> None:
-        values = reader.read(move.piece).reshape(move.shape)
-        for name, part in _hf_parts(move, values, architecture):
-            result, changed = cast(part, dtypes[name])
+    def convert(step: CopyStep) -> None:
+        values = reader.read(step.piece).reshape(step.shape)
+        for name, tensor in _hf_tensors(step, values, architecture):
+            result, changed = cast(tensor, dtypes[name])
             if changed:
-                summary.rounded.add(move.weight.megatron)
-            writer.add(name, result, move.first_row)
+                summary.rounded.add(step.weight.megatron)
+            writer.add(name, result, step.first_row)
             meter.add(result.nbytes)
 
     try:
         in_parallel(
-            convert, [move for weight in weights for move in _stored_moves(weight, architecture, reader)]
+            convert, [step for weight in weights for step in _stored_steps(weight, architecture, reader)]
         )
         writer.finish()
     except BaseException:
@@ -158,60 +160,61 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
     return summary
 
 
-# What is read and written
+# --- tensors ------------------------------------------------------------------------------------------------
 
 
-def _read_hf(move: Move, architecture: Architecture, folder: SafetensorsFolder) -> torch.Tensor:
-    """A piece's values from the Hugging Face tensors; rows behind a vocabulary's end are zero."""
-    if move.name is None:
-        return shard(move.weight, [folder.slice(name) for name in move.weight.names], architecture, 0, 1)
-    last = min(move.first_row + move.rows, folder.tensors[move.name].shape[0])
-    values = folder.slice(move.name)[move.first_row : last]
-    missing = move.rows - len(values)
+def _read_hf(step: CopyStep, architecture: Architecture, folder: SafetensorsFolder) -> torch.Tensor:
+    """The values of a piece from the Hugging Face tensors. Rows after the end of a vocabulary are zero."""
+    if step.name is None:
+        return shard(step.weight, [folder.slice(name) for name in step.weight.names], architecture, 0, 1)
+    last = min(step.first_row + step.rows, folder.tensors[step.name].shape[0])
+    values = folder.slice(step.name)[step.first_row : last]
+    missing = step.rows - len(values)
     return torch.cat((values, values.new_zeros(missing, *values.shape[1:]))) if missing else values
 
 
-def _stored_moves(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[Move]:
+def _stored_steps(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[CopyStep]:
     stored = reader.tensors[stacked_key(weight)]
-    yield from moves_to_hf(
+    yield from steps_to_hf(
         weight, architecture, tuple(stored.size)[0 if weight.layer is None else 1 :], stored.chunks
     )
 
 
-def _hf_parts(move: Move, values: torch.Tensor, architecture: Architecture) -> list[tuple[str, torch.Tensor]]:
-    """What a stored piece is in Hugging Face tensors."""
-    if move.name is not None:
-        return [(move.name, values)]
-    return list(zip(move.weight.names, join(move.weight, [values], architecture), strict=True))
+def _hf_tensors(
+    step: CopyStep, values: torch.Tensor, architecture: Architecture
+) -> list[tuple[str, torch.Tensor]]:
+    """The Hugging Face tensors of a stored piece's values."""
+    if step.name is not None:
+        return [(step.name, values)]
+    return list(zip(step.weight.names, join(step.weight, [values], architecture), strict=True))
 
 
 def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader: WeightsReader) -> None:
-    """UserError unless the checkpoint holds exactly the model's tensors; its optimizer's may be there too."""
+    """UserError unless the checkpoint has exactly the model's tensors; an optimizer's tensors are ignored."""
     found = {key for key in reader.tensors if not key.startswith("optimizer.")}
     expected = {stacked_key(weight): weight for weight in weights}
     missing, unexpected = expected.keys() - found, found - expected.keys()
     if missing or unexpected:
-        parts = [f"lacks {listing(missing)}"] if missing else []
-        parts += (
-            [f"holds {listing(unexpected)} that its hf/config.json does not ask for"] if unexpected else []
-        )
-        raise UserError(f"checkpoint {reader.folder} {' and '.join(parts)}")
+        problems = [f"lacks {listing(missing)}"] if missing else []
+        if unexpected:
+            problems.append(f"has {listing(unexpected)}, not expected by its hf/config.json")
+        raise UserError(f"checkpoint {reader.folder} {' and '.join(problems)}")
     for key, weight in expected.items():
-        stored, whole = tuple(reader.tensors[key].size), megatron_shape(weight)
-        wanted = whole if weight.layer is None else (architecture.num_layers, *whole)
+        stored, full = tuple(reader.tensors[key].size), megatron_shape(weight)
+        wanted = full if weight.layer is None else (architecture.num_layers, *full)
         if weight.layout is Layout.VOCABULARY and stored[0] >= architecture.vocab_size:
             wanted = (stored[0], *wanted[1:])
         if stored != wanted:
             raise UserError(
-                f"{key} in {reader.folder} has shape {list(stored)}; hf/config.json asks for {list(wanted)}"
+                f"{key} in {reader.folder} has shape {list(stored)}; hf/config.json requires {list(wanted)}"
             )
 
 
-# Folders
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def _refuse_other_kind(source: Path, command: str) -> None:
-    """UserError that says what the source is, where it is not what the command takes."""
+    """UserError that names what the source is, unless the command can convert it."""
     takes_hf = command == "to-megatron"
     wanted = (
         "a Hugging Face folder (config.json and safetensors)"
@@ -219,35 +222,32 @@ def _refuse_other_kind(source: Path, command: str) -> None:
         else f"a checkpoint folder (with {MANIFEST})"
     )
     if not source.is_dir():
-        raise UserError(f"there is no folder {source}; {command} takes {wanted}")
+        raise UserError(f"there is no folder {source}; {command} needs {wanted}")
     is_hf, is_checkpoint = (source / "config.json").is_file(), (source / MANIFEST).is_file()
     if is_hf if takes_hf else is_checkpoint:
         return
     if is_checkpoint:
-        found = "a Megatron checkpoint already; convert to-hf goes the other way"
+        found = "already a Megatron checkpoint; convert to-hf converts in the other direction"
     elif is_hf:
-        found = "a Hugging Face folder already; convert to-megatron goes the other way"
+        found = "already a Hugging Face folder; convert to-megatron converts in the other direction"
     elif (source / WEIGHTS).is_dir():
-        found = f"a checkpoint without {MANIFEST}, so it was not written to its end"
+        found = f"a checkpoint without {MANIFEST}, so it is incomplete"
     elif (source / "checkpoints").is_dir():
-        found = (
-            f"a run's folder; give one of {source / 'checkpoints'}"
-            if not takes_hf
-            else f"a run's folder; give {source / 'model'}"
-        )
+        wanted_folder = source / "model" if takes_hf else f"one of {source / 'checkpoints'}"
+        found = f"a run's folder; give {wanted_folder}"
     else:
         found = "neither a Hugging Face folder nor a checkpoint"
-    raise UserError(f"{command} takes {wanted}, and {source} is {found}")
+    raise UserError(f"{command} needs {wanted}, but {source} is {found}")
 
 
 def _refuse_existing(target: Path) -> None:
     if target.exists():
-        raise UserError(f"{target} exists already; give another folder or remove it")
+        raise UserError(f"{target} already exists; give another folder or remove it")
 
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `target` at the end, or is removed."""
+    """A hidden folder that is renamed to `target` at the end, or removed on an error."""
     target = target.absolute()
     partial = hidden_name(target)
     try:
@@ -271,7 +271,7 @@ def _hash(folder: Path, progress: Progress) -> dict[str, FileRecord]:
 
 
 def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> None:
-    """UserError listing files that are not what the manifest says. Reads every byte."""
+    """UserError listing the files that differ from the manifest. Reads every byte."""
     sizes = dict.fromkeys(list_files(source), 0) | {
         name: record.size for name, record in manifest.files.items()
     }
@@ -282,14 +282,17 @@ def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> Non
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(
-            f"{source} is damaged: {'; '.join(problems[:20])}{more}; copy it again or take another checkpoint"
+            f"{source} is damaged: {'; '.join(problems[:20])}{more}; copy it again or use another checkpoint"
         )
 
 
 def _in_shares(
     what: str, sizes: Mapping[str, int], work: Callable[[int, int], Result], progress: Progress
 ) -> list[Result]:
-    """Work that `manifest.py` does on shares of the files, in parallel. `sizes` are those of all files that it looks at."""
+    """Run `work(share, shares)` of `manifest.py` for all shares of the files, in parallel.
+
+    `sizes` covers all its files.
+    """
     in_order = [sizes[name] for name in sorted(sizes)]
     shares = min(len(in_order), SHARES)
     meter = _Meter(what, sum(in_order), progress)
@@ -303,7 +306,7 @@ def _in_shares(
 
 
 class _Meter:
-    """Counts bytes from several threads."""
+    """Counts bytes from several threads and reports progress."""
 
     def __init__(self, what: str, total: int, progress: Progress) -> None:
         self.what, self.total, self.progress = what, total, progress

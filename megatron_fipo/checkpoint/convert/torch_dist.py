@@ -1,7 +1,8 @@
-"""Weights in Megatron-Core's distributed format (`torch_dist`), written and read by pieces: no GPU, no process group, no model.
+"""Reads and writes weights in Megatron-Core's distributed format (`torch_dist`), piece by piece.
 
-The format is torch.distributed.checkpoint's: `.metadata` names all tensors and the files that hold their pieces. Layers are
-stacked: parameter `decoder.layers.7.mlp.linear_fc2.weight` is index 7 of the tensor `decoder.layers.mlp.linear_fc2.weight`.
+Needs no GPU, no process group and no model. The format is torch.distributed.checkpoint's: `.metadata` lists
+all tensors and the files of their pieces. Layers are stacked: parameter
+`decoder.layers.7.mlp.linear_fc2.weight` is index 7 of the tensor `decoder.layers.mlp.linear_fc2.weight`.
 """
 
 import io
@@ -43,27 +44,31 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Weight
 
 WEIGHTS = "weights"
-"""The folder of these files within a checkpoint."""
+"""The folder of these files in a checkpoint."""
 FILE_BYTES = 2_000_000_000
 WORKERS = min(4, os.cpu_count() or 1)
-"""Threads that convert; each holds one piece."""
+"""Threads that convert. Each has one piece in memory."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of a stored tensor."""
+class TensorPiece:
+    """A rectangular part of a stored tensor."""
 
     key: str
-    whole: tuple[int, ...]
+    """Name of the stored tensor."""
+    full: tuple[int, ...]
+    """Shape of the stored tensor."""
     offset: tuple[int, ...]
+    """First index in each dimension."""
     size: tuple[int, ...]
+    """Length in each dimension."""
 
 
 def stacked_key(weight: Weight) -> str:
-    """The name of the tensor in which all layers of a parameter lie."""
+    """The name of the stored tensor with all layers of a parameter."""
     return (
         weight.megatron
         if weight.layer is None
@@ -72,7 +77,7 @@ def stacked_key(weight: Weight) -> str:
 
 
 def extra_state_keys(weights: Iterable[Weight], num_layers: int) -> list[str]:
-    """Megatron-Core's linear layers each keep an `_extra_state` (for FP8); it is empty here, but has to be there."""
+    """Keys of the `_extra_state` of Megatron-Core's linear layers (for FP8): empty here, but required."""
     modules = dict.fromkeys(
         stacked_key(weight).rpartition(".")[0] for weight in weights if ".linear_" in weight.megatron
     )
@@ -84,7 +89,10 @@ def extra_state_keys(weights: Iterable[Weight], num_layers: int) -> list[str]:
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The results in order, from `WORKERS` threads. The first error stops what has not begun, and is raised."""
+    """The results in order, from `WORKERS` threads.
+
+    The first error cancels the items not yet started and is raised.
+    """
     with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
@@ -94,11 +102,11 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> li
             raise
 
 
-# Writing
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Asks for each tensor when its turn to be written comes."""
+    """Resolves each tensor only when it is written."""
 
     def __init__(self, resolve: Callable[[MetadataIndex], torch.Tensor | io.BytesIO]) -> None:
         super().__init__()
@@ -110,20 +118,20 @@ class _LazyPlanner(DefaultSavePlanner):
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
-        """Nothing of when and where: the same weights give the same files."""
+        """No time or path in the metadata: the same weights give the same files."""
 
 
 def write_weights(
     folder: Path,
-    pieces: Sequence[tuple[Piece, torch.dtype]],
+    pieces: Sequence[tuple[TensorPiece, torch.dtype]],
     extra_states: Sequence[str],
     content: Mapping[str, Any],
-    read: Callable[[Piece], torch.Tensor],
+    read: Callable[[TensorPiece], torch.Tensor],
 ) -> None:
-    """Write a checkpoint folder that `dist_checkpointing.load` reads under any layout, calling `read` once for each piece.
+    """Write a checkpoint folder that `dist_checkpointing.load` reads for any layout.
 
-    `content` is what `dist_checkpointing.load_content_metadata` will give. At most `WORKERS` pieces are in memory at one time.
-    A file holds one tensor, or 2 GB of one. Raises OSError.
+    `read` is called once per piece. `content` is what `dist_checkpointing.load_content_metadata` will return.
+    At most `WORKERS` pieces are in memory at a time. A file has one tensor, or 2 GB of one. Raises OSError.
     """
     by_index = {MetadataIndex(piece.key, piece.offset): piece for piece, _ in pieces}
     plans = [SavePlan([_write_item(piece, dtype) for piece, dtype in group]) for group in _by_file(pieces)]
@@ -143,26 +151,28 @@ def write_weights(
     try:
         results = in_parallel(lambda plan: writer.write_data(plan, planner).wait(), plans)
     except RuntimeError as error:
-        # torch.save reports a disk that refuses as an inconsistency of its own that came of it.
+        # torch.save reports a disk error as a RuntimeError caused by it.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
     writer.finish(metadata, results)
-    # What Megatron-Core wants beside it: state that all ranks have in common, and last the format's name.
+    # Additional files for Megatron-Core: the state common to all ranks, and last the name of the format.
     torch.save({"content_metadata": dict(content)}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
-def _write_item(piece: Piece, dtype: torch.dtype) -> WriteItem:
+def _write_item(piece: TensorPiece, dtype: torch.dtype) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))
-    data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(piece.whole))
+    data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(piece.full))
     return WriteItem(MetadataIndex(piece.key, piece.offset), WriteItemType.SHARD, tensor_data=data)
 
 
-def _by_file(pieces: Sequence[tuple[Piece, torch.dtype]]) -> Iterator[list[tuple[Piece, torch.dtype]]]:
-    """One tensor to a file, as torch keeps the last piece of each tensor in memory until its file is complete."""
+def _by_file(
+    pieces: Sequence[tuple[TensorPiece, torch.dtype]],
+) -> Iterator[list[tuple[TensorPiece, torch.dtype]]]:
+    """One tensor per file: torch keeps the last piece of each tensor in memory until its file is complete."""
     for key in dict.fromkeys(piece.key for piece, _ in pieces):
-        group: list[tuple[Piece, torch.dtype]] = []
+        group: list[tuple[TensorPiece, torch.dtype]] = []
         filled = 0
         for piece, dtype in pieces:
             if piece.key == key:
@@ -181,7 +191,7 @@ def _empty_extra_state() -> io.BytesIO:
     return content
 
 
-# Reading
+# --- reading ------------------------------------------------------------------------------------------------
 
 _PICKLED = {
     "torch": {"Size"},
@@ -212,14 +222,14 @@ _PICKLED = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes only what a checkpoint's metadata consists of: a checkpoint may come from anywhere."""
+    """Creates only the classes of checkpoint metadata: a checkpoint may come from an untrusted source."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _PICKLED.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}")
 
 
 class _Reader(FileSystemReader):
@@ -229,7 +239,7 @@ class _Reader(FileSystemReader):
 
 
 class _IntoTensor(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Reads into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -245,7 +255,10 @@ class _IntoTensor(DefaultLoadPlanner):
 
 
 class WeightsReader:
-    """The tensors of a checkpoint's weights folder. UserError where its metadata is missing or damaged. Threads may share it."""
+    """The tensors of a checkpoint's weights folder. Thread-safe.
+
+    UserError if its metadata is missing or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -256,7 +269,7 @@ class WeightsReader:
             stored = metadata.state_dict_metadata
         except FileNotFoundError:
             raise UserError(
-                f"{folder} is no distributed checkpoint of Megatron-Core: it has no .metadata"
+                f"{folder} is not a distributed checkpoint of Megatron-Core: it has no .metadata"
             ) from None
         except (
             OSError,
@@ -268,22 +281,25 @@ class WeightsReader:
             TypeError,
         ) as error:
             raise UserError(
-                f"{folder / '.metadata'} is no readable metadata of a checkpoint: {error}"
+                f"{folder / '.metadata'} is not readable as checkpoint metadata: {error}"
             ) from None
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
         }
-        """By key; objects that are no tensors are left out."""
+        """By key, without objects that are not tensors."""
 
-    def read(self, piece: Piece) -> torch.Tensor:
-        """[size] of one box, put together from the stored pieces that it touches; those are read whole, one at a time."""
+    def read(self, piece: TensorPiece) -> torch.Tensor:
+        """The values [size] of a piece, from the stored pieces that overlap it.
+
+        These are read completely, one at a time.
+        """
         stored = self.tensors[piece.key]
         items = create_read_items_for_chunk_list(
             piece.key, stored, [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))]
         )
         if sum(prod(item.lengths) for item in items) != prod(piece.size):
             raise UserError(
-                f"{self.folder} does not hold all of {piece.key} (wanted {piece.size} at {piece.offset})"
+                f"{self.folder} does not have all of {piece.key} (needed: {piece.size} at {piece.offset})"
             )
         target = torch.empty(piece.size, dtype=stored.properties.dtype)
         self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()

@@ -1,85 +1,31 @@
-"""The two passes over a slab's logits that are not matrix products, in plain torch: into row statistics, and into gradients.
-
-`head_kernels.py` holds the same functions as Triton kernels. The walk over the slabs, the products and the collectives are in
-`head.py`, once for both.
-
-Letters: R response rows, w columns of the slab. Statistics are the four rows of a [4, R] tensor: with the logits z that were
-seen so far, m = max z, Σ exp(z − m), Σ exp(z − m)·(z − m), and the label's z (0 until its slab comes).
-"""
-
-from dataclasses import dataclass
+"""The slab passes of the head (`slab.SlabPasses`) in plain torch."""
 
 import torch
 
-PADDED_LOGIT = -1e30
-"""Stands for minus infinity, in the padded part of the vocabulary and before any logit was seen; finite, so that 0 × it stays 0."""
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Neighbouring columns of this rank's vocabulary slice."""
-
-    start: int
-    stop: int
-    first_word: int
-    """The word of column `start`."""
-    words: int
-    """Columns that stand for words, at least one; those behind them are padding."""
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.start, self.stop)
-
-
-@dataclass(frozen=True)
-class KeptLogits:
-    """A slab's logits for backward, as distances from each row's highest: rounding is smallest where the probability is largest."""
-
-    distances: torch.Tensor
-    """[R, w] in the model's dtype; undefined in the padding."""
-    peak: torch.Tensor
-    """[R], the accumulation dtype."""
-
-
-@dataclass(frozen=True)
-class RowGradient:
-    """What backward knows of each row. d loss/dz = inverse_temperature · (a·onehot − p·(a + b·(ln p + entropy)))."""
-
-    labels: torch.Tensor
-    """[R] int64."""
-    log_probs: torch.Tensor
-    """[R]: a, the gradient of the loss by log π(label)."""
-    entropy: torch.Tensor | None
-    """[R]: b, the gradient by the entropy, or None where the entropy is not part of the loss."""
-    entropy_value: torch.Tensor | None
-    inverse_temperature: float
-
-    def active(self) -> torch.Tensor:
-        """[R]: which rows have a gradient at all."""
-        active = self.log_probs != 0
-        return active if self.entropy is None else active | (self.entropy != 0)
+from megatron_fipo.model.logprob_head.slab import PADDED_LOGIT, KeptLogits, RowGradient, Slab
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """Most bytes that exist at one time for each element of a slab, with weights of `dtype`, kept logits aside.
+    """Peak bytes per element of a slab for weights of `dtype`, kept logits not counted.
 
-    Forward: the logits and their exponentials. Backward: the probabilities and their slopes beside the logits, or in their
-    place where the gradient has their dtype; else the gradient too. Half precision on a CPU also widens what it multiplies.
+    Forward: the logits and their exponentials. Backward: the probabilities and their slopes, in place of the
+    logits if the gradient has the logits' dtype, else in addition to the logits and the gradient. In half
+    precision on a CPU, the factors of a product are also converted to float32.
     """
     wide = accumulation_dtype(dtype).itemsize
     return 2 * wide if dtype.itemsize == wide else 3 * wide + dtype.itemsize
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits, statistics and sums are held in."""
+    """The dtype of logits, statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merged(
-    peak: torch.Tensor, total: torch.Tensor, moment: torch.Tensor, other_peak: torch.Tensor
+def rescale_sums(
+    peak: torch.Tensor, total: torch.Tensor, moment: torch.Tensor, new_peak: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(total, moment) as they are for `other_peak` ≥ peak, so that they can be added to those of other columns. All [R]."""
-    shift = peak - other_peak
+    """(total, moment) relative to `new_peak` ≥ peak, so that different columns can be added. All [R]."""
+    shift = peak - new_peak
     scale = shift.exp()
     return total * scale, (moment + shift * total) * scale
 
@@ -92,7 +38,7 @@ def add_to_statistics(
     statistics: torch.Tensor,
     kept: KeptLogits | None,
 ) -> None:
-    """Add a slab to the `statistics` [4, R] of the slabs before it, in place, and fill `kept`.
+    """Add a slab to the `statistics` [4, R] of the previous slabs, in place, and fill `kept`.
 
     logits: [R, w] fp32 (fp64), before the temperature; overwritten. labels: [R] int64.
     """
@@ -110,8 +56,8 @@ def add_to_statistics(
     moment = weights.mul_(logits).sum(dim=1)
     old_peak, old_total, old_moment, old_target = statistics
     highest = torch.maximum(old_peak, peak)
-    old_total, old_moment = merged(old_peak, old_total, old_moment, highest)
-    new_total, new_moment = merged(peak, total, moment, highest)
+    old_total, old_moment = rescale_sums(old_peak, old_total, old_moment, highest)
+    new_total, new_moment = rescale_sums(peak, total, moment, highest)
     torch.stack(
         (highest, old_total + new_total, old_moment + new_moment, old_target + target), out=statistics
     )
@@ -125,10 +71,10 @@ def write_gradient(
     slab: Slab,
     out: torch.Tensor,
 ) -> None:
-    """Write the gradient by the slab's logits (before the temperature) to `out` [R, w], which may be `logits` itself.
+    """Write the gradient with respect to the slab's logits (before the temperature) to `out` [R, w].
 
-    logits: [R, w], such that logits · scale + shift is the log-probability; shift: [R]. A row whose gradients are zero gets exact
-    zeros, even where its logits are NaN.
+    `out` may be `logits` itself. logits: [R, w], such that logits · scale + shift is the log-probability;
+    shift: [R]. A row with zero gradients gets exact zeros, even if its logits are NaN.
     """
     log_p = torch.add(shift.unsqueeze(1), logits, alpha=scale, out=out if out.dtype == shift.dtype else None)
     log_p[:, slab.words :] = PADDED_LOGIT
@@ -148,6 +94,6 @@ def write_gradient(
 
 
 def _label_columns(labels: torch.Tensor, slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
-    """([R, 1] the label's column in the slab, clamped; [R, 1] whether it is in it)."""
+    """([R, 1] the label's column in the slab, clamped; [R, 1] whether the label is in the slab)."""
     local = (labels - slab.first_word).unsqueeze(1)
     return local.clamp(0, slab.stop - slab.start - 1), (local >= 0) & (local < slab.words)

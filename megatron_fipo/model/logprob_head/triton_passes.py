@@ -1,16 +1,17 @@
-"""`head_passes.py` as Triton kernels: one read of a slab's logits for its statistics, one read and one write for its gradient.
+"""The slab passes of the head (`model/logprob_head/slab.py`: `SlabPasses`) as Triton kernels.
 
-fp32 inside, whatever the gradient's dtype. No atomics: a row's result depends on that row alone and is the same every time.
+Statistics take one read of a slab's logits, the gradient one read and one write. Arithmetic is fp32 for every
+gradient dtype. No atomics: a row's result depends on that row alone and is deterministic.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from megatron_fipo.model.logprob_head.torch_passes import PADDED_LOGIT, KeptLogits, RowGradient, Slab
+from megatron_fipo.model.logprob_head.slab import PADDED_LOGIT, KeptLogits, RowGradient, Slab
 
 BLOCK = 1024
-"""Columns that a program looks at together; with 4 warps a thread holds 8 of them, two 16-byte loads."""
+"""Columns processed together by a program; with 4 warps each thread has 8 of them, two 16-byte loads."""
 
 PADDED = tl.constexpr(PADDED_LOGIT)
 
@@ -30,7 +31,10 @@ def statistics_kernel(
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per row. Each lane keeps its own statistics, so that the loop needs one exponential per logit and no reduction."""
+    """One program per row.
+
+    Each lane keeps its own statistics: one exponential per logit and no reduction in the loop.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], PADDED, tl.float32)
@@ -55,7 +59,8 @@ def statistics_kernel(
             tl.store(
                 kept + row * width + column, (z - slab_peak).to(kept.dtype.element_ty), mask=column < words
             )
-    # Lanes that saw no logit, and slabs before the first, have a total of 0 at the padded peak: they scale to nothing.
+    # Lanes without a logit, and the initial statistics, have a total of 0 at the padded peak: they contribute
+    # 0.
     old_peak = tl.load(statistics + row)
     old_total = tl.load(statistics + rows + row)
     old_moment = tl.load(statistics + 2 * rows + row)
@@ -92,7 +97,10 @@ def gradient_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program per row and block of columns. `out` may be `logits`: an element is written only by the program that read it."""
+    """One program per row and block of columns.
+
+    `out` may be `logits`: the program that read an element writes it.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(gradients + row)
@@ -113,7 +121,7 @@ def gradient_kernel(
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """As in `head_passes`: the logits, and the gradient where it cannot take their place."""
+    """As `SlabPasses`: the logits, and the gradient if it cannot overwrite them."""
     return 4 if dtype == torch.float32 else 4 + dtype.itemsize
 
 
@@ -125,7 +133,7 @@ def add_to_statistics(
     statistics: torch.Tensor,
     kept: KeptLogits | None,
 ) -> None:
-    """As in `head_passes`; `logits` stay as they are."""
+    """As `SlabPasses`; `logits` are not changed."""
     rows, width = logits.shape
     if rows == 0:
         return
@@ -154,7 +162,7 @@ def write_gradient(
     slab: Slab,
     out: torch.Tensor,
 ) -> None:
-    """As in `head_passes`."""
+    """As `SlabPasses`."""
     rows, width = logits.shape
     if rows == 0:
         return
