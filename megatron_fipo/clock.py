@@ -1,17 +1,21 @@
-"""How long the phases of an iteration take."""
+"""Wall time of the phases of an iteration."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
-def clock(seconds: dict[str, float], name: str, device: torch.device | None = None) -> Iterator[None]:
-    """Put the wall time of the block into `seconds[name]`; with `device`, until a GPU has done all that it was given."""
+def clock(seconds: dict[str, float], name: str, device: "torch.device | None" = None) -> Iterator[None]:
+    """Store the wall time of the block in `seconds[name]`; with a GPU as `device`, until its queued work is done."""
     start = time.perf_counter()
     yield
     if device is not None and device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
     seconds[name] = time.perf_counter() - start

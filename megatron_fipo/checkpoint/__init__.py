@@ -1,3 +1,5 @@
-"""Weights on disk: Hugging Face folders in and out, and Megatron-Core's distributed checkpoints."""
+"""Weights on disk: Hugging Face folders in and out, and Megatron-Core's distributed checkpoints.
 
-import megatron_fipo.model  # noqa: F401  (the CPU platform, before this package's modules import Megatron-Core)
+Modules that import Megatron-Core import `megatron_fipo.model` first, for the CPU platform; the others (manifest, writers,
+random weights) need no Megatron-Core, and the driver uses them.
+"""

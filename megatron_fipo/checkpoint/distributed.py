@@ -16,6 +16,8 @@ gloo, to one of the D ranks. That needs no device memory, but then only one rank
 one network link.
 """
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 import os
 import signal
 import time

@@ -1,5 +1,7 @@
 """Megatron-Core model chunks as Hugging Face tensors: as a stream, or written to a folder."""
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Loads Hugging Face weights into Megatron-Core model chunks, for any tensor and pipeline parallel layout."""
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 from collections.abc import Sequence
 from pathlib import Path
 

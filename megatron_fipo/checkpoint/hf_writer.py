@@ -12,27 +12,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_hf_config
 
 SHARD_BYTES = 4_000_000_000
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "*.model",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-)
-"""Files that are copied with the weights, as glob patterns."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 """Names in the safetensors format."""
 
@@ -167,23 +152,6 @@ class HFWriter:
 def hidden_name(target: Path) -> Path:
     """The path of an incomplete folder: next to the target, so that a rename completes it atomically."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.incomplete")
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy config, tokenizer, chat template and similar files (`COMPANIONS`) into an existing folder.
-
-    Raises OSError, and UserError if `source` is not a model folder (any more).
-    """
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"the model folder {source} is gone or has no config.json; restore it, then run the same command "
-            "again"
-        )
-    for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
 
 
 def assign_shards(sizes: Mapping[str, int], limit: int) -> dict[str, str]:

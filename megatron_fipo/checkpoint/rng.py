@@ -4,6 +4,8 @@ The states belong to a rank of a parallel layout and are invalid under another l
 in safetensors, without pickles.
 """
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 from pathlib import Path
 
 import torch

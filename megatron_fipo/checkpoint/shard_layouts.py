@@ -5,6 +5,8 @@ Each `Layout` is a pair of functions. `shard` reads a rank's shard from the Hugg
 exact inverses.
 """
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

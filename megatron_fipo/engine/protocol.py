@@ -5,9 +5,10 @@ so the engine on `transformers` and the one on vLLM are interchangeable by confi
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 RAY_LOGS = "/tmp/ray/session_latest/logs"
 """Where Ray keeps what its processes print, unless its temporary folder was moved."""
@@ -79,7 +80,7 @@ class RolloutEngine(Protocol):
     def begin_weight_update(self, check: bool) -> None:
         """Take tensors until `finish_weight_update`, and checksums of them with `check`. Beginning again forgets a broken update."""
 
-    def load_weights(self, bucket: dict[str, torch.Tensor]) -> None:
+    def load_weights(self, bucket: "dict[str, torch.Tensor]") -> None:
         """Replace the named tensors in place. Raises `UserError` on an unknown name or another shape."""
 
     def finish_weight_update(self, version: int) -> dict[str, str]:

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_fipo.checkpoint.hf_writer import copy_companions
+from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.manifest import (
     FileRecord,
     check_file,

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.checkpoint import hf_writer
+from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.convert import pieces, torch_dist
 from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
-from megatron_fipo.checkpoint.hf_writer import copy_companions
 from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
 from megatron_fipo.cli.convert import Display
 from megatron_fipo.cli.main import main

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.convert.dtypes import cast, dtypes_in_megatron, target_dtype
 from megatron_fipo.checkpoint.convert.name_map import megatron_shape
 from megatron_fipo.checkpoint.convert.pieces import CopyStep, steps_to_hf, steps_to_megatron
@@ -31,7 +32,7 @@ from megatron_fipo.checkpoint.convert.torch_dist import (
     write_weights,
 )
 from megatron_fipo.checkpoint.hf_import import check_tensors
-from megatron_fipo.checkpoint.hf_writer import HFWriter, copy_companions, hidden_name
+from megatron_fipo.checkpoint.hf_writer import HFWriter, hidden_name
 from megatron_fipo.checkpoint.manifest import NAME as MANIFEST
 from megatron_fipo.checkpoint.manifest import (
     FileRecord,

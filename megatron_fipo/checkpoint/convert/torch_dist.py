@@ -5,6 +5,8 @@ all tensors and the files of their pieces. Layers are stacked: parameter
 `decoder.layers.7.mlp.linear_fc2.weight` is index 7 of the tensor `decoder.layers.mlp.linear_fc2.weight`.
 """
 
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
 import io
 import os
 import pickle
