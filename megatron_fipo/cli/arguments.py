@@ -1,4 +1,4 @@
-"""What the commands share when they declare their arguments. Imports argparse only, so that `--help` is fast."""
+"""Helpers to declare the arguments of a command. Imports argparse only, so that `--help` is fast."""
 
 import argparse
 from collections.abc import Callable
@@ -14,7 +14,8 @@ Subparsers = Any
 class Parser(argparse.ArgumentParser):
     """Accepts options between positional arguments, as in `train CONFIG --dry-run key=value`.
 
-    argparse supports this by `parse_known_intermixed_args`, but subcommands are always parsed by `parse_known_args`.
+    argparse supports this by `parse_known_intermixed_args`, but subcommands are always parsed by
+    `parse_known_args`.
     """
 
     _intermixed = False

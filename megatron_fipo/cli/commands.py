@@ -1,4 +1,4 @@
-"""The commands `train`, `evaluate`, `sft`, `report`, `doctor` and `config`: for each its arguments and what runs it."""
+"""The commands `train`, `evaluate`, `sft`, `report`, `doctor` and `config`: their arguments and handlers."""
 
 import argparse
 import json
@@ -34,14 +34,16 @@ def add_train(commands: Subparsers) -> None:
 
 
 TRAIN_HELP = """\
-    Train a model by reinforcement learning: roll out, score, update with FIPO (or DAPO, GRPO), push weights, evaluate.
+    Train a model by reinforcement learning: roll out, score, update with FIPO (or DAPO, GRPO), push weights,
+    evaluate.
 
-    The settings come from a YAML file and key=value overrides; `megatron-fipo config` explains each of them. Invalid
-    combinations are refused before anything starts. Paths are relative to the current directory.
+    The settings come from a YAML file and key=value overrides; `megatron-fipo config` explains each of them.
+    Invalid combinations are refused before anything starts. Paths are relative to the current directory.
 
-    Results are written to the run_dir of the configuration: metrics, checkpoints, report.html, and the trained model
-    in Hugging Face format. Ctrl-C saves the state; the same command resumes from it. SIGTERM, SIGUSR1 and
-    max_walltime_minutes also save the state and exit with code 85, which tells a scheduler to start the command again.
+    Results are written to the run_dir of the configuration: metrics, checkpoints, report.html, and the
+    trained model in Hugging Face format. Ctrl-C saves the state; the same command resumes from it. SIGTERM,
+    SIGUSR1 and max_walltime_minutes also save the state and exit with code 85, which tells a scheduler to
+    start the command again.
 
     examples:
       megatron-fipo train examples/countdown/fipo.yaml
@@ -59,7 +61,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     from megatron_fipo.families.registry import read_model_config
 
     family, architecture = read_model_config(config.model.path)
-    # `train` validates again with the machine. Here errors appear before Ray and Megatron-Core are imported, which takes seconds.
+    # `train` validates again with the machine. Here errors appear before Ray and Megatron-Core are imported,
+    # which takes seconds.
     validate(config, architecture)
     if arguments.dry_run:
         from rich.console import Console
@@ -91,12 +94,15 @@ def add_evaluate(commands: Subparsers) -> None:
 
 
 EVALUATE_HELP = """\
-    Evaluate a model in Hugging Face format on the held-out problems: avg@k, cons@k, pass@k and response length.
+    Evaluate a model in Hugging Face format on the held-out problems: avg@k, cons@k, pass@k and response
+    length.
 
-    CONFIG gives data, reward, rollout and evaluation settings, usually those of the training run; its model.path is
-    replaced by HF_DIR. Without CONFIG the defaults apply; override them with key=value. Nothing is trained.
+    CONFIG gives data, reward, rollout and evaluation settings, usually those of the training run; its
+    model.path is replaced by HF_DIR. Without CONFIG the defaults apply; override them with key=value. Nothing
+    is trained.
 
-    Prints the metrics, and writes a table with every response and its score to FILE. The run_dir is not changed.
+    Prints the metrics, and writes a table with every response and its score to FILE. The run_dir is not
+    changed.
 
     examples:
       megatron-fipo evaluate examples/countdown/base-model examples/countdown/fipo.yaml
@@ -135,10 +141,11 @@ def add_sft(commands: Subparsers) -> None:
 
 
 SFT_HELP = """\
-    Train a small model from random weights on generated traces with Megatron-Core, and save it in Hugging Face format.
+    Train a small model from random weights on generated traces with Megatron-Core, and save it in Hugging
+    Face format.
 
-    The base model in examples/countdown, which `train` starts from, was made by this command. `megatron-fipo config sft`
-    explains the settings. The model is written to the output_dir of the configuration.
+    The base model in examples/countdown, which `train` starts from, was made by this command. `megatron-fipo
+    config sft` explains the settings. The model is written to the output_dir of the configuration.
 
     example:
       megatron-fipo sft examples/countdown/sft.yaml output_dir=runs/base-model
@@ -167,9 +174,9 @@ def add_report(commands: Subparsers) -> None:
 
 
 REPORT_HELP = """\
-    Rebuild RUN_DIR/report.html from the metrics and samples that the run has logged: the figures of the paper for this
-    run, and responses with their tokens coloured by influence weight. The page needs no network. Works while the run is
-    in progress.
+    Rebuild RUN_DIR/report.html from the metrics and samples that the run has logged: the figures of the paper
+    for this run, and responses with their tokens coloured by influence weight. The page needs no network.
+    Works while the run is in progress.
 
     example:
       megatron-fipo report runs/countdown-fipo
@@ -215,7 +222,8 @@ def add_config(commands: Subparsers) -> None:
 
 
 CONFIG_HELP = """\
-    Print every setting with its meaning and default, as a YAML file to start from. Required values are shown as ???.
+    Print every setting with its meaning and default, as a YAML file to start from. Required values are shown
+    as ???.
 
     example:
       megatron-fipo config > mine.yaml

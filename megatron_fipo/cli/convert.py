@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from megatron_fipo.checkpoint.convert.convert import Progress, Summary
 
 CONVERT_HELP = """\
-    Convert a model between Hugging Face format and a checkpoint folder in Megatron-Core's distributed format, offline:
-    no GPU, one process, a few weights in memory at a time.
+    Convert a model between Hugging Face format and a checkpoint folder in Megatron-Core's distributed format,
+    offline: no GPU, one process, a few weights in memory at a time.
 
-    The checkpoint folder does not depend on a parallel layout; any tensor- and pipeline-parallel size loads it. `to-hf`
-    converts such a folder, or a checkpoint of a run (run_dir/checkpoints/iteration_...), of which it reads the model
-    without the optimizer. Tokenizer, generation config and chat template are copied. The target appears only when it is
-    complete.
+    The checkpoint folder does not depend on a parallel layout; any tensor- and pipeline-parallel size loads
+    it. `to-hf` converts such a folder, or a checkpoint of a run (run_dir/checkpoints/iteration_...), of which
+    it reads the model without the optimizer. Tokenizer, generation config and chat template are copied. The
+    target appears only when it is complete.
 
-    Tensors keep the dtype they are stored in, bit for bit. --dtype float32 and --dtype bfloat16 cast all of them; the
-    number of rounded tensors is printed at the end. Without --dtype, a dtype that cannot be kept (float16) is refused.
+    Tensors keep the dtype they are stored in, bit for bit. --dtype float32 and --dtype bfloat16 cast all of
+    them; the number of rounded tensors is printed at the end. Without --dtype, a dtype that cannot be kept
+    (float16) is refused.
 
     examples:
       megatron-fipo convert to-megatron Qwen2.5-32B converted/qwen2.5-32b
@@ -161,7 +162,10 @@ def _print_summary(summary: "Summary", target: Path, seconds: float) -> int:
 
 @contextmanager
 def progress_display(line_every_s: float = LINE_EVERY_S) -> Iterator["Progress"]:
-    """Show progress on stderr with bytes and time left: a bar on a terminal, otherwise a line every `line_every_s`."""
+    """Show progress on stderr with bytes and time left.
+
+    On a terminal this is a bar, otherwise a line every `line_every_s` seconds.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,

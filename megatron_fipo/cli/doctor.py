@@ -21,7 +21,10 @@ Severity = Literal["ok", "optional", "missing"]
 
 @dataclass(frozen=True)
 class Component:
-    """A package that training uses if it is installed. `module` is what Python imports, `name` what pip installs."""
+    """A package that training uses if it is installed.
+
+    `module` is what Python imports, `name` what pip installs.
+    """
 
     name: str
     module: str
@@ -56,8 +59,8 @@ COMPONENTS = (
         "apex",
         "apex",
         False,
-        "fused Adam and gradient accumulation if transformer-engine is absent (its layer norm is for LayerNorm; "
-        "all models here have RMSNorm)",
+        "fused Adam and gradient accumulation if transformer-engine is absent (its layer norm is for "
+        "LayerNorm; all models here have RMSNorm)",
         "no effect if transformer-engine is installed; training on GPUs needs one of them",
     ),
     Component(

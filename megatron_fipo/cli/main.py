@@ -1,4 +1,7 @@
-"""The command line. Each command imports heavy packages only once its settings are valid, so errors in them appear at once."""
+"""The command line.
+
+Each command imports heavy packages only once its settings are valid, so errors in them appear at once.
+"""
 
 import os
 import sys
@@ -20,8 +23,8 @@ from megatron_fipo.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done. 2: an error that the user can fix, one sentence on stderr. 85: stopped by SIGTERM, SIGUSR1 or the time limit
-    with the state saved; run the same command to resume. 130: stopped by Ctrl-C.
+    0: done. 2: an error that the user can fix, one sentence on stderr. 85: stopped by SIGTERM, SIGUSR1 or the
+    time limit with the state saved; run the same command to resume. 130: stopped by Ctrl-C.
     """
     arguments = build_parser().parse_args(argv)
     try:
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # As in `... --dry-run | head`. Without this, Python reports the error again when it flushes stdout at exit.
+        # As in `... --dry-run | head`. Otherwise Python reports the error again when flushing stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -41,8 +44,10 @@ def build_parser() -> Parser:
     """The parser of all commands; parsing sets `handler` to the function that runs the command."""
     parser = Parser(
         prog="megatron-fipo",
-        description="Train language models with FIPO (future-KL influenced policy optimization) on Megatron-Core.",
-        epilog="Each command has its own --help. Start with: megatron-fipo train examples/countdown/fipo.yaml",
+        description="Train language models with FIPO (future-KL influenced policy optimization) on "
+        "Megatron-Core.",
+        epilog="Each command has its own --help. Start with: "
+        "megatron-fipo train examples/countdown/fipo.yaml",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_train(commands)

@@ -30,8 +30,7 @@ from megatron_fipo.errors import UserError, writing
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import Scorer
+from megatron_fipo.tasks.task import Problem, Scorer
 from megatron_fipo.trainer.rl_worker import IterationReport, TokenWeights
 
 

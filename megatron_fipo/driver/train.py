@@ -27,9 +27,8 @@ from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.report import write_report
 from megatron_fipo.run_dir.metrics_log import read_metrics
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from megatron_fipo.tasks.data_sources import load_datasets, load_evaluation
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.scorers import scorer
+from megatron_fipo.tasks.registry import load_datasets, load_evaluation, scorer
 from megatron_fipo.trainer.rl_worker import TrainerWorker
 
 
