@@ -7,9 +7,8 @@ import yaml
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.report.samples import choose_samples
+from megatron_fipo.run_dir import CONFIG_FILE
 from megatron_fipo.run_dir.metrics_log import Record, Sample, read_metrics
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
