@@ -33,7 +33,7 @@ CONVERT_HELP = """\
       megatron-fipo convert to-megatron Qwen2.5-32B --dry-run --tensor-parallel 8 --pipeline-parallel 4
 """
 LINE_EVERY_S = 10.0
-"""Time between progress lines if stderr is no terminal."""
+"""Time between progress lines if stderr is not a terminal."""
 
 
 def add_convert(commands: Subparsers) -> None:

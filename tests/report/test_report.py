@@ -1,4 +1,6 @@
-"""The report shows what the run's files contain, in one self-contained file, also if some of them are missing."""
+"""The report shows what the run's files contain, in one self-contained file, also if some of them are
+missing.
+"""
 
 import os
 import re

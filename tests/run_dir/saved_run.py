@@ -1,4 +1,6 @@
-"""A real run of two iterations, both saved by two ranks: weights, optimizer, random states and the driver's files."""
+"""A real run of two iterations, both saved by two ranks: weights, optimizer, random states and the driver's
+files.
+"""
 
 import shutil
 from dataclasses import dataclass

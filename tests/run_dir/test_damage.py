@@ -1,4 +1,6 @@
-"""Damage to a run's folder from outside: each is refused with its reason, and older checkpoints are not changed."""
+"""Damage to a run's folder from outside: each is refused with its reason, and older checkpoints are not
+changed.
+"""
 
 import json
 import re

@@ -192,7 +192,9 @@ def test_retention(tmp_path, keep, left):
 
 
 def test_the_best_checkpoint_may_be_evaluated_after_it_was_saved(tmp_path):
-    """A checkpoint saved when its run was stopped is evaluated by the run that resumes from it, which saves no other."""
+    """A checkpoint saved when its run was stopped is evaluated by the run that resumes from it, which saves
+    no other.
+    """
     directory = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
     save(directory, 3)
     directory._lock_file.close()
@@ -360,7 +362,9 @@ def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path,
 
 
 def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
-    """Not those of config.yaml, which a run may have written that was refused, or that changed settings and never saved."""
+    """Not those of config.yaml, which a run may have written that was refused, or that changed settings and
+    never saved.
+    """
     directory = claimed(tmp_path, "checkpoint.keep_last=2")
     save(directory, 1)
     directory.claim(config(tmp_path, "seed=2"), ["seed"])
@@ -378,7 +382,9 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("step", ["write", "mkdir"])
 def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, step):
-    """If there is no space for the settings, or for the folder made after them, and for what a process killed there left."""
+    """If there is no space for the settings, or for the folder made after them, and for what a process killed
+    there left.
+    """
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fail(*_, **__):

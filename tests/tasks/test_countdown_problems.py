@@ -1,5 +1,5 @@
-"""Countdown: solvable problems, disjoint training and held-out sets, stable generation, valid traces, and a tokenizer that
-AutoTokenizer loads.
+"""Countdown: solvable problems, disjoint training and held-out sets, stable generation, valid traces, and a
+tokenizer that AutoTokenizer loads.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""The order of training: seeded, complete per epoch, resumable anywhere, and refused if the order would differ."""
+"""The order of training: seeded, complete per epoch, resumable anywhere, and refused if the order would
+differ.
+"""
 
 import json
 
