@@ -208,7 +208,8 @@ def test_config_prints_every_setting(capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{sys.executable} -m megatron_fipo.cli convert to-megatron {ROOT}/examples/qwen2.5-32b --dry-run | head -1"
+    folder = f"{ROOT}/examples/qwen2.5-32b"
+    command = f"{sys.executable} -m megatron_fipo.cli convert to-megatron {folder} --dry-run | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("qwen2: 64 layers")
     assert done.stderr == ""

@@ -194,7 +194,8 @@ def test_a_weight_that_does_not_split_is_an_error():
 
 class TestWork:
     def test_micro_batches_round_up(self):
-        # longest sequence 176 tokens: a micro-batch of 300 fits 1, so 6 x 16 = 96 responses over 5 ranks need 20 of them
+        # The longest sequence has 176 tokens, so a micro-batch of 300 fits one, and 6 x 16 = 96 responses over
+        # 5 ranks need 20 micro-batches.
         config = load_recipe(
             "countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5"
         )

@@ -21,7 +21,7 @@ from tests.run_dir.saved_run import NEWEST, OLDER, RANKS, contents, load_into_ra
 COMMON_STATE = COMMON_STATE_FILE or "metadata.json"
 """From Megatron-Core 0.19 on it is part of the data; then the other file that only rank 0 writes."""
 
-# --- damage to the newest checkpoint --------------------------------------------------------------------------------------------
+# Damage to the newest checkpoint
 
 
 def shard(checkpoint: Path) -> Path:
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_run_is_refused(saved_run, run_dir):
     assert resume(saved_run.model, run_dir)[1].iteration == 2
 
 
-# --- things in the way ---------------------------------------------------------------------------------------------------------
+# Things in the way
 
 
 def test_a_latest_that_points_to_nowhere_is_put_right(saved_run, run_dir):

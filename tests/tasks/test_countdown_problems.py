@@ -74,7 +74,10 @@ def test_no_problem_is_in_both_splits_whatever_the_seed_or_the_order_of_numbers(
 def test_generation_depends_on_the_seed_and_on_nothing_else():
     assert generate_problems(50, held_out=False, seed=1) == TRAIN[:50]
     assert generate_problems(50, held_out=False, seed=2) != TRAIN[:50]
-    code = "from megatron_fipo.tasks.countdown.problems import *; print([str(p) for p in generate_problems(20, held_out=False, seed=1)])"
+    code = (
+        "from megatron_fipo.tasks.countdown.problems import *;"
+        "print([str(p) for p in generate_problems(20, held_out=False, seed=1)])"
+    )
     other = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
     ).stdout
