@@ -1,4 +1,4 @@
-"""The one exception that the command line prints as a sentence instead of a traceback."""
+"""The exception that the command line prints as one sentence instead of a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,24 +6,26 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message is one sentence that names the key, row, file or rank and the mend.
+    """An error that the user can fix.
 
-    The command line prints it and exits with code 2. Everything else propagates with its traceback.
+    The message is one sentence that names the key, row, file or rank, and how to fix it. The command line
+    prints it and exits with code 2. All other exceptions propagate with their traceback.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop, to be put into a sentence; without a message, the error's type."""
+    """The first line of an error's message without its full stop, or its type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with the disk while `path` is written into a `UserError`."""
+    """Turn an `OSError` while `path` is written into a `UserError`."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make room or mend the folder, then run the same command again"
+            f"cannot write {path}: {error.strerror or error}; free disk space or fix the folder, "
+            "then run the same command again"
         ) from error

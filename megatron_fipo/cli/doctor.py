@@ -1,7 +1,11 @@
-"""Which accelerations are present, and what is lost without each. Facts are gathered once; the rows are a pure function."""
+"""The `doctor` command: which packages that training uses are installed, and the effect of each missing one.
+
+`inspect_environment` looks at the machine once; `check_components` is a pure function of what it found.
+"""
 
 import platform
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -11,18 +15,24 @@ from megatron_fipo.config.gpu_rules import fp8_obstacle
 from megatron_fipo.engine.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
 from megatron_fipo.environment import Accelerators, has_nvidia_apex, installed_version
 
+Severity = Literal["ok", "optional", "missing"]
+"""`ok`; `optional`: absent, training works without it; `missing`: absent, nothing runs."""
+
 
 @dataclass(frozen=True)
 class Component:
-    """A package that training uses if it is there. `module` is what Python imports, `name` what pip installs."""
+    """A package that training uses if it is installed.
+
+    `module` is what Python imports, `name` what pip installs.
+    """
 
     name: str
     module: str
     required: bool
     use: str
-    """What it does here, shown where it is present."""
-    loss: str
-    """What happens without it, shown where it is absent."""
+    """What it is used for, shown if it is installed."""
+    without: str
+    """The effect of its absence, shown if it is not installed."""
 
 
 COMPONENTS = (
@@ -42,36 +52,36 @@ COMPONENTS = (
         "transformer_engine",
         False,
         "fused layers and Adam on GPUs",
-        "training on GPUs needs it or apex; with apex, the portable layers build the model: the same mathematics, slower and with more "
-        "memory",
+        "training on GPUs needs it or apex; with apex, the model is built from the portable layers: the same "
+        "mathematics, slower and with more memory",
     ),
     Component(
         "apex",
         "apex",
         False,
-        "fused Adam and gradient accumulation where transformer-engine is absent (its layer norm is for LayerNorm; all models here "
-        "have RMSNorm)",
-        "nothing where transformer-engine is present; training on GPUs needs one of them",
+        "fused Adam and gradient accumulation if transformer-engine is absent (its layer norm is for "
+        "LayerNorm; all models here have RMSNorm)",
+        "no effect if transformer-engine is installed; training on GPUs needs one of them",
     ),
     Component(
         "vllm",
         "vllm",
         False,
         "rollouts with rollout.engine=vllm",
-        "rollout.engine=local makes the rollouts: the same responses, slower, for small models only",
+        "rollouts need rollout.engine=local: the same responses, slower, for small models only",
     ),
     Component(
         "flash-attn",
         "flash_attn",
         False,
         "attention within transformer-engine",
-        "transformer-engine attends through cuDNN alone",
+        "transformer-engine computes attention through cuDNN alone",
     ),
     Component(
         "triton",
         "triton",
         False,
-        "head and loss kernels on GPUs, and what torch.compile fuses",
+        "head and loss kernels on GPUs, and fusions by torch.compile",
         "head, loss and small fusions run as plain torch: the same numbers, slower on GPUs",
     ),
     Component(
@@ -79,79 +89,86 @@ COMPONENTS = (
         "wandb",
         False,
         "tracking",
-        "a run says so once and goes on without it, unless tracking.wandb=disabled",
+        "a run logs this once and continues without it, unless tracking.wandb=disabled",
     ),
 )
 
 
 @dataclass(frozen=True)
-class Facts:
+class EnvironmentFacts:
+    """What was found on this machine."""
+
     python: str
     versions: dict[str, str | None]
-    """By component name: the version, "unknown version" where it is importable without metadata, or None."""
+    """By component name: the version, "unknown version" if it is importable without metadata, or None."""
     cuda: str | None
     """The CUDA version that torch was built for."""
     devices: tuple[str, ...]
     """Names of the visible CUDA devices."""
     apex_is_nvidia: bool
     capability: tuple[int, int] | None = None
-    """Compute capability, of the oldest of the devices; None where there is none."""
+    """The lowest compute capability of the devices; None without a device."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ComponentStatus:
+    """One line of the table."""
+
     name: str
     state: str
+    """The version, or why there is none."""
     note: str
-    severity: str
-    """`ok`, `optional` (absent, something is lost) or `missing` (absent, nothing runs)."""
+    severity: Severity
 
 
-def rows(facts: Facts) -> list[Row]:
-    """One row per component, Python and CUDA first."""
+def check_components(facts: EnvironmentFacts) -> list[ComponentStatus]:
+    """The status of Python, CUDA and each component, in this order."""
     return [
-        Row("Python", facts.python, "", "ok"),
-        _cuda_row(facts),
-        *(_row(component, facts) for component in COMPONENTS),
+        ComponentStatus("Python", facts.python, "", "ok"),
+        _check_cuda(facts),
+        *(_check(component, facts) for component in COMPONENTS),
     ]
 
 
-def _cuda_row(facts: Facts) -> Row:
+def _check_cuda(facts: EnvironmentFacts) -> ComponentStatus:
     if facts.devices:
         names = ", ".join(f"{facts.devices.count(name)} x {name}" for name in dict.fromkeys(facts.devices))
-        return Row("CUDA", facts.cuda or "unknown version", names, "ok")
+        return ComponentStatus("CUDA", facts.cuda or "unknown version", names, "ok")
     if facts.cuda:
-        note = f"torch was built for CUDA {facts.cuda} but sees no device; training runs on CPU cores, for small models only"
-        return Row("CUDA", "no device", note, "optional")
-    return Row(
+        note = (
+            f"torch was built for CUDA {facts.cuda} but finds no device; training runs on CPU cores, "
+            "for small models only"
+        )
+        return ComponentStatus("CUDA", "no device", note, "optional")
+    return ComponentStatus(
         "CUDA",
         "absent",
-        "training runs on CPU cores, through the same code: for small models only",
+        "training runs on CPU cores with the same code, for small models only",
         "optional",
     )
 
 
-def _row(component: Component, facts: Facts) -> Row:
+def _check(component: Component, facts: EnvironmentFacts) -> ComponentStatus:
     version = facts.versions.get(component.name)
     if component.name == "apex" and version is not None and not facts.apex_is_nvidia:
-        note = f"this is PyPI's apex, a web toolkit, not NVIDIA's: pip uninstall apex. Without NVIDIA's: {component.loss}"
-        return Row("apex", f"{version}, not NVIDIA's", note, "optional")
-    if component.name == "vllm" and version is not None and not is_supported(version):
-        return Row(
-            "vllm",
-            version,
-            f"rollout.engine=vllm needs {SUPPORTED_VLLM}. Without it: {component.loss}",
-            "optional",
+        note = (
+            "this is PyPI's apex, a web toolkit, not NVIDIA's: pip uninstall apex. "
+            f"Without NVIDIA's: {component.without}"
         )
+        return ComponentStatus("apex", f"{version}, not NVIDIA's", note, "optional")
+    if component.name == "vllm" and version is not None and not is_supported(version):
+        note = f"rollout.engine=vllm needs {SUPPORTED_VLLM}. Without it: {component.without}"
+        return ComponentStatus("vllm", version, note, "optional")
     if component.name == "transformer-engine" and version is not None:
-        return Row(component.name, version, f"{component.use}; {_fp8_note(facts)}", "ok")
+        return ComponentStatus(component.name, version, f"{component.use}; {_fp8_note(facts)}", "ok")
     if version is not None:
-        return Row(component.name, version, component.use, "ok")
-    return Row(component.name, "absent", component.loss, "missing" if component.required else "optional")
+        return ComponentStatus(component.name, version, component.use, "ok")
+    severity: Severity = "missing" if component.required else "optional"
+    return ComponentStatus(component.name, "absent", component.without, severity)
 
 
-def _fp8_note(facts: Facts) -> str:
-    """With which recipes these GPUs multiply in FP8, or why with none."""
+def _fp8_note(facts: EnvironmentFacts) -> str:
+    """The FP8 recipes that these GPUs support, or why they support none."""
     machine = Accelerators(facts.capability, facts.cuda, facts.versions["transformer-engine"])
     obstacles = {recipe: fp8_obstacle(recipe, machine) for recipe in ("delayed", "tensorwise", "blockwise")}
     possible = [recipe for recipe, obstacle in obstacles.items() if obstacle is None]
@@ -160,10 +177,10 @@ def _fp8_note(facts: Facts) -> str:
     return f"FP8 with model.fp8_recipe={' or '.join(possible)}"
 
 
-def gather_facts() -> Facts:
-    """Look at this environment. Only torch is imported, to ask for CUDA devices."""
+def inspect_environment() -> EnvironmentFacts:
+    """Inspect this machine. Of the packages only torch is imported, to list CUDA devices."""
     cuda, devices, capability = _cuda()
-    return Facts(
+    return EnvironmentFacts(
         python=platform.python_version(),
         versions={component.name: _version(component) for component in COMPONENTS},
         cuda=cuda,
@@ -189,7 +206,7 @@ def _cuda() -> tuple[str | None, tuple[str, ...], tuple[int, int] | None]:
 
 def _version(component: Component) -> str | None:
     found = installed_version(component.module, component.name)
-    if found and component.name == "vllm":  # its build for CPUs has another name
+    if found and component.name == "vllm":  # its CPU build is a package of another name
         return installed_vllm() or "unknown version"
     return found
 
@@ -200,8 +217,8 @@ def main(console: Console | None = None) -> int:
     for column in ("", "version", "note"):
         table.add_column(column)
     style = {"ok": "green", "optional": "yellow", "missing": "bold red"}
-    found = rows(gather_facts())
-    for row in found:
-        table.add_row(row.name, row.state, row.note, style=style[row.severity])
+    statuses = check_components(inspect_environment())
+    for status in statuses:
+        table.add_row(status.name, status.state, status.note, style=style[status.severity])
     (console or Console()).print(table)
-    return int(any(row.severity == "missing" for row in found))
+    return int(any(status.severity == "missing" for status in statuses))

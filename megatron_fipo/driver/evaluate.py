@@ -10,8 +10,7 @@ from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
 from megatron_fipo.driver.loop import write_table
 from megatron_fipo.driver.tokenizer import decoder, load_tokenizer
 from megatron_fipo.families.registry import read_architecture
-from megatron_fipo.tasks.data_sources import load_evaluation
-from megatron_fipo.tasks.scorers import scorer
+from megatron_fipo.tasks.registry import load_evaluation, scorer
 
 
 def evaluate(model_dir: str, config: Config, output: Path) -> None:

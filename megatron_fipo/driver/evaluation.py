@@ -9,8 +9,7 @@ from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, evaluatio
 from megatron_fipo.driver.rollout.prompt_group import request_seed
 from megatron_fipo.engine.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import Scorer
+from megatron_fipo.tasks.task import Problem, Scorer
 
 Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Generation | None]]
 """Answers requests in their order; None where one failed for good."""

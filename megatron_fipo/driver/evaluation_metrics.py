@@ -6,7 +6,7 @@ from math import comb
 
 import numpy as np
 
-from megatron_fipo.tasks.score import NO_ANSWER
+from megatron_fipo.tasks.task import NO_ANSWER
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import Scorer
+from megatron_fipo.tasks.task import Problem, Scorer
 from megatron_fipo.trainer.protocol import IterationReport, TokenWeights
 
 

@@ -26,7 +26,8 @@ from megatron_fipo.driver.trainer_group import SftTrainer
 from megatron_fipo.environment import this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
-from megatron_fipo.tasks.countdown.problems import generate_problems, supervised_trace
+from megatron_fipo.tasks.countdown.problems import generate_problems
+from megatron_fipo.tasks.countdown.traces import supervised_trace
 from megatron_fipo.trainer.protocol import RankSettings
 
 STEPS_PER_CALL = 20

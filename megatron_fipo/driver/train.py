@@ -25,9 +25,8 @@ from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from megatron_fipo.tasks.data_sources import load_datasets
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.scorers import scorer
+from megatron_fipo.tasks.registry import load_datasets, scorer
 
 
 def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None = None) -> int:

@@ -1,1 +1,1 @@
-"""What a run will need, before anything starts: figures of the model, memory and work of each rank."""
+"""The dry run: what a configuration needs, computed without starting anything."""

@@ -1,4 +1,7 @@
-"""The resolved plan of a training run: who holds what, and how much one iteration is. Pure arithmetic."""
+"""The plan of a training run: the content and memory of each rank, and the work of one iteration.
+
+Pure arithmetic.
+"""
 
 from dataclasses import dataclass
 
@@ -8,14 +11,14 @@ from megatron_fipo.families.family import Architecture, Family, Weight, padded_v
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4
-"""Gradients accumulate in float32 whatever the parameters are."""
+"""Gradients accumulate in float32 regardless of the parameters' dtype."""
 FP8_BYTES = 2
-"""An FP8 matrix is held twice, as it is and transposed: Hopper multiplies FP8 in one layout only."""
+"""An FP8 matrix is stored twice, plain and transposed: Hopper multiplies FP8 in one memory layout only."""
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The tensor-parallel ranks of one (pipeline, data, context) coordinate; their ranks follow each other."""
+    """The tensor-parallel ranks of one (pipeline, data, context) coordinate; they are consecutive."""
 
     first_rank: int
     last_rank: int
@@ -26,7 +29,10 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage as one of its tensor-parallel ranks holds it. Bytes are of state, without activations, on the device."""
+    """One rank of a pipeline stage.
+
+    Bytes are of weights, gradients and optimizer on the device, without activations.
+    """
 
     index: int
     layers: tuple[range, ...]
@@ -38,7 +44,7 @@ class Stage:
     gradient_bytes: int
     optimizer_bytes: int
     host_bytes: int
-    """In host memory: offloaded master weights and moments, and the gradients that are brought to them."""
+    """In host memory: offloaded master weights and moments, and the gradients copied to them."""
 
     @property
     def total_bytes(self) -> int:
@@ -47,29 +53,37 @@ class Stage:
 
 @dataclass(frozen=True)
 class Work:
-    """Upper bounds of one iteration: every group trained on, every sequence at its length limit."""
+    """The work of one iteration, as upper bounds.
+
+    Every group is trained on, and every sequence has the maximum length.
+    """
 
     responses: int
     """Trained on per iteration."""
     responses_in_flight: int
-    """At the engines at one time."""
+    """In the engines at the same time."""
     longest_sequence: int
-    """Tokens of prompt and response, padded for the context split."""
+    """Tokens of prompt and response, padded for context parallelism."""
     mini_steps: int
     """Optimizer steps per iteration."""
     responses_per_mini_step: int
     tokens_per_mini_step: int
     tokens_per_iteration: int
     micro_batch_tokens: int
-    """Budget of one micro-batch, over all of its context-parallel ranks; with FP8 in whole blocks of every rank."""
+    """Budget of one micro-batch, over all context-parallel ranks.
+
+    With FP8 a multiple of the FP8 block on every rank.
+    """
     micro_batches: int
     """Per optimizer step, on each data-parallel rank."""
 
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run needs: ranks, memory and work."""
+
     parameters: int
-    """Of the whole model, vocabulary not padded."""
+    """Of the complete model, without vocabulary padding."""
     padded_vocab: int
     groups: tuple[RankGroup, ...]
     stages: tuple[Stage, ...]
@@ -77,7 +91,7 @@ class Plan:
 
 
 def make_plan(config: Config, family: Family, architecture: Architecture) -> Plan:
-    """The plan of a configuration that `validate` accepts, for a model as `read_model_config` gives it."""
+    """The plan of a validated configuration, for a model as returned by `read_model_config`."""
     parallel = config.parallel
     return Plan(
         parameters=family.parameters(architecture),
@@ -100,7 +114,10 @@ def rank_groups(parallel: ParallelConfig) -> tuple[RankGroup, ...]:
 
 
 def stage_layers(layers: int, parallel: ParallelConfig, index: int) -> tuple[range, ...]:
-    """Layers of each model chunk of pipeline stage `index`: chunk v of stage p is the (v·pp + p)-th of equal pieces."""
+    """Layers of each model chunk of pipeline stage `index`.
+
+    The layers are cut into equal pieces; chunk v of stage p is piece v·pp + p.
+    """
     pp = parallel.pipeline_model_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     size = layers // (pp * chunks)
@@ -110,9 +127,10 @@ def stage_layers(layers: int, parallel: ParallelConfig, index: int) -> tuple[ran
 def stage_weights(
     family: Family, architecture: Architecture, parallel: ParallelConfig, index: int
 ) -> list[Weight]:
-    """The weights that pipeline stage `index` holds: those of its layers, the embedding at the start, all others at the end.
+    """The weights of pipeline stage `index`.
 
-    A tied embedding is the output layer too, so the last stage holds it as well, as a copy of its own if it is not the first.
+    Those of its layers; on the first stage the embedding, on the last all others. A tied embedding is also
+    the output layer, so the last stage has it too, as a separate copy if it is not the first.
     """
     return [
         weight
@@ -146,7 +164,7 @@ def _stage(config: Config, family: Family, architecture: Architecture, index: in
 
 
 def _weight_bytes(config: Config, weights: list[Weight]) -> int:
-    """Of the layers' matrices FP8 keeps copies: beside the weights, or with `fp8_param_gather` in their place."""
+    """With FP8, layer matrices also have FP8 copies; with `fp8_param_gather` these replace the weights."""
     tp, model = config.parallel.tensor_model_parallel_size, config.model
     element = BYTES_PER_ELEMENT[model.dtype]
     matrix = element if model.fp8 == "none" else FP8_BYTES if model.fp8_param_gather else element + FP8_BYTES
@@ -156,7 +174,7 @@ def _weight_bytes(config: Config, weights: list[Weight]) -> int:
 
 
 def _optimizer_bytes(config: Config) -> int:
-    """Per parameter: two moments, and a float32 copy of the parameter where it is not float32 itself."""
+    """Per parameter: two moments, and a float32 master weight if the parameter is not float32."""
     return 2 * BYTES_PER_ELEMENT[config.optimizer.state_dtype] + (0 if config.model.dtype == "float32" else 4)
 
 
@@ -167,8 +185,8 @@ def _work(config: Config) -> Work:
     padded = -(-longest // parallel.length_multiple) * parallel.length_multiple
     responses = batch.prompts_per_iteration * batch.responses_per_prompt
     per_mini_step = batch.mini_batch_prompts * batch.responses_per_prompt
-    room = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
-    micro_batch_tokens = room // pack_multiple * pack_multiple
+    token_limit = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
+    micro_batch_tokens = token_limit // pack_multiple * pack_multiple
     per_rank = -(-per_mini_step // parallel.data_parallel_size)
     return Work(
         responses=responses,

@@ -1,4 +1,4 @@
-"""The plan as tables for a terminal."""
+"""Print a plan as tables."""
 
 from collections.abc import Iterator
 
@@ -22,12 +22,12 @@ def print_plan(config: Config, architecture: Architecture, plan: Plan, console: 
     ):
         console.print(table)
     console.print(
-        "Memory is weights, gradients and optimizer state of one rank; activations and rollout engines come on top."
+        "Memory is weights, gradients and optimizer state of a rank, without activations and rollout engines."
     )
     host = max(stage.host_bytes for stage in plan.stages)
     if host:
         console.print(
-            f"A rank holds up to {host / 2**30:.2f} GiB more of optimizer state and gradients in its node's host memory."
+            f"A rank holds up to {host / 2**30:.2f} GiB more of optimizer state and gradients in host memory."
         )
     logits = config.head.logits_memory_mb
     kept = f"up to {logits} MiB of logits for backward" if logits else "no logits"
@@ -36,11 +36,11 @@ def print_plan(config: Config, architecture: Architecture, plan: Plan, console: 
 
 
 def precision(model: ModelConfig) -> str:
-    """ "bfloat16", or what FP8 does besides: "bfloat16, products in FP8 (hybrid, blockwise)"."""
+    """For example "bfloat16", or "bfloat16, products in FP8 (hybrid, blockwise)"."""
     if model.fp8 == "none":
         return model.dtype
-    where = "products and layer weights" if model.fp8_param_gather else "products"
-    return f"{model.dtype}, {where} in FP8 ({model.fp8}, {model.fp8_recipe})"
+    in_fp8 = "products and layer weights" if model.fp8_param_gather else "products"
+    return f"{model.dtype}, {in_fp8} in FP8 ({model.fp8}, {model.fp8_recipe})"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -63,8 +63,9 @@ def _overview(config: Config, architecture: Architecture, plan: Plan) -> Rendera
     )
     table.add_row(
         "shape",
-        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, {architecture.num_attention_heads} heads in "
-        f"{architecture.num_query_groups} key-value groups, feed-forward {architecture.ffn_hidden_size}",
+        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, "
+        f"{architecture.num_attention_heads} heads in {architecture.num_query_groups} key-value groups, "
+        f"feed-forward {architecture.ffn_hidden_size}",
     )
     table.add_row(
         "vocabulary",
@@ -115,16 +116,10 @@ def _iteration(config: Config, plan: Plan) -> RenderableType:
         box=box.SIMPLE_HEAD,
         show_header=False,
     )
-    table.add_row(
-        "rollout",
-        f"{work.responses_in_flight:,} responses at a time, {rollout.mode}, "
-        f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}"
-        + (
-            f" x {rollout.engine_tensor_parallel_size} ranks"
-            if rollout.engine_tensor_parallel_size > 1
-            else ""
-        ),
-    )
+    engines = f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}"
+    if rollout.engine_tensor_parallel_size > 1:
+        engines += f" x {rollout.engine_tensor_parallel_size} ranks"
+    table.add_row("rollout", f"{work.responses_in_flight:,} responses at a time, {rollout.mode}, {engines}")
     table.add_row("trained on", f"{work.responses:,} responses, {work.tokens_per_iteration:,} tokens")
     table.add_row(
         "longest sequence",
@@ -143,10 +138,12 @@ def _iteration(config: Config, plan: Plan) -> RenderableType:
 
 
 def _span(first: int, last: int) -> str:
+    """A range of integers, both ends included."""
     return str(first) if first == last else f"{first}-{last}"
 
 
 def _ends(stage: Stage) -> Iterator[str]:
+    """What the stage has besides layers."""
     if stage.has_embedding:
         yield "embedding"
     if stage.has_output:

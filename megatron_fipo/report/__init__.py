@@ -1,4 +1,7 @@
-"""The page a run leaves behind: `write_report(run_dir)` turns its metrics and samples into `run_dir/report.html`."""
+"""The report of a run: `write_report(run_dir)` makes `run_dir/report.html` from its metrics and samples.
+
+Needs neither torch nor the trainer.
+"""
 
 from megatron_fipo.report.write import write_report
 

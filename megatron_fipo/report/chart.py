@@ -1,7 +1,8 @@
-"""Draws a panel as an inline SVG that follows the page's colours and typeface.
+"""Draw a panel as an inline SVG with the page's colours and typeface.
 
-matplotlib knows fixed colours only, so each colour is drawn as a placeholder that no other part of the drawing uses and then replaced by
-a CSS variable: the same SVG is readable on light and dark pages. Text stays text, in the page's typeface.
+matplotlib supports fixed colours only. So each colour is drawn as a placeholder that no other part of the
+drawing uses, and then replaced by a CSS variable: the same SVG is readable on light and dark pages. Text
+remains text, in the page's typeface.
 """
 
 import math
@@ -29,9 +30,9 @@ _PLACEHOLDERS = {
 }
 _SIZE_INCHES = (4.7, 2.35)
 _MARKED_POINTS = 30
-"""Up to so many points each is marked, so that single values and gaps are visible."""
+"""Series of at most this many points have markers, so that single values and gaps are visible."""
 _BARS = 60
-"""Up to so many iterations a stacked panel has bars, beyond them areas."""
+"""A stacked panel of at most this many iterations has bars, a longer one areas."""
 _LOG_SPAN = 100.0
 """Positive values that span more than this factor get a logarithmic axis."""
 
@@ -60,8 +61,7 @@ _STYLE: dict[Any, Any] = {
 
 def panel_series(panel: Panel, run: Run) -> dict[str, dict[int, float]]:
     """Metric → series, for the panel's metrics that have a finite value in this run."""
-    names = [line.metric for line in panel.lines] + ([panel.band.low, panel.band.high] if panel.band else [])
-    series = {name: run.series(name) for name in names}
+    series = {name: run.series(name) for name in panel.metrics}
     return {
         name: values
         for name, values in series.items()
@@ -70,7 +70,7 @@ def panel_series(panel: Panel, run: Run) -> dict[str, dict[int, float]]:
 
 
 def draw(panel: Panel, run: Run) -> str | None:
-    """The panel as an `<svg>` element, or None where the run has no data for it."""
+    """The panel as an `<svg>` element; None if the run has no data for it."""
     series = panel_series(panel, run)
     if not series:
         return None
@@ -114,7 +114,7 @@ def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
                 linestyle=(0, (2, 2)) if line.dashed else "-",
                 marker="o" if len(values) <= _MARKED_POINTS and not line.dashed else None,
                 linewidth=1.5 if len(values) <= _BARS else 1.0,
-                clip_on=False,  # a line that runs along the edge is seen whole
+                clip_on=False,  # lines along the edge are shown at full width
                 zorder=3,
             )
 
@@ -122,24 +122,25 @@ def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
 def _draw_stack(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]]) -> None:
     lines = [line for line in panel.lines if line.metric in series]
     iterations = sorted({iteration for line in lines for iteration in series[line.metric]})
-    rows = [[max(_finite(series[line.metric].get(i, 0.0)), 0.0) for i in iterations] for line in lines]
+    heights = [[max(_finite(series[line.metric].get(i, 0.0)), 0.0) for i in iterations] for line in lines]
     colours = [_PLACEHOLDERS[line.colour] for line in lines]
     if len(iterations) > _BARS:
-        axes.stackplot(iterations, rows, colors=colours, linewidth=0)
+        axes.stackplot(iterations, heights, colors=colours, linewidth=0)
         return
     bottom = [0.0] * len(iterations)
-    for row, colour in zip(rows, colours, strict=True):
-        axes.bar(iterations, row, bottom=bottom, color=colour, width=0.82, linewidth=0)
-        bottom = [low + value for low, value in zip(bottom, row, strict=True)]
+    for layer, colour in zip(heights, colours, strict=True):
+        axes.bar(iterations, layer, bottom=bottom, color=colour, width=0.82, linewidth=0)
+        bottom = [low + value for low, value in zip(bottom, layer, strict=True)]
 
 
 def _finish_axes(
     axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]], iterations: int
 ) -> None:
     values = [value for one in series.values() for value in one.values() if math.isfinite(value)]
-    if not panel.stacked and not panel.percent and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
+    share = panel.unit == "share"
+    if not panel.stacked and not share and min(values) > 0 and max(values) > _LOG_SPAN * min(values):
         axes.set_yscale("log")
-    elif panel.percent:
+    elif share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     else:
@@ -162,7 +163,7 @@ def _finite(value: float) -> float:
 
 
 def _themed(svg: str, title: str) -> str:
-    """The `<svg>` element alone: CSS variables for colours, the page's typeface, no ids that several figures would share."""
+    """Only the `<svg>` element: colours as CSS variables, the page's typeface, no ids shared by figures."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

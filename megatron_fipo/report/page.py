@@ -1,4 +1,4 @@
-"""The report as one HTML page: no scripts, no outside files, readable on light and dark screens and on paper."""
+"""The report as one HTML page without scripts or external files, for light and dark screens and for print."""
 
 import math
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from megatron_fipo.report.samples import render_samples
 from megatron_fipo.report.style import STYLE
 from megatron_fipo.run_dir.metrics_log import Record
 
-# title, metric, share or number
+# title, metric, whether it is a share
 _HEADLINE = (
     ("Accuracy, avg@{k}", "evaluation/avg_at_k", True),
     ("Accuracy, cons@{k}", "evaluation/cons_at_k", True),
@@ -23,7 +23,7 @@ _HEADLINE = (
 
 
 def render_page(run: Run) -> str:
-    """The whole page."""
+    """The complete HTML page."""
     body = "".join(
         (
             _header(run),
@@ -35,8 +35,10 @@ def render_page(run: Run) -> str:
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(run.name)} · Megatron-FIPO</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(run.name)} · Megatron-FIPO</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -59,7 +61,10 @@ def _header(run: Run) -> str:
 def _headline(run: Run) -> str:
     evaluations = run.evaluations()
     if not evaluations:
-        return '<p class="absent">This run was never evaluated on held-out problems, so there is no before and after.</p>'
+        return (
+            '<p class="absent">This run was never evaluated on held-out problems, '
+            "so accuracy before and after training is unknown.</p>"
+        )
     before, after = evaluations[0], evaluations[-1]
     k = f"{after.values['evaluation/k']:.0f}" if _has(after, "evaluation/k") else "k"
     rows = "".join(
@@ -79,10 +84,12 @@ def _headline(run: Run) -> str:
         else f"<th>{_when(before)}</th><th>{_when(after)}</th><th>change</th>"
     )
     return (
-        f'<section class="headline"><h2>Held-out problems{"" if once else ", before and after"}</h2><div class="scroll">'
+        f'<section class="headline"><h2>Held-out problems{"" if once else ", before and after"}</h2>'
+        '<div class="scroll">'
         f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"<p>Measured on {problems} that were not trained on, with {k} responses each. avg@{k} is the mean accuracy of a response, cons@{k} the "
-        f"accuracy of the answer most responses agree on, pass@{k} the share of problems that at least one of them solves.</p></section>"
+        f"<p>Measured on {problems} that were not trained on, with {k} responses each. avg@{k} is the mean "
+        f"accuracy of a response, cons@{k} the accuracy of the answer given by most responses, pass@{k} the "
+        "share of problems that at least one response solves.</p></section>"
     )
 
 
@@ -95,7 +102,10 @@ def _headline_row(title: str, before: Record, after: Record, name: str, share: b
         if math.isnan(new - old)
         else (f"{100 * (new - old):+.1f} points" if share else f"{new - old:+,.1f} tokens")
     )
-    cells = f"<td>{_headline_number(old, share)}</td><td><b>{_headline_number(new, share)}</b></td><td>{change.replace('-', '−')}</td>"
+    cells = (
+        f"<td>{_headline_number(old, share)}</td><td><b>{_headline_number(new, share)}</b></td>"
+        f"<td>{change.replace('-', '−')}</td>"
+    )
     return f"<tr><th>{title}</th>{cells}</tr>"
 
 
@@ -113,15 +123,13 @@ def _section(section: Section, run: Run) -> str:
 
 
 def _figure(panel: Panel, svg: str, run: Run) -> str:
-    series = panel_series(panel, run)
+    series, share = panel_series(panel, run), panel.unit == "share"
     keys = []
     for line in panel.lines:
         if line.metric in series:
             last = [value for value in series[line.metric].values() if math.isfinite(value)][-1]
             mark = "area" if panel.stacked else ("dashes" if line.dashed else "line")
-            keys.append(
-                _key(mark, line.colour, f"{escape(line.label)} <b>{_number(last, panel.percent)}</b>")
-            )
+            keys.append(_key(mark, line.colour, f"{escape(line.label)} <b>{_number(last, share)}</b>"))
     if panel.band and panel.band.low in series and panel.band.high in series:
         keys.append(_key("band", panel.band.colour, escape(panel.band.label)))
     return (
@@ -137,7 +145,10 @@ def _key(mark: str, colour: str, label: str) -> str:
 def _configuration(run: Run) -> str:
     if run.config is None:
         return '<p class="absent">This run saved no config.yaml.</p>'
-    return f"<section><h2>Configuration</h2><details><summary>All settings of the run</summary><pre>{escape(run.config)}</pre></details></section>"
+    return (
+        "<section><h2>Configuration</h2><details><summary>All settings of the run</summary>"
+        f"<pre>{escape(run.config)}</pre></details></section>"
+    )
 
 
 def _has(record: Record, name: str) -> bool:

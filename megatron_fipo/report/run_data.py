@@ -1,4 +1,4 @@
-"""A run as the report sees it: what its folder holds, read once."""
+"""The data of a report: what a run's folder contains, read once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,14 +7,16 @@ import yaml
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.report.samples import choose_samples
+from megatron_fipo.run_dir import CONFIG_FILE
 from megatron_fipo.run_dir.metrics_log import Record, Sample, read_metrics
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Metrics by iteration. Names of held-out metrics begin with `evaluation/`, all others belong to training iterations."""
+    """A run's metrics by iteration, samples and configuration.
+
+    Names of held-out metrics begin with `evaluation/`; all others belong to training iterations.
+    """
 
     name: str
     records: list[Record]
@@ -22,15 +24,18 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     """The few to show."""
     config: str | None = None
-    """The resolved configuration as YAML text; None where the run saved none."""
+    """The resolved configuration as YAML text; None if the run saved none."""
 
     def series(self, name: str) -> dict[int, float]:
-        """Iteration → value of one metric, rising; empty where the run does not have it. A later line replaces an earlier one."""
+        """Iteration → value of one metric, in ascending order; empty if the run does not have it.
+
+        A later line replaces an earlier one of the same iteration.
+        """
         values = {record.iteration: record.values[name] for record in self.records if name in record.values}
         return dict(sorted(values.items()))
 
     def evaluations(self) -> list[Record]:
-        """By iteration, rising."""
+        """In ascending order of iterations."""
         return sorted(
             (record for record in self.records if record.kind == "evaluation"),
             key=lambda record: record.iteration,
@@ -41,7 +46,7 @@ class Run:
         return max(record.iteration for record in self.records)
 
     def setting(self, key: str) -> str | None:
-        """A configured value by its dotted name, as text; None where there is no readable configuration or no such key."""
+        """A configured value by its dotted name, as text; None if it or the configuration cannot be read."""
         try:
             value = yaml.safe_load(self.config or "")
         except yaml.YAMLError:
@@ -52,11 +57,11 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read a run's folder. Raises `UserError` where it has no metrics."""
+    """Read a run's folder. Raises `UserError` if it has no metrics."""
     records = read_metrics(run_dir)
     if not records:
         raise UserError(
-            f"{run_dir} holds no metrics to report; give the folder of a run that has finished an iteration"
+            f"{run_dir} has no metrics to report; give the folder of a run that has finished an iteration"
         )
     config_path = run_dir / CONFIG_FILE
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else None

@@ -8,15 +8,18 @@ from pathlib import Path
 from megatron_fipo.run_dir.metrics_log import Sample, read_samples
 
 _SHOWN_HEAD, _SHOWN_TAIL = 600, 200
-"""Tokens shown of a response longer than both together: its beginning and its end."""
+"""Tokens shown of a longer response: its first and its last ones."""
 _LEAST_REACH = 0.02
-"""Where all weights are this close to 1, the colours stay faint instead of showing rounding."""
+"""The smallest reach: if all weights are near 1, colours remain faint instead of showing rounding."""
 _STRONGEST = 0.75
-"""Opacity at the ends of the scale; the text stays readable over it."""
+"""Opacity at the ends of the scale; text remains readable on it."""
 
 
 def choose_samples(run_dir: Path) -> list[Sample]:
-    """A right and a wrong response (where there are both) of the first, the middle and the last iteration that have samples."""
+    """Right and wrong responses to show.
+
+    One of each, if both exist, of the first, the middle and the last iteration with samples.
+    """
     iterations = sorted({sample.iteration for sample in read_samples(run_dir)})
     if not iterations:
         return []
@@ -29,7 +32,10 @@ def choose_samples(run_dir: Path) -> list[Sample]:
 
 
 def colour_reach(samples: Sequence[Sample]) -> float | None:
-    """How far from 1 a weight has the full colour: the 98th percentile of the distance over all tokens; None without any weight."""
+    """The distance from 1 at which a weight has the full colour; None without any weight.
+
+    The 98th percentile of the distances of all tokens.
+    """
     distances = sorted(
         abs(w - 1.0) for sample in samples for w in sample.influence_weights or () if math.isfinite(w)
     )
@@ -39,7 +45,7 @@ def colour_reach(samples: Sequence[Sample]) -> float | None:
 
 
 def render_samples(samples: Sequence[Sample]) -> str:
-    """The section's HTML; every text of a response is escaped."""
+    """The section as HTML; all text of responses is escaped."""
     if not samples:
         return '<p class="absent">This run logged no sample responses.</p>'
     reach = colour_reach(samples)
@@ -60,11 +66,13 @@ def _render_sample(sample: Sample, reach: float | None) -> str:
         f"reward {sample.reward:+.2f}",
         f"advantage {sample.advantage:+.2f}",
         f"{len(sample.tokens):,} tokens",
-        "cut at the limit" if sample.finish_reason == "length" else escape(sample.finish_reason),
+        "truncated" if sample.finish_reason == "length" else escape(sample.finish_reason),
     )
     return (
-        f'<article class="sample"><h3>Iteration {sample.iteration}</h3><p class="facts">{" · ".join(facts)}</p>'
-        f'<pre class="prompt">{escape(sample.prompt)}</pre><pre class="response">{_render_tokens(sample, reach)}</pre></article>'
+        f'<article class="sample"><h3>Iteration {sample.iteration}</h3>'
+        f'<p class="facts">{" · ".join(facts)}</p>'
+        f'<pre class="prompt">{escape(sample.prompt)}</pre>'
+        f'<pre class="response">{_render_tokens(sample, reach)}</pre></article>'
     )
 
 
@@ -88,14 +96,17 @@ def _render_token(token: str, weight: float | None, reach: float | None) -> str:
     strength = min(abs(weight - 1.0) / reach, 1.0) * _STRONGEST
     if strength < 0.01:
         return f'<span title="{weight:.3f}">{text}</span>'
-    return f'<span style="background:rgba(var(--{"up" if weight > 1.0 else "down"}),{strength:.2f})" title="{weight:.3f}">{text}</span>'
+    colour = f"rgba(var(--{'up' if weight > 1.0 else 'down'}),{strength:.2f})"
+    return f'<span style="background:{colour}" title="{weight:.3f}">{text}</span>'
 
 
 def _legend(reach: float) -> str:
     digits = 2 if reach >= 0.05 else 3
     low, high = f"{max(1.0 - reach, 0.0):.{digits}f}", f"{1.0 + reach:.{digits}f}"
     return (
-        "<p>The colour of a token is its influence weight: orange tokens are followed by a future that this update made likelier, and their "
-        "advantage counts more; blue ones by one it made unlikelier, and theirs counts less. Point at a token for its number.</p>"
-        f'<div class="scale"><span>≤ {low}</span><span class="bar"></span><span>≥ {high}</span><span class="middle">1</span></div>'
+        "<p>The colour of a token is its influence weight. Orange: the update made the tokens after it more "
+        "likely, and its advantage is scaled up. Blue: the update made them less likely, and its advantage "
+        "is scaled down. Point at a token to see its weight.</p>"
+        f'<div class="scale"><span>≤ {low}</span><span class="bar"></span><span>≥ {high}</span>'
+        '<span class="middle">1</span></div>'
     )

@@ -1,4 +1,7 @@
-"""How the page looks: colours by theme, typography, the grid of figures. `--up` and `--down` are red, green, blue for `rgba()`."""
+"""The CSS of the page: colours by theme, typography, the grid of figures.
+
+`--up` and `--down` are red, green, blue values for `rgba()`.
+"""
 
 STYLE = """\
 :root {
@@ -29,13 +32,16 @@ b { color: var(--strong); font-weight: 650; }
 header p { max-width: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 0 7px 44px; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
+th, td { padding: 7px 0 7px 44px; text-align: right; border-bottom: 1px solid var(--faint);
+  white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; font-weight: 400; color: var(--ink); }
 thead th { color: var(--quiet); font-weight: 400; font-size: 13px; }
 tbody tr:first-child td { font-size: 24px; padding-top: 4px; padding-bottom: 4px; }
 .headline p { color: var(--quiet); font-size: 13px; margin-top: 12px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 20px; align-items: start; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); gap: 20px; margin-top: 20px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 20px;
+  align-items: start; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); gap: 20px;
+  margin-top: 20px; }
 figure { margin: 0; padding: 16px 18px; background: var(--panel); border-radius: 8px; display: grid;
   grid-template-rows: subgrid; grid-row: span 4; row-gap: 4px; break-inside: avoid; }
 figure svg { width: 100%; height: auto; display: block; font-family: inherit; margin: 0; align-self: end; }
@@ -47,7 +53,8 @@ figcaption { font-size: 13px; line-height: 1.45; color: var(--quiet); }
 .keys i.dashes { border-top-style: dashed; }
 .keys i.area, .keys i.band { width: 11px; height: 11px; border: 0; border-radius: 2px; background: var(--c); }
 .keys i.band { opacity: 0.3; }
-.sample { min-width: 0; padding: 16px 18px; background: var(--panel); border-radius: 8px; break-inside: avoid; }
+.sample { min-width: 0; padding: 16px 18px; background: var(--panel); border-radius: 8px;
+  break-inside: avoid; }
 .sample .facts { margin: 2px 0 10px; font-size: 13px; font-variant-numeric: tabular-nums; }
 .right { color: var(--good); font-weight: 650; }
 .wrong { color: var(--bad); font-weight: 650; }

@@ -1,4 +1,4 @@
-"""From the run's folder to `report.html` in it."""
+"""Write `report.html` into a run's folder."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from the metrics, samples and configuration in `run_dir` and return its path.
+    """Write `run_dir/report.html` from the run's metrics, samples and configuration, and return its path.
 
-    May be called at any time, also while the run goes on; the page appears whole or not at all. Raises `UserError` where the folder
-    holds no metrics.
+    May be called at any time, also while the run is in progress; the page is replaced atomically. Raises
+    `UserError` if the folder has no metrics.
     """
     page = render_page(read_run(run_dir))
     path = run_dir / REPORT_FILE
     temporary = path.with_name(REPORT_FILE + ".tmp")
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))  # a token may be half of a character
+    temporary.write_bytes(page.encode("utf-8", errors="replace"))  # a token may be a part of a character
     temporary.replace(path)
     return path

@@ -1,9 +1,9 @@
-"""What a run writes down about itself: `metrics.jsonl` and `samples.jsonl` in its folder, one JSON object per line.
+"""The logs of a run: `metrics.jsonl` and `samples.jsonl` in its folder, one JSON object per line.
 
-The files are the source of the report and may be read while the run goes on. Lines are only ever appended, each flushed as it is
-written, so a crash costs at most the line being written: reading ignores such a torn last line and says so, and the next run
-removes it. A run that resumes at iteration k first drops the lines of later iterations (`truncate_after`), because it will write
-them again.
+The report is made from these files, and they may be read while the run is in progress. Lines are only
+appended, and each is flushed when it is written, so a crash costs at most the line being written. Reading
+ignores such an incomplete last line with a warning, and the next run removes it. A run that resumes at
+iteration k first drops the lines of later iterations (`truncate_after`), because it writes them again.
 """
 
 import json
@@ -23,7 +23,7 @@ Kind = Literal["iteration", "evaluation"]
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,21 @@ class Record:
     time: float
     """Unix seconds."""
     values: dict[str, float]
-    """Metric name → value; NaN where the value was not finite."""
+    """Metric name → value; NaN if the value was not finite."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training response to look at, one line of `samples.jsonl`."""
+    """One training response to show, one line of `samples.jsonl`."""
 
     iteration: int
     prompt: str
     tokens: list[str]
-    """The response, one decoded piece of text per token; joined they read as the response."""
+    """The response as one decoded text per token; concatenated, the response."""
     influence_weights: list[float] | None
-    """The weight f_t of each token in the last mini-step that trained on it; None for objectives without weights."""
+    """The weight f_t of each token in the last mini-step that trained on it; None for objectives without
+    weights.
+    """
     reward: float
     accuracy: float
     advantage: float
@@ -66,48 +68,48 @@ class JsonLinesLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if _ends_torn(path):
-            self._rewrite(_read_rows(path))
+        if _ends_incomplete(path):
+            self._rewrite(_read_objects(path))
 
     def truncate_after(self, iteration: int) -> None:
-        """Drop the lines of iterations later than `iteration`, all at once or not at all."""
+        """Drop the lines of iterations later than `iteration`, atomically."""
         lines = kept = 0
-        for row in _read_rows(self.path):
+        for entry in _read_objects(self.path):
             lines += 1
-            kept += row["iteration"] <= iteration
+            kept += entry["iteration"] <= iteration
         if kept == 0:
             self.path.unlink(missing_ok=True)
         elif kept < lines:
-            self._rewrite(row for row in _read_rows(self.path) if row["iteration"] <= iteration)
+            self._rewrite(entry for entry in _read_objects(self.path) if entry["iteration"] <= iteration)
 
-    def _append(self, row: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any]) -> None:
         with writing(self.path), self.path.open("a", encoding="ascii") as file:
-            file.write(_to_line(row))
+            file.write(_to_line(entry))
 
-    def _rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
+    def _rewrite(self, entries: Iterable[dict[str, Any]]) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
         with writing(self.path):
             with temporary.open("w", encoding="ascii") as file:
-                file.writelines(_to_line(row) for row in rows)
+                file.writelines(_to_line(entry) for entry in entries)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
 
 
 class MetricsLog(JsonLinesLog):
-    """`run_dir/metrics.jsonl`: the numbers of each iteration and each evaluation."""
+    """`run_dir/metrics.jsonl`: the metrics of each iteration and each evaluation."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir / METRICS_FILE)
 
     def log(self, kind: Kind, iteration: int, values: Mapping[str, float]) -> None:
-        """Append one line; anything `float()` takes is a value, and non-finite ones become null."""
+        """Append one line. Values may be anything that `float()` accepts; non-finite ones become null."""
         numbers = {name: float(value) for name, value in values.items()}
         self._append({"kind": kind, "iteration": iteration, "time": time.time(), "values": numbers})
 
 
 class SampleLog(JsonLinesLog):
-    """`run_dir/samples.jsonl`: a few responses of each evaluated iteration, with what training made of each token."""
+    """`run_dir/samples.jsonl`: responses of evaluated iterations, with each token's influence weight."""
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir / SAMPLES_FILE)
@@ -117,38 +119,44 @@ class SampleLog(JsonLinesLog):
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
-    """All lines of `metrics.jsonl` in order; none where the file is missing. Raises `UserError` on a line that is not a record."""
+    """All lines of `metrics.jsonl` in order; none if the file is missing.
+
+    Raises `UserError` for a line that is not a record.
+    """
     path = run_dir / METRICS_FILE
     records = []
-    for number, row in enumerate(_read_rows(path), 1):
+    for number, entry in enumerate(_read_objects(path), 1):
         try:
-            values = {name: _from_null(value) for name, value in row["values"].items()}
-            records.append(Record(row["kind"], int(row["iteration"]), float(row["time"]), values))
+            values = {name: _from_null(value) for name, value in entry["values"].items()}
+            records.append(Record(entry["kind"], int(entry["iteration"]), float(entry["time"]), values))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} line {number} is not a metrics record; remove the line") from error
     return records
 
 
 def read_samples(run_dir: Path) -> Iterator[Sample]:
-    """The lines of `samples.jsonl` in order, one at a time, since long responses make it a large file; none where it is missing.
+    """The lines of `samples.jsonl` in order, one at a time, because long responses make the file large.
 
-    Raises `UserError` on a line that is not a sample.
+    None if the file is missing. Raises `UserError` for a line that is not a sample.
     """
     path = run_dir / SAMPLES_FILE
-    for number, row in enumerate(_read_rows(path), 1):
+    for number, entry in enumerate(_read_objects(path), 1):
         try:
-            if row["influence_weights"] is not None:
-                row["influence_weights"] = [_from_null(weight) for weight in row["influence_weights"]]
+            if entry["influence_weights"] is not None:
+                entry["influence_weights"] = [_from_null(weight) for weight in entry["influence_weights"]]
             for name in ("reward", "accuracy", "advantage"):
-                row[name] = _from_null(row[name])
-            sample = Sample(**row)
+                entry[name] = _from_null(entry[name])
+            sample = Sample(**entry)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} line {number} is not a sample; remove the line") from error
         yield sample
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that does not parse was torn by a crash and is ignored with a warning."""
+def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file.
+
+    A last line that does not parse was left incomplete by a crash; it is ignored with a warning.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -156,19 +164,20 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
         while line:
             following = file.readline()
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or "iteration" not in row:
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or "iteration" not in entry:
                     raise ValueError("no iteration")
             except ValueError as error:
                 if following:
                     raise UserError(f"{path} line {number} is damaged; remove the line") from error
-                _logger.warning("%s: ignored the last line (%d), which a crash left unfinished", path, number)
+                logger.warning("%s: ignored the last line (%d), which a crash left incomplete", path, number)
             else:
-                yield row
+                yield entry
             line, number = following, number + 1
 
 
-def _ends_torn(path: Path) -> bool:
+def _ends_incomplete(path: Path) -> bool:
+    """Whether the last line has no newline."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -176,18 +185,18 @@ def _ends_torn(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def _to_line(row: dict[str, Any]) -> str:
-    return json.dumps(_to_null(row), allow_nan=False) + "\n"
+def _to_line(entry: dict[str, Any]) -> str:
+    return json.dumps(_to_null(entry), allow_nan=False) + "\n"
 
 
 def _to_null(value: Any) -> Any:
-    """`value` with non-finite floats, wherever they are, replaced by None: JSON has no NaN."""
+    """`value` with non-finite floats at any depth replaced by None, because JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _to_null(entry) for key, entry in value.items()}
+        return {key: _to_null(nested) for key, nested in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_null(entry) for entry in value]
+        return [_to_null(nested) for nested in value]
     return value
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: which checkpoints it holds, and where the loop stood at each.
+"""The folder of a run: its checkpoints, and the state of the training loop at each.
 
     run_dir/config.yaml                       the resolved configuration
     run_dir/checkpoints/iteration_000005/     one checkpoint
@@ -6,24 +6,26 @@
         weights/                              model and optimizer (Megatron-Core's distributed checkpoint)
         rng/                                  random states of each rank
         hf/                                   config.json and tokenizer of the model
-        config.yaml, loop.json                the settings, and where the loop stood
+        config.yaml, loop.json                the settings, and the state of the loop
     run_dir/checkpoints/latest                link to the newest
-    run_dir/metrics.jsonl, samples.jsonl      what happened
+    run_dir/metrics.jsonl, samples.jsonl      the logs
     run_dir/model/                            the trained model in Hugging Face format
     run_dir/report.html
 
-A checkpoint is written under a name that starts with a dot and renamed when it is whole, and gets such a name again before it is
-removed. So every folder that shows is complete; one that is not was damaged by something else, and is refused.
+A checkpoint is written under a name that starts with a dot and renamed when it is complete. Before it is
+removed it gets such a name again. So every visible checkpoint is complete; one that is not was damaged by
+something else, and is refused.
 """
 
 import fcntl
 import json
+import math
 import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,29 +41,31 @@ from megatron_fipo.checkpoint.manifest import (
 )
 from megatron_fipo.config import Config, load_config, save_config
 from megatron_fipo.errors import UserError, writing
+from megatron_fipo.run_dir import CONFIG_FILE
 from megatron_fipo.run_dir.metrics_log import read_metrics
-from megatron_fipo.run_dir.retention import to_remove
 from megatron_fipo.run_dir.settings_change import refuse_changes, refuse_unknown
 
 LATEST = "latest"
 LOCK = ".lock"
 LOOP_STATE = "loop.json"
-CONFIG = "config.yaml"
 NAME = re.compile(r"iteration_(\d{6,})")
-OWN_FILES = (LOOP_STATE, CONFIG, "hf/")
-"""What the driver writes into a checkpoint; the ranks write the rest."""
+DRIVER_FILES = (LOOP_STATE, CONFIG_FILE, "hf/")
+"""The files of a checkpoint that the driver writes; the ranks write the others."""
 
 
 @dataclass
 class LoopState:
-    """Everything the loop itself must know to go on; weights, optimizer and random states lie beside it."""
+    """What the training loop needs to resume, apart from weights, optimizer and random states."""
 
     iteration: int = 0
     """Iterations completed."""
     weight_version: int = 0
-    """Version that the engines serve: one per iteration."""
+    """Weight version that the engines serve; it increases by one per iteration."""
     rollout: dict[str, Any] = field(default_factory=dict)
-    """Position in the training data, waiting groups and unfinished responses; JSON values."""
+    """Position in the training data, buffered groups and unfinished responses, as JSON values.
+
+    Empty with `--replay`.
+    """
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,14 @@ class PendingSave:
     target: Path
     """Its folder, once it is complete."""
     partial: Path
-    """Its folder until then; no two saves have the same, so a writer that outlived its run disturbs none."""
+    """Its folder until then.
+
+    The name is unique, so a writer that outlived its run cannot disturb another save.
+    """
 
 
 class RunDirectory:
-    """One process at a time works with a run's folder; `claim` comes first."""
+    """The folder of a run. Call `claim` first; only one process at a time can use the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,28 +91,24 @@ class RunDirectory:
         self._config: Config | None = None
 
     def claim(self, config: Config, allow_change: Sequence[str] = ()) -> list[str]:
-        """Make the folder this run's own until the process ends, or check that it already is.
+        """Lock the folder for this run until the process ends, and create it if it does not exist.
 
-        Returns a line for each setting that differs from the newest checkpoint's because `allow_change` names it. Raises
-        `UserError` when the folder belongs to a run with other settings, to another process, or to somebody's files, and when its
-        newest checkpoint is not complete.
+        Returns one line for each setting that differs from the newest checkpoint's and is permitted by
+        `allow_change`. Raises `UserError` if the folder belongs to a run with other settings, is in use by
+        another process, or contains other files, and if its newest checkpoint is not complete.
         """
         refuse_unknown(allow_change)
-        stored = self.path / CONFIG
+        stored = self.path / CONFIG_FILE
         with writing(self.path):
-            if (
-                self.path.exists()
-                and not stored.exists()
-                and any(not _may_be_ours(path) for path in self.path.iterdir())
-            ):
-                raise UserError(f"{self.path} is not empty and holds no {CONFIG}; choose another run_dir")
+            if self.path.exists() and not stored.exists() and not _is_aborted_start(self.path):
+                raise UserError(f"{self.path} is not empty and has no {CONFIG_FILE}; choose another run_dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             owner = self._owner()
-            allowed = (
-                refuse_changes(owner, load_config(owner / CONFIG, []), config, allow_change) if owner else []
-            )
-            save_config(config, stored)  # before anything else: by it the folder is known as a run's
+            allowed: list[str] = []
+            if owner:
+                allowed = refuse_changes(owner, load_config(owner / CONFIG_FILE, []), config, allow_change)
+            save_config(config, stored)  # before anything else, because this file marks the folder as a run's
             self.checkpoints.mkdir(exist_ok=True)
             self._remove_leftovers()
             self._point_to_latest()
@@ -113,7 +116,7 @@ class RunDirectory:
         return allowed
 
     def latest(self) -> Path | None:
-        """The newest checkpoint. Raises `UserError` where that one is not complete, or of another format."""
+        """The newest checkpoint. Raises `UserError` if it is not complete or has another format."""
         found = self._visible()
         if not found:
             return None
@@ -135,42 +138,44 @@ class RunDirectory:
         return None
 
     def has(self, iteration: int) -> bool:
-        """Whether the state after this iteration is saved."""
+        """Whether the state after this iteration has been saved."""
         return (self.checkpoints / _name(iteration)).exists()
 
     def refuse_damaged(self, checkpoint: Path, problems: Sequence[str]) -> None:
-        """Raise `UserError` if there are `problems` with a checkpoint's files (`check_files` finds them), with the mend."""
+        """Raise `UserError`, with the fix, if `check_files` found `problems` with a checkpoint's files."""
         if problems:
             raise self._damaged(checkpoint, problems)
 
     def _damaged(self, checkpoint: Path, problems: Sequence[str]) -> UserError:
         more = f" (and {len(problems) - 1} more of its files)" if len(problems) > 1 else ""
         older = self.previous(checkpoint)
-        mend = (
-            f"to go on from {older.name}"
+        fix = (
+            f"to resume from {older.name}"
             if older
-            else "to start the run again, since there is no older checkpoint"
+            else "to start the run again, because there is no older checkpoint"
         )
         return UserError(
-            f"checkpoint {checkpoint} is damaged: {problems[0]}{more}; restore it from a copy, or remove that folder {mend}"
+            f"checkpoint {checkpoint} is damaged: {problems[0]}{more}; restore it from a copy, "
+            f"or remove that folder {fix}"
         )
 
     def load_state(self, checkpoint: Path) -> LoopState:
-        """Where the loop stood. Raises `UserError` where that is damaged."""
+        """The loop state of a checkpoint. Raises `UserError` if it is damaged."""
         try:
             state = LoopState(**json.loads((checkpoint / LOOP_STATE).read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise self._damaged(
-                checkpoint, [f"its {LOOP_STATE} is no state of this version's loop ({error})"]
+                checkpoint, [f"its {LOOP_STATE} is not a loop state of this version ({error})"]
             ) from None
         if _name(state.iteration) != checkpoint.name:
             raise self._damaged(checkpoint, [f"its {LOOP_STATE} is of iteration {state.iteration}"])
         return state
 
     def begin_save(self, state: LoopState) -> PendingSave:
-        """Make a hidden folder with all that the driver writes; the ranks then write into its weights/ and rng/.
+        """Make a hidden folder with all files of the driver; the ranks then write into its weights/ and rng/.
 
-        `has(state.iteration)` must be false. UserError when the disk refuses; then nothing is left of it.
+        `has(state.iteration)` must be false. Raises `UserError` if writing fails; then the hidden folder is
+        removed.
         """
         config = self._claimed()
         target = self.checkpoints / _name(state.iteration)
@@ -181,22 +186,23 @@ class RunDirectory:
                     (pending.partial / folder).mkdir(parents=True)
                 copy_companions(Path(config.model.path), pending.partial / "hf")
                 (pending.partial / LOOP_STATE).write_text(json.dumps(asdict(state)) + "\n")
-                save_config(config, pending.partial / CONFIG)
+                save_config(config, pending.partial / CONFIG_FILE)
         except BaseException:
             self.abandon(pending)
             raise
         return pending
 
     def commit(self, pending: PendingSave, files: Mapping[str, FileRecord]) -> Path:
-        """Give a checkpoint its manifest and its name, when all is on disk; then remove those that need not stay.
+        """Complete a checkpoint: write its manifest and give it its name. Then apply the retention settings.
 
-        `files` records at least what the ranks wrote, by path relative to the checkpoint. Raises `UserError` when the disk refuses,
-        or holds something else than the records say; then nothing is left of this checkpoint, and the others are as they were.
+        `files` records at least what the ranks wrote, by path relative to the checkpoint. Raises `UserError`
+        if writing fails, or if the files on disk differ from the records; then this checkpoint is removed,
+        and the others are unchanged.
         """
         config, target, partial = self._claimed(), pending.target, pending.partial
         try:
             with writing(target):
-                own = [name for name in list_files(partial) if name.startswith(OWN_FILES)]
+                own = [name for name in list_files(partial) if name.startswith(DRIVER_FILES)]
                 files = {**files, **{name: record_file(partial / name) for name in own}}
                 _refuse_incomplete(partial, files)
                 write_manifest(partial, files, _info(_number(target), config))
@@ -215,18 +221,18 @@ class RunDirectory:
         return target
 
     def abandon(self, pending: PendingSave) -> None:
-        """Remove what there is of a checkpoint that will not be completed."""
+        """Remove the files of a checkpoint that will not be completed."""
         shutil.rmtree(pending.partial, ignore_errors=True)
 
     def _claimed(self) -> Config:
         if self._config is None:
-            raise RuntimeError("claim the run's folder before saving into it")
+            raise RuntimeError("call claim() before saving")
         return self._config
 
     def _lock(self) -> None:
         if self._lock_file is not None:
             return
-        self._lock_file = open(self.path / LOCK, "w")  # noqa: SIM115 (held until the process ends)
+        self._lock_file = open(self.path / LOCK, "w")  # noqa: SIM115 (open until the process ends)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -235,29 +241,34 @@ class RunDirectory:
             ) from None
 
     def _owner(self) -> Path | None:
-        """The folder whose settings the run has to keep: its newest checkpoint, or its own once an iteration is in the log."""
+        """The folder whose settings the run must keep.
+
+        Its newest checkpoint; without one, the run's own folder if an iteration has been logged.
+        """
         checkpoint = self.latest()
         if checkpoint is None:
-            return (
-                self.path if any(record.kind == "iteration" for record in read_metrics(self.path)) else None
-            )
-        problem = check_file(checkpoint / CONFIG, read_manifest(checkpoint).files.get(CONFIG))
+            trained = any(record.kind == "iteration" for record in read_metrics(self.path))
+            return self.path if trained else None
+        problem = check_file(checkpoint / CONFIG_FILE, read_manifest(checkpoint).files.get(CONFIG_FILE))
         self.refuse_damaged(checkpoint, [problem] if problem else [])
         return checkpoint
 
     def _visible(self) -> list[Path]:
-        """Everything that has a checkpoint's name, oldest first."""
+        """Everything with the name of a checkpoint, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         return sorted((path for path in self.checkpoints.iterdir() if NAME.fullmatch(path.name)), key=_number)
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed runs left half written or half removed; the lock says that nobody is at it any more."""
+        """Remove what killed runs left partly written or partly removed.
+
+        The lock ensures that no other run uses it.
+        """
         for path in self.checkpoints.glob(".iteration_*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _point_to_latest(self) -> None:
-        """Let `latest` name the newest checkpoint, from one moment to the next."""
+        """Point `latest` to the newest checkpoint, atomically."""
         link, fresh = self.checkpoints / LATEST, self.checkpoints / f".{LATEST}"
         found = self._visible()
         fresh.unlink(missing_ok=True)
@@ -269,17 +280,39 @@ class RunDirectory:
 
     def _retain(self, config: Config) -> None:
         keep = config.checkpoint
-        # From the log, since a checkpoint may be evaluated after it was saved, or by the run that goes on from it.
+        # From the log, because a checkpoint may be evaluated after it was saved, also by a resumed run.
         accuracies = {
             record.iteration: record.values.get("evaluation/avg_at_k")
             for record in read_metrics(self.path)
             if record.kind == "evaluation"
         }
         checkpoints = [(_number(path), accuracies.get(_number(path))) for path in self._visible()]
-        for iteration in to_remove(checkpoints, keep.keep_last, keep.keep_best, keep.keep_every):
+        for iteration in checkpoints_to_remove(checkpoints, keep.keep_last, keep.keep_best, keep.keep_every):
             hidden = self.checkpoints / f".{_name(iteration)}.{secrets.token_hex(4)}"
             (self.checkpoints / _name(iteration)).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def checkpoints_to_remove(
+    checkpoints: Sequence[tuple[int, float | None]], keep_last: int, keep_best: int, keep_every: int
+) -> list[int]:
+    """Iterations of the checkpoints that the retention settings do not keep, in order.
+
+    `checkpoints` are (iteration, held-out accuracy or None if it was not measured). Kept are the newest
+    `keep_last`, at least one; the `keep_best` with the highest accuracy, of equal ones the newer; and every
+    multiple of `keep_every` (0: none).
+    """
+    iterations = sorted(iteration for iteration, _ in checkpoints)
+    measured = [
+        (accuracy, iteration)
+        for iteration, accuracy in checkpoints
+        if accuracy is not None and not math.isnan(accuracy)
+    ]
+    kept = set(iterations[-max(keep_last, 1) :])
+    kept.update(iteration for _, iteration in sorted(measured, reverse=True)[:keep_best])
+    if keep_every:
+        kept.update(iteration for iteration in iterations if iteration % keep_every == 0)
+    return [iteration for iteration in iterations if iteration not in kept]
 
 
 def _name(iteration: int) -> str:
@@ -290,29 +323,40 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("iteration_"))
 
 
-def _may_be_ours(path: Path) -> bool:
-    """Whether a first start that the disk ended may have left this in its folder."""
-    empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
-    return empty or path.name == LOCK or path.name.startswith(CONFIG)
+def _is_aborted_start(run_dir: Path) -> bool:
+    """Whether the folder has only what a first start leaves if it fails before its settings are written."""
+
+    def left_by_a_start(path: Path) -> bool:
+        empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
+        return empty or path.name == LOCK or path.name.startswith(CONFIG_FILE)
+
+    return all(left_by_a_start(path) for path in run_dir.iterdir())
 
 
 def _info(iteration: int, config: Config) -> dict[str, Any]:
-    """What a run's manifests say beside the files."""
-    packages = ("megatron-fipo", "megatron-core", "torch")
-    versions = {package: version(package) for package in packages}
+    """What a run's manifests record in addition to the files."""
+    versions = {package: _version(package) for package in ("megatron-fipo", "megatron-core", "torch")}
     return {"iteration": iteration, "layout": asdict(config.parallel), "versions": versions}
 
 
+def _version(package: str) -> str:
+    """The installed version; "source" if the package is imported from a source tree without metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "source"
+
+
 def _refuse_incomplete(partial: Path, files: Mapping[str, FileRecord]) -> None:
-    """Raise `UserError` unless the disk holds the recorded files and no others."""
-    # By name, not from the list: a network file system may list other nodes' files late.
+    """Raise `UserError` unless the files on disk are exactly the recorded ones."""
+    # Sizes by name instead of from a listing: a network file system may list files of other nodes late.
     different = [name for name, record in files.items() if _size(partial / name) != record.size]
     wrong = sorted({*different, *(set(list_files(partial)) - files.keys())})
     if wrong:
         more = f" (nor are {len(wrong) - 1} other files)" if len(wrong) > 1 else ""
         raise UserError(
-            f"{partial / wrong[0]} is not what the ranks wrote there{more}, so the checkpoint is given up; "
-            "see that all ranks write to one shared file system, then run the same command again"
+            f"{partial / wrong[0]} is not what the ranks wrote there{more}, so the checkpoint is discarded; "
+            "check that all ranks write to one shared file system, then run the same command again"
         )
 
 

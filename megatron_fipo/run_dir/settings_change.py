@@ -1,4 +1,4 @@
-"""What a run may change when it goes on, and the refusal of what it may not."""
+"""The settings that a run may change when it resumes, and the refusal of all other changes."""
 
 import difflib
 from collections.abc import Sequence
@@ -33,20 +33,25 @@ FREE_KEYS = (
     "rollout.check_weight_sync",
     "rollout.dump_every",
 )
-"""How long the run goes on, how its work is spread, guarded and watched. Everything else would make it another run."""
+"""The length of the run, and how its work is distributed, monitored and logged.
+
+Any other change makes a different run.
+"""
 PACKING_KEYS = ("batch.max_tokens_per_micro_batch", "parallel.")
-"""They decide which responses share a micro-batch. Free too, as the normalisation does not depend on that."""
+"""They decide which responses share a micro-batch. Also free, unless the normalization depends on that."""
 IN_FLIGHT_KEY = "rollout.prompts_in_flight"
-"""Free too with rollout.unfinished=drop, which trains on the same prompts however many are on their way at one time. With `continue`
-it decides how old the responses are that are trained on."""
+"""Also free with rollout.unfinished=drop, which trains on the same prompts regardless of how many are in
+flight. With `continue` it decides the age of the responses that are trained on.
+"""
 
 
 def refuse_changes(
     owner: Path, stored: Config, config: Config, allow_change: Sequence[str] = ()
 ) -> list[str]:
-    """Compare a run's settings with those of `owner`, its folder or its newest checkpoint.
+    """Compare a run's settings with the stored ones of `owner`, its folder or its newest checkpoint.
 
-    Returns a line for each change that only `allow_change` permits; raises `UserError` that lists the others with both values.
+    Returns one line for each change that needs and has the permission of `allow_change`. Raises `UserError`
+    that lists all other changes with both values.
     """
     before, after = dict(leaves(stored)), dict(leaves(config))
     changed = [key for key in differences(stored, config) if not key.startswith(_free_keys(stored, config))]
@@ -54,8 +59,9 @@ def refuse_changes(
     refused = [key for key in changed if key not in allow_change]
     if refused:
         raise UserError(
-            f"{owner} belongs to a run with other settings ({'; '.join(lines[key] for key in refused)}): restore them, choose "
-            f"another run_dir, or make this run another one from here on with --allow-change {','.join(changed)}"
+            f"{owner} belongs to a run with other settings ({'; '.join(lines[key] for key in refused)}): "
+            "restore them, choose another run_dir, or resume with the changed settings by "
+            f"--allow-change {','.join(changed)}"
         )
     return list(lines.values())
 
@@ -70,7 +76,7 @@ def _free_keys(stored: Config, config: Config) -> tuple[str, ...]:
 
 
 def refuse_unknown(allow_change: Sequence[str]) -> None:
-    """Raise `UserError` where one of these is not the full name of a setting."""
+    """Raise `UserError` if one of these is not the full name of a setting."""
     keys = [key for key, _ in leaves(Config)]
     for key in allow_change:
         if key not in keys:

@@ -1,1 +1,13 @@
-"""What a run trains on: problems, prompts, rewards. `countdown/` is the built-in demo task."""
+"""What a run trains on: problems and their rewards.
+
+    task.py             Problem and Score, and the two functions that make a task: DataSource and Scorer
+    registry.py         data sources and scorers by the names that the configuration uses
+    dataset.py          the order in which training takes its problems
+    prompt_encoder.py   a prompt to text and token ids
+    prompt_file.py      the data sources `parquet` and `jsonl`
+    dapo_math.py        the scorer `dapo_math`
+    countdown/          the built-in demo task, complete: problems, traces, tokenizer, scorer
+
+To add a task, write its scorer, and a data source if its problems are not read from a file, and add them to
+`registry.py`.
+"""

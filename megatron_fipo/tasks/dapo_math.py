@@ -1,13 +1,13 @@
-"""The rule-based mathematics reward of DAPO, which FIPO uses: the last `Answer: ...` line, normalised, compared as a string.
+"""The scorer `dapo_math`: DAPO's rule-based mathematics reward, which FIPO uses.
 
-Two answers are equal only if their normalised strings are: `0.5` is not `1/2`. The normalisation is the one that the appendix
-of Minerva (arXiv 2206.14858) gives for MATH, whose order matters: every step sees what the step before it left.
+The last `Answer: ...` line is normalized and compared as a string, so `0.5` does not equal `1/2`. The
+normalization is that of the appendix of Minerva (arXiv 2206.14858) for MATH. Its order matters: each step
+works on the result of the step before.
 """
 
 import re
 
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import NO_ANSWER, Score
+from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
 SEARCHED_CHARACTERS = 300
 """The answer must start within the last characters of the response."""
@@ -49,10 +49,10 @@ _REMOVED = (
     *("\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}", "\\text{}"),
     *("\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"),
 )
-"""Units and notation that say nothing about the value, removed in this order, wherever they stand."""
+"""Units and notation that do not affect the value, removed in this order, at any position."""
 
 _REWRITTEN = (
-    (re.compile(r".*?\$(.*?)\$.*"), r"$\1$"),  # only what stands between the first two dollar signs
+    (re.compile(r".*?\$(.*?)\$.*"), r"$\1$"),  # only the text between the first two dollar signs
     (re.compile(r"\\text\{(.*?)\}"), r"\1"),
     (re.compile(r"\\textbf\{(.*?)\}"), r"\1"),
     (re.compile(r"\\overline\{(.*?)\}"), r"\1"),
@@ -63,7 +63,7 @@ _REWRITTEN = (
 
 
 def score_dapo_math(response_text: str, problem: Problem, finish_reason: str) -> Score:
-    """+1 if the last answer of the response equals the ground truth after normalisation, else -1."""
+    """+1 if the last answer of the response equals the ground truth after normalization, else -1."""
     found = _ANSWER.findall(response_text[-SEARCHED_CHARACTERS:])
     answer = normalize_answer(found[-1]) if found else NO_ANSWER
     correct = answer == normalize_answer(problem.ground_truth)
@@ -71,7 +71,10 @@ def score_dapo_math(response_text: str, problem: Problem, finish_reason: str) ->
 
 
 def normalize_answer(text: str) -> str:
-    """The canonical string of a final answer: right of the last `=`, without units, wrappers, dollar signs and digit commas."""
+    """The canonical string of a final answer.
+
+    The text after the last `=`, without units, wrappers, dollar signs and digit commas.
+    """
     text = text.split("=")[-1]
     for before, after in _REPLACED:
         text = text.replace(before, after)

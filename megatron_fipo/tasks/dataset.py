@@ -1,11 +1,11 @@
-"""The order in which training sees its problems: seeded, endless, and resumable at any problem."""
+"""The order in which training takes its problems: seeded, endless, and resumable at any problem."""
 
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.task import Problem
 
 
 def _digest(*parts: object) -> bytes:
@@ -13,9 +13,10 @@ def _digest(*parts: object) -> bytes:
 
 
 class Dataset:
-    """Problems in an order that depends on the seed and the epoch only, a new one each epoch.
+    """Problems in an order that depends on the seed and the epoch only; each epoch has a new order.
 
-    The order is by a hash, not by a random generator, so it is the same on every machine and library version.
+    The order is computed from a hash instead of a random generator, so it is the same on every machine and
+    library version.
     """
 
     def __init__(self, problems: Sequence[Problem], seed: int):
@@ -38,7 +39,7 @@ class Dataset:
         return sorted(range(len(self.problems)), key=lambda index: _digest(self.seed, self.epoch, index))
 
     def take(self, count: int) -> list[Problem]:
-        """The next `count` problems; runs on into the next epoch where one ends."""
+        """The next `count` problems, across the end of an epoch if necessary."""
         taken: list[Problem] = []
         while len(taken) < count:
             if self.position == len(self.problems):
@@ -50,7 +51,7 @@ class Dataset:
         return taken
 
     def put_back(self, count: int) -> None:
-        """Undo the last `count` problems taken: the next `take` gives them again."""
+        """Undo the last `count` problems taken: the next `take` returns them again."""
         epoch, position = divmod(self.epoch * len(self.problems) + self.position - count, len(self.problems))
         if count < 0 or epoch < 0:
             raise ValueError(
@@ -62,7 +63,10 @@ class Dataset:
         self.position = position
 
     def state(self) -> dict[str, Any]:
-        """Where the order stands, as JSON-able values: epoch and position, and what they are a position in."""
+        """The position as JSON values: `epoch` and `position` in it.
+
+        `seed` and `fingerprint` identify the order and the problems that the position refers to.
+        """
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -71,15 +75,16 @@ class Dataset:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where `state` was taken. UserError if it belongs to another seed or to other problems."""
+        """Resume exactly at `state`. Raises `UserError` if it is of another seed or of other problems."""
         if state["seed"] != self.seed:
             raise UserError(
-                f"the checkpoint's data order has seed {state['seed']} but this run has seed {self.seed}; set it back"
+                f"the checkpoint's data order has seed {state['seed']} but this run has seed {self.seed}; "
+                f"set seed={state['seed']}"
             )
         if state["fingerprint"] != self._fingerprint:
             raise UserError(
-                "the training set is not the one of the checkpoint, so its position means nothing here; "
-                "restore the data or start in a new run_dir"
+                "the training set is not the one of the checkpoint, so the run cannot resume at its "
+                "position; restore the data or start in a new run_dir"
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._shuffled()

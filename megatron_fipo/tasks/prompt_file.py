@@ -1,7 +1,8 @@
-"""Problems from files of rows: `prompt`, `reward_model.ground_truth`, `data_source`, `extra_info.index`.
+"""The data sources `parquet` and `jsonl`: problems from a file with one problem per row.
 
-Files are read as a stream, and a repeated prompt is dropped before it is tokenised: the published training file of DAPO repeats
-17 thousand prompts about a hundred times.
+Columns: `prompt`, `reward_model.ground_truth`, `data_source`, `extra_info.index`. Files are read as a stream,
+and a duplicate prompt is dropped before it is tokenized: the published training file of DAPO repeats 17
+thousand prompts about a hundred times.
 """
 
 import hashlib
@@ -10,30 +11,30 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow
 import pyarrow.parquet
-from transformers import PreTrainedTokenizerBase
 
+from megatron_fipo.config import DataConfig
 from megatron_fipo.errors import UserError, first_line
-from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.task import EncodePrompt, Log, Problem, Prompt
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "reward_model", "data_source", "extra_info")
-ROWS_AT_ONCE = 4096
+PARQUET_BATCH_ROWS = 4096
 
-Prompt = str | list[tuple[str, str]]
-"""A text that is used as it stands, or (role, content) messages."""
+NumberedRows = Iterator[tuple[int, dict[str, Any]]]
 
 
 @contextmanager
 def _access_errors(path: Path) -> Iterator[None]:
-    """What the operating system refuses (permission, a failing disk), as a sentence. pyarrow's own OSErrors have no number."""
+    """Turn an error of the operating system (permission, a failing disk) into a `UserError`.
+
+    pyarrow's own OSErrors have no errno and pass.
+    """
     try:
         yield
     except OSError as error:
@@ -44,23 +45,23 @@ def _access_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 0, row) of a parquet file, a few thousand rows in memory at a time."""
+def read_parquet(path: Path) -> NumberedRows:
+    """Yield (row number from 0, row) of a parquet file, with a few thousand rows in memory at a time."""
     number = 0
     try:
         with _access_errors(path), pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of the three
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of these
         fault = f"cannot be read from row {number} on" if number else "is not a readable parquet file"
         raise UserError(f"{path} {fault} ({first_line(error)}); check data.source and the file") from error
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, row) for each line of a JSON lines file that is not blank."""
+def read_jsonl(path: Path) -> NumberedRows:
+    """Yield (line number from 1, row) for each line of a JSON lines file that is not blank."""
     with _access_errors(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -73,94 +74,65 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 ) from error
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); mend the line"
+                    f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); fix the line"
                 ) from error
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of thousands of digits, thousands of brackets
+            except (ValueError, RecursionError) as error:
+                # A number of thousands of digits, or thousands of nested brackets.
                 raise UserError(
-                    f"{path} line {number} is beyond what can be read ({error}); mend the line"
+                    f"{path} line {number} is beyond what can be read ({error}); fix the line"
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number} is not a JSON object; write one object per line")
             yield number, row
 
 
-READERS: dict[str, tuple[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]]] = {
-    "parquet": ("row", parquet_rows),
-    "jsonl": ("line", jsonl_rows),
+READERS: dict[str, tuple[str, Callable[[Path], NumberedRows]]] = {
+    "parquet": ("row", read_parquet),
+    "jsonl": ("line", read_jsonl),
 }
+"""By file format: what its row numbers count, and the reader."""
 
 
-@dataclass(frozen=True)
-class PromptEncoder:
-    """Turns a prompt into text and token ids, within `max_prompt_length` tokens."""
-
-    tokenizer: PreTrainedTokenizerBase
-    max_prompt_length: int
-
-    def __call__(self, where: str, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
-        """Messages go through the tokenizer's chat template, or are joined by newlines where it has none.
-
-        A template brings its own special tokens; other texts get those that the tokenizer adds by itself.
-        UserError names `where` for a prompt without tokens or above the limit.
-        """
-        templated = not isinstance(prompt, str) and self.tokenizer.chat_template is not None
-        if isinstance(prompt, str):
-            text = prompt
-        elif templated:
-            text = self._apply_template(where, prompt)
-        else:
-            text = "\n".join(content for _, content in prompt)
-        prompt_ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
-        if not prompt_ids:
-            raise UserError(f"{where} has a prompt without tokens; give it text")
-        if len(prompt_ids) > self.max_prompt_length:
-            raise UserError(
-                f"{where} has a prompt of {len(prompt_ids)} tokens, above rollout.max_prompt_length = {self.max_prompt_length}; "
-                "raise the limit or remove the prompt"
-            )
-        return text, prompt_ids
-
-    def _apply_template(self, where: str, prompt: list[tuple[str, str]]) -> str:
-        messages = [{"role": role, "content": content} for role, content in prompt]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f"{where}: the chat template refuses the prompt ({error}); mend its roles"
-            ) from error
+def file_problems(
+    config: DataConfig, encode: EncodePrompt, *, held_out: bool, seed: int, log: Log
+) -> list[Problem]:
+    """The data sources `parquet` and `jsonl`, as `DataSource`. The file order does not depend on the seed."""
+    path = config.evaluation_path if held_out else config.train_path
+    if path is None and held_out:
+        return []
+    if path is None:
+        raise UserError(f"data.source is {config.source} but data.train_path is not set; give the file")
+    return read_problems(Path(path), config.source, encode, config.deduplicate, log)
 
 
 def read_problems(
     path: Path,
-    source: str,
-    encode: PromptEncoder,
+    file_format: str,
+    encode: EncodePrompt,
     deduplicate: bool,
-    say: Callable[[str], None] = logger.info,
+    log: Log = logger.info,
 ) -> list[Problem]:
-    """All problems of a file, in file order. With `deduplicate`, the first of rows with the same prompt; `say` is told how many went.
+    """All problems of a file, in file order.
 
-    A problem is called by its `extra_info.index`, or its row number where it has none, or both where an index comes again.
-    UserError names a file that can't be read, and the row or line without a prompt or an answer, or with a prompt above the limit.
+    With `deduplicate`, only the first of the rows with the same prompt is used; `log` receives the number of
+    rows dropped. A problem's id is its `extra_info.index`, or its row number if it has none, or both if the
+    index is a repeated one. Raises `UserError` that names the file if it cannot be read, and the row or line
+    if it has no prompt or answer, or a prompt above the limit.
     """
     with _access_errors(path):
         if not path.is_file():
             raise UserError(
                 f"the data file {path} does not exist; check data.train_path and data.evaluation_path"
             )
-    unit, reader = READERS[source]
+    unit, reader = READERS[file_format]
     problems: dict[str, Problem] = {}
     seen: set[bytes] = set()
-    repeated = 0
+    duplicates = 0
     for number, row in reader(path):
         if deduplicate:
             key = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=16).digest()
             if key in seen:
-                repeated += 1
+                duplicates += 1
                 continue
             seen.add(key)
         where = f"{path} {unit} {number}"
@@ -176,8 +148,8 @@ def read_problems(
         )
     if not problems:
         raise UserError(f"{path} has no rows; give a file with at least one problem")
-    if repeated:
-        say(f"{path}: left out {repeated:,} of {repeated + len(problems):,} rows whose prompt came before")
+    if duplicates:
+        log(f"{path}: dropped {duplicates:,} of {duplicates + len(problems):,} rows with a duplicate prompt")
     return list(problems.values())
 
 
@@ -203,5 +175,5 @@ def _ground_truth(where: str, row: dict[str, Any]) -> str:
 def _mapping(where: str, row: dict[str, Any], key: str) -> dict[str, Any]:
     value = row.get(key) or {}
     if not isinstance(value, dict):
-        raise UserError(f"{where} has a `{key}` that is no object; write it as named fields")
+        raise UserError(f"{where} has a `{key}` that is not an object; write it as named fields")
     return value

@@ -24,7 +24,7 @@ from megatron_fipo.checkpoint.convert import pieces, torch_dist
 from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
 from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
-from megatron_fipo.cli.convert import Display
+from megatron_fipo.cli.convert import progress_display
 from megatron_fipo.cli.main import main
 from megatron_fipo.config import ModelConfig, ParallelConfig
 from megatron_fipo.errors import UserError
@@ -322,15 +322,14 @@ def test_float16_becomes_float32_exactly_when_asked_for(source, tmp_path):
 
 
 def test_a_terminal_gets_a_bar_and_everything_else_lines_with_the_time_left(monkeypatch, capsys):
-    with Display() as display:
-        display.LINE_EVERY_S = 0.0
-        display.update("converting", 0, 4_000_000)
-        display.update("converting", 1_000_000, 4_000_000)
+    with progress_display(line_every_s=0.0) as update:
+        update("converting", 0, 4_000_000)
+        update("converting", 1_000_000, 4_000_000)
     assert "converting: 1.0 MB of 4.0 MB in 0 s, 0 s left\n" in capsys.readouterr().err
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with Display() as display:
-        display.update("converting", 1_000_000, 4_000_000)
+    with progress_display() as update:
+        update("converting", 1_000_000, 4_000_000)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert re.search(r"converting ━+.* 1\.0/4\.0 MB .* -:--:--", shown)
 

@@ -18,7 +18,7 @@ def _root(monkeypatch):
 
 
 def run_without(heavy: set[str], arguments: list[str], code: int) -> subprocess.CompletedProcess:
-    """Run the command in a new process; it fails unless it exits with `code`, having imported none of `heavy`."""
+    """Run the command in a new process; fails unless it exits with `code` without importing any of `heavy`."""
     script = f"""
 import sys
 from megatron_fipo.cli.main import main
@@ -114,6 +114,27 @@ def test_unknown_arguments(arguments, capsys):
     assert exit.value.code == 2
 
 
+def test_options_may_be_between_positional_arguments(monkeypatch):
+    calls = []
+    monkeypatch.setattr("megatron_fipo.driver.train.train", lambda config, *_: calls.append(config) or 0)
+    file, model = COUNTDOWN
+    words = [
+        [file, model, "seed=2"],
+        [file, "--replay", "d", model, "seed=2"],
+        ["--replay", "d", file, model, "seed=2"],
+    ]
+    assert [cli.main(["train", *arguments]) for arguments in words] == [0, 0, 0]
+    assert calls == [calls[0]] * 3
+    assert (calls[0].seed, calls[0].model.path) == (2, model.partition("=")[2])
+
+
+def test_the_module_exits_with_the_code_of_the_command():
+    command = [sys.executable, "-m", "megatron_fipo.cli", "train", "absent.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "megatron-fipo: " + done.stderr.partition(": ")[2]
+
+
 def test_evaluate_takes_a_file_or_none(monkeypatch):
     calls = []
     monkeypatch.setattr("megatron_fipo.driver.evaluate.evaluate", lambda *arguments: calls.append(arguments))
@@ -157,7 +178,7 @@ def test_the_table_of_evaluate_goes_where_output_says(monkeypatch):
     assert calls[3][2] == Path("runs/evaluation/model-config.jsonl")
 
 
-@pytest.mark.parametrize(("raised", "code"), [(UserError("mend it"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(("raised", "code"), [(UserError("fix it"), 2), (KeyboardInterrupt(), 130)])
 def test_exit_codes_of_a_run(raised, code, monkeypatch, capsys):
     def train(config, allow_change, replay):
         raise raised
@@ -187,7 +208,8 @@ def test_config_prints_every_setting(capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f"{sys.executable} -m megatron_fipo.cli convert to-megatron {ROOT}/examples/qwen2.5-32b --dry-run | head -1"
+    folder = f"{ROOT}/examples/qwen2.5-32b"
+    command = f"{sys.executable} -m megatron_fipo.cli convert to-megatron {folder} --dry-run | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("qwen2: 64 layers")
     assert done.stderr == ""

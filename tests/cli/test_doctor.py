@@ -5,9 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from megatron_fipo.cli.doctor import COMPONENTS, Facts, gather_facts, main, rows
+from megatron_fipo.cli.doctor import COMPONENTS, EnvironmentFacts, check_components, inspect_environment, main
 
-BARE = Facts(
+BARE = EnvironmentFacts(
     python="3.11.7",
     versions={component.name: None for component in COMPONENTS},
     cuda=None,
@@ -16,28 +16,32 @@ BARE = Facts(
 )
 
 
-def row(facts: Facts, name: str):
-    return next(row for row in rows(facts) if row.name == name)
+def status_of(facts: EnvironmentFacts, name: str):
+    return next(status for status in check_components(facts) if status.name == name)
 
 
 def test_everything_absent_says_what_is_lost():
-    found = rows(BARE)
-    assert [row.name for row in found] == ["Python", "CUDA", *(component.name for component in COMPONENTS)]
-    assert all(row.note for row in found[1:])
-    assert {row.name for row in found if row.severity == "missing"} == {
+    found = check_components(BARE)
+    assert [status.name for status in found] == [
+        "Python",
+        "CUDA",
+        *(component.name for component in COMPONENTS),
+    ]
+    assert all(status.note for status in found[1:])
+    assert {status.name for status in found if status.severity == "missing"} == {
         component.name for component in COMPONENTS if component.required
     }
 
 
 def test_present_packages_show_their_version():
-    found = row(replace(BARE, versions=BARE.versions | {"vllm": "0.32.1"}), "vllm")
+    found = status_of(replace(BARE, versions=BARE.versions | {"vllm": "0.32.1"}), "vllm")
     assert (found.state, found.severity) == ("0.32.1", "ok")
     assert "rollout.engine=vllm" in found.note
 
 
 @pytest.mark.parametrize("version", ["0.28.1", "0.33.0", "unknown version"])
 def test_a_vllm_that_cannot_be_used(version):
-    found = row(replace(BARE, versions=BARE.versions | {"vllm": version}), "vllm")
+    found = status_of(replace(BARE, versions=BARE.versions | {"vllm": version}), "vllm")
     assert (found.state, found.severity) == (version, "optional")
     assert ">=0.32,<0.33" in found.note
 
@@ -51,7 +55,7 @@ def test_a_vllm_that_cannot_be_used(version):
     ],
 )
 def test_cuda(cuda, devices, state, severity):
-    found = row(replace(BARE, cuda=cuda, devices=devices), "CUDA")
+    found = status_of(replace(BARE, cuda=cuda, devices=devices), "CUDA")
     assert (found.state, found.severity) == (state, severity)
     if devices:
         assert found.note == "2 x H100, 1 x L4"
@@ -72,7 +76,7 @@ def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, ver
     facts = replace(
         BARE, versions=BARE.versions | {"transformer-engine": version}, cuda=cuda, capability=capability
     )
-    found = row(facts, "transformer-engine")
+    found = status_of(facts, "transformer-engine")
     assert (found.state, found.severity) == (version, "ok")
     assert found.note.startswith("fused layers and Adam on GPUs; ")
     assert note in found.note
@@ -81,22 +85,22 @@ def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, ver
 def test_the_notes_name_what_each_package_does_here():
     assert (
         "head and loss kernels"
-        in row(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
+        in status_of(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
     )
-    assert "the same numbers" in row(BARE, "triton").note
-    assert "training on GPUs needs it or apex" in row(BARE, "transformer-engine").note
-    assert "training on GPUs needs one of them" in row(BARE, "apex").note
-    assert "through cuDNN alone" in row(BARE, "flash-attn").note
+    assert "the same numbers" in status_of(BARE, "triton").note
+    assert "training on GPUs needs it or apex" in status_of(BARE, "transformer-engine").note
+    assert "training on GPUs needs one of them" in status_of(BARE, "apex").note
+    assert "through cuDNN alone" in status_of(BARE, "flash-attn").note
     apex = replace(BARE, versions=BARE.versions | {"apex": "0.1"}, apex_is_nvidia=True)
-    assert "have RMSNorm" in row(apex, "apex").note
+    assert "have RMSNorm" in status_of(apex, "apex").note
 
 
 def test_the_apex_of_pypi_does_not_count():
     with_apex = replace(BARE, versions=BARE.versions | {"apex": "0.9.10.dev0"})
-    found = row(with_apex, "apex")
+    found = status_of(with_apex, "apex")
     assert found.severity == "optional"
     assert "not NVIDIA's" in found.note
-    assert row(replace(with_apex, apex_is_nvidia=True), "apex").severity == "ok"
+    assert status_of(replace(with_apex, apex_is_nvidia=True), "apex").severity == "ok"
 
 
 @pytest.mark.parametrize("nvidia", [False, True])
@@ -107,13 +111,13 @@ def test_apex_is_told_apart_on_disk(nvidia, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apex", raising=False)
-    facts = gather_facts()
+    facts = inspect_environment()
     assert facts.versions["apex"] == "unknown version"
     assert facts.apex_is_nvidia == nvidia
 
 
 def test_this_environment():
-    facts = gather_facts()
+    facts = inspect_environment()
     assert facts.versions["torch"]
     assert facts.versions["megatron-core"]
     output = StringIO()

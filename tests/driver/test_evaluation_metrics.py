@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, consensus, evaluation_values, pass_at
-from megatron_fipo.tasks.score import NO_ANSWER
+from megatron_fipo.tasks.task import NO_ANSWER
 
 
 def response(answer="1", accuracy=0.0, length=10, truncated=False):

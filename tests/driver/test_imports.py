@@ -18,7 +18,9 @@ print(len(names), sorted({{"torch", "torch.distributed", "megatron", "megatron.c
 def imported(extra: str = "") -> tuple[int, str]:
     """The number of driver modules, and what a fresh interpreter has loaded after importing all of them."""
     program = [sys.executable, "-c", PROGRAM.format(extra=extra)]
-    count, _, names = subprocess.run(program, capture_output=True, text=True, check=True).stdout.partition(" ")
+    count, _, names = subprocess.run(program, capture_output=True, text=True, check=True).stdout.partition(
+        " "
+    )
     return int(count), names.strip()
 
 

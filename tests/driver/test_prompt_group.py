@@ -16,7 +16,7 @@ from megatron_fipo.driver.rollout.prompt_group import (
     request_seed,
 )
 from megatron_fipo.engine.protocol import Generation
-from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.task import Problem
 from tests.driver.toy_pool import RIGHT, score
 
 PROBLEM = Problem("p", (3, 4), "prompt", "x", "test")

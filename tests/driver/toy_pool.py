@@ -10,8 +10,7 @@ from megatron_fipo.driver.rollout.pool import Settled
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer, parse_request_id
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import Score
+from megatron_fipo.tasks.task import Problem, Score
 
 RIGHT, WRONG = 1, 2
 MAX_LENGTH = 12

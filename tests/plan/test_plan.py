@@ -35,7 +35,9 @@ RECIPES += [EXAMPLES / name for name in ("qwen2.5-32b/fipo", "qwen2.5-7b-math/fi
 
 
 def load_recipe(name: str, *overrides: str) -> Config:
-    """A shipped recipe; the countdown model's sizes come from the folder that its base model was made from."""
+    """A shipped recipe; the sizes of the countdown model are read from the folder that its base model was
+    made from.
+    """
     config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
     config.model.path = str(
         EXAMPLES / ("countdown/model-config" if "countdown" in name else Path(name).parent)
@@ -150,7 +152,7 @@ def test_each_rank_holds_what_the_plan_says(parallel, tied, tmp_path):
 
 
 def test_a_new_family_is_counted_by_its_table_alone():
-    """Norms of heads, a bias that is not split and a plain column layout, none of which Qwen2 has."""
+    """Norms of heads, a bias that is not sharded and a plain column layout, none of which Qwen2 has."""
     layer = "decoder.layers.{layer}"
     rules = (
         Rule(EMBEDDING_WEIGHT, Layout.VOCABULARY, (HfTensor("e", ("vocab", "hidden")),)),
@@ -183,8 +185,8 @@ def test_a_rank_holds_of_each_weight_what_the_conversion_gives_it(size):
     weights = [*QWEN2.weights(architecture), Weight("column", Layout.COLUMN, ("c",), ((8, 3),))]
     assert {weight.layout for weight in weights} == set(Layout)
     for weight in weights:
-        held = shard(weight, [torch.zeros(shape) for shape in weight.shapes], architecture, size - 1, size)
-        assert weight.parameters_per_rank(size) == held.numel()
+        of_rank = shard(weight, [torch.zeros(shape) for shape in weight.shapes], architecture, size - 1, size)
+        assert weight.parameters_per_rank(size) == of_rank.numel()
 
 
 def test_a_weight_that_does_not_split_is_an_error():
@@ -194,7 +196,8 @@ def test_a_weight_that_does_not_split_is_an_error():
 
 class TestWork:
     def test_micro_batches_round_up(self):
-        # longest sequence 176 tokens: a micro-batch of 300 holds 1, so 6 x 16 = 96 responses over 5 ranks need 20 of them
+        # The longest sequence has 176 tokens, so a micro-batch of 300 fits one, and 6 x 16 = 96 responses over
+        # 5 ranks need 20 micro-batches.
         config = load_recipe(
             "countdown/fipo", "batch.max_tokens_per_micro_batch=300", "parallel.data_parallel_size=5"
         )
@@ -214,7 +217,7 @@ class TestWork:
 
 class TestMemory:
     def stage(self, *overrides, index=1):
-        """Of the 32B recipe; the one in the middle holds layers alone."""
+        """A stage of the 32B recipe; the one in the middle has layers only."""
         config = load_recipe("qwen2.5-32b/fipo", *overrides)
         return make_plan(config, *read_model_config(config.model.path)).stages[index]
 

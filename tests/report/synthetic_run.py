@@ -1,4 +1,4 @@
-"""A run folder as a training run leaves it, with made-up but plausible numbers."""
+"""The folder of a training run with synthetic but plausible numbers."""
 
 import math
 import random

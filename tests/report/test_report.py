@@ -1,4 +1,6 @@
-"""The report shows what the run's files say, alone in one file, whatever is missing from them."""
+"""The report shows what the run's files contain, in one self-contained file, also if some of them are
+missing.
+"""
 
 import os
 import re
@@ -80,7 +82,7 @@ def test_a_full_run_has_every_figure(full: Path) -> None:
         "samples.jsonl",
     ]
     assert "var(--blue)" in text
-    assert "#0101" not in text, "a placeholder colour was left in a figure"
+    assert "#0101" not in text, "a placeholder colour remains in a figure"
 
 
 def test_the_page_needs_nothing_from_outside(full: Path) -> None:
@@ -163,7 +165,7 @@ def test_gaps_and_wild_values_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_run_without_metrics_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no metrics"):
+    with pytest.raises(UserError, match="has no metrics"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

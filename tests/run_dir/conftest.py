@@ -1,4 +1,4 @@
-"""A saved run for the tests that damage one. Made once; its imports are heavy, so only where it is used."""
+"""A saved run for the tests that damage one. Made once, with its heavy imports only if it is used."""
 
 from pathlib import Path
 

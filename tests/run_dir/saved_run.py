@@ -1,4 +1,6 @@
-"""A real run of two iterations, both saved by two ranks: weights, optimizer, random states and all that the driver adds."""
+"""A real run of two iterations, both saved by two ranks: weights, optimizer, random states and the driver's
+files.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ def train_and_write(
 
 
 def save(directory: RunDirectory, model: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """A checkpoint as the run makes it; returns the weights in it."""
+    """Save a checkpoint as a run does; returns its weights."""
     pending = directory.begin_save(LoopState(iteration, iteration, rollout={"position": iteration}))
     written = run_ranks(RANKS, train_and_write, model, iteration, pending.partial)
     directory.commit(pending, {name: record for part, _ in written for name, record in part.items()})
@@ -47,7 +49,7 @@ def save(directory: RunDirectory, model: Path, iteration: int) -> dict[str, torc
 
 
 def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
-    """What a run does before it loads anything, and then the process ends."""
+    """The checks of a run before it loads anything; afterwards the lock is released."""
     directory = RunDirectory(run_dir)
     try:
         directory.claim(settings(model, run_dir))
@@ -101,7 +103,7 @@ def copy_run(saved_run: SavedRun, target: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder but the lock, which belongs to whoever looks."""
+    """Everything in a folder except the lock, which belongs to the process that resumes."""
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():

@@ -1,4 +1,6 @@
-"""What happens to a run's folder behind its back: each damage is refused with its reason, and nothing older is touched."""
+"""Damage to a run's folder from outside: each is refused with its reason, and older checkpoints are not
+changed.
+"""
 
 import json
 import re
@@ -17,9 +19,9 @@ from tests.ranks import run_ranks
 from tests.run_dir.saved_run import NEWEST, OLDER, RANKS, contents, load_into_ranks, resume, settings
 
 COMMON_STATE = COMMON_STATE_FILE or "metadata.json"
-"""Part of the data from Megatron-Core 0.19 on; then the other file that rank 0 alone writes."""
+"""From Megatron-Core 0.19 on it is part of the data; then the other file that only rank 0 writes."""
 
-# --- damages to the newest checkpoint ------------------------------------------------------------------------------------------
+# Damage to the newest checkpoint
 
 
 def shard(checkpoint: Path) -> Path:
@@ -44,9 +46,9 @@ def zero_block(path: Path) -> None:
 
 def swap_shards(checkpoint: Path) -> None:
     one, other, *_ = sorted((checkpoint / "weights").glob("*.distcp"))
-    one.rename(checkpoint / "held")
+    one.rename(checkpoint / "aside")
     other.rename(one)
-    (checkpoint / "held").rename(other)
+    (checkpoint / "aside").rename(other)
 
 
 def replace_in(path: Path, old: str, new: str) -> None:
@@ -71,7 +73,7 @@ def half_copied(checkpoint: Path) -> None:
 
 
 def weights_only(checkpoint: Path) -> None:
-    """What a conversion writes: a manifest of its own, and no state of a loop."""
+    """What a conversion writes: another manifest, and no loop state."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in ("loop.json", "config.yaml"):
         (checkpoint / name).unlink()
@@ -127,7 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty manifest": (lambda c: truncate(c / "manifest.json", 0), r"manifest\.json is damaged"),
     "truncated manifest": (lambda c: truncate(c / "manifest.json"), r"manifest\.json is damaged"),
     "manifest of another": (lambda c: shutil.copy(c.with_name(OLDER) / "manifest.json", c), "has other content|bytes instead of"),
-    "manifest that lies": (lambda c: replace_in(c / "manifest.json", '"size": ', '"size": 1'), "bytes instead of"),
+    "manifest with wrong sizes": (lambda c: replace_in(c / "manifest.json", '"size": ', '"size": 1'), "bytes instead of"),
     "format of an older version": (lambda c: replace_in(c / "manifest.json", '"format": 1', '"format": 0'), "format 0 and this version"),
     "format of a later version": (lambda c: replace_in(c / "manifest.json", '"format": 1', '"format": 2'), "format 2 and this version"),
     "version without manifests": (older_format, r"manifest\.json cannot be read \(No such file"),
@@ -154,7 +156,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(saved_run, r
         resume(saved_run.model, run_dir)
     message = str(caught.value)
     assert str(newest) in message
-    assert f"remove that folder to go on from {OLDER}" in message
+    assert f"remove that folder to resume from {OLDER}" in message
     assert "\n" not in message
     assert contents(run_dir) == before, "a refusal changes nothing"
     if newest.is_dir():
@@ -180,7 +182,7 @@ def test_the_checkpoint_before_loads_to_the_bits_it_was_saved_with(saved_run, ru
 def test_a_checkpoint_without_an_older_one_says_so(saved_run, run_dir):
     shutil.rmtree(run_dir / "checkpoints" / OLDER)
     flip(shard(run_dir / "checkpoints" / NEWEST))
-    with pytest.raises(UserError, match="to start the run again, since there is no older checkpoint"):
+    with pytest.raises(UserError, match="to start the run again, because there is no older checkpoint"):
         resume(saved_run.model, run_dir)
 
 
@@ -207,7 +209,7 @@ def test_a_checkpoint_of_another_run_is_refused(saved_run, run_dir):
     assert resume(saved_run.model, run_dir)[1].iteration == 2
 
 
-# --- things in the way ---------------------------------------------------------------------------------------------------------
+# Things in the way
 
 
 def test_a_latest_that_points_to_nowhere_is_put_right(saved_run, run_dir):

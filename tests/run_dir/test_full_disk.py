@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or limited costs the new checkpoint only, and says so in one sentence."""
+"""A disk that is full, read-only or limited costs the new checkpoint only, and is reported in one sentence."""
 
 import resource
 import shutil
@@ -55,7 +55,7 @@ def write_as_ranks(pending: PendingSave) -> dict[str, FileRecord]:
     return hash_files(pending.partial)
 
 
-def write_or_say_why(rank: int, world_size: int, model: Path, folder: Path) -> str:
+def write_or_return_error(rank: int, world_size: int, model: Path, folder: Path) -> str:
     try:
         train_and_write(rank, world_size, model, 3, folder)
     except UserError as error:
@@ -64,7 +64,7 @@ def write_or_say_why(rank: int, world_size: int, model: Path, folder: Path) -> s
 
 
 def assert_intact(directory: RunDirectory) -> None:
-    """Both checkpoints as they were, and no trace of a third."""
+    """Both checkpoints are unchanged, and nothing is left of a third."""
     assert sorted(path.name for path in directory.checkpoints.iterdir()) == [OLDER, NEWEST, "latest"]
     for name in (OLDER, NEWEST):
         folder = directory.checkpoints / name
@@ -82,7 +82,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(saved_run, small_disk, moment
     elif moment == "ranks":
         filler = fill(small_disk, 2**20)
         pending = directory.begin_save(LoopState(3, 3))
-        for message in run_ranks(RANKS, write_or_say_why, saved_run.model, pending.partial):
+        for message in run_ranks(RANKS, write_or_return_error, saved_run.model, pending.partial):
             assert "cannot write the checkpoint" in message
             assert "No space left on device" in message
         directory.abandon(pending)
@@ -116,7 +116,7 @@ def test_a_read_only_disk_is_one_sentence(saved_run, small_disk):
 
 
 def save_under_a_limit(rank: int, world_size: int, model: Path, run_dir: Path, step: str, limit: int) -> str:
-    """Where the operating system lets no file grow beyond `limit` bytes when `step` comes."""
+    """With a limit of `limit` bytes per file, set by the operating system, from `step` on."""
     directory = RunDirectory(run_dir)
     directory.claim(settings(model, run_dir))
     pending = directory.begin_save(LoopState(3, 3)) if step == "commit" else None

@@ -1,4 +1,4 @@
-"""The run's files survive crashes and resumes."""
+"""The logs of a run survive crashes and resumes."""
 
 import json
 import logging

@@ -1,8 +1,10 @@
-"""The run's folder: complete checkpoints or none, the right ones kept, and no run inside another run's folder."""
+"""The run's folder: complete checkpoints or none, the right ones kept, and one run per folder."""
 
 import errno
+import importlib.metadata
 import json
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,14 @@ from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_file
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.driver.loop import learning_rate
 from megatron_fipo.errors import UserError
-from megatron_fipo.run_dir import run_directory as state_module
+from megatron_fipo.run_dir import run_directory
 from megatron_fipo.run_dir.metrics_log import MetricsLog
-from megatron_fipo.run_dir.retention import to_remove
-from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+from megatron_fipo.run_dir.run_directory import (
+    LoopState,
+    PendingSave,
+    RunDirectory,
+    checkpoints_to_remove,
+)
 
 MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
 
@@ -75,6 +81,18 @@ def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
     assert os.readlink(directory.checkpoints / "latest") == "iteration_000012"
 
 
+def test_a_package_without_metadata_is_recorded_as_source(tmp_path, monkeypatch):
+    def version(package):
+        if package == "megatron-fipo":
+            raise PackageNotFoundError(package)
+        return importlib.metadata.version(package)
+
+    monkeypatch.setattr(run_directory, "version", version)
+    versions = read_manifest(save(claimed(tmp_path), 1)).info["versions"]
+    assert versions["megatron-fipo"] == "source"
+    assert versions["torch"] == importlib.metadata.version("torch")
+
+
 def test_only_complete_checkpoints_are_visible_while_one_is_written(tmp_path):
     directory = claimed(tmp_path)
     older = save(directory, 5)
@@ -101,7 +119,7 @@ def test_a_save_that_fails_anywhere_leaves_the_older_checkpoint_and_nothing_else
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(state_module, step, fail)
+    monkeypatch.setattr(run_directory, step, fail)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
         save(directory, 6)
     monkeypatch.undo()
@@ -140,7 +158,7 @@ def test_what_killed_runs_left_is_removed_by_the_next(tmp_path):
     later = claimed(tmp_path)
     assert later.latest() == older
     assert names(later) == ["iteration_000005", "latest"]
-    # A writer that outlived its run does not reach the next save of the same iteration.
+    # A writer that outlived its run cannot write into the next save of the same iteration.
     assert later.begin_save(LoopState(iteration=6)).partial != torn.partial
 
 
@@ -174,7 +192,9 @@ def test_retention(tmp_path, keep, left):
 
 
 def test_the_best_checkpoint_may_be_evaluated_after_it_was_saved(tmp_path):
-    """As one is that was saved when its run was stopped: the run that goes on from it evaluates it and saves no other."""
+    """A checkpoint saved when its run was stopped is evaluated by the run that resumes from it, which saves
+    no other.
+    """
     directory = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
     save(directory, 3)
     directory._lock_file.close()
@@ -195,7 +215,7 @@ def test_the_best_checkpoint_may_be_evaluated_after_it_was_saved(tmp_path):
     st.integers(0, 9),
 )
 def test_retention_keeps_the_newest_and_exactly_what_was_asked_for(checkpoints, last, best, every):
-    removed = to_remove(list(checkpoints.items()), last, best, every)
+    removed = checkpoints_to_remove(list(checkpoints.items()), last, best, every)
     stay = sorted(checkpoints.keys() - set(removed))
     assert max(checkpoints) in stay
     assert sorted(checkpoints)[-max(last, 1) :] == stay[-max(last, 1) :]
@@ -342,7 +362,9 @@ def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path,
 
 
 def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
-    """Whatever was written into config.yaml since: a run that was refused, or allowed to change and never saved."""
+    """Not those of config.yaml, which a run may have written that was refused, or that changed settings and
+    never saved.
+    """
     directory = claimed(tmp_path, "checkpoint.keep_last=2")
     save(directory, 1)
     directory.claim(config(tmp_path, "seed=2"), ["seed"])
@@ -360,7 +382,9 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("step", ["write", "mkdir"])
 def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, step):
-    """Whether the settings or the folder after them find no room, and whatever a process killed there leaves."""
+    """If there is no space for the settings, or for the folder made after them, and for what a process killed
+    there left.
+    """
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def fail(*_, **__):

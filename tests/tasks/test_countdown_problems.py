@@ -1,4 +1,6 @@
-"""Countdown: solvable problems, disjoint splits, stable generation, honest traces, and a tokenizer that AutoTokenizer loads."""
+"""Countdown: solvable problems, disjoint training and held-out sets, stable generation, valid traces, and a
+tokenizer that AutoTokenizer loads.
+"""
 
 import json
 import random
@@ -18,11 +20,11 @@ from megatron_fipo.tasks.countdown.problems import (
     evaluate,
     generate_problems,
     parse_expression,
-    supervised_trace,
 )
 from megatron_fipo.tasks.countdown.tokenizer import CHARACTERS, build_tokenizer, save_tokenizer
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.scorers import scorer
+from megatron_fipo.tasks.countdown.traces import supervised_trace
+from megatron_fipo.tasks.registry import scorer
+from megatron_fipo.tasks.task import Problem
 
 TRAIN = generate_problems(4000, held_out=False, seed=1)
 HELD_OUT = generate_problems(150, held_out=True, seed=1)
@@ -65,14 +67,17 @@ def test_no_problem_is_in_both_splits_whatever_the_seed_or_the_order_of_numbers(
         assert not keys(generate_problems(4000, held_out=False, seed=seed)) & keys(
             generate_problems(450, held_out=True, seed=3)
         )
-    assert len(keys(HELD_OUT)) == 150  # no problem twice in another order while others are left
+    assert len(keys(HELD_OUT)) == 150  # no problem twice in another order while unused ones are left
     assert len(set(TRAIN)) == 4000
 
 
 def test_generation_depends_on_the_seed_and_on_nothing_else():
     assert generate_problems(50, held_out=False, seed=1) == TRAIN[:50]
     assert generate_problems(50, held_out=False, seed=2) != TRAIN[:50]
-    code = "from megatron_fipo.tasks.countdown.problems import *; print([str(p) for p in generate_problems(20, held_out=False, seed=1)])"
+    code = (
+        "from megatron_fipo.tasks.countdown.problems import *;"
+        "print([str(p) for p in generate_problems(20, held_out=False, seed=1)])"
+    )
     other = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
     ).stdout

@@ -1,13 +1,12 @@
-"""The countdown verifier: exactly the task's rules, on any text."""
+"""The countdown scorer follows the rules of the task exactly, for any text."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import NO_ANSWER, Score
-from megatron_fipo.tasks.scorers import scorer
+from megatron_fipo.tasks.registry import scorer
+from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
 score = scorer("countdown")
 

@@ -1,4 +1,4 @@
-"""The DAPO reward: every golden verdict of the published scorer, and no text makes it raise."""
+"""The DAPO reward agrees with every golden result of the published scorer and never raises."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import NO_ANSWER
-from megatron_fipo.tasks.scorers import scorer
+from megatron_fipo.tasks.registry import scorer
+from megatron_fipo.tasks.task import NO_ANSWER, Problem
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "dapo_scorer.jsonl").open()]
 score = scorer("dapo_math")

@@ -1,4 +1,6 @@
-"""The order of training: seeded, complete per epoch, resumable anywhere, and refused where it would be another order."""
+"""The order of training: seeded, complete per epoch, resumable anywhere, and refused if the order would
+differ.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.task import Problem
 
 
 def problems(count: int, prefix: str = "p") -> list[Problem]:
@@ -57,9 +59,9 @@ def test_resuming_goes_on_exactly_where_the_state_was_taken(size, before, after)
 
 
 def test_the_size_of_the_pieces_does_not_matter():
-    whole = names(Dataset(problems(7), seed=7).take(30))
+    at_once = names(Dataset(problems(7), seed=7).take(30))
     pieces = Dataset(problems(7), seed=7)
-    assert [name for _ in range(10) for name in names(pieces.take(3))] == whole
+    assert [name for _ in range(10) for name in names(pieces.take(3))] == at_once
 
 
 def test_a_state_of_other_data_or_another_seed_is_refused():

@@ -1,4 +1,4 @@
-"""Reading rows: prompts through the tokenizer's template, repeats left out, every bad row named."""
+"""Reading data files: prompts through the tokenizer's template, duplicates dropped, every bad row named."""
 
 import json
 import os
@@ -12,8 +12,9 @@ import pytest
 from megatron_fipo.config import DataConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.tokenizer import build_tokenizer
-from megatron_fipo.tasks.data_sources import load_datasets, load_evaluation
-from megatron_fipo.tasks.prompt_file import ROWS_AT_ONCE, PromptEncoder, read_problems
+from megatron_fipo.tasks.prompt_encoder import PromptEncoder
+from megatron_fipo.tasks.prompt_file import PARQUET_BATCH_ROWS, read_problems
+from megatron_fipo.tasks.registry import load_datasets, load_evaluation
 
 TEMPLATE = "{% for m in messages %}{{ '|' + m['content'] + '|' }}{% endfor %}{% if add_generation_prompt %}&{% endif %}"
 
@@ -36,9 +37,9 @@ def write(path, rows):
     return path
 
 
-def read(path, tokenizer=None, limit=50, deduplicate=True, say=print):
+def read(path, tokenizer=None, limit=50, deduplicate=True, log=print):
     return read_problems(
-        path, path.suffix[1:], PromptEncoder(tokenizer or build_tokenizer(), limit), deduplicate, say
+        path, path.suffix[1:], PromptEncoder(tokenizer or build_tokenizer(), limit), deduplicate, log
     )
 
 
@@ -74,12 +75,12 @@ def test_messages_go_through_the_chat_template_and_a_text_stays_as_it_is(tmp_pat
 def test_repeated_prompts_go_and_are_counted_once(tmp_path, name):
     rows = [row(f"{i % 7}+1", "2", f"i{i}") for i in range(1100)]
     path = write(tmp_path / name, rows)
-    said = []
-    problems = read(path, say=said.append)
+    logged = []
+    problems = read(path, log=logged.append)
     assert [p.problem_id for p in problems] == [f"i{i}" for i in range(7)]
-    assert said == [f"{path}: left out 1,093 of 1,100 rows whose prompt came before"]
-    assert len(read(path, deduplicate=False, say=said.append)) == 1100
-    assert len(said) == 1
+    assert logged == [f"{path}: dropped 1,093 of 1,100 rows with a duplicate prompt"]
+    assert len(read(path, deduplicate=False, log=logged.append)) == 1100
+    assert len(logged) == 1
 
 
 def test_problem_ids_are_unique_even_where_an_index_comes_again(tmp_path):
@@ -88,14 +89,14 @@ def test_problem_ids_are_unique_even_where_an_index_comes_again(tmp_path):
 
 
 def test_parquet_files_larger_than_a_batch_keep_order_and_row_numbers(tmp_path):
-    rows = [row(str(i), str(i)) for i in range(ROWS_AT_ONCE + 10)]
+    rows = [row(str(i), str(i)) for i in range(PARQUET_BATCH_ROWS + 10)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert [p.problem_id for p in read(path)] == [str(i) for i in range(len(rows))]
     rows[-3]["reward_model"] = {"ground_truth": None}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     with pytest.raises(
-        UserError, match=f"a.parquet row {ROWS_AT_ONCE + 7} has no `reward_model.ground_truth`"
+        UserError, match=f"a.parquet row {PARQUET_BATCH_ROWS + 7} has no `reward_model.ground_truth`"
     ):
         read(path)
 
@@ -109,7 +110,7 @@ def test_parquet_files_larger_than_a_batch_keep_order_and_row_numbers(tmp_path):
         (row() | {"prompt": 7}, "line 2 has no usable `prompt`"),
         ({"prompt": "1"}, "line 2 has no `reward_model.ground_truth`"),
         (row("5", answer=""), "line 2 has no `reward_model.ground_truth`"),
-        (row("5") | {"reward_model": "2"}, "line 2 has a `reward_model` that is no object"),
+        (row("5") | {"reward_model": "2"}, "line 2 has a `reward_model` that is not an object"),
         (row("9" * 51), r"line 2 has a prompt of 51 tokens, above rollout.max_prompt_length = 50"),
         (row(""), "line 2 has a prompt without tokens"),
         ([1, 2], "line 2 is not a JSON object"),
@@ -157,22 +158,22 @@ def test_damaged_files_are_named(tmp_path):
 
     def parquet(**options):
         path = tmp_path / "a.parquet"
-        rows = [row(f"{i}+" * 4, index=str(i)) for i in range(ROWS_AT_ONCE + 50)]
+        rows = [row(f"{i}+" * 4, index=str(i)) for i in range(PARQUET_BATCH_ROWS + 50)]
         pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows), path, row_group_size=ROWS_AT_ONCE, **options
+            pyarrow.Table.from_pylist(rows), path, row_group_size=PARQUET_BATCH_ROWS, **options
         )
-        return path, str(ROWS_AT_ONCE + 20).encode()
+        return path, str(PARQUET_BATCH_ROWS + 20).encode()
 
     plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     path, late = parquet(**plain)
     damage(path, late + b"+", b"\xff" * len(late) + b"+")  # text that is not UTF-8
-    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {ROWS_AT_ONCE} on \("):
+    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {PARQUET_BATCH_ROWS} on \("):
         read(path, limit=99)
     path, late = parquet(**plain)
     damage(
         path, b"\x14\x00\x00\x00" + late + b"+", b"\xff\xff\xff\xff" + late + b"+"
     )  # a length beyond the page
-    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {ROWS_AT_ONCE} on \("):
+    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {PARQUET_BATCH_ROWS} on \("):
         read(path, limit=99)
     path, _ = parquet(compression="snappy")
     path.write_bytes(path.read_bytes()[:40] + b"\xff" * 400 + path.read_bytes()[440:])
@@ -182,7 +183,7 @@ def test_damaged_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_a_file_that_the_system_refuses_is_named(tmp_path, name):
-    memory = Path("/proc/self/mem")  # a file whose first byte even root can't read
+    memory = Path("/proc/self/mem")  # a file whose first byte not even root can read
     if not memory.is_file():
         pytest.skip("needs Linux")
     (tmp_path / name).symlink_to(memory)
@@ -213,15 +214,15 @@ def test_a_file_without_permission_is_named(name, closed):
 def test_load_datasets_says_which_rows_of_which_file_went(tmp_path):
     train = write(tmp_path / "train.parquet", [row("1"), row("1"), row("2")])
     held_out = write(tmp_path / "test.jsonl", [row("9")] * 4)
-    said = []
+    logged = []
     load_datasets(
-        DataConfig(train_path=str(train), evaluation_path=str(train)), 50, build_tokenizer(), 1, said.append
+        DataConfig(train_path=str(train), evaluation_path=str(train)), 50, build_tokenizer(), 1, logged.append
     )
-    assert said == [f"{train}: left out 1 of 3 rows whose prompt came before"] * 2
+    assert logged == [f"{train}: dropped 1 of 3 rows with a duplicate prompt"] * 2
     load_evaluation(
-        DataConfig(source="jsonl", evaluation_path=str(held_out)), 50, build_tokenizer(), 1, said.append
+        DataConfig(source="jsonl", evaluation_path=str(held_out)), 50, build_tokenizer(), 1, logged.append
     )
-    assert said[2:] == [f"{held_out}: left out 3 of 4 rows whose prompt came before"]
+    assert logged[2:] == [f"{held_out}: dropped 3 of 4 rows with a duplicate prompt"]
 
 
 def test_load_datasets_from_files(tmp_path):

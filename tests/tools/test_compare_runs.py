@@ -88,4 +88,4 @@ def test_a_folder_that_is_no_run_is_one_sentence(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no metrics" in capsys.readouterr().err
+    assert "has no metrics" in capsys.readouterr().err

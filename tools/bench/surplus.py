@@ -29,7 +29,7 @@ from megatron_fipo.driver.rollout.pool import Settled
 from megatron_fipo.driver.rollout.prompt_group import Group, PromptGroup, Response, parse_request_id
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.problem import Problem
+from megatron_fipo.tasks.task import Problem
 
 BLOCK = 64
 MAX_BLOCKS = 20_480 // BLOCK

@@ -11,8 +11,7 @@ import numpy as np
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.engine.protocol import Generation, GenerationRequest
 from megatron_fipo.objective.advantages import overlong_penalty
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import Scorer
+from megatron_fipo.tasks.task import Problem, Scorer
 
 Group = list[Trajectory]
 """The scored responses to one prompt."""

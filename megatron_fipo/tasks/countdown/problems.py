@@ -1,10 +1,4 @@
-"""Countdown by search in the open: a task on which two CPU cores can watch reinforcement learning lengthen reasoning.
-
-A problem is three numbers (1-9) and a target (1-99): combine the numbers, in the order given, with + - *, strictly left to
-right, so that `3+7*5` is (3+7)*5 = 50. The prompt is `3,7,5=26:`. A response makes attempts such as `3*7=21+5=26-26=0;`, each of
-which works an expression out and takes the target from it, so that 0 means found. It ends with `#` and the chosen expression.
-The base model learns from traces that often give up early, so length is a free choice that reward can change.
-"""
+"""The problems of countdown, and the data source `countdown`."""
 
 import hashlib
 import random
@@ -13,13 +7,15 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, permutations, product
 
+from megatron_fipo.config import DataConfig
 from megatron_fipo.errors import UserError
+from megatron_fipo.tasks.task import EncodePrompt, Log, Problem
 
 Numbers = tuple[int, int, int]
 
 OPERATORS = "+-*"
 HELD_OUT_SHARE = 0.1
-"""Share of the problems that only evaluation sees."""
+"""Share of the problems that are used for evaluation only."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class CountdownProblem:
 
     @classmethod
     def parse(cls, text: str) -> "CountdownProblem | None":
-        """The problem that `3,7,5=26` spells, or None."""
+        """The problem written as `3,7,5=26`; None if `text` is not of this form."""
         match = re.fullmatch(r"([1-9]),([1-9]),([1-9])=([1-9][0-9]?)", text, re.ASCII)
         if match is None:
             return None
@@ -57,7 +53,7 @@ class CountdownProblem:
 
 
 def parse_expression(text: str) -> Expression | None:
-    """The expression that `text` spells, all of it, or None."""
+    """The expression that the complete `text` is; None if it is not one."""
     match = re.fullmatch(r"([1-9])([-+*])([1-9])([-+*])([1-9])", text, re.ASCII)
     if match is None:
         return None
@@ -81,20 +77,20 @@ def evaluate(expression: Expression) -> int:
 
 
 def attempt(expression: Expression, target: int) -> str:
-    """The expression worked out and compared with the target: `3*7=21+5=26-26=0;`."""
+    """The expression evaluated and compared with the target: `3*7=21+5=26-26=0;`."""
     (a, b, c), (first, second) = expression.numbers, expression.operators
     value = evaluate(expression)
     return f"{a}{first}{b}={_first_step(expression)}{second}{c}={value}-{target}={value - target};"
 
 
 def _orders(numbers: Numbers) -> list[Numbers]:
-    """The numbers in every different order; the same list for every order given."""
+    """The numbers in every distinct order; the list does not depend on the order given."""
     return sorted(set(permutations(numbers)))  # type: ignore[arg-type]
 
 
 @cache
-def _expressions(numbers: Numbers) -> tuple[Expression, ...]:
-    """The nine expressions over the numbers in this order."""
+def expressions(numbers: Numbers) -> tuple[Expression, ...]:
+    """The nine expressions with the numbers in this order."""
     return tuple(Expression(numbers, (first, second)) for first, second in product(OPERATORS, repeat=2))
 
 
@@ -104,16 +100,17 @@ def _is_held_out(numbers: Numbers, target: int) -> bool:
 
 
 def generate_problems(size: int, *, held_out: bool, seed: int) -> list[CountdownProblem]:
-    """`size` different solvable problems of one split; the same arguments always give the same list.
+    """`size` distinct solvable problems, held out or for training; equal arguments give equal lists.
 
-    Which split a problem belongs to depends on its sorted numbers and target alone. Every problem comes once before any
-    comes again with its numbers in another order. Raises UserError if the split is smaller than `size`.
+    Whether a problem is held out depends only on its sorted numbers and its target. Every problem occurs once
+    before any occurs again with its numbers in another order. Raises `UserError` if there are fewer than
+    `size` problems.
     """
     rng = random.Random(f"countdown {held_out} {seed}")
     orders_of: dict[tuple[Numbers, int], list[Numbers]] = {}
     for numbers in combinations_with_replacement(range(1, 10), 3):
         for order in _orders(numbers):
-            for target in {value for e in _expressions(order) if 1 <= (value := evaluate(e)) <= 99}:
+            for target in {value for e in expressions(order) if 1 <= (value := evaluate(e)) <= 99}:
                 if _is_held_out(numbers, target) == held_out:
                     orders_of.setdefault((numbers, target), []).append(order)
     ranked: list[tuple[int, float, CountdownProblem]] = []
@@ -127,31 +124,15 @@ def generate_problems(size: int, *, held_out: bool, seed: int) -> list[Countdown
     return [problem for _, _, problem in ranked[:size]]
 
 
-def supervised_trace(
-    problem: CountdownProblem,
-    rng: random.Random,
-    *,
-    right_probability: float = 0.25,
-    patient_share: float = 0.5,
-    give_up_probabilities: tuple[float, float] = (0.2, 0.6),
-) -> str:
-    """A response for the base model to imitate, without its end-of-sequence token.
-
-    Each attempt is right with `right_probability`; after a wrong one a patient trace gives up with the first of
-    `give_up_probabilities`, an impatient one with the second, and answers with the wrong attempt. No attempt is repeated.
-    The mixture leaves reinforcement learning a spread of lengths to select from.
-    """
-    give_up = give_up_probabilities[0 if rng.random() < patient_share else 1]
-    candidates = list(_expressions(problem.numbers))
-    rng.shuffle(candidates)
-    right = [e for e in candidates if evaluate(e) == problem.target]
-    wrong = [e for e in candidates if evaluate(e) != problem.target]
-    if not right:
-        raise ValueError(f"countdown problem {problem} has no solution")
-    trace = ""
-    while wrong and rng.random() >= right_probability:
-        tried = wrong.pop()
-        trace += attempt(tried, problem.target)
-        if rng.random() < give_up:
-            return f"{trace}#{tried}"
-    return f"{trace}{attempt(right[0], problem.target)}#{right[0]}"
+def countdown_problems(
+    config: DataConfig, encode: EncodePrompt, *, held_out: bool, seed: int, log: Log
+) -> list[Problem]:
+    """The data source `countdown`, as `DataSource`: problems are generated, so nothing is logged."""
+    size = config.evaluation_size if held_out else config.train_size
+    problems = []
+    for problem in generate_problems(size, held_out=held_out, seed=seed):
+        text, prompt_ids = encode(f"countdown problem {problem}", problem.prompt)
+        problems.append(
+            Problem(str(problem), prompt_ids, text, ground_truth=str(problem), data_source="countdown")
+        )
+    return problems

@@ -1,23 +1,23 @@
-"""Exact verifier of the countdown task (`tasks/countdown/problems.py`)."""
+"""The scorer `countdown`: an exact verifier."""
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.problems import CountdownProblem, evaluate, parse_expression
-from megatron_fipo.tasks.problem import Problem
-from megatron_fipo.tasks.score import NO_ANSWER, Score
+from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
 
 def score_countdown(response_text: str, problem: Problem, finish_reason: str) -> Score:
-    """1 if the response ends by itself in one `#` and an expression that is right, else 0.
+    """1 if the response is not truncated and ends with a single `#` and a right expression, else 0.
 
-    Right: `a?b?c` with ? of + - *, evaluated left to right, has the problem's numbers in their order and gives the target.
-    Attempts before the `#` are not judged. The answer that votes is the value of a well-formed expression over these
-    numbers, so that different ways to the target vote together.
-    Raises UserError only for a problem whose ground truth is no countdown problem.
+    An expression `a?b?c`, ? one of + - *, is right if it has the problem's numbers in their order and its
+    value, left to right, is the target. Attempts before the `#` are not checked. The answer for the majority
+    vote is the value of a well-formed expression of these numbers, so different expressions with the same
+    value vote together. Raises `UserError` only for a problem whose ground truth is not a countdown problem.
     """
     target = CountdownProblem.parse(problem.ground_truth)
     if target is None:
         raise UserError(
-            f"problem {problem.problem_id} has the ground truth {problem.ground_truth!r}; reward.name=countdown needs 3,7,5=26"
+            f"problem {problem.problem_id} has the ground truth {problem.ground_truth!r}; "
+            "reward.name=countdown needs the form 3,7,5=26"
         )
     _, separator, answer = response_text.partition("#")
     expression = parse_expression(answer) if separator and finish_reason == "stop" else None

@@ -1,4 +1,4 @@
-"""A character-level tokenizer of 32 symbols for the countdown task, saved as Hugging Face `AutoTokenizer` reads it."""
+"""A character-level tokenizer of 32 symbols for countdown, in Hugging Face's `AutoTokenizer` format."""
 
 from pathlib import Path
 
@@ -7,12 +7,18 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CHARACTERS = "0123456789+-*=;#,:/().?!|_~&@"
-"""Those of the task first. The rest round the vocabulary up to 32, which splits evenly over tensor-parallel ranks; no space,
-since the tokenizer class that transformers forces on some model types spells it differently."""
+"""The characters of the task first.
+
+The others fill the vocabulary to 32, which tensor-parallel ranks can share evenly. There is no space, because
+the tokenizer class that transformers forces on some model types encodes it differently.
+"""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character. Encoding adds no special tokens, decoding no spaces; other characters become `<unk>`."""
+    """One token per character.
+
+    Encoding adds no special tokens, decoding no spaces; unknown characters become `<unk>`.
+    """
     vocabulary = {symbol: index for index, symbol in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -28,7 +34,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Writes tokenizer.json and tokenizer_config.json into `folder` and returns the tokenizer."""
+    """Write tokenizer.json and tokenizer_config.json into `folder` and return the tokenizer."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(str(folder))
     return tokenizer

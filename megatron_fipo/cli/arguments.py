@@ -1,0 +1,66 @@
+"""Helpers to declare the arguments of a command. Imports argparse only, so that `--help` is fast."""
+
+import argparse
+from collections.abc import Callable
+from textwrap import dedent
+from typing import Any
+
+Handler = Callable[[argparse.Namespace], int]
+"""Runs a command and returns its exit code."""
+Subparsers = Any
+"""What `ArgumentParser.add_subparsers` returns; argparse has no public name for it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts options between positional arguments, as in `train CONFIG --dry-run key=value`.
+
+    argparse supports this by `parse_known_intermixed_args`, but subcommands are always parsed by
+    `parse_known_args`.
+    """
+
+    _intermixed = False
+
+    def parse_known_args(self, args=None, namespace=None) -> Any:
+        # Up to Python 3.11 the intermixed parse calls this method for each of its two passes.
+        if self._intermixed or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
+
+
+def add_command(commands: Subparsers, name: str, summary: str, description: str) -> Parser:
+    """Add a subcommand. `description` may be indented; its line breaks are kept."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=dedent(description),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_overrides(command: Parser, example: str) -> None:
+    """Add the `key=value` arguments, as `overrides`."""
+    command.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        type=_override,
+        help=f"settings that override the file, for example {example}",
+    )
+
+
+def _override(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return text
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value

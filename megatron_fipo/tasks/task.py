@@ -1,0 +1,64 @@
+"""What a task consists of: problems from a data source, and a scorer for the responses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_fipo.config import DataConfig
+
+NO_ANSWER = "[INVALID]"
+"""`Score.answer` of a response from which no answer could be extracted; it has no vote in cons@k."""
+
+Prompt = str | list[tuple[str, str]]
+"""A text that is used without changes, or (role, content) messages."""
+Log = Callable[[str], None]
+"""Receives one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, tokenized, with its verifiable answer.
+
+    `ground_truth` is what the scorer compares with; `data_source` may select among several scorers.
+    """
+
+    problem_id: str
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    ground_truth: str
+    data_source: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result for one response.
+
+    `reward` is used for the advantage, `accuracy` (0 or 1) for dynamic sampling and evaluation, `answer` for
+    the majority vote.
+    """
+
+    reward: float
+    accuracy: float
+    answer: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """A pure function of the response (decoded without special tokens); it must not raise on any text."""
+
+    def __call__(self, response_text: str, problem: Problem, finish_reason: str) -> Score: ...
+
+
+class EncodePrompt(Protocol):
+    """Returns a prompt's text and token ids. `where` names the prompt in errors."""
+
+    def __call__(self, where: str, prompt: Prompt) -> tuple[str, tuple[int, ...]]: ...
+
+
+class DataSource(Protocol):
+    """Returns the problems for training, or the held-out ones. `log` receives what was excluded."""
+
+    def __call__(
+        self, config: DataConfig, encode: EncodePrompt, *, held_out: bool, seed: int, log: Log
+    ) -> list[Problem]: ...
