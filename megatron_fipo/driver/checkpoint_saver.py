@@ -1,4 +1,4 @@
-"""Checkpoints between the run's folder and the trainer's ranks: written in the background, complete or invisible, checked at load."""
+"""Checkpoints of a run: written by the ranks in the background, committed atomically, verified before loading."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirec
 
 
 class CheckpointSaver:
-    """One save at a time. A save that fails raises its reason as `UserError` and leaves the older checkpoints as they were."""
+    """One save at a time. A save that fails raises its reason as `UserError` and does not touch older checkpoints."""
 
     def __init__(self, directory: RunDirectory, trainer: RLTrainer) -> None:
         self.directory = directory
@@ -17,7 +17,7 @@ class CheckpointSaver:
         self._pending: PendingSave | None = None
 
     def save(self, state: LoopState) -> None:
-        """Begin to save `state` with the ranks' weights, unless that very iteration is saved already."""
+        """Begin to save `state` with the ranks' weights, unless that iteration is saved already."""
         self.finish()
         if self.directory.has(state.iteration):
             return
@@ -34,7 +34,7 @@ class CheckpointSaver:
         self._finish(blocking=True)
 
     def load(self, checkpoint: Path) -> bool:
-        """Check every file of a checkpoint and load it into the ranks. False where another layout wrote it."""
+        """Check every file of a checkpoint and load it into the ranks. False if another parallel layout wrote it."""
         self.directory.refuse_damaged(checkpoint, self.trainer.check_files(checkpoint))
         return self.trainer.load(checkpoint)
 

@@ -17,9 +17,9 @@ from megatron_fipo.families.family import Architecture
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
 
 OBJECT_STORE_BASE_BYTES = 128 * 2**20
-"""What Ray's object store holds besides weights and trajectories."""
+"""Object-store memory besides weights and trajectories."""
 PICKLED_BYTES_PER_TOKEN = 16
-"""Of a trajectory: id, mask and log-probability."""
+"""Of a trajectory: id, mask and log-prob."""
 
 
 def engine_class(name: str) -> type:
@@ -82,9 +82,10 @@ def run_cluster(config: Config, architecture: Architecture) -> contextlib.Abstra
 
 
 def object_store_bytes(config: Config, architecture: Architecture) -> int:
-    """Room for weights on their way to the engines and for the longest iteration on its way to the ranks.
+    """Object-store memory for weights on the way to the engines and the longest iteration on the way to the ranks.
 
-    A tensor larger than a bucket travels alone: the embedding is the largest. Beyond a third of the memory Ray spills to the disk.
+    A tensor larger than a bucket is sent alone: the embedding is the largest. Beyond a third of the memory Ray spills to
+    disk.
     """
     embedding = (
         architecture.vocab_size * architecture.hidden_size * (2 if config.model.dtype == "bfloat16" else 4)
@@ -100,12 +101,12 @@ def object_store_bytes(config: Config, architecture: Architecture) -> int:
 def ray_cluster(
     address: str | None, *, workers: int, store_bytes: int = OBJECT_STORE_BASE_BYTES
 ) -> Iterator[Machine]:
-    """Join the cluster at `address`, or start one on this machine that is just large enough and ends with the run.
+    """Join the cluster at `address`, or start one on this machine with just enough CPUs that ends with the run.
 
-    Gives what ranks and engines may use: of the whole cluster in the first case, of this machine in the second.
+    Yields what ranks and engines may use: the complete cluster in the first case, this machine in the second.
     """
     machine = this_machine()
-    # One connection keeps CUDA's order of launches, by which Megatron-Core overlaps tensor-parallel communication with products.
+    # One connection keeps the launch order that Megatron-Core needs to overlap tensor-parallel communication with GEMMs.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
@@ -118,7 +119,7 @@ def ray_cluster(
         machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
     else:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # "local", since without an address RAY_ADDRESS or a cluster that runs on this machine would be joined.
+        # "local": without an address Ray would join RAY_ADDRESS or a cluster that runs on this machine.
         ray.init(
             address="local",
             num_cpus=workers,

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on.
+"""Console output of a run.
 
-On a terminal: one row per iteration that stays, and below it a live line with the phase at work, a progress bar and the time left.
-Elsewhere (a pipe, a log file): the same rows as plain lines without control characters.
+On a terminal: one permanent row per iteration, and below it a live line with the current phase, a progress bar and the
+time left. Elsewhere (a pipe, a log file): the same rows as plain lines without control characters.
 """
 
 import math
@@ -38,11 +38,11 @@ _SUMMARY_ROWS = (
 )
 _ABSENT = "-"
 _RECENT_ITERATIONS = 10
-"""Iterations whose mean duration predicts the time left: responses grow, so older ones say less."""
+"""Iterations whose mean duration predicts the time left: responses grow, so older ones predict less."""
 
 
 class Console:
-    """The run's screen, used as a context manager. All methods may also be called outside of it; then nothing is live."""
+    """The console of a run, used as a context manager. Methods may also be called outside of it, without the live line."""
 
     def __init__(self, total_iterations: int, file: TextIO | None = None) -> None:
         file = file or sys.stdout
@@ -72,15 +72,15 @@ class Console:
         self._stop_live()
 
     def phase(self, name: str, detail: str = "") -> None:
-        """`name` is at work now; shown on a terminal only. The first rollout starts the clock of the time left."""
+        """Set the current phase; shown on a terminal only. The first rollout starts the clock of the time left."""
         if name != self._phase:
             self._phase_start = time.monotonic()
         self._phase, self._detail = name, detail
-        if self._last_iteration_end is None and name == "rollout":  # what comes before it is no iteration
+        if self._last_iteration_end is None and name == "rollout":  # earlier phases belong to no iteration
             self._last_iteration_end = time.monotonic()
 
     def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Iteration `iteration` (counted from 1) has ended with `values`, by metric name; missing ones are shown as a dash."""
+        """Iteration `iteration` (from 1) ended with `values`, by metric name; missing ones are shown as a dash."""
         now = time.monotonic()
         if self._last_iteration_end is not None:
             self._durations.append(now - self._last_iteration_end)
@@ -108,7 +108,7 @@ class Console:
         )
 
     def note(self, text: str) -> None:
-        """A sentence that stays on the screen."""
+        """Print a sentence."""
         self._print(text, style="yellow")
 
     def summary(
@@ -118,7 +118,7 @@ class Console:
         report_path: Path | None,
         model_path: Path | None,
     ) -> None:
-        """The end of the run: evaluation values before and after, and where its products are. None stands for what there is not."""
+        """Print evaluation values before and after the run and the paths of report and model. None if absent."""
         self._stop_live()
         if before is not None or after is not None:
             table = Table(title="Held-out problems", title_justify="left", title_style="bold")

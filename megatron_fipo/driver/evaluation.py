@@ -12,7 +12,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.task import Problem, Scorer
 
 Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Generation | None]]
-"""Answers requests in their order; None where one failed for good."""
+"""Answers requests in their order; None for a request that failed permanently."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ def evaluate(
 ) -> Evaluation:
     """Sample every problem `samples_per_problem` times and score. The seeds are the same at each evaluation of a run.
 
-    A problem with a request that failed for good is left out and counted (`evaluation/failed`), never scored as wrong.
+    A problem with a request that failed permanently is excluded and counted (`evaluation/failed`), never scored as wrong.
     """
     k = settings.samples_per_problem
     requests = [
         GenerationRequest(
-            f"evaluation-{place}/{sample}",
+            f"evaluation-{index}/{sample}",
             problem.prompt_ids,
-            request_seed(seed, f"evaluation-{place}/{sample}"),
+            request_seed(seed, f"evaluation-{index}/{sample}"),
         )
-        for place, problem in enumerate(problems)
+        for index, problem in enumerate(problems)
         for sample in range(k)
     ]
     answers = generate(requests, SamplingParams(settings.temperature, settings.top_p, max_new_tokens))
     responses: list[list[EvaluatedResponse]] = []
     table = []
-    for place, problem in enumerate(problems):
-        generations = answers[place * k : (place + 1) * k]
+    for index, problem in enumerate(problems):
+        generations = answers[index * k : (index + 1) * k]
         if any(generation is None for generation in generations):
             continue
         answered = []

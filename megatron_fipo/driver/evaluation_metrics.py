@@ -1,4 +1,4 @@
-"""Held-out accuracy from several responses per problem: avg@k, cons@k, pass@k, and how long they are. Pure functions."""
+"""Held-out accuracy from several responses per problem: avg@k, cons@k, pass@k and lengths. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megatron_fipo.tasks.task import NO_ANSWER
 
 @dataclass(frozen=True)
 class EvaluatedResponse:
-    """What the metrics look at in one response."""
+    """What the metrics need of one response."""
 
     answer: str
     """The extracted answer, or `NO_ANSWER`."""
@@ -28,7 +28,7 @@ def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[s
 
     `avg_at_k`: share of right responses. `cons_at_k`: see `consensus`. `pass_at_k`: share of problems with a right response.
     `length_q25`, `length_mean`, `length_median`, `length_q75` in tokens and `truncated`, the share of cut responses, are over
-    all responses. `k` and `problems` say what all this is measured on.
+    all responses. `k` and `problems` are the numbers of responses and problems.
     Raises ValueError without responses or for unequal numbers of them.
     """
     counts = {len(responses) for responses in problems}
@@ -55,10 +55,10 @@ def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[s
 
 
 def consensus(responses: Sequence[EvaluatedResponse]) -> float:
-    """Accuracy of the answer that most responses give. Those without an answer have no vote; 0 if none has one.
+    """Accuracy of the answer that most responses give. Responses without an answer do not vote; 0 if none has one.
 
-    A tie gives the mean accuracy of the tied answers: what drawing one of them would give on average, but the same on every
-    run and in every order of the responses.
+    A tie gives the mean accuracy of the tied answers: the expectation of drawing one of them, but deterministic and
+    independent of the order of the responses.
     """
     votes: dict[str, list[float]] = {}
     for response in responses:
@@ -77,5 +77,5 @@ def pass_at(n: int, k: int, right: int) -> float:
     authors' code does, underestimates it. Raises ValueError unless 1 ≤ n ≤ k and 0 ≤ right ≤ k.
     """
     if not (1 <= n <= k and 0 <= right <= k):
-        raise ValueError(f"pass@{n} can't be estimated from {k} responses of which {right} are right")
+        raise ValueError(f"pass@{n} cannot be estimated from {k} responses of which {right} are right")
     return 1.0 - comb(k - right, n) / comb(k, n)

@@ -1,4 +1,4 @@
-"""The numbers of one iteration, from what rollout and update reported. Pure."""
+"""Metrics of one iteration's rollout: dynamic sampling, lengths, staleness. Pure. The loss's are in objective/metrics.py."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from megatron_fipo.driver.rollout.collector import Collected
 
 
 def rollout_values(collected: Collected, trained: Sequence[Trajectory], version: int) -> dict[str, float]:
-    """What dynamic sampling did and what the responses trained on, by an update of weights `version`, look like."""
+    """Metrics of dynamic sampling and of the responses trained on by an update of weights `version`."""
     counts = collected.counts
     lengths = np.array([trajectory.response_length for trajectory in trained], dtype=float)
     advantages = np.array([trajectory.advantage for trajectory in trained])
@@ -47,7 +47,7 @@ def rollout_values(collected: Collected, trained: Sequence[Trajectory], version:
 
 
 def staleness_values(trained: Sequence[Trajectory], version: int) -> dict[str, float]:
-    """How many weight versions before `version` the responses were begun, and the share of their tokens by age."""
+    """Weight versions between the start of a response and `version`, and the share of tokens by age."""
     ages = np.array([version - trajectory.oldest_version for trajectory in trained])
     spans = [
         (version - span.version, span.end - span.start) for trajectory in trained for span in trajectory.spans

@@ -1,6 +1,26 @@
-"""The training loop: rollout → score → filter → advantages → pack → old log-probs → mini-steps → push weights → evaluate.
+"""The training loop of the driver. It holds no tensors: ranks and engines are Ray actors.
 
-It runs in the driver and holds no tensor: ranks and engines are Ray actors behind `TrainerGroup` and `EnginePool`.
+    driver (this process)                                  trainer ranks (RLTrainer)      engines (EnginePool)
+    ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+    rollouts.groups(i, version)
+      collector: start prompts  ── requests, prefixes ────────────────────────────────►  generate
+      collector: score, filter  ◄─ token ids, log-probs, version ─────────────────────
+      until prompts_per_iteration informative groups
+    set_advantages, plan_iteration
+    trainer.train_iteration     ── trajectories, packing ─►  old log-probs
+                                                             one optimizer step per mini-batch
+                                ◄─ metrics, weights of ───
+                                   sample tokens
+    rollouts.push_weights       ── "push version i" ──────►  export ── weights ──────►  load, version i
+    log, evaluate, save                                      write checkpoint in the background
+
+    mode                 while the trainer updates (rollouts.during_update)    engines get new weights
+    synchronous          engines are idle                                      before the next rollout
+    one_step_off         groups of iteration i+1 with the weights before i     after the groups are complete
+    fully_asynchronous   groups of later iterations, without a stop            at once; unfinished responses continue
+
+The driver waits for the trainer in `train_iteration` and for engines in `groups`; with the asynchronous modes it polls the
+collector while it waits for the trainer. Nothing else blocks, and only the driver decides what happens next.
 """
 
 import json
@@ -40,7 +60,7 @@ class LoopComponents:
     trainer: RLTrainer
     rollouts: Rollouts
     held_out: list[Problem]
-    """Empty where nothing is to be evaluated."""
+    """Empty if nothing is evaluated."""
     scorer: Scorer
     decode: Callable[[Sequence[int]], str]
     pad_token_id: int
@@ -62,7 +82,7 @@ class Loop:
         self.saver = CheckpointSaver(directory, components.trainer)
 
     def run(self) -> None:
-        """Train until `config.iterations`. Raises `Interrupted`, with the state saved, where it has to stop before."""
+        """Train until `config.iterations`. Raises `Interrupted`, with the state saved, if it must stop before."""
         config, components = self.config, self.components
         self._resume()
         try:
@@ -82,7 +102,7 @@ class Loop:
                 self._save()
                 self.saver.finish()
                 components.console.note(
-                    f"stopped after iteration {self.state.iteration}, state saved; run the same command to go on from there"
+                    f"stopped after iteration {self.state.iteration}, state saved; run the same command to resume"
                 )
             raise
         self.saver.finish()
@@ -98,7 +118,7 @@ class Loop:
             set_advantages(collected.groups)
         batch = plan_iteration(collected.groups, config, components.pad_token_id)
         lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
-        wanted = _samples_to_show(batch) if self._due(config.evaluation.every, ahead=1) else []
+        wanted = _samples_to_show(batch) if self._due(config.evaluation.every, later=1) else []
 
         components.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
         report, token_weights = components.trainer.train_iteration(
@@ -128,7 +148,7 @@ class Loop:
         lr: float,
         seconds: dict[str, float],
     ) -> None:
-        """Write down an iteration that is complete. A disk that does not take it stops the run, with the state saved."""
+        """Log a complete iteration. A disk that refuses it stops the run, with the state saved."""
         state, components = self.state, self.components
         values = {
             **rollout_values(collected, batch.trajectories, state.weight_version - 1),
@@ -157,7 +177,7 @@ class Loop:
             raise Interrupted from error
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate the weights as they are, unless that is not due now or was done before the run was last stopped."""
+        """Evaluate the current weights if that is due and was not done before the run was last stopped."""
         evaluation, done = self.config.evaluation, self.state.iteration
         due = evaluation.before_training if done == 0 else self._due(evaluation.every)
         if not due or not self.components.held_out:
@@ -211,8 +231,8 @@ class Loop:
         if bool(self.state.rollout) != live:
             before, now = ("with", "without") if live else ("without", "with")
             raise UserError(
-                f"{checkpoint} comes from training {before} --replay and does not go on {now} it: what is still to be sampled is not the "
-                "same; choose another run_dir"
+                f"{checkpoint} comes from training {before} --replay and cannot be resumed {now} it: the sampling state differs; "
+                "choose another run_dir"
             )
         self.components.rollouts.load_state(self.state.rollout)
         self.metrics.truncate_after(self.state.iteration)
@@ -220,9 +240,9 @@ class Loop:
         again = (
             ""
             if same_layout
-            else "; the parallel layout is another one, so the ranks' random states start anew from the seed"
+            else "; the parallel layout differs, so the ranks' random states restart from the seed"
         )
-        self.components.console.note(f"continuing from {checkpoint}{again}")
+        self.components.console.note(f"resuming from {checkpoint}{again}")
 
     def _log(self, kind: Any, values: dict[str, float]) -> None:
         self.metrics.log(kind, self.state.iteration, values)
@@ -251,20 +271,20 @@ class Loop:
                 )
             )
 
-    def _due(self, every: int, ahead: int = 0) -> bool:
-        """Whether something done every so many iterations (0: only after the last) comes after this one, or `ahead` later."""
-        done = self.state.iteration + ahead
+    def _due(self, every: int, later: int = 0) -> bool:
+        """Whether something done every `every` iterations (0: only after the last) is due now, or `later` iterations later."""
+        done = self.state.iteration + later
         return done == self.config.iterations or (every > 0 and done % every == 0)
 
 
 def check_stop(stop: Stop) -> None:
-    """Raises `Interrupted` where a signal or the time limit asked for it."""
+    """Raises `Interrupted` if a signal or the time limit requested it."""
     if stop.requested():
         raise Interrupted
 
 
 def set_advantages(groups: Sequence[Group]) -> None:
-    """Write each response's advantage within its group."""
+    """Set each response's advantage within its group."""
     trajectories = [trajectory for group in groups for trajectory in group]
     advantages = group_advantages(
         [trajectory.reward for trajectory in trajectories],
@@ -277,7 +297,7 @@ def set_advantages(groups: Sequence[Group]) -> None:
 def learning_rate(lr: float, iteration: int, warmup_iterations: int) -> float:
     """The rate of iteration `iteration` (from 0): linear up to `lr` over the warm-up, constant after it.
 
-    The first iteration already moves the weights. (The authors' scheduler gives it a rate of 0, a whole iteration for nothing.)
+    The first iteration already changes the weights. (The authors' scheduler gives it a rate of 0, which wastes it.)
     """
     return lr * min(1.0, (iteration + 1) / max(warmup_iterations, 1))
 
@@ -290,7 +310,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _samples_to_show(batch: IterationBatch) -> list[int]:
-    """A right and a wrong response of the last mini-batch: it trains on the oldest log-probs, so its weights say most."""
+    """A right and a wrong response of the last mini-batch: its log-probs are the oldest, so its weights differ most from 1."""
     members = sorted(index for rank in batch.mini_batches[-1] for micro in rank for index in micro)
     right = [index for index in members if batch.trajectories[index].accuracy > 0]
     wrong = [index for index in members if batch.trajectories[index].accuracy <= 0]

@@ -1,13 +1,13 @@
-"""When a run has to end before its last iteration, and the exit code that says so.
+"""Requests to stop a run before its last iteration, and the exit codes.
 
     exit code   meaning
     0           done
-    1           a fault of the program in the driver; its traceback is printed (one in a rank ends with 2, its traceback in the log)
-    2           a mistake that the user can mend, or a disk or engine that gave up; one sentence is printed
+    1           a bug in the driver; its traceback is printed (a bug in a rank ends with 2, its traceback in the log)
+    2           an error that the user can fix, or a disk or engine that failed; one sentence is printed
     85          SIGTERM, SIGUSR1 or `max_walltime_minutes`: state saved, run the same command again
-    130         Ctrl-C (SIGINT): state saved; or Ctrl-C twice: stopped at once, with what the last checkpoint holds
+    130         Ctrl-C (SIGINT): state saved; or Ctrl-C twice: stopped at once, with the state of the last checkpoint
 
-Slurm runs a job again that ends with 85 where `RequeueExit=85` is configured.
+Slurm requeues a job that ends with 85 if `RequeueExit=85` is configured.
 """
 
 import contextlib
@@ -25,30 +25,31 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stop:
-    """Whether the run was asked to stop, as a context manager that handles the signals while it is open (main thread only).
+    """Handles stop signals while it is open as a context manager (main thread only).
 
-    The first signal asks: the loop looks at `requested` where nothing is half done. Later ones are noted, but only a second SIGINT
-    raises `KeyboardInterrupt` at once: schedulers send SIGTERM again, or after SIGUSR1, while the state is being saved.
-    `max_walltime_minutes` counts from the start of the process and only asks. `say` prints a line for the user.
+    The first signal requests a stop: the loop checks `requested` at points where nothing is half done. Later signals are
+    logged, but only a second SIGINT raises `KeyboardInterrupt` at once: schedulers send SIGTERM again, or after SIGUSR1,
+    while the state is being saved. `max_walltime_minutes` counts from the start of the process and only requests. `log`
+    prints a line for the user.
     """
 
-    def __init__(self, max_walltime_minutes: float | None, say: Callable[[str], None]) -> None:
+    def __init__(self, max_walltime_minutes: float | None, log: Callable[[str], None]) -> None:
         self._limit_minutes = max_walltime_minutes
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
-        self._say = say
+        self._log = log
         self._reason: str | None = None
         self._interrupts = 0
         self._previous: dict[int, Any] = {}
         self.exit_code = 0
-        """What the process should end with, as nothing else decides it."""
+        """Exit code of the process, unless something else decides it."""
 
     def requested(self) -> str | None:
-        """Why the run should stop, for the console; None as it may go on. Once there, a reason stays."""
+        """The reason to stop, for the console; None if the run may continue. A reason stays once it is set."""
         limit = self._limit_minutes
         if self._reason is None and limit is not None and time.monotonic() - self._started >= limit * 60:
             reason = f"max_walltime_minutes={limit:g} has passed"
-            self._ask(reason, SAVED)
-            self._say(f"{reason}: stopping here")
+            self._request(reason, SAVED)
+            self._log(f"{reason}: stopping here")
         return self._reason
 
     def __enter__(self) -> "Stop":
@@ -66,14 +67,14 @@ class Stop:
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         stopping = "stopping" if self._reason is None else "stopping already,"
-        self._ask(name, INTERRUPTED if number == signal.SIGINT else SAVED)
+        self._request(name, INTERRUPTED if number == signal.SIGINT else SAVED)
         at_once = "Ctrl-C again" if self._interrupts else "Ctrl-C twice"
-        # The signal may have come in the middle of a print, where another one raises RuntimeError.
+        # A signal may arrive during a print, where another print raises RuntimeError.
         with contextlib.suppress(RuntimeError):
-            self._say(
+            self._log(
                 f"{name}: {stopping} at the next safe point ({at_once} to stop at once, losing the work since the last checkpoint)"
             )
 
-    def _ask(self, reason: str, exit_code: int) -> None:
+    def _request(self, reason: str, exit_code: int) -> None:
         if self._reason is None:
             self._reason, self.exit_code = reason, exit_code

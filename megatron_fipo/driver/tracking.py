@@ -1,7 +1,8 @@
 """Mirrors of the run's metrics in Weights & Biases and TensorBoard.
 
-`metrics.jsonl` is the run's own record; these are for people who watch many runs in one place. Both are optional and imported only
-when asked for. A tracker that breaks, at the start or on the way, is said once and left out from then on; training goes on.
+`metrics.jsonl` is the run's own record; these are for people who watch many runs in one place. Both are optional and
+imported only if configured. A tracker that fails, at the start or later, is reported once and disabled; training
+continues.
 """
 
 import logging
@@ -15,7 +16,7 @@ from megatron_fipo.run_dir.metrics_log import Kind
 
 WANDB_RUN_ID_FILE = "wandb_run_id"
 _ONLINE_TIMEOUT_S = 15
-"""wandb waits 90 s by default, which a run without a network should not."""
+"""wandb waits 90 s by default, too long for a run without a network."""
 
 _logger = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class _Tracker(Protocol):
 class Trackers:
     """The trackers that `config` asks for and that work.
 
-    `run_dir` holds their files: `wandb/`, `tensorboard/` and `wandb_run_id`, by which a resumed run continues its wandb run.
-    `resolved_config` is shown beside the wandb run. `say` receives one sentence for each thing that went wrong.
+    `run_dir` has their files: `wandb/`, `tensorboard/` and `wandb_run_id`, with which a resumed run resumes its wandb run.
+    `resolved_config` is stored with the wandb run. `log` receives one sentence for each failure.
     """
 
     def __init__(
@@ -39,17 +40,17 @@ class Trackers:
         run_dir: Path,
         resolved_config: dict[str, Any],
         run_name: str,
-        say: Callable[[str], None] = _logger.warning,
+        log: Callable[[str], None] = _logger.warning,
     ) -> None:
-        self._say = say
+        self._report = log
         self._trackers: dict[str, _Tracker] = {}
         if config.wandb != "disabled":
-            self._start("wandb", lambda: _Wandb(config, run_dir, resolved_config, run_name, say))
+            self._start("wandb", lambda: _Wandb(config, run_dir, resolved_config, run_name, log))
         if config.tensorboard:
             self._start("TensorBoard", lambda: _TensorBoard(run_dir / "tensorboard"))
 
     def log(self, kind: Kind, iteration: int, values: Mapping[str, float]) -> None:
-        """Send the values of one iteration or evaluation. Their names already say which (`evaluation/...`), so `kind` adds nothing."""
+        """Send the values of one iteration or evaluation. Their names (`evaluation/...`) already show the kind."""
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(iteration, values)
@@ -73,8 +74,8 @@ class Trackers:
 
     def _lose(self, name: str, error: Exception) -> None:
         self._trackers.pop(name, None)
-        self._say(
-            f"{name} does not work ({first_line(error)}); training goes on without it, metrics.jsonl has everything"
+        self._report(
+            f"{name} does not work ({first_line(error)}); training continues without it, metrics.jsonl has everything"
         )
 
 
@@ -85,7 +86,7 @@ class _Wandb:
         run_dir: Path,
         resolved_config: dict[str, Any],
         run_name: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         import wandb
 
@@ -106,7 +107,7 @@ class _Wandb:
 
         online = config.wandb == "online"
         if online and not wandb.login(prompt=False, verify=False):
-            say(
+            log(
                 "wandb has no API key, so this run is recorded offline; run `wandb login`, then upload it with `wandb sync`"
             )
             online = False
@@ -115,12 +116,12 @@ class _Wandb:
         except wandb.errors.CommError as error:
             if not online:
                 raise
-            say(
-                f"wandb can't be reached ({first_line(error)}), so this run is recorded offline; upload it with `wandb sync`"
+            log(
+                f"wandb cannot be reached ({first_line(error)}), so this run is recorded offline; upload it with `wandb sync`"
             )
             self._run = start(online=False)
         id_file.write_text(self._run.id + "\n")
-        # Its own axis, not wandb's step counter: that refuses steps that a resumed run logs a second time.
+        # A separate axis, not wandb's step counter, which refuses steps that a resumed run logs again.
         self._run.define_metric("iteration", hidden=True)
         self._run.define_metric("*", step_metric="iteration")
 
@@ -143,7 +144,7 @@ class _TensorBoard:
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
         if (
             self._writer is None
-        ):  # a resumed run hides what the interrupted one wrote of this iteration and later ones
+        ):  # a resumed run hides what the interrupted one wrote for this and later iterations
             self._writer = self._open(iteration)
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)

@@ -37,7 +37,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
         None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
     )
     if source is None:
-        engine_class(config.rollout.engine)  # refuses before anything is written
+        engine_class(config.rollout.engine)  # fails before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
         train_set, held_out = load_datasets(
@@ -51,7 +51,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             validate(config, architecture, machine)
             stop = stack.enter_context(
                 Stop(config.max_walltime_minutes, console.note)
-            )  # after Ray, which has handlers of its own
+            )  # after Ray, which installs handlers too
             trainer = start_trainer(config, machine)
             stack.callback(trainer.shutdown)
             for line in trainer.describe():
@@ -69,10 +69,10 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
                 rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
                 if not held_out:
                     console.note(
-                        "there are no held-out problems (data.evaluation_path), so nothing will be evaluated"
+                        "there are no held-out problems (data.evaluation_path), so nothing is evaluated"
                     )
             trackers = Trackers(
-                config.tracking, directory.path, asdict(config), directory.path.name, say=console.note
+                config.tracking, directory.path, asdict(config), directory.path.name, log=console.note
             )
             stack.callback(trackers.close)
             stack.callback(write_report_of, directory.path, console)

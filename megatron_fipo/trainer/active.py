@@ -1,4 +1,4 @@
-"""What a rank runs on, said once at the start: a pure function from facts to lines."""
+"""What a rank runs on, logged once at the start: a pure function from facts to lines."""
 
 from dataclasses import dataclass
 
@@ -14,23 +14,23 @@ ADAMS = {
 
 
 @dataclass(frozen=True)
-class Active:
+class RankFacts:
     """Facts about one rank."""
 
     layer_spec: str
     transformer_engine: str | None
     flash_attention: str | None
-    """Version of the flash-attn package; None where it is not installed."""
+    """Version of the flash-attn package; None if it is not installed."""
     adam: str
     """The top package of the Adam class: a key of `ADAMS`."""
     fuses_gradients: bool
-    """Whether linear layers add their weight gradients to the buffer themselves."""
+    """Whether linear layers add their weight gradients to the buffer inside the GEMM."""
     kernels: str
-    """What computes head and loss, as `describe_kernels` says it."""
+    """What computes head and loss, from `describe_kernels`."""
 
 
-def active_lines(facts: Active, model: ModelConfig, optimizer: OptimizerSettings) -> list[str]:
-    """One line for each part of the model and the optimizer, for people."""
+def active_lines(facts: RankFacts, model: ModelConfig, optimizer: OptimizerSettings) -> list[str]:
+    """One line for each part of the model and the optimizer, for the log."""
     engine = f"Transformer Engine {facts.transformer_engine}"
     fused = facts.layer_spec == TRANSFORMER_ENGINE
     flash = (
@@ -45,7 +45,7 @@ def active_lines(facts: Active, model: ModelConfig, optimizer: OptimizerSettings
     return [
         f"layers: {engine if fused else 'portable, of plain torch and Megatron-Core'}, {model.dtype}",
         f"attention: {f'Transformer Engine through {flash}' if fused else 'torch scaled_dot_product_attention'}",
-        f"norm: RMSNorm of {f'{engine}, fused with the product behind it' if fused else 'plain torch'}",
+        f"norm: RMSNorm of {f'{engine}, fused with the product after it' if fused else 'plain torch'}",
         f"FP8: {fp8}{', weights kept in it' if model.fp8_param_gather else ''}",
         f"weight gradients: {'added within the products' if facts.fuses_gradients else 'added after the products'}",
         f"optimizer: {ADAMS.get(facts.adam, facts.adam)}, {state}{offload}",

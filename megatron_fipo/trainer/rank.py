@@ -1,4 +1,4 @@
-"""What every trainer rank does before its own work: find the others, lay out the parallel groups, build its share of the model."""
+"""The start of every trainer rank: join the process group, set up the parallel groups, build its shard of the model."""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
@@ -18,16 +18,16 @@ from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
 from megatron_fipo.objective.kernels.choice import describe_kernels
-from megatron_fipo.trainer.active import Active, active_lines
+from megatron_fipo.trainer.active import RankFacts, active_lines
 from megatron_fipo.trainer.protocol import RankSettings, TrainerRank
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 
 COLLECTIVE_TIMEOUT_S = 1800.0
-"""Seconds a rank waits for the others, on top of what they may wait for the engines."""
+"""Seconds a rank waits for the others, in addition to their wait for the engines."""
 
 
 class MegatronRank(TrainerRank):
-    """Life of a rank: `rendezvous` (rank 0), `setup`, then any number of a subclass's methods, each called on all ranks together."""
+    """A rank: `rendezvous` (rank 0), `setup`, then methods of a subclass, each called on all ranks together."""
 
     def __init__(self, rank: int, world_size: int, settings: RankSettings) -> None:
         self.rank = rank
@@ -63,10 +63,10 @@ class MegatronRank(TrainerRank):
         self.build()
 
     def build(self) -> None:
-        """The part of `setup` after the process group. UserError where this machine or the model does not fit the settings."""
+        """The part of `setup` after the process group. UserError if this machine or the model does not fit the settings."""
         settings = self.settings
         model_parallel.initialize(settings.parallel, settings.seed)
-        self.policy = Policy(
+        self.policy = RankModel(
             settings.model,
             settings.parallel,
             settings.head,
@@ -79,7 +79,7 @@ class MegatronRank(TrainerRank):
     def describe(self) -> list[str]:
         """What this rank runs on, a line for each part: layers, attention, FP8, optimizer, kernels."""
         settings = self.settings
-        facts = Active(
+        facts = RankFacts(
             layer_spec=choose_layer_spec(settings.model.layer_spec, settings.model.dtype),
             transformer_engine=find_accelerators().transformer_engine,
             flash_attention=installed_version("flash_attn", "flash-attn"),
@@ -113,7 +113,7 @@ class MegatronRank(TrainerRank):
 
     @property
     def reports(self) -> bool:
-        """The one rank whose statistics go to the log: all ranks of its stage hold the same."""
+        """Whether this rank reports: one rank of the last stage, where all ranks have the same statistics."""
         first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         return (
             self.policy.is_last_stage
@@ -123,7 +123,7 @@ class MegatronRank(TrainerRank):
 
 
 def be_deterministic() -> None:
-    """Make torch and the libraries below it choose algorithms whose result does not vary from run to run, or refuse."""
+    """Make torch and its libraries choose deterministic algorithms, or refuse."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["NCCL_ALGO"] = "Ring"
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"

@@ -1,11 +1,11 @@
-"""One rank's share of the policy: model chunks, gradient buffers, optimizer, and the three things done with them.
+"""One rank's model and optimizer: scoring, policy steps and supervised steps through Megatron-Core's schedule.
 
-`log_probs` scores responses, `policy_step` takes one optimizer step on the FIPO family of losses, `supervised_step` one on plain
-cross-entropy. All three run the same forward over `PackedShard`s through Megatron-Core's pipeline schedule, so any mixture of
-tensor, sequence, pipeline, context and data parallelism is a matter of configuration.
+`log_probs` scores responses, `policy_step` takes one optimizer step on the FIPO family of losses, `supervised_step` one
+on plain cross-entropy. All three run the same forward over `PackedShard`s through Megatron-Core's pipeline schedule, so
+every combination of tensor, sequence, pipeline, context and data parallelism is configuration.
 
-Normalisation happens once: the loss function returns a sum and a count (`calculate_per_token_loss`), Megatron sums gradients
-and counts over micro-batches and over the data × context ranks, and divides at the end.
+Normalization happens once: the loss function returns a sum and a count (`calculate_per_token_loss`), Megatron sums
+gradients and counts over micro-batches and over the data × context ranks, and divides at the end.
 """
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
@@ -49,18 +49,18 @@ from megatron_fipo.objective.statistics import Statistics
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step leaves for the log. Statistics and weights exist on the last pipeline stage only."""
+    """Result of one optimizer step. Statistics and weights exist on the last pipeline stage only."""
 
     grad_norm: float
     skipped: bool
-    """True where the gradient was not finite: parameters and optimizer state are as before."""
+    """True if the gradient was not finite: parameters and optimizer state are unchanged."""
     statistics: dict[str, float]
     influence_weights: list[torch.Tensor]
     """[R] per micro-batch, on this rank's rows."""
 
 
-class Policy:
-    """Model and optimizer of one rank. Needs `parallel.initialize` first. UserError where the settings cannot run here."""
+class RankModel:
+    """Model and optimizer of one rank. Needs `parallel.initialize` first. UserError if the settings cannot run here."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Policy:
         return chunks
 
     def _connect(self, parallel: ParallelConfig) -> None:
-        """The callbacks by which Megatron's schedule reaches the optimizer and the gradient buffers."""
+        """Set the callbacks of Megatron's schedule to the optimizer and the gradient buffers."""
         config = self.model_config
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
@@ -121,12 +121,12 @@ class Policy:
             config.grad_sync_func = grad_sync if len(grad_sync) > 1 else grad_sync[0]
 
     def load_hf(self, folder: Path) -> None:
-        """Take the weights of a Hugging Face folder; the optimizer's master copies follow, exact where parameters round (FP8)."""
+        """Load the weights of a Hugging Face folder; the optimizer's master copies are exact even if parameters round (FP8)."""
         exact = load_hf_weights(self.modules, folder)
         self.optimizer.reload_model_params(self._named(exact) if exact else None)
 
     def _named(self, exact: dict[torch.nn.Parameter, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        """All parameters by Megatron's names of chunk and parameter, those in `exact` with the values there."""
+        """All parameters by Megatron's names of chunk and parameter, with the values of `exact` if present."""
         keys = (
             ["model"] if len(self.modules) == 1 else [f"model{index}" for index in range(len(self.modules))]
         )
@@ -151,7 +151,7 @@ class Policy:
     def policy_step(self, shards: Sequence[PackedShard], objective: ObjectiveConfig, lr: float) -> StepResult:
         """One optimizer step on a mini-batch, given old log-probs and advantages in the shards' rows.
 
-        Collectives besides the model's own: one all-gather over the context-parallel group per micro-batch (the FutureKL
+        Collectives besides the model's: one all-gather over the context-parallel group per micro-batch (the FutureKL
         aggregates), and two small all-reduces of the statistics over data × context ranks per step.
         """
 
@@ -197,7 +197,7 @@ class Policy:
         records = self._run(shards, loss, forward_only=False, entropy_gradient=entropy_gradient)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
-            # Megatron marks norms and biases with 0 and leaves it to the scheduler to act on that.
+            # Megatron marks norms and biases with 0 and expects the scheduler to apply it.
             group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -219,7 +219,7 @@ class Policy:
         forward_only: bool,
         entropy_gradient: bool = False,
     ) -> list[Any]:
-        """Megatron's schedule over the micro-batches; returns what the loss functions reported on the last stage."""
+        """Run Megatron's schedule over the micro-batches; returns the records of the loss functions on the last stage."""
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
             shard: PackedShard = next(iterator)
@@ -273,7 +273,7 @@ def _optimizer_config(model: ModelConfig, settings: OptimizerSettings) -> Optimi
 
 
 def packed_sequence_parameters(shard: PackedShard) -> PackedSeqParams:
-    """Megatron's description of a pack. Padding belongs to its sequence: it trails, so causal attention never shows it."""
+    """Megatron's description of a pack. Padding belongs to its sequence: it comes last, so causal attention never sees it."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=shard.cu_seqlens_padded,

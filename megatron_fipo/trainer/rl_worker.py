@@ -1,4 +1,4 @@
-"""The rank of a reinforcement-learning run: old log-probs, optimizer steps, weights out, state in and out."""
+"""The rank of a reinforcement-learning run: old log-probs, optimizer steps, weight export, checkpoints."""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
@@ -75,7 +75,7 @@ class RLWorker(MegatronRank, RLRank):
                 )
                 token_weights += self._token_weights(batch, step, shards, result.influence_weights, samples)
         if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
-            torch.cuda.empty_cache()  # the engines that wake now take the memory
+            torch.cuda.empty_cache()  # for the engines that wake now
         if not self.reports:
             return None, token_weights
         return IterationReport(mini_steps, seconds), token_weights
@@ -127,7 +127,7 @@ class RLWorker(MegatronRank, RLRank):
         )
 
     def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> list[list[PackedShard]]:
-        """The same shards scored by the weights before the first update, and by the reference."""
+        """The same shards with log-probs under the weights before the first update, and under the reference model."""
         scored = [self._score(shards, PackedShard.with_old_log_probs) for shards in steps]
         if self.reference is not None:
             with self._reference_weights():
@@ -135,13 +135,13 @@ class RLWorker(MegatronRank, RLRank):
         return scored
 
     def _score(
-        self, shards: list[PackedShard], place: Callable[[PackedShard, torch.Tensor], PackedShard]
+        self, shards: list[PackedShard], store: Callable[[PackedShard, torch.Tensor], PackedShard]
     ) -> list[PackedShard]:
-        """`shards` with log-probs put in by `place`; as they are on pipeline stages that see no log-probs."""
+        """`shards` with log-probs stored by `store`; unchanged on pipeline stages without log-probs."""
         log_probs = self.policy.log_probs(shards)
         if not self.policy.is_last_stage:
             return shards
-        return [place(shard, values) for shard, values in zip(shards, log_probs, strict=True)]
+        return [store(shard, values) for shard, values in zip(shards, log_probs, strict=True)]
 
     def _snapshot(self) -> list[torch.Tensor]:
         return [
@@ -150,16 +150,16 @@ class RLWorker(MegatronRank, RLRank):
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
-        """The initial weights in place of the current ones for a while."""
+        """Use the initial weights instead of the current ones inside the context."""
         assert self.reference is not None
         current = self._snapshot()
-        self._place(self.reference)
+        self._load_parameters(self.reference)
         try:
             yield
         finally:
-            self._place(current)
+            self._load_parameters(current)
 
-    def _place(self, weights: list[torch.Tensor]) -> None:
+    def _load_parameters(self, weights: list[torch.Tensor]) -> None:
         parameters = [parameter for module in self.policy.modules for parameter in module.parameters()]
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):

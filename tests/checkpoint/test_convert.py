@@ -30,7 +30,7 @@ from megatron_fipo.config import ModelConfig, ParallelConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.build import build_model
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 from tests.checkpoint.conftest import no_progress
 from tests.checkpoint.test_convert_errors import change
 from tests.distributed.tiny import settings, write_model
@@ -209,7 +209,7 @@ def test_the_model_of_a_run_s_checkpoint_is_read_and_its_optimizer_left(tmp_path
     def body(rank, world):
         torch.set_num_threads(1)
         model_parallel.initialize(parallel, seed=1)
-        policy = Policy(**settings(source, parallel), device=torch.device("cpu"))
+        policy = RankModel(**settings(source, parallel), device=torch.device("cpu"))
         policy.load_hf(source)
         CheckpointWriter().start(policy.modules, policy.optimizer, folder / "weights", asynchronous=False)
 

@@ -16,7 +16,7 @@ from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoi
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, batch, exported, make_shards
 from tests.distributed.tiny import settings, write_model
 from tests.ranks import run_ranks
@@ -49,13 +49,13 @@ def new_policy(folder: Path, parallel: ParallelConfig, dtype: str = "float32", *
     model_parallel.initialize(parallel, seed=1)
     arguments = settings(folder, parallel, lr=1e-3, dtype=dtype)
     arguments["optimizer"] = replace(arguments["optimizer"], **changes)
-    policy = Policy(**arguments, device=torch.device("cpu"))
+    policy = RankModel(**arguments, device=torch.device("cpu"))
     policy.load_hf(folder)
     trajectories, offsets = batch()
     return policy, make_shards(policy, parallel, trajectories, offsets.astype("float32"), 160)
 
 
-def optimizer_state(policy: Policy) -> list[torch.Tensor]:
+def optimizer_state(policy: RankModel) -> list[torch.Tensor]:
     """Everything this rank's optimizer holds: its own copy of the parameters, both moments, and the step."""
     inner = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0].optimizer
     parts = [
@@ -68,7 +68,7 @@ def optimizer_state(policy: Policy) -> list[torch.Tensor]:
     return [*(part.detach().clone() for part in parts), steps]
 
 
-def train(policy: Policy, shards, steps: int):
+def train(policy: RankModel, shards, steps: int):
     """The loss of each step (None on ranks that do not see it), then weights and this rank's optimizer state."""
     losses = [policy.policy_step(shards, FIPO, lr=1e-3).statistics.get("policy/loss") for _ in range(steps)]
     return losses, exported(policy), optimizer_state(policy)

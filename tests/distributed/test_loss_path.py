@@ -26,7 +26,7 @@ from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.loss_inputs import PolicyLoss
 from megatron_fipo.objective.metrics import MAXIMA, SUMS
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 from tests.distributed.tiny import make_trajectories, settings, write_model
 from tests.objective.test_no_host_sync import NoHostCalls, NoHostKernels
 from tests.ranks import run_ranks
@@ -308,7 +308,7 @@ def mini_step_on_rank(
 ) -> tuple[int, list[tuple]]:
     """A whole mini-step of the tiny model in float32: its float64 collectives are those of scan and statistics."""
     model_parallel.initialize(parallel, seed=1)
-    policy = Policy(**settings(folder, parallel), device=torch.device("cpu"))
+    policy = RankModel(**settings(folder, parallel), device=torch.device("cpu"))
     trajectories = make_trajectories(6)
     shards = [
         make_shard(trajectories[start : start + 2], parallel, parallel_state.get_context_parallel_rank())

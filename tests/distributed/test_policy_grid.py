@@ -25,7 +25,7 @@ from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
 from megatron_fipo.config import HeadConfig, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.objective.config import ObjectiveConfig
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 from tests.distributed.tiny import make_trajectories, settings, write_model
 from tests.objective.oracle import OracleResult, Response, oracle_loss
 from tests.ranks import run_ranks
@@ -111,7 +111,7 @@ def truth(folders):
     return results
 
 
-def make_shards(policy: Policy, parallel: ParallelConfig, trajectories, old, token_budget: int):
+def make_shards(policy: RankModel, parallel: ParallelConfig, trajectories, old, token_budget: int):
     """This rank's shards of the whole batch, with the given old log-probs and those of the engine in their rows."""
     trajectories = [
         replace(
@@ -146,7 +146,7 @@ def make_shards(policy: Policy, parallel: ParallelConfig, trajectories, old, tok
     return shards
 
 
-def exported(policy: Policy) -> dict[str, torch.Tensor]:
+def exported(policy: RankModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in iterate_hf_tensors(policy.modules) if tensor is not None}
 
 
@@ -156,7 +156,7 @@ def step_on_rank(rank, world_size, folder, parallel, objective, old, token_budge
     model_parallel.initialize(parallel, seed=1)
     arguments = settings(folder, parallel, head=head, clip_grad=0.0)
     arguments["optimizer"] = replace(arguments["optimizer"], distributed=False)
-    policy = Policy(**arguments, device=torch.device("cpu"))
+    policy = RankModel(**arguments, device=torch.device("cpu"))
     policy.load_hf(folder)
     trajectories, _ = batch()
     result = policy.policy_step(
@@ -267,7 +267,7 @@ def train_on_rank(rank, world_size, folder, parallel, old, token_budget):
     """Two real steps with Megatron's distributed optimizer; the updated weights on rank 0."""
     torch.set_num_threads(1)
     model_parallel.initialize(parallel, seed=1)
-    policy = Policy(**settings(folder, parallel, lr=1e-3), device=torch.device("cpu"))
+    policy = RankModel(**settings(folder, parallel, lr=1e-3), device=torch.device("cpu"))
     policy.load_hf(folder)
     trajectories, _ = batch()
     shards = make_shards(policy, parallel, trajectories, old, token_budget)
@@ -303,7 +303,7 @@ def score_then_step(rank, world_size, folder, parallel):
     """Old log-probs by the policy itself, then a step on the same shards."""
     torch.set_num_threads(1)
     model_parallel.initialize(parallel, seed=1)
-    policy = Policy(**settings(folder, parallel), device=torch.device("cpu"))
+    policy = RankModel(**settings(folder, parallel), device=torch.device("cpu"))
     policy.load_hf(folder)
     trajectories, _ = batch()
     zeros = [np.zeros(64, dtype=np.float32)] * COUNT
@@ -332,7 +332,7 @@ def step_with_nan(rank, world_size, folder, parallel, old):
     """A step after the final norm has lost a number; the other parameters before and after."""
     torch.set_num_threads(1)
     model_parallel.initialize(parallel, seed=1)
-    policy = Policy(**settings(folder, parallel), device=torch.device("cpu"))
+    policy = RankModel(**settings(folder, parallel), device=torch.device("cpu"))
     policy.load_hf(folder)
     with torch.no_grad():
         for module in policy.modules:

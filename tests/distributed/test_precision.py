@@ -23,7 +23,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer import rank_model as policy_module
 from megatron_fipo.trainer import rl_worker as worker_module
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 from megatron_fipo.trainer.rl_worker import RLWorker
 from tests.distributed.test_distributed_checkpoint import (
     forked_managers,  # noqa: F401 (a fixture)
@@ -49,7 +49,7 @@ def padded_step(rank, world_size, folder, parallel, token_multiple):
     model_parallel.initialize(parallel, seed=1)
     arguments = settings(folder, parallel, clip_grad=0.0)
     arguments["optimizer"] = replace(arguments["optimizer"], distributed=False)
-    policy = Policy(**arguments, device=torch.device("cpu"))
+    policy = RankModel(**arguments, device=torch.device("cpu"))
     policy.load_hf(folder)
     shard = build_shard(
         make_trajectories(6),
@@ -195,7 +195,7 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_built(model, mon
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = settings(model, ParallelConfig(), head=HeadConfig(kernels="triton"))
     with pytest.raises(UserError, match=r"head.kernels=triton cannot run here: .*; set it to auto or torch"):
-        Policy(**arguments, device=torch.device("cpu"))
+        RankModel(**arguments, device=torch.device("cpu"))
 
 
 def test_torchs_adam_is_refused_on_a_gpu_before_anything_is_built(model, monkeypatch):

@@ -6,7 +6,7 @@ import torch._dynamo
 
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 from tests.distributed.test_policy_grid import (
     FIPO,
     LAYOUTS,
@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 def new_policy(folder, parallel, old, **changes):
     torch.set_num_threads(1)
     model_parallel.initialize(parallel, seed=1)
-    policy = Policy(**settings(folder, parallel, **changes), device=torch.device("cpu"))
+    policy = RankModel(**settings(folder, parallel, **changes), device=torch.device("cpu"))
     policy.load_hf(folder)
     trajectories, _ = batch()
     return policy, make_shards(policy, parallel, trajectories, old, 160)

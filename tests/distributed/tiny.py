@@ -78,7 +78,7 @@ def settings(
     clip_grad: float = 1.0,
     dtype: str = "float32",
 ) -> dict:
-    """Arguments of `Policy` without the device."""
+    """Arguments of `RankModel` without the device."""
     return {
         "model": ModelConfig(path=str(folder), dtype=dtype),
         "parallel": parallel,

@@ -50,7 +50,7 @@ def test_pass_at_n_is_the_share_of_subsets_with_a_right_response(k, data):
 
 def test_impossible_estimates_are_refused():
     for n, k, right in [(0, 4, 1), (5, 4, 1), (1, 4, 5), (1, 4, -1)]:
-        with pytest.raises(ValueError, match="can't be estimated"):
+        with pytest.raises(ValueError, match="cannot be estimated"):
             pass_at(n, k, right)
 
 

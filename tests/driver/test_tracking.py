@@ -75,7 +75,7 @@ def test_wandb_online_without_a_network_is_said_once_and_recorded_offline(
     trackers.log("iteration", 1, {"reward/mean": 0.5})
     trackers.close()
     assert len(said) == 1
-    assert "can't be reached" in said[0]
+    assert "cannot be reached" in said[0]
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -15,7 +15,7 @@ from megatron_fipo.model.build import transformer_config
 from megatron_fipo.model.layer_spec import PORTABLE, TRANSFORMER_ENGINE
 from megatron_fipo.model.mcore import ADAM, full_precision, is_quantized
 from megatron_fipo.model.megatron_precision import optimizer_precision
-from megatron_fipo.trainer.active import ADAMS, Active, active_lines
+from megatron_fipo.trainer.active import ADAMS, RankFacts, active_lines
 from tests.model.test_build import QWEN25_7B
 
 FP8 = ModelConfig(fp8="hybrid", fp8_recipe="tensorwise", fp8_param_gather=True)
@@ -71,15 +71,15 @@ def test_plain_parameters_are_exported_as_they_are():
 
 
 class TestActive:
-    CPU = Active(PORTABLE, None, None, "megatron_fipo", False, "plain torch")
-    GPU = Active(TRANSFORMER_ENGINE, "2.9.0", "2.8.1", "transformer_engine", True, "Triton 3.6.0")
+    CPU = RankFacts(PORTABLE, None, None, "megatron_fipo", False, "plain torch")
+    GPU = RankFacts(TRANSFORMER_ENGINE, "2.9.0", "2.8.1", "transformer_engine", True, "Triton 3.6.0")
 
     def test_everything_fast(self):
         lines = active_lines(self.GPU, FP8, OptimizerSettings(state_dtype="bfloat16"))
         assert lines == [
             "layers: Transformer Engine 2.9.0, bfloat16",
             "attention: Transformer Engine through flash-attn 2.8.1 or cuDNN, as it chooses",
-            "norm: RMSNorm of Transformer Engine 2.9.0, fused with the product behind it",
+            "norm: RMSNorm of Transformer Engine 2.9.0, fused with the product after it",
             "FP8: hybrid, scales tensorwise, weights kept in it",
             "weight gradients: added within the products",
             "optimizer: Transformer Engine's FusedAdam, moments bfloat16, master weights float32",

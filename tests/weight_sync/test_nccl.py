@@ -168,7 +168,7 @@ def test_a_broadcast_that_cannot_end_is_given_up(monkeypatch, lost, timeout_s):
         run.blocked = released
         started = time.monotonic()
         try:
-            with pytest.raises(TransferStuckError, match=f"to rollout engines 0, 1 can't end: {reason}"):
+            with pytest.raises(TransferStuckError, match=f"to rollout engines 0, 1 cannot end: {reason}"):
                 run.push(1, timeout_s=timeout_s)
             assert time.monotonic() - started < 5
         finally:

@@ -26,7 +26,7 @@ from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_mani
 from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 
 ROUNDS = 3
 CONFIG = {
@@ -45,7 +45,7 @@ CONFIG = {
 }
 
 
-def make_policy(folder: Path, layers: int) -> Policy:
+def make_policy(folder: Path, layers: int) -> RankModel:
     """A policy whose optimizer has taken a step, so that it has a state."""
     (folder / "config").mkdir()
     (folder / "config/config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
@@ -53,7 +53,7 @@ def make_policy(folder: Path, layers: int) -> Policy:
     sizes = ParallelConfig()
     parallel.initialize(sizes, seed=1)
     model = ModelConfig(path=str(folder / "model"), dtype="bfloat16")
-    policy = Policy(model, sizes, HeadConfig(), OptimizerSettings(), 1.0, torch.device("cpu"))
+    policy = RankModel(model, sizes, HeadConfig(), OptimizerSettings(), 1.0, torch.device("cpu"))
     policy.load_hf(folder / "model")
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
@@ -61,7 +61,7 @@ def make_policy(folder: Path, layers: int) -> Policy:
     return policy
 
 
-def measure(policy: Policy, folder: Path) -> dict[str, float]:
+def measure(policy: RankModel, folder: Path) -> dict[str, float]:
     """Seconds of each phase, one after the other, and the bytes written."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()

@@ -140,7 +140,7 @@ class Iteration:
 Policy = Callable[[Engines, int], list[Iteration]]
 
 
-def rounds(prompts_per_round: int) -> Policy:
+def rounds(prompts_per_round: int) -> RankModel:
     """Rounds until there are enough groups, the rest discarded, then the update."""
 
     def run(engines: Engines, iterations: int) -> list[Iteration]:
@@ -185,7 +185,7 @@ def _round(engines: Engines, serials: Sequence[int]) -> list[PromptGroup]:
     return list(groups.values())
 
 
-def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness: int) -> Policy:
+def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness: int) -> RankModel:
     """The collector, driven as the training loop does in each mode."""
 
     def run(engines: Engines, iterations: int) -> list[Iteration]:

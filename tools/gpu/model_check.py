@@ -27,7 +27,7 @@ from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_prob
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.trainer.rank import be_deterministic
-from megatron_fipo.trainer.rank_model import Policy, StepResult
+from megatron_fipo.trainer.rank_model import RankModel, StepResult
 
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = (
     ":4096:8"  # before the first product, or deterministic mode comes too late
@@ -129,7 +129,7 @@ def _train(bench: Bench, dtype: str, steps: int, old_log_probs: list[Tensor] | N
 
 
 @torch.no_grad()
-def _set_weights(policy: Policy) -> None:
+def _set_weights(policy: RankModel) -> None:
     """Normal numbers on bfloat16's grid, drawn on the CPU by name: the same in every dtype and with every kind of layer."""
     for name, parameter in policy.modules[0].named_parameters():
         for portable, shared in SHARED_NAMES.items():

@@ -18,7 +18,7 @@ from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def new_policy(
     model: ModelConfig,
     head: HeadConfig | None = None,
     optimizer: OptimizerSettings | None = None,
-) -> Policy:
+) -> RankModel:
     """A policy with random weights; `model.path` is filled in. Needs `one_rank`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.hf_config()), encoding="utf-8")
         model.path = folder
-        return Policy(
+        return RankModel(
             model, ParallelConfig(), head or HeadConfig(), optimizer or OptimizerSettings(), 1.0, bench.device
         )
 
@@ -118,7 +118,7 @@ def random_shard(
     return shard.to(bench.device)
 
 
-def score(policy: Policy, shards: Sequence[PackedShard], drift: float, seed: int) -> list[torch.Tensor]:
+def score(policy: RankModel, shards: Sequence[PackedShard], drift: float, seed: int) -> list[torch.Tensor]:
     """Old log-probs that lie so many standard deviations away from the policy's own, float32 [R] on the CPU per shard."""
     generator = torch.Generator().manual_seed(seed)
     return [

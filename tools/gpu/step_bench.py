@@ -21,7 +21,7 @@ from megatron_fipo.config.gpu_rules import fp8_obstacle
 from megatron_fipo.environment import find_accelerators
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
-from megatron_fipo.trainer.rank_model import Policy
+from megatron_fipo.trainer.rank_model import RankModel
 
 SECTION = "step"
 MODELS = {
@@ -67,7 +67,7 @@ def step_flops(shape: Shape, lengths: Sequence[int], rows: int) -> float:
 
 
 def packs(
-    bench: Bench, policy: Policy, shape: Shape, model: ModelConfig
+    bench: Bench, policy: RankModel, shape: Shape, model: ModelConfig
 ) -> Iterator[tuple[str, list[PackedShard]]]:
     """Each pack by name, as a mini-batch of one micro-batch that the policy itself has scored."""
     for index, (name, (prompts, responses)) in enumerate(bench.pick(PACKS, TOY_PACKS).items()):
@@ -75,7 +75,9 @@ def packs(
         yield name, with_old_log_probs([shard], score(policy, [shard], drift=0.02, seed=index))
 
 
-def measure_steps(bench: Bench, policy: Policy, shape: Shape, model: ModelConfig, name: str) -> Iterator[Row]:
+def measure_steps(
+    bench: Bench, policy: RankModel, shape: Shape, model: ModelConfig, name: str
+) -> Iterator[Row]:
     """Both packs through one policy. torch.OutOfMemoryError where it does not fit."""
     peak, source = peak_flops(bench)
     for pack, shards in packs(bench, policy, shape, model):
@@ -85,7 +87,7 @@ def measure_steps(bench: Bench, policy: Policy, shape: Shape, model: ModelConfig
         )
 
 
-def measure_pack(bench: Bench, policy: Policy, shape: Shape, shards: list[PackedShard]) -> Step:
+def measure_pack(bench: Bench, policy: RankModel, shape: Shape, shards: list[PackedShard]) -> Step:
     rows = shards[0].num_rows
     lengths = shards[0].cu_seqlens_padded.diff().tolist()
     for _ in range(bench.pick(WARM_UP, 1)):
@@ -114,7 +116,7 @@ def measure_pack(bench: Bench, policy: Policy, shape: Shape, shards: list[Packed
     )
 
 
-def _step_seconds(bench: Bench, policy: Policy, shards: list[PackedShard]) -> float:
+def _step_seconds(bench: Bench, policy: RankModel, shards: list[PackedShard]) -> float:
     synchronize(bench)
     start = time.perf_counter()
     result = policy.policy_step(shards, OBJECTIVE, LR)
@@ -166,7 +168,9 @@ def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> I
     yield Row(SECTION, title, aimed(share < LOSS_AIM), result, figures)
 
 
-def profile_steps(bench: Bench, policy: Policy, shape: Shape, model: ModelConfig, name: str) -> Iterator[Row]:
+def profile_steps(
+    bench: Bench, policy: RankModel, shape: Shape, model: ModelConfig, name: str
+) -> Iterator[Row]:
     """Where a step's time goes, kernel by kernel, into a file. Last, because a profiler leaves traces in later timings."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -185,7 +189,7 @@ def profile_steps(bench: Bench, policy: Policy, shape: Shape, model: ModelConfig
     yield Row(SECTION, f"profile of {name}", FIGURE, f"in {PROFILE}")
 
 
-Body = Callable[[Bench, Policy, Shape, ModelConfig, str], Iterator[Row]]
+Body = Callable[[Bench, RankModel, Shape, ModelConfig, str], Iterator[Row]]
 
 
 def _case(name: str, fp8: bool, body: Body = measure_steps) -> Callable[[Bench], Iterator[Row]]:
