@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config, Machine, validate
-from megatron_fipo.driver.cluster import engine_class, run_cluster, start_engines
+from megatron_fipo.driver.cluster import run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
 from megatron_fipo.driver.loop import Loop, Parts, check_stop, write_table
@@ -21,6 +21,7 @@ from megatron_fipo.driver.rollout.prompt_group import GroupScorer
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment.machine import this_machine
 from megatron_fipo.errors import UserError, first_line, writing
 from megatron_fipo.families.registry import read_architecture
@@ -41,7 +42,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
         None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
     )
     if source is None:
-        engine_class(config.rollout.engine)  # refuses before anything is written
+        engine_type(config.rollout.engine).load()  # refuses before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
         train_set, held_out = load_datasets(
