@@ -21,8 +21,8 @@ from megatron_fipo.driver.evaluation import evaluate
 from megatron_fipo.driver.iteration_metrics import over_mini_steps, rollout_values
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.dump import write_dump
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, Rollouts
-from megatron_fipo.driver.rollout.prompt_group import Group
+from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted
+from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import TrainerGroup
@@ -40,7 +40,7 @@ class Parts:
     """What the loop works with; `run.py` puts it together."""
 
     trainer: TrainerGroup
-    rollouts: Rollouts
+    rollouts: GroupSource
     held_out: list[Problem]
     """Empty where nothing is to be evaluated."""
     scorer: Scorer
@@ -175,12 +175,10 @@ class Loop:
 
     def _evaluate(self) -> None:
         config, parts, version = self.config, self.parts, self.state.weight_version
-        rollouts = parts.rollouts
-        assert isinstance(rollouts, LiveRollouts)
         parts.console.phase("evaluation")
         start = time.perf_counter()
         evaluation = evaluate(
-            lambda requests, sampling: rollouts.generate(requests, sampling, version),
+            lambda requests, sampling: parts.rollouts.generate(requests, sampling, version),
             parts.held_out,
             parts.scorer,
             parts.decode,
@@ -211,7 +209,7 @@ class Loop:
         self.parts.console.phase("checking and loading the checkpoint")
         same_layout = self.saver.load(checkpoint)
         self.state = self.directory.load_state(checkpoint)
-        live = isinstance(self.parts.rollouts, LiveRollouts)
+        live = self.parts.rollouts.live
         if bool(self.state.rollout) != live:
             before, now = ("with", "without") if live else ("without", "with")
             raise UserError(
@@ -267,7 +265,7 @@ def check_stop(stop: Stop) -> None:
         raise Interrupted
 
 
-def set_advantages(groups: Sequence[Group]) -> None:
+def set_advantages(groups: Sequence[ScoredGroup]) -> None:
     """Write each response's advantage within its group."""
     trajectories = [trajectory for group in groups for trajectory in group]
     advantages = group_advantages(

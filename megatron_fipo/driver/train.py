@@ -13,9 +13,9 @@ from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
 from megatron_fipo.driver.loop import Loop, Parts, check_stop, write_table
 from megatron_fipo.driver.rollout.collector import Collector
-from megatron_fipo.driver.rollout.dump import ReplaySource
+from megatron_fipo.driver.rollout.dump import DumpFolder
 from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, ReplayRollouts, Rollouts
+from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, LiveGroups, ReplayGroups
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer
 from megatron_fipo.driver.stop import Stop
@@ -39,7 +39,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
     source = (
-        None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
+        None if replay is None else DumpFolder(replay, config.rollout.temperature, architecture.vocab_size)
     )
     if source is None:
         engine_type(config.rollout.engine).load()  # refuses before anything is written
@@ -61,17 +61,17 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             stack.callback(trainer.shutdown)
             for line in trainer.call("describe")[0]:
                 console.note(line)
-            rollouts: Rollouts
+            rollouts: GroupSource
             if source is not None:
                 console.note(
                     f"training on the responses in {source.folder}; without engines, nothing is evaluated"
                 )
-                rollouts, held_out = ReplayRollouts(source), []
+                rollouts, held_out = ReplayGroups(source), []
             else:
                 pool = start_engines(config, config.model.path, machine, console.note, trainer.placement)
                 stack.callback(pool.shutdown)
                 collector = make_collector(config, train_set, pool, tokenizer)
-                rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
+                rollouts = LiveGroups(config, collector, pool, trainer, console, lambda: check_stop(stop))
                 if not held_out:
                     console.note(
                         "there are no held-out problems (data.evaluation_path), so nothing will be evaluated"

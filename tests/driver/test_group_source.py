@@ -1,17 +1,17 @@
-"""Who gets weights when: a restarted engine that fails its push must not disturb the ones at work."""
+"""Which engines get weights when: a restarted engine that fails its push must not disturb the others."""
 
 from typing import Any
 
 import pytest
 
 from megatron_fipo.config import Config, ModelConfig
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, StopUnsavedError
+from megatron_fipo.driver.rollout.group_source import Interrupted, LiveGroups, StopUnsavedError
 from megatron_fipo.driver.trainer_group import TrainerLostError
 from megatron_fipo.errors import UserError
 
 
 class Trainer:
-    """Its pushes fail at the engines in `refusing`; it remembers whom it sent what."""
+    """Its pushes fail at the engines in `refusing`; it records what it sent to which engines."""
 
     def __init__(self, *refusing: int) -> None:
         self.refusing = set(refusing)
@@ -25,7 +25,7 @@ class Trainer:
 
 
 class Pool:
-    """Engines by number and what they serve; a failed one is being started until the next look."""
+    """Weight versions by engine; a failed engine is starting until the next `loaded(wait=True)`."""
 
     starting = False
     outstanding = 0
@@ -76,7 +76,7 @@ class Collector:
     def pause(self) -> None:
         self.paused = True
 
-    def take(self) -> str:
+    def pop_batch(self) -> str:
         return "groups"
 
 
@@ -84,12 +84,12 @@ class Console:
     def phase(self, *_: Any, **__: Any) -> None: ...
 
 
-def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveRollouts:
+def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveGroups:
     config = Config(model=ModelConfig(path="m"), run_dir="r")
     config.deterministic = settings.pop("deterministic", False)
     for name, value in settings.items():
         setattr(config.rollout, name, value)
-    return LiveRollouts(config, collector, pool, trainer, Console(), lambda: None)  # type: ignore[arg-type]
+    return LiveGroups(config, collector, pool, trainer, Console(), lambda: None)  # type: ignore[arg-type]
 
 
 def test_a_push_to_a_restarted_engine_leaves_the_others_at_work():
