@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+RAY_LOGS = "/tmp/ray/session_latest/logs"
+"""Where Ray keeps the output of its processes, unless its temporary folder was moved. Messages refer to it."""
+
 
 class UserError(Exception):
     """An error that the user can fix.

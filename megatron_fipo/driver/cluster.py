@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +11,7 @@ from ray.util.placement_group import PlacementGroup
 
 from megatron_fipo.config import Config
 from megatron_fipo.driver.rollout.pool import EnginePool
+from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
@@ -22,49 +22,25 @@ PICKLED_BYTES_PER_TOKEN = 16
 """Of a trajectory: id, mask and log-prob."""
 
 
-def engine_class(name: str) -> type:
-    """The class behind `rollout.engine`. UserError where its library is missing or of a version that does not work."""
-    if name == "vllm":
-        from megatron_fipo.engine.vllm_engine import VLLMEngine, check_vllm
-
-        check_vllm()
-        return VLLMEngine
-    from megatron_fipo.engine.local import LocalEngine
-
-    return LocalEngine
-
-
 def start_engines(
     config: Config,
     model_path: str,
     machine: Machine,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     trainer: PlacementGroup | None = None,
 ) -> EnginePool:
-    """The configured engines. Without a `trainer` to send them weights they serve those of `model_path`."""
-    rollout, model = config.rollout, config.model
+    """The configured engines. Without a `trainer` that sends them weights they serve those in `model_path`."""
+    rollout = config.rollout
     source = "Hugging Face folder"
     if trainer is not None:
         source = transport_for(rollout.engine, "cuda" if machine.gpus else "cpu", rollout.placement)
-    say(
+    log(
         f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}"
     )
-    arguments: dict[str, Any] = {
-        "model_path": str(Path(model_path).resolve()),
-        "dtype": model.dtype,
-        "trust_remote_code": model.trust_remote_code,
-        "load_weights": trainer is None,
-    }
-    if rollout.engine == "vllm":
-        arguments |= {
-            "max_model_len": rollout.max_prompt_length + rollout.max_response_length,
-            "tensor_parallel_size": rollout.engine_tensor_parallel_size,
-            "gpu_memory_share": rollout.gpu_memory_share,
-            "deterministic": config.deterministic,
-        }
+    engine = engine_type(rollout.engine)
     return EnginePool(
-        engine_class(rollout.engine),
-        arguments,
+        engine.load(),
+        engine.arguments(config, model_path, load_weights=trainer is None),
         rollout,
         gpus_per_engine=rollout.engine_tensor_parallel_size if machine.gpus else 0,
         keep_batches=config.deterministic,

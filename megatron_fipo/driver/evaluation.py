@@ -7,8 +7,8 @@ from typing import Any
 from megatron_fipo.config import EvaluationConfig
 from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, evaluation_values
 from megatron_fipo.driver.rollout.prompt_group import request_seed
-from megatron_fipo.engine.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
-from megatron_fipo.errors import UserError
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.errors import RAY_LOGS, UserError
 from megatron_fipo.tasks.task import Problem, Scorer
 
 Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Generation | None]]

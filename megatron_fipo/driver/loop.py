@@ -39,8 +39,8 @@ from megatron_fipo.driver.evaluation import evaluate
 from megatron_fipo.driver.iteration_metrics import rollout_values
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.dump import write_dump
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, Rollouts
-from megatron_fipo.driver.rollout.prompt_group import Group
+from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted
+from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import RLTrainer
@@ -58,7 +58,7 @@ class LoopComponents:
     """What the loop works with; `train.py` assembles it."""
 
     trainer: RLTrainer
-    rollouts: Rollouts
+    rollouts: GroupSource
     held_out: list[Problem]
     """Empty if nothing is evaluated."""
     scorer: Scorer
@@ -191,12 +191,10 @@ class Loop:
 
     def _evaluate(self) -> None:
         config, components, version = self.config, self.components, self.state.weight_version
-        rollouts = components.rollouts
-        assert isinstance(rollouts, LiveRollouts)
         components.console.phase("evaluation")
         start = time.perf_counter()
         evaluation = evaluate(
-            lambda requests, sampling: rollouts.generate(requests, sampling, version),
+            lambda requests, sampling: components.rollouts.generate(requests, sampling, version),
             components.held_out,
             components.scorer,
             components.decode,
@@ -227,7 +225,7 @@ class Loop:
         self.components.console.phase("checking and loading the checkpoint")
         same_layout = self.saver.load(checkpoint)
         self.state = self.directory.load_state(checkpoint)
-        live = isinstance(self.components.rollouts, LiveRollouts)
+        live = self.components.rollouts.live
         if bool(self.state.rollout) != live:
             before, now = ("with", "without") if live else ("without", "with")
             raise UserError(
@@ -283,7 +281,7 @@ def check_stop(stop: Stop) -> None:
         raise Interrupted
 
 
-def set_advantages(groups: Sequence[Group]) -> None:
+def set_advantages(groups: Sequence[ScoredGroup]) -> None:
     """Set each response's advantage within its group."""
     trajectories = [trajectory for group in groups for trajectory in group]
     advantages = group_advantages(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config, validate
-from megatron_fipo.driver.cluster import engine_class, run_cluster, start_engines
+from megatron_fipo.driver.cluster import run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.loop import Loop, LoopComponents, check_stop
 from megatron_fipo.driver.rollout.collector import Collector
-from megatron_fipo.driver.rollout.dump import ReplaySource
+from megatron_fipo.driver.rollout.dump import DumpFolder
 from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, ReplayRollouts, Rollouts
+from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, LiveGroups, ReplayGroups
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer
 from megatron_fipo.driver.run_end import export_model, summarize, write_report_of
@@ -21,6 +21,7 @@ from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, pad_id
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import RLTrainer
+from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
@@ -34,10 +35,10 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
     source = (
-        None if replay is None else ReplaySource(replay, config.rollout.temperature, architecture.vocab_size)
+        None if replay is None else DumpFolder(replay, config.rollout.temperature, architecture.vocab_size)
     )
     if source is None:
-        engine_class(config.rollout.engine)  # fails before anything is written
+        engine_type(config.rollout.engine).load()  # fails before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
         train_set, held_out = load_datasets(
@@ -56,17 +57,17 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             stack.callback(trainer.shutdown)
             for line in trainer.describe():
                 console.note(line)
-            rollouts: Rollouts
+            rollouts: GroupSource
             if source is not None:
                 console.note(
                     f"training on the responses in {source.folder}; without engines, nothing is evaluated"
                 )
-                rollouts, held_out = ReplayRollouts(source), []
+                rollouts, held_out = ReplayGroups(source), []
             else:
                 pool = start_engines(config, config.model.path, machine, console.note, trainer.placement)
                 stack.callback(pool.shutdown)
                 collector = make_collector(config, train_set, pool, tokenizer)
-                rollouts = LiveRollouts(config, collector, pool, trainer, console, lambda: check_stop(stop))
+                rollouts = LiveGroups(config, collector, pool, trainer, console, lambda: check_stop(stop))
                 if not held_out:
                     console.note(
                         "there are no held-out problems (data.evaluation_path), so nothing is evaluated"

@@ -15,8 +15,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_fipo.driver.placement import node_by_node, reserve
-from megatron_fipo.engine.protocol import RAY_LOGS
-from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.errors import RAY_LOGS, UserError, first_line
 from megatron_fipo.trainer.protocol import (
     IterationReport,
     PushFailure,

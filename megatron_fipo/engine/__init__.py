@@ -1,1 +1,1 @@
-"""One rollout engine: a Ray actor that samples responses, and the protocol that engines follow."""
+"""One rollout engine: a Ray actor that samples responses, the protocol of engines, and their registry."""

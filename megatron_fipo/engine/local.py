@@ -1,7 +1,7 @@
 """The rollout engine on `transformers`: batched decoding with a KV cache, for laptops, tests and models without a vLLM port.
 
-The loop is our own and not `model.generate` for three reasons: finished rows leave the batch at once (lengths are ragged),
-a prompt is computed once for all of its responses, and each response draws from a random stream of its own.
+It has its own decoding loop instead of `model.generate` for three reasons: finished rows leave the batch at once (lengths are
+ragged), a prompt is computed once for all of its responses, and each response has a separate random stream.
 """
 
 import threading
@@ -21,25 +21,25 @@ from megatron_fipo.weight_sync.object_store import tensor_checksum
 
 @dataclass
 class _Row:
-    """One response while it is decoded. It starts as an aborted one and becomes what its last token makes of it."""
+    """One response while it is decoded."""
 
     uniforms: np.ndarray
-    """One number per token that may still come."""
+    """One random number for each token that may still be sampled."""
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str = "abort"
+    """Until the last token sets it."""
 
 
 class LocalEngine:
-    """A `RolloutEngine`; one process, one device (the GPU where there is one, else one CPU thread).
+    """A `RolloutEngine` in one process on one device (the GPU if there is one, else one CPU thread).
 
-    Token `t` of a response, counted from the beginning of its prefix, is drawn by inverse CDF from uniform number `t` of a stream
-    seeded with `request.seed`. So the draw depends neither on the other requests of the batch, nor on how many engines serve, nor
-    on how often the response was aborted and continued. What remains is the rounding of the logits, which may differ in the last
-    bits with the shape of the batch: a draw that falls within that distance of a boundary (about one in a million in float32) may
-    go the other way.
+    Token `t` of a response, counted from the start of its prefix, is sampled by inverse CDF from uniform number `t` of a stream
+    seeded with `request.seed`. So the sample does not depend on the other requests of the batch, on the number of engines, or on
+    how often the response was aborted and continued. The rounding of the logits still depends on the shape of the batch in the
+    last bits: a uniform number within that distance of a CDF boundary (about one in a million in float32) may give another token.
 
-    Methods may be called from several threads. One call of `generate` or one bucket of weights has the model at a time; `ping` and
+    Methods may be called from several threads. One call of `generate` or one bucket of weights uses the model at a time; `ping` and
     `abort` never wait.
     """
 
@@ -50,7 +50,7 @@ class LocalEngine:
     def __init__(
         self, model_path: str, dtype: str, trust_remote_code: bool = False, load_weights: bool = True
     ) -> None:
-        """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves.
+        """Store the arguments. `ready` loads, so that the caller gets its errors unwrapped.
 
         Without `load_weights` the weights in the folder are not read; the engine serves after its first weight update.
         """
@@ -67,7 +67,7 @@ class LocalEngine:
         self._abort = threading.Event()
 
     def ready(self) -> None:
-        """Load the model (once). Raises `UserError` where the folder is unreadable or names no end-of-sequence token."""
+        """Load the model (once). Raises `UserError` if the folder is unreadable or names no end-of-sequence token."""
         with self._using_model:
             if self._model is None:
                 torch.set_num_threads(1)
@@ -79,22 +79,22 @@ class LocalEngine:
                 self._version = 0 if self._load_weights else NO_WEIGHTS
 
     def ping(self) -> int:
-        """The version served; -1 before there are weights."""
+        """The current weight version; -1 before there are weights."""
         return self._version
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
-        """Continue each request's response to its end, all in one batch.
+        """Generate each request's response to its end, all in one batch.
 
-        Log-probs are of the distribution at `sampling.temperature` over the whole vocabulary, before top-p truncation;
-        at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the rows still running, and
+        Log-probs are of the distribution at `sampling.temperature` over the full vocabulary, before top-p truncation;
+        at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the unfinished rows, and
         their logits [rows, V] of one step.
         """
         with self._using_model:
             if self._version == NO_WEIGHTS or self._received is not None:
                 raise RuntimeError(
-                    "generate() was called before there were weights or within a weight update"
+                    "generate() was called before there were weights or during a weight update"
                 )
             self._abort.clear()
             rows = self._decode(requests, sampling)
@@ -108,7 +108,7 @@ class LocalEngine:
 
     @torch.inference_mode()
     def _decode(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[_Row]:
-        """One row per request. Between any two tokens it may be aborted."""
+        """One row per request. An abort takes effect between two decode steps."""
         limit = sampling.max_new_tokens
         rows = [
             _Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :])
@@ -141,14 +141,14 @@ class LocalEngine:
         return rows
 
     def _prefill(self, contexts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
-        """Run each distinct context once, left-padded; return logits [rows, V], cache and mask [rows, P] of every row."""
+        """Run each distinct context once, left-padded. Returns logits [rows, V], KV cache and mask [rows, P] of all rows."""
         from transformers import DynamicCache
 
-        place = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
-        width = max(map(len, place))
-        ids = torch.zeros(len(place), width, dtype=torch.long)
-        mask = torch.zeros(len(place), width, dtype=torch.long)
-        for context, row in place.items():
+        unique = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
+        width = max(map(len, unique))
+        ids = torch.zeros(len(unique), width, dtype=torch.long)
+        mask = torch.zeros(len(unique), width, dtype=torch.long)
+        for context, row in unique.items():
             ids[row, width - len(context) :] = torch.tensor(context)
             mask[row, width - len(context) :] = 1
         ids, mask = ids.to(self._device), mask.to(self._device)
@@ -162,14 +162,14 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        index = torch.tensor([place[context] for context in contexts], device=self._device)
+        index = torch.tensor([unique[context] for context in contexts], device=self._device)
         cache.batch_select_indices(index)
         return output.logits[index, -1], cache, mask[index]
 
     def _append(
         self, running: Sequence[_Row], tokens: Sequence[int], log_probs: Sequence[float]
     ) -> list[int]:
-        """Add one token to each row; return the indices of the rows that go on."""
+        """Add one token to each row; return the indices of the unfinished rows."""
         survivors = []
         for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
             row.tokens.append(token)
@@ -185,25 +185,25 @@ class LocalEngine:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def begin_weight_update(self, check: bool) -> None:
-        """Until `finish_weight_update`, tensors may come and `generate` is refused. Beginning again forgets a broken update."""
+        """Accept tensors and refuse `generate` until `finish_weight_update`. A second call discards an incomplete update."""
         with self._using_model:
             self._received, self._check = set(), check
 
     @torch.no_grad()
     def load_weights(self, bucket: dict[str, Tensor]) -> None:
-        """Copy the named tensors into the model. A name, shape or dtype that the model does not have is a `UserError`."""
+        """Copy the named tensors into the model. Raises `UserError` for a name, shape or dtype that it does not have."""
         with self._using_model:
             if self._received is None:
                 raise RuntimeError(
                     "load_weights() was called outside begin_weight_update() and finish_weight_update()"
                 )
-            held = self._held()
+            weights = self._weights()
             for name, tensor in bucket.items():
-                if name not in held:
+                if name not in weights:
                     raise UserError(
                         f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
                     )
-                target = held[name]
+                target = weights[name]
                 if target.shape != tensor.shape or target.dtype != tensor.dtype:
                     raise UserError(
                         f"weight {name} is {tuple(target.shape)} {target.dtype} in the rollout engine but {tuple(tensor.shape)} "
@@ -213,50 +213,50 @@ class LocalEngine:
             self._received.update(bucket)
 
     def finish_weight_update(self, version: int) -> dict[str, str]:
-        """Adopt `version`; where the update began with `check`, return the checksums of the updated names, read back from the model.
+        """Adopt `version`. If the update began with `check`, return the checksums of the updated names, read back from the model.
 
-        Raises `UserError` where a weight of the model was not updated. Tied weights (`lm_head.weight` and the embedding) count as
-        updated by either name.
+        Raises `UserError` if a weight of the model was not updated. Tied weights (`lm_head.weight` and the embedding) may be
+        updated under either name.
         """
         with self._using_model:
             if self._received is None:
                 raise RuntimeError("finish_weight_update() was called without begin_weight_update()")
-            held = self._held()
-            updated = {held[name].data_ptr() for name in self._received}
-            missing = [name for name, tensor in held.items() if tensor.data_ptr() not in updated]
+            weights = self._weights()
+            updated = {weights[name].data_ptr() for name in self._received}
+            missing = [name for name, tensor in weights.items() if tensor.data_ptr() not in updated]
             if missing:
                 raise UserError(
                     f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}"
                 )
             checksums = (
-                {name: tensor_checksum(name, held[name]) for name in self._received} if self._check else {}
+                {name: tensor_checksum(name, weights[name]) for name in self._received} if self._check else {}
             )
             self._version, self._received = version, None
             return checksums
 
     def sleep(self) -> None:
-        """Nothing: only engines on vLLM share a GPU with the trainer."""
+        """Does nothing: only engines on vLLM share a GPU with the trainer."""
 
     def wake(self) -> None:
-        """Nothing, as `sleep`."""
+        """Does nothing, like `sleep`."""
 
-    def _held(self) -> dict[str, Tensor]:
-        """Every weight by its Hugging Face name; tied ones under each of their names."""
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights by Hugging Face name; tied ones under each of their names."""
         return self._model.state_dict()
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverse CDF: (tokens [B] int64, their log-probs [B] float32).
+    """Sample one token per row by inverse CDF: (tokens [B] int64, their log-probs [B] float32).
 
-    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). With top-p, the smallest set of most likely tokens whose
-    probability reaches `top_p` stays, and the uniform number picks within it.
+    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). With top-p, only the smallest set of most likely tokens
+    whose probability reaches `top_p` is kept, and the uniform number selects a token of that set.
     """
     greedy = sampling.temperature == 0
     log_probs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
     if greedy:
         tokens = log_probs.argmax(dim=-1)
     else:
-        # In float64 and with u <= 1 - 2^-53, u * total rounds below total: the search never runs past the last likely token.
+        # In float64 and with u <= 1 - 2^-53, u * total rounds below total: the search never passes the last likely token.
         probs = log_probs.double().exp()
         order = None
         if sampling.top_p < 1:

@@ -1,4 +1,4 @@
-"""The folder of a model as rollout engines read it."""
+"""Load a Hugging Face model folder for a rollout engine."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from megatron_fipo.errors import UserError, first_line
 def load_model(
     path: str, dtype: str, trust_remote_code: bool, load_weights: bool
 ) -> tuple[Any, frozenset[int]]:
-    """The model on the current device, and the tokens that end a response.
+    """The model on the current device, and the ids of the tokens that end a response.
 
-    Without `load_weights` the weights in the folder are not read and those of the model are undefined. `UserError` where the folder is
-    unreadable, of an architecture that `transformers` does not know, or names no end-of-sequence token.
+    Without `load_weights` the weights in the folder are not read and those of the model are undefined. Raises `UserError` if the
+    folder is unreadable, has an architecture unknown to `transformers`, or names no end-of-sequence token.
     """
     if not Path(path, "config.json").is_file():
         raise UserError(
-            f"model.path {path} is no folder with a config.json; give a model folder in Hugging Face format"
+            f"model.path {path} is not a folder with a config.json; give a model folder in Hugging Face format"
         )
     import torch
     from safetensors import SafetensorError
@@ -42,7 +42,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the rollout engine can't read model.path {path}: {first_line(error)}") from error
     named = _ids(defaults.eos_token_id) | _ids(tokenizer.eos_token_id)
-    # Some tokenizer classes invent an end token that the folder does not name: its id lies beyond the vocabulary.
+    # Some tokenizer classes add an end token that the folder does not name: its id is outside the model's vocabulary.
     end_ids = frozenset(token for token in named if token < config.get_text_config().vocab_size)
     if not end_ids:
         raise UserError(

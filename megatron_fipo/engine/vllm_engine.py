@@ -1,4 +1,7 @@
-"""The rollout engine on vLLM: an asynchronous Ray actor around `vllm.AsyncLLMEngine`."""
+"""The rollout engine on vLLM: an asynchronous Ray actor around `vllm.AsyncLLMEngine`.
+
+This module runs in the actor's process. vLLM's engine and worker processes are its children; `vllm_worker.py` runs in them.
+"""
 
 import asyncio
 import hashlib
@@ -8,30 +11,30 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_fipo.engine.protocol import NO_WEIGHTS, RAY_LOGS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import NO_WEIGHTS, Generation, GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_start import (
     ModelFacts,
-    Settings,
+    VLLMSettings,
     check_model,
     check_vllm,
     engine_arguments,
+    error_reason,
     prepare_environment,
     read_model,
-    reason,
 )
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import RAY_LOGS, UserError
 from megatron_fipo.weight_sync.shared_memory import description, in_shared_memory
 
 
 class VLLMEngine:
     """A `RolloutEngine`: vLLM's engine process (and with tensor parallelism its workers) behind one actor, on one node.
 
-    Each request is one vLLM request; vLLM batches whatever is running. A response depends on its seed and the weights, up to the
-    rounding of logits, which may differ in the last bits with the batch; with `deterministic` one call runs at a time, as one
+    Each request is one vLLM request; vLLM batches all requests that run. A response depends on its seed and the weights, up to the
+    rounding of logits, which may differ in the last bits with the batch. With `deterministic` one call runs at a time, as one
     batch that is complete before its first step, so that the same call gives the same bits.
 
-    Log-probs are those after temperature over the whole vocabulary, before top-p truncation, at every setting; greedy ones
-    (temperature 0) are those of temperature 1. `vllm_transfer.NormalizedLogits` says how.
+    Log-probs are those after temperature over the full vocabulary, before top-p truncation, at every setting (see
+    `vllm_worker.NormalizedLogits`). With greedy sampling (temperature 0) they are those of temperature 1.
     """
 
     requests_per_call: ClassVar[int] = 16
@@ -49,12 +52,12 @@ class VLLMEngine:
         gpu_memory_share: float = 0.85,
         deterministic: bool = False,
     ) -> None:
-        """Remember the arguments; `ready` loads, so that its errors reach the caller as themselves.
+        """Store the arguments. `ready` loads, so that the caller gets its errors unwrapped.
 
         `max_model_len` is the longest prompt plus the longest response. Without `load_weights` the weights in the folder are not
         read; the engine serves after its first weight update.
         """
-        self._settings = Settings(
+        self._settings = VLLMSettings(
             model_path=model_path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -78,15 +81,15 @@ class VLLMEngine:
         self._aborts = 0
 
     async def ready(self) -> None:
-        """Start vLLM and load the model (once), in a thread, so that `ping` is answered meanwhile.
+        """Start vLLM and load the model (once), in a thread, so that `ping` returns meanwhile.
 
-        UserError where vLLM is missing or of another version, the folder is unreadable, vLLM does not know the architecture or
-        the sizes don't fit (tensor parallelism, memory, length).
+        Raises `UserError` if vLLM is missing or its version is not supported, the folder is unreadable, vLLM does not know the
+        architecture, or the sizes do not fit (tensor parallelism, memory, length).
         """
         async with self._loading:
             if self._llm is None:
                 self._llm = await asyncio.to_thread(self._start)
-                await self._llm.get_supported_tasks()  # or the first request would ask, half registered
+                await self._llm.get_supported_tasks()  # else the first request would do this, half registered
                 self._version = 0 if self._settings.load_weights else NO_WEIGHTS
 
     def _start(self) -> Any:
@@ -108,17 +111,17 @@ class VLLMEngine:
         except (ValueError, OSError) as error:
             raise UserError(
                 f"vLLM refuses model.path {path} (max_model_len is rollout.max_prompt_length + rollout.max_response_length): "
-                f"{reason(error)}"
+                f"{error_reason(error)}"
             ) from error
         try:
             return AsyncLLMEngine.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"vLLM could not load model.path {path}: {reason(error)}; its log is in {RAY_LOGS}"
+                f"vLLM could not load model.path {path}: {error_reason(error)}; its log is in {RAY_LOGS}"
             ) from error
 
     async def ping(self) -> int:
-        """The version served; -1 before there are weights. RuntimeError where vLLM's engine process is dead."""
+        """The current weight version; -1 before there are weights. Raises `RuntimeError` if vLLM's engine process is dead."""
         if self._llm is not None and self._llm.errored:
             raise RuntimeError("vLLM's engine process is dead")
         return self._version
@@ -126,9 +129,9 @@ class VLLMEngine:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
-        """Continue each request's response to its end. UserError where prompt and limit do not fit `max_model_len`."""
+        """Generate each request's response to its end. Raises `UserError` if prompt and limit exceed `max_model_len`."""
         if self._version == NO_WEIGHTS or self._update is not None:
-            raise RuntimeError("generate() was called before there were weights or within a weight update")
+            raise RuntimeError("generate() was called before there were weights or during a weight update")
         for request in requests:
             if len(request.prompt_ids) + sampling.max_new_tokens > self._settings.max_model_len:
                 raise UserError(
@@ -149,17 +152,17 @@ class VLLMEngine:
                 collectors = await self._submit(ids, requests, sampling, aborts)
                 outputs = [await collector.get() for collector in collectors]
         except BaseException:
-            await self._llm.abort(ids)  # what is left of the call would run on for nobody
+            await self._llm.abort(ids)  # else the rest of the call would run with no receiver
             raise
         finally:
             self._running.difference_update(ids)
-        never_began = [Generation((), (), "abort", version)] * (len(requests) - len(outputs))
-        return [_generation(output, version) for output in outputs] + never_began
+        not_started = [Generation((), (), "abort", version)] * (len(requests) - len(outputs))
+        return [_generation(output, version) for output in outputs] + not_started
 
     async def _submit(
         self, ids: Sequence[str], requests: Sequence[GenerationRequest], sampling: SamplingParams, aborts: int
     ) -> list[Any]:
-        """Hand requests to vLLM in order, until an abort comes; one collector for each, whose `get` waits for its end."""
+        """Submit requests to vLLM in order until an abort. Returns one output collector for each; `get` waits for its end."""
         from vllm.inputs import tokens_input
 
         collectors: list[Any] = []
@@ -192,7 +195,7 @@ class VLLMEngine:
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
-        """Requests queue up meanwhile."""
+        """Within it vLLM queues requests and runs none."""
         await self._llm.pause_generation(mode="keep", clear_cache=False)
         try:
             yield
@@ -206,14 +209,13 @@ class VLLMEngine:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     async def begin_weight_update(self, check: bool) -> None:
-        """Stop generation and forget every cached key and value. Without `check`, no checksums are computed.
+        """Stop generation and discard all cached keys and values. Without `check`, no checksums are computed.
 
-        Beginning again forgets a broken update.
+        A second call discards an incomplete update.
         """
-        self._update = _Update(self._model, check)  # from here on `generate` refuses
-        await (
-            self.abort()
-        )  # also ends calls that are still handing in requests, which would queue up behind the pause
+        self._update = _Update(self._model, check)  # from now on `generate` raises
+        # Also ends calls that are still submitting requests, which the pause would only queue.
+        await self.abort()
         await self._llm.pause_generation(mode="abort", clear_cache=True)
         if self._worker_updating:
             self._worker_updating = False
@@ -222,28 +224,29 @@ class VLLMEngine:
         self._worker_updating = True
 
     async def load_weights(self, bucket: dict[str, Tensor]) -> None:
-        """Give the tensors to every worker, through shared memory of the bucket's size.
+        """Send the tensors to every worker, through shared memory of the bucket's size.
 
-        UserError for a name, shape or dtype that the model does not have, and for a weight that came before in this update.
+        Raises `UserError` for a name, shape or dtype that the model does not have, and for a weight already received in this update.
         """
         update = self._current_update()
-        update.take(description(bucket))
+        update.record(description(bucket))
         with in_shared_memory(bucket) as info:
             await self._update_workers({**info, "check": update.check})
 
     async def nccl_init(self, info: dict[str, Any]) -> None:
-        """Join the trainer's NCCL group: the fields of vLLM's `NCCLWeightTransferInitInfo`. Returns when all ranks have joined.
+        """Join the trainer's NCCL group. Returns when all ranks have joined.
 
-        Like `nccl_update` written against vLLM 0.32 and never run on hardware.
+        `info` has the fields of vLLM's `NCCLWeightTransferInitInfo`. Like `nccl_update`, this is written against vLLM 0.32 and has
+        not run on hardware.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def nccl_update(self, info: dict[str, Any]) -> None:
-        """Take the tensors that the trainer broadcasts meanwhile: `names`, `dtype_names`, `shapes` in its order."""
+        """Receive the tensors that the trainer broadcasts meanwhile: `names`, `dtype_names`, `shapes` in its order."""
         update = self._current_update()
-        update.take(info)
+        update.record(info)
         await self._update_workers({**info, "check": update.check})
 
     async def _update_workers(self, info: dict[str, Any]) -> None:
@@ -252,13 +255,13 @@ class VLLMEngine:
         try:
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
         except BaseException:
-            self._worker_updating = False  # vLLM ends an update that failed
+            self._worker_updating = False  # vLLM itself ends a failed update
             raise
 
     async def finish_weight_update(self, version: int) -> dict[str, str]:
-        """Adopt `version`; where the update began with `check`, return the checksums that the workers computed from the buffers they loaded from.
+        """Adopt `version`. If the update began with `check`, return the checksums that the workers computed from their receive buffers.
 
-        UserError where a weight of the model did not come; tied weights may come under either name.
+        Raises `UserError` if a weight of the model was not received; tied weights may come under either name.
         """
         update = self._current_update()
         missing = update.missing()
@@ -289,27 +292,27 @@ class VLLMEngine:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back, weights and KV cache. Nothing on a CPU."""
+        """Free the GPU memory of weights and KV cache. Does nothing on a CPU."""
         if self._gpu:
             await self._llm.sleep(level=2)
             self._version = NO_WEIGHTS
 
     async def wake(self) -> None:
-        """Take the memory again. The weights are undefined until the next update."""
+        """Allocate the memory again. The weights are undefined until the next update."""
         if self._gpu:
             await self._llm.wake_up()
 
 
 class _Update:
-    """The names that one weight update has brought so far, held against the model's."""
+    """The weights received in one update so far, checked against the model's."""
 
     def __init__(self, model: ModelFacts, check: bool) -> None:
         self.check = check
         self._weights = model.weights
         self._received: set[str] = set()
 
-    def take(self, info: dict[str, Any]) -> None:
-        """Note the tensors of `names`, `dtype_names`, `shapes`, or UserError, with nothing noted."""
+    def record(self, info: dict[str, Any]) -> None:
+        """Record the tensors of `names`, `dtype_names`, `shapes`. If one does not fit, raises `UserError` and records none."""
         names: list[str] = info["names"]
         for name, dtype, shape in zip(names, info["dtype_names"], info["shapes"], strict=True):
             weight = self._weights.get(name)
@@ -327,19 +330,19 @@ class _Update:
         self._received.update(names)
 
     def missing(self) -> list[str]:
-        """Weights that came under none of their names."""
+        """Weights not received under any of their names."""
         storages = {self._weights[name].storage for name in self._received}
         return [name for name, weight in self._weights.items() if weight.storage not in storages]
 
 
 def _seed(request: GenerationRequest) -> int:
-    """63 bits. A continued response draws other numbers than it began with."""
+    """63 bits. A continued response uses other random numbers than its first part."""
     digest = hashlib.sha256(f"{request.seed}|{len(request.prefix)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _generation(output: Any, version: int) -> Generation:
-    """From vLLM's `RequestOutput`."""
+    """Converts vLLM's `RequestOutput`."""
     response = output.outputs[0]
     tokens = tuple(response.token_ids)
     log_probs = tuple(response.logprobs.logprobs) if tokens else ()

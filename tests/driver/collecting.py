@@ -1,4 +1,4 @@
-"""A collector over a `ToyPool`, driven as the training loop drives it."""
+"""A collector on a `ToyPool`, called as the training loop calls it."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def until_enough(collector: Collector) -> None:
 def train(
     collector: Collector, pool: ToyPool, mode: str, versions: Sequence[int], timing: random.Random
 ) -> Iterator[Collected]:
-    """What the training loop does in each mode, with interruptions in between; yields while the collector is paused."""
+    """The calls of the training loop in each mode, with interruptions between them; yields while the collector is paused."""
     for version in versions:
         pool.version = version
         collector.resume(version)
@@ -37,7 +37,7 @@ def train(
                 collector.resume(version)
         if mode == "synchronous":
             collector.pause()
-        collected = collector.take()
+        collected = collector.pop_batch()
         if mode != "synchronous":
             for _ in range(timing.randrange(6)):
                 collector.step(0.0)

@@ -1,4 +1,4 @@
-"""Dynamic sampling over scripted outcomes and random timing: what is used and what is kept. What is not: test_collector_losses.py."""
+"""Dynamic sampling with scripted outcomes and random timing: which groups are used or kept. Dropped ones: test_collector_losses.py."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.driver.rollout.prompt_group import request_seed
 from tests.driver.collecting import N, make, responses, run, serials, train, until_enough
-from tests.driver.toy_pool import OUTCOMES, ToyPool, whole_response
+from tests.driver.toy_pool import OUTCOMES, ToyPool, complete_response
 
 MODES = ("synchronous", "one_step_off", "fully_asynchronous")
 
@@ -38,7 +38,7 @@ def test_drop_uses_the_smallest_prefix_whatever_the_timing(outcomes, order, slot
         collector.resume(version)
         until_enough(collector)
         collector.pause()
-        counts = collector.take().counts
+        counts = collector.pop_batch().counts
         wanted = list(itertools.islice(informative, target))
         assert counts.prompts == wanted[-1] + 1 - started
         started = wanted[-1] + 1
@@ -47,7 +47,7 @@ def test_drop_uses_the_smallest_prefix_whatever_the_timing(outcomes, order, slot
     names = [int(requests[0].request_id.partition("-")[0]) for requests in pool.submitted]
     assert {*range(started)} <= {*names} <= {*range(started + prompts_in_flight)}
     if prompts_in_flight <= target:
-        assert names == [*range(started)], "nothing is sampled in vain"
+        assert names == [*range(started)], "no prompt is wasted"
     assert all(len(requests) == N for requests in pool.submitted)
 
 
@@ -80,7 +80,7 @@ def test_drop_forgets_half_done_responses_at_a_pause_but_no_prompt():
     collector.resume(1)
     pool.version = 1
     until_enough(collector)
-    result = collector.take()
+    result = collector.pop_batch()
     assert serials(result) == [0, 2, 4, 6]
     assert all(span.version == 1 for group in result.groups for t in group for span in t.spans)
     assert result.counts.dropped_tokens > 0
@@ -100,7 +100,7 @@ def test_an_interrupted_iteration_leaves_no_trace_after_load_state():
     pool.version = 1
     collector.resume(1)
     until_enough(collector)
-    second = collector.take()
+    second = collector.pop_batch()
     assert responses([first, second]) == responses(calm)
     assert second.counts.prompts == calm[1].counts.prompts
 
@@ -126,13 +126,13 @@ def test_continue_loses_nothing(outcomes, order, mode, slots, prompts_in_flight)
     for version, collected in enumerate(runs):
         for group in collected.groups:
             for place, trajectory in enumerate(group):
-                check_whole(trajectory, place, version)
+                check_complete(trajectory, place, version)
 
 
-def check_whole(trajectory: Trajectory, place: int, version: int) -> None:
-    """Sampled token by token as in one go, and its spans say by what."""
+def check_complete(trajectory: Trajectory, place: int, version: int) -> None:
+    """The same tokens as in one uninterrupted call, with spans that name their weight versions."""
     request_id = f"{trajectory.group_id}/{place}"
-    tokens, log_probs = whole_response(request_id, request_seed(1, request_id), "mixed")
+    tokens, log_probs = complete_response(request_id, request_seed(1, request_id), "mixed")
     assert (trajectory.response_ids, trajectory.rollout_log_probs) == (tokens, log_probs)
     spans = trajectory.spans
     assert (spans[0].start, spans[-1].end) == (0, len(tokens))
@@ -163,7 +163,7 @@ def test_prompts_in_flight_are_kept_until_there_is_enough(mode):
         collector.step(0.0)
     for _ in range(100):
         collector.step(0.0)
-    # Ahead of the trainer: as max_staleness allows; else only what was in work.
+    # Sampling ahead of the trainer is bounded by max_staleness; in the other modes only started groups finish.
     most = 5 + (3 * 2 if mode == "fully_asynchronous" else 3)
     assert most - 5 <= collector.waiting < most
     assert (pool.most_groups, collector.unfinished) == (5, 0)
@@ -210,13 +210,15 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(
         else:
             assert judged <= in_work + counts.prompts - counts.unfinished <= judged + counts.stale
         in_work = counts.unfinished
-        assert pool.most_groups <= prompts_in_flight or "failed" in outcomes  # whose other responses run on
+        assert (
+            pool.most_groups <= prompts_in_flight or "failed" in outcomes
+        )  # the other responses of a failed group keep running
 
 
 @timing_varies
 @given(outcome_lists, orders, st.integers(1, 3), st.sampled_from(["drop", "continue"]))
 def test_one_step_off_has_its_groups_before_the_next_weights(outcomes, order, max_staleness, unfinished):
-    """What was enough before a push is enough behind it, so that the trainer never waits for engines that hold new weights."""
+    """Enough groups before a push are enough after it, so the trainer never waits for engines with new weights."""
     pool = ToyPool(outcomes, order)
     collector = make(
         pool, mode="one_step_off", unfinished=unfinished, max_staleness=max_staleness, prompts_in_flight=9
@@ -241,7 +243,7 @@ def test_one_step_off_has_its_groups_before_the_next_weights(outcomes, order, ma
     st.integers(0, 5),
 )
 def test_a_restored_collector_goes_on_as_the_original(outcomes, order, mode, unfinished, saved_after, steps):
-    """Saved between iterations or, with `steps`, within one."""
+    """Saved between iterations or, with `steps`, during one."""
     options = {"mode": mode, "unfinished": unfinished, "max_staleness": 2, "prompts_in_flight": 6}
     pool = ToyPool(outcomes, order)
     collector = make(pool, **options)
@@ -276,6 +278,6 @@ def test_sampling_ahead_begins_at_once():
     collector = make(pool, mode="one_step_off")
     collector.resume(0)
     until_enough(collector)
-    collector.take()
+    collector.pop_batch()
     collector.step(0.0)
     assert collector.counts.generated_tokens > 0

@@ -1,4 +1,4 @@
-"""Groups that are not used (too old, failed, too few) are dropped and counted, and calls that make no sense are refused."""
+"""Groups that are not used (stale, failed, too few) are dropped and counted, and calls in a wrong state are refused."""
 
 import pytest
 
@@ -6,17 +6,17 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.rollout.collector import Collector
 from megatron_fipo.errors import UserError
 from tests.driver.collecting import N, make, run, serials, until_enough
-from tests.driver.toy_pool import FAILING_PLACE, SCORE_GROUP, ToyPool, dataset, whole_response
+from tests.driver.toy_pool import FAILING_INDEX, SCORE_GROUP, ToyPool, complete_response, dataset
 
 
 def holding_back_the_first(mode: str) -> tuple[Collector, ToyPool]:
     """Iteration 0 is taken; group 0 has tokens of version 0 and is not finished."""
     pool = ToyPool(["mixed"], slots=100)
-    pool.held_back = {0}
+    pool.never_finishing = {0}
     collector = make(pool, target=2, mode=mode, unfinished="continue", max_staleness=1, prompts_in_flight=3)
     collector.resume(0)
     until_enough(collector)
-    assert 0 not in serials(collector.take())
+    assert 0 not in serials(collector.pop_batch())
     if mode == "one_step_off":
         until_enough(collector)
     collector.pause()
@@ -31,7 +31,7 @@ def holding_back_the_first(mode: str) -> tuple[Collector, ToyPool]:
 def test_what_only_the_iteration_after_the_next_could_use_too_late_is_not_sent_again():
     collector, pool = holding_back_the_first("one_step_off")
     collector.resume(1)
-    counts = collector.take().counts
+    counts = collector.pop_batch().counts
     assert counts.stale > 0
     assert counts.unused_share == 0  # none of them was known to be informative
     sent_for = [requests[0].request_id.partition("-")[0] for requests in pool.submitted]
@@ -42,8 +42,8 @@ def test_a_group_that_finishes_too_late_does_not_wait():
     collector, pool = holding_back_the_first("fully_asynchronous")
     collector.resume(1)
     until_enough(collector)
-    assert 0 not in serials(collector.take())
-    pool.held_back = set()
+    assert 0 not in serials(collector.pop_batch())
+    pool.never_finishing = set()
     while collector.counts.stale == 0:
         collector.step(0.0)
     collector.pause()
@@ -72,9 +72,9 @@ def test_a_failed_group_is_never_scored_and_its_other_responses_are_ignored():
     assert serials(result) == [1, 2, 3]
     assert result.counts.failed == 1
     others = [
-        request for request in pool.submitted[0] if not request.request_id.endswith(f"/{FAILING_PLACE}")
+        request for request in pool.submitted[0] if not request.request_id.endswith(f"/{FAILING_INDEX}")
     ]
-    lengths = [len(whole_response(request.request_id, request.seed, "failed")[0]) for request in others]
+    lengths = [len(complete_response(request.request_id, request.seed, "failed")[0]) for request in others]
     assert result.counts.dropped_tokens == sum(lengths)
 
 
@@ -85,7 +85,7 @@ def test_stale_groups_are_dropped_and_the_unused_share_counts_them():
     while collector.unfinished:  # all six finish
         collector.step(0.0)
     started = collector.counts.prompts
-    counts = collector.take().counts
+    counts = collector.pop_batch().counts
     assert counts.stale == started - 2 > 0
     assert counts.unused_share == (started - 2) / started
     assert (counts.waiting, counts.carried_tokens) == (0, 0)
@@ -108,19 +108,19 @@ def test_max_prompts_ends_an_iteration_with_the_groups_there_are():
         (["failed"], "requests of all 12 prompts failed"),
     ],
 )
-def test_nothing_to_learn_from_is_said_with_the_mend(outcomes, message):
+def test_nothing_to_train_on_is_an_error_with_the_fix(outcomes, message):
     collector = make(ToyPool(outcomes), max_prompts=12)
     collector.resume(0)
     until_enough(collector)
     with pytest.raises(UserError, match=message):
-        collector.take()
+        collector.pop_batch()
 
 
 def test_calls_out_of_turn_are_refused():
     collector = make(ToyPool(["mixed"]))
     state = collector.state()
     with pytest.raises(RuntimeError, match="before there were enough"):
-        collector.take()
+        collector.pop_batch()
     collector.resume(0)
     for call in (lambda: collector.resume(0), collector.state, lambda: collector.load_state(state)):
         with pytest.raises(RuntimeError, match=r"pause\(\)"):

@@ -1,4 +1,4 @@
-"""Calls and retries. What holds under every order of events is in `test_fleet.py`."""
+"""Calls and retries. Properties under any order of events are tested in `test_fleet.py`."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ def ids(call: Call) -> list[str]:
 
 
 def finish(work: Dispatcher, engines: list[int], poison: str) -> tuple[list[str], int]:
-    """Run to the end where every call with request `poison` fails: what was given up, and the number of calls."""
+    """Run to the end while every call with request `poison` fails: the ids given up, and the number of calls."""
     given_up, calls = [], 0
     while work.outstanding:
         for call in work.start_calls(engines):
@@ -117,5 +117,5 @@ def test_withdrawn_requests_are_forgotten_and_running_ones_are_not():
 def test_an_id_may_be_used_again_only_after_its_request_has_ended():
     work = dispatcher()
     work.submit(requests(2), PLAIN)
-    with pytest.raises(ValueError, match="id 1 is outstanding"):
+    with pytest.raises(ValueError, match="id 1 is already outstanding"):
         work.submit(requests(1, first=1), PLAIN)

@@ -1,4 +1,4 @@
-"""Dumped iterations come back bit for bit, or not at all; a replay refuses what does not fit."""
+"""Dumped iterations are read bit for bit, or not at all; a replay refuses dumps that do not fit."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.driver.rollout import dump
 from megatron_fipo.driver.rollout.dump import (
     HEADER,
-    ReplaySource,
+    DumpFolder,
     dump_path,
     read_dump,
     read_header,
@@ -62,7 +62,7 @@ def response(draw, group_id: str) -> Trajectory:
 
 
 def bits(value: Any) -> Any:
-    """The same value with floats as their 64 bits, so that -0.0, NaN and the last digit count, and 1 is not 1.0."""
+    """The value with floats as their 64 bits, to compare -0.0, NaN and all digits, and to distinguish 1 from 1.0."""
     if isinstance(value, float):
         return ("float", "nan") if math.isnan(value) else struct.pack("<d", value)
     if isinstance(value, list | tuple):
@@ -120,7 +120,7 @@ def test_other_tools_see_plain_columns(tmp_path) -> None:
 
 
 def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path) -> None:
-    """What an engine hands over may hold numpy scalars; float32 log-probs are exact in float64."""
+    """An engine's lists may contain numpy scalars; float32 log-probs are exact in float64."""
     given_ = trajectory(
         response_ids=list(np.arange(3)),
         rollout_log_probs=list(np.float32([-0.1, -1e-7, -30])),
@@ -171,7 +171,7 @@ def test_every_truncation_and_every_damaged_byte_of_the_data_is_noticed(tmp_path
         except UserError:
             noticed += 1
         else:
-            assert found == two_groups()  # a byte that says nothing about the rows
+            assert found == two_groups()  # a byte that does not affect the rows
     assert noticed > len(whole) / 41 / 3
 
 
@@ -190,11 +190,11 @@ def test_files_that_are_no_dumps_are_named(tmp_path) -> None:
     header = {"format": 1, "iteration": 1, "temperature": 1.0}
     pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), columns)
     for path, message in {
-        other: "other.parquet is a parquet file, but no dump",
+        other: "other.parquet is a parquet file, but not a dump",
         newer: "newer.parquet has format 2, but this version reads 1",
         missing: r"cannot read .*missing.parquet \(No such file",
-        garbled: "garbled.parquet is not a readable dump .*header is not whole",
-        columns: "columns.parquet is not a readable dump .*other columns",
+        garbled: "garbled.parquet is not a readable dump .*header is incomplete",
+        columns: "columns.parquet is not a readable dump .*columns differ",
     }.items():
         with pytest.raises(UserError, match=message):
             read_dump(path)
@@ -207,7 +207,7 @@ def test_a_replay_gives_each_iteration_its_groups(tmp_path) -> None:
         )
     (tmp_path / ".iteration_000003.parquet").write_text("half written")
     (tmp_path / "notes.txt").write_text("")
-    source = ReplaySource(tmp_path, 0.7, 10)
+    source = DumpFolder(tmp_path, 0.7, 10)
     for iteration in (10, 1, 2):
         collected = source.groups(iteration)
         assert collected.groups == read_dump(dump_path(tmp_path, iteration))
@@ -222,21 +222,21 @@ def test_a_replay_gives_each_iteration_its_groups(tmp_path) -> None:
 
 def test_a_replay_refuses_folders_and_temperatures_before_it_starts(tmp_path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=r"holds no iteration_\*.parquet"):
-            ReplaySource(folder, 1.0, 10)
+        with pytest.raises(UserError, match=r"contains no iteration_\*.parquet"):
+            DumpFolder(folder, 1.0, 10)
     write_dump(tmp_path, 1, two_groups(), 1.0)
     write_dump(tmp_path, 2, two_groups(), 0.9)
     with pytest.raises(
         UserError,
         match=r"iteration_000002.parquet was sampled at temperature 0.9, but rollout.temperature=1.0",
     ):
-        ReplaySource(tmp_path, 1.0, 10)
+        DumpFolder(tmp_path, 1.0, 10)
     dump_path(tmp_path, 2).write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"iteration_000002.parquet is not a readable dump"):
-        ReplaySource(tmp_path, 1.0, 10)
+        DumpFolder(tmp_path, 1.0, 10)
     dump_path(tmp_path, 1).rename(dump_path(tmp_path, 2))
     with pytest.raises(UserError, match=r"iteration_000002.parquet was written as iteration 1"):
-        ReplaySource(tmp_path, 1.0, 10)
+        DumpFolder(tmp_path, 1.0, 10)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +248,8 @@ def test_a_replay_refuses_folders_and_temperatures_before_it_starts(tmp_path) ->
         ),
         ([[trajectory("a", prompt_ids=[-1])]], "the token id -1"),
         ([[trajectory("a", prompt_ids=[])]], "no prompt"),
-        ([[trajectory("a", response_mask=[1])]], "another length"),
-        ([[trajectory("a", rollout_log_probs=[])]], "another length"),
+        ([[trajectory("a", response_mask=[1])]], "length differs"),
+        ([[trajectory("a", rollout_log_probs=[])]], "length differs"),
         ([[trajectory("a", spans=[])]], "do not cover"),
         ([[trajectory("a", spans=[VersionSpan(1, 0, 1), VersionSpan(1, 2, 3)])]], "do not cover"),
         ([[trajectory("a")], [trajectory("b"), trajectory("b")]], r"groups of \[1, 2\] responses"),
@@ -259,4 +259,4 @@ def test_a_replay_refuses_folders_and_temperatures_before_it_starts(tmp_path) ->
 def test_a_replay_names_what_does_not_fit(tmp_path, groups, message) -> None:
     write_dump(tmp_path, 4, groups, 1.0)
     with pytest.raises(UserError, match=f"iteration_000004.parquet.*{message}"):
-        ReplaySource(tmp_path, 1.0, 10).groups(4)
+        DumpFolder(tmp_path, 1.0, 10).groups(4)

@@ -1,4 +1,4 @@
-"""The pool's two pure halves, fleet and dispatcher: every order of events that a pool can meet, and single transitions."""
+"""The pool's two pure parts, fleet and dispatcher: any order of events that a pool can meet, and single transitions."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ LOAD_S, HEALTH_S = 100.0, 8.0
 class EnginesAndRequests(RuleBasedStateMachine):
     """Engines load, serve, fail, die, hang and get weights in any order, under a pool reduced to its bookkeeping.
 
-    What the engines really hold is kept here, independently: `weights` by engine, `answering` for those whose probes come back.
+    The true state of the engines is tracked here independently: `weights` by engine.
     """
 
     @initialize(
@@ -116,7 +116,7 @@ class EnginesAndRequests(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "fleet"))
     @rule(data=st.data())
     def push(self, data):
-        """To some loaded engines, of which one may be lost before the others have their weights."""
+        """To some loaded engines, one of which may be lost before the others have their weights."""
         takers = [number for number in self.weights if data.draw(st.booleans())]
         self.current = (self.current or 0) + 1
         for number in takers:
@@ -180,7 +180,7 @@ class EnginesAndRequests(RuleBasedStateMachine):
         )
 
     def teardown(self):
-        """Without further trouble all requests end, as an engine is left."""
+        """Without further faults all requests end, if an engine is left."""
         if not hasattr(self, "fleet") or len(self.fleet.numbers(State.RETIRED)) == self.size:
             return
         for number in self.fleet.numbers(State.STARTING):

@@ -1,31 +1,30 @@
-"""Who gets weights when: a restarted engine that fails its push must not disturb the ones at work."""
+"""Which engines get weights when: a restarted engine that fails its push must not disturb the others."""
 
 from typing import Any
 
 import pytest
 
 from megatron_fipo.config import Config, ModelConfig
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveRollouts, StopUnsavedError
+from megatron_fipo.driver.rollout.group_source import Interrupted, LiveGroups, StopUnsavedError
 from megatron_fipo.driver.trainer_group import TrainerLostError
 from megatron_fipo.errors import UserError
+from megatron_fipo.trainer.protocol import PushFailure
 
 
 class Trainer:
-    """Its pushes fail at the engines in `refusing`; it remembers whom it sent what."""
+    """Its pushes fail at the engines in `refusing`; it records what it sent to which engines."""
 
     def __init__(self, *refusing: int) -> None:
         self.refusing = set(refusing)
         self.pushes: list[tuple[list[int], int, bool]] = []
 
-    def call(
-        self, method: str, engines: dict[int, Any], version: int, check: bool
-    ) -> list[tuple[int, str] | None]:
+    def push_weights(self, engines: dict[int, Any], version: int, check: bool) -> PushFailure | None:
         self.pushes.append((sorted(engines), version, check))
-        return [next(((number, "died") for number in engines if number in self.refusing), None), None]
+        return next((PushFailure(number, "died") for number in engines if number in self.refusing), None)
 
 
 class Pool:
-    """Engines by number and what they serve; a failed one is being started until the next look."""
+    """Weight versions by engine; a failed engine is starting until the next `loaded(wait=True)`."""
 
     starting = False
     outstanding = 0
@@ -76,7 +75,7 @@ class Collector:
     def pause(self) -> None:
         self.paused = True
 
-    def take(self) -> str:
+    def pop_batch(self) -> str:
         return "groups"
 
 
@@ -84,12 +83,12 @@ class Console:
     def phase(self, *_: Any, **__: Any) -> None: ...
 
 
-def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveRollouts:
+def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveGroups:
     config = Config(model=ModelConfig(path="m"), run_dir="r")
     config.deterministic = settings.pop("deterministic", False)
     for name, value in settings.items():
         setattr(config.rollout, name, value)
-    return LiveRollouts(config, collector, pool, trainer, Console(), lambda: None)  # type: ignore[arg-type]
+    return LiveGroups(config, collector, pool, trainer, Console(), lambda: None)  # type: ignore[arg-type]
 
 
 def test_a_push_to_a_restarted_engine_leaves_the_others_at_work():
@@ -120,7 +119,7 @@ def test_checksums_are_compared_every_so_many_pushes():
 )
 def test_only_a_run_whose_trainer_lives_is_saved(error, expected):
     class Broken(Trainer):
-        def call(self, *_: Any) -> list[tuple[int, str] | None]:
+        def push_weights(self, *_: Any) -> PushFailure | None:
             raise error
 
     with pytest.raises(expected):

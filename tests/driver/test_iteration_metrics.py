@@ -4,7 +4,8 @@ import pytest
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.driver.iteration_metrics import rollout_values
-from megatron_fipo.driver.rollout.collector import CollectCounts, Collected
+from megatron_fipo.driver.rollout.collect_counts import CollectCounts
+from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.objective.metrics import over_mini_steps
 
 

@@ -1,4 +1,4 @@
-"""Responses grow over calls without losing a bit, and a finished group is scored."""
+"""Responses grow over several calls bit for bit, and a finished group is scored."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What of an engine's reply is believed."""
+"""Which replies of an engine are valid."""
 
 from dataclasses import replace
 
@@ -33,19 +33,19 @@ def test_another_shape_does_not(reply):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"response_ids": (3, 4)}, "1 log-probabilities for 2 tokens"),
+        ({"response_ids": (3, 4)}, "1 log-probs for 2 tokens"),
         ({"response_ids": (), "log_probs": ()}, "is empty"),
-        ({"response_ids": (1, 2, 3), "log_probs": (-1.0, -1.0, -1.0)}, "3 tokens where 2 were left"),
-        ({"response_ids": (-1,)}, "no ids"),
-        ({"response_ids": (1.5,)}, "no ids"),
-        ({"response_ids": (True,)}, "no ids"),
-        ({"response_ids": ("x",)}, "no ids"),
-        ({"response_ids": (2**70,)}, "no ids"),
-        ({"response_ids": ((1, 2), 3), "log_probs": (-1.0, -1.0)}, "something else than numbers"),
-        ({"log_probs": (float("nan"),)}, "log-probabilities that are none"),
-        ({"log_probs": (float("-inf"),)}, "log-probabilities that are none"),
-        ({"log_probs": (0.1,)}, "log-probabilities that are none"),
-        ({"log_probs": (None,)}, "log-probabilities that are none"),
+        ({"response_ids": (1, 2, 3), "log_probs": (-1.0, -1.0, -1.0)}, "3 tokens, more than the 2 allowed"),
+        ({"response_ids": (-1,)}, "contains invalid token ids"),
+        ({"response_ids": (1.5,)}, "contains invalid token ids"),
+        ({"response_ids": (True,)}, "contains invalid token ids"),
+        ({"response_ids": ("x",)}, "contains invalid token ids"),
+        ({"response_ids": (2**70,)}, "contains invalid token ids"),
+        ({"response_ids": ((1, 2), 3), "log_probs": (-1.0, -1.0)}, "contains values that are not numbers"),
+        ({"log_probs": (float("nan"),)}, "log-probs that are NaN, infinite or > 0"),
+        ({"log_probs": (float("-inf"),)}, "log-probs that are NaN, infinite or > 0"),
+        ({"log_probs": (0.1,)}, "log-probs that are NaN, infinite or > 0"),
+        ({"log_probs": (None,)}, "log-probs that are NaN, infinite or > 0"),
         ({"finish_reason": "tired"}, "reason 'tired'"),
         ({"finish_reason": "abort"}, "reason 'abort'"),
     ],

@@ -1,12 +1,12 @@
-"""A pool in this process whose responses come from the requests' seeds and whose timing comes from a random generator of its own.
+"""A pool in this process: responses depend on the requests' seeds, timing on a separate random generator.
 
-What becomes of a prompt is scripted: the outcome of serial `s` is `outcomes[s % len(outcomes)]`.
+The outcomes of prompts are scripted: serial `s` has outcome `outcomes[s % len(outcomes)]`.
 """
 
 import random
 from collections.abc import Sequence
 
-from megatron_fipo.driver.rollout.pool import Settled
+from megatron_fipo.driver.rollout.pool import RequestResult
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer, parse_request_id
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.tasks.dataset import Dataset
@@ -14,8 +14,8 @@ from megatron_fipo.tasks.task import Problem, Score
 
 RIGHT, WRONG = 1, 2
 MAX_LENGTH = 12
-FAILING_PLACE = 1
-"""The response that fails, in a group that does."""
+FAILING_INDEX = 1
+"""Index of the response that fails, in a group with outcome `failed`."""
 OUTCOMES = ("mixed", "right", "wrong", "failed")
 
 
@@ -33,8 +33,8 @@ def score(response_text: str, problem: Problem, finish_reason: str) -> Score:
 SCORE_GROUP = GroupScorer(score, lambda ids: " " + " ".join(map(str, ids)), MAX_LENGTH, 0, 1.0)
 
 
-def whole_response(request_id: str, seed: int, outcome: str) -> tuple[list[int], list[float]]:
-    """Token ids and log-probs of the response to a request, all calls together."""
+def complete_response(request_id: str, seed: int, outcome: str) -> tuple[list[int], list[float]]:
+    """Token ids and log-probs of the complete response to a request, over all calls."""
     rng = random.Random(seed)
     length = rng.randint(1, MAX_LENGTH)
     right = {"right": True, "wrong": False}.get(outcome, parse_request_id(request_id)[1] == 0)
@@ -43,7 +43,7 @@ def whole_response(request_id: str, seed: int, outcome: str) -> tuple[list[int],
 
 
 class ToyPool:
-    """`slots` requests run at a time, the others queue; every poll settles some of the running ones, in random order."""
+    """`slots` requests run at a time, the others queue; every poll finishes some of the running ones, in random order."""
 
     def __init__(self, outcomes: Sequence[str], order: int = 0, slots: int = 8) -> None:
         self.outcomes = outcomes
@@ -52,9 +52,9 @@ class ToyPool:
         self.submitted: list[list[GenerationRequest]] = []
         """Every call of `submit`."""
         self.most_groups = 0
-        """Most groups outstanding at a time."""
-        self.held_back: set[int] = set()
-        """Serials of groups that are at work but don't finish."""
+        """Largest number of groups outstanding at a time."""
+        self.never_finishing: set[int] = set()
+        """Serials of groups that run but do not finish."""
         self._rng = random.Random(order)
         self._outstanding: dict[str, GenerationRequest] = {}
 
@@ -71,38 +71,44 @@ class ToyPool:
             self.most_groups, len({parse_request_id(name)[0] for name in self._outstanding})
         )
 
-    def poll(self, timeout_s: float) -> list[Settled]:
+    def poll(self, timeout_s: float) -> list[RequestResult]:
         running = [
-            n for n in list(self._outstanding)[: self.slots] if parse_request_id(n)[0] not in self.held_back
+            n
+            for n in list(self._outstanding)[: self.slots]
+            if parse_request_id(n)[0] not in self.never_finishing
         ]
-        settled = self._rng.sample(running, self._rng.randint(min(1, len(running)), len(running)))
-        return [self._finish(self._outstanding.pop(name)) for name in settled]
+        finishing = self._rng.sample(running, self._rng.randint(min(1, len(running)), len(running)))
+        return [self._finish(self._outstanding.pop(name)) for name in finishing]
 
-    def abort(self) -> list[Settled]:
-        """Running requests come back part done, now and then whole; queued ones empty."""
+    def abort(self) -> list[RequestResult]:
+        """Running requests return unfinished, some of them finished; queued ones return empty."""
         running = [self._outstanding.pop(name) for name in list(self._outstanding)[: self.slots]]
         results = [self._cut(r) if self._rng.random() < 0.9 else self._finish(r) for r in running]
-        results += [Settled(name, Generation((), (), "abort", self.version)) for name in self._outstanding]
+        results += [
+            RequestResult(name, Generation((), (), "abort", self.version)) for name in self._outstanding
+        ]
         self._outstanding.clear()
         self._rng.shuffle(results)
         return results
 
-    def _finish(self, request: GenerationRequest) -> Settled:
+    def _finish(self, request: GenerationRequest) -> RequestResult:
         tokens, log_probs = self._rest(request)
-        serial, place = parse_request_id(request.request_id)
-        if self._outcome(serial) == "failed" and place == FAILING_PLACE:
-            return Settled(request.request_id, None)
-        return Settled(request.request_id, Generation(tuple(tokens), tuple(log_probs), "stop", self.version))
+        serial, index = parse_request_id(request.request_id)
+        if self._outcome(serial) == "failed" and index == FAILING_INDEX:
+            return RequestResult(request.request_id, None)
+        return RequestResult(
+            request.request_id, Generation(tuple(tokens), tuple(log_probs), "stop", self.version)
+        )
 
-    def _cut(self, request: GenerationRequest) -> Settled:
+    def _cut(self, request: GenerationRequest) -> RequestResult:
         tokens, log_probs = self._rest(request)
         end = self._rng.randrange(len(tokens))
-        return Settled(
+        return RequestResult(
             request.request_id, Generation(tuple(tokens[:end]), tuple(log_probs[:end]), "abort", self.version)
         )
 
     def _rest(self, request: GenerationRequest) -> tuple[list[int], list[float]]:
-        tokens, log_probs = whole_response(
+        tokens, log_probs = complete_response(
             request.request_id, request.seed, self._outcome(parse_request_id(request.request_id)[0])
         )
         start = len(request.prefix)

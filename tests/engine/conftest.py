@@ -13,7 +13,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_engine(model_folder: Path) -> LocalEngine:
-    """For tests that leave the weights alone."""
+    """For tests that do not change the weights."""
     return loaded(model_folder)
 
 

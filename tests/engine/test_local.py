@@ -1,4 +1,4 @@
-"""The local engine against a teacher-forced pass of the same model, and against itself under other batches."""
+"""The local engine compared with a teacher-forced pass of the same model, and with itself in other batches."""
 
 import json
 import threading
@@ -98,7 +98,7 @@ def test_finish_reasons(shared_engine):
 
 @pytest.mark.parametrize("sampling", [PLAIN, SamplingParams(0.7, 0.8, 40), SamplingParams(0.0, 1.0, 40)])
 def test_a_continued_response_is_the_uninterrupted_one(shared_engine, sampling):
-    """Cut at another place in each row, so that prefixes of all lengths lie in one batch, some up to the last token."""
+    """Each row is cut at a different position, so one batch has prefixes of all lengths, some up to the last token."""
     requests = some_requests(n=6)
     whole = shared_engine.generate(requests, sampling)
     cuts = [index % max(1, len(generation.response_ids)) for index, generation in enumerate(whole)]
@@ -117,7 +117,7 @@ def test_a_continued_response_is_the_uninterrupted_one(shared_engine, sampling):
 
 
 class SlowEngine(LocalEngine):
-    """Aborts itself, from another thread, after some decode steps."""
+    """Aborts itself from another thread after some decode steps."""
 
     steps = 0
     abort_at = 0
@@ -159,7 +159,7 @@ def test_ping_and_abort_do_not_wait_for_a_call(shared_engine):
 
 
 def test_sampling_follows_the_distribution_and_top_p_truncates():
-    """Inverse CDF on an even grid of uniform numbers gives each token its exact share."""
+    """Inverse CDF on an even grid of uniform numbers gives each token its exact probability."""
     probs = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.3])
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     logits = probs.log().expand(len(grid), -1)
@@ -208,7 +208,9 @@ def test_updated_weights_generate_as_a_fresh_engine_does(tmp_path, tied):
 def test_tied_weights_may_come_by_either_name(tmp_path):
     engine = loaded(save_model(tmp_path))
     weights = {
-        name: tensor.clone() for name, tensor in engine._held().items() if name != "model.embed_tokens.weight"
+        name: tensor.clone()
+        for name, tensor in engine._weights().items()
+        if name != "model.embed_tokens.weight"
     }
     engine.begin_weight_update(check=False)
     engine.load_weights(weights)
@@ -230,7 +232,7 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
         dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
     )
     engine.finish_weight_update(0)
-    # Not to the bit: tensors read from a file lie elsewhere in memory, and kernels round by alignment.
+    # Not bit for bit: tensors read from a file have another alignment in memory, which changes rounding in kernels.
     for got, wanted in zip(
         engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True
     ):
@@ -240,12 +242,12 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
 
 def test_half_an_update_serves_nothing(tmp_path):
     engine = loaded(save_model(tmp_path))
-    name, tensor = next(iter(engine._held().items()))
+    name, tensor = next(iter(engine._weights().items()))
     engine.begin_weight_update(check=True)
     engine.load_weights({name: tensor.clone()})
     with pytest.raises(UserError, match=r"lacks \d+ of the engine's tensors"):
         engine.finish_weight_update(1)
-    with pytest.raises(RuntimeError, match="within a weight update"):
+    with pytest.raises(RuntimeError, match="during a weight update"):
         engine.generate(some_requests(1), PLAIN)
 
 
@@ -271,7 +273,7 @@ def test_unusable_folders_are_refused_in_one_sentence(tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "no folder with a config.json" in message(tmp_path / "absent")
+    assert "not a folder with a config.json" in message(tmp_path / "absent")
     assert "end-of-sequence" in message(save_model(tmp_path / "endless", end_token=False))
     corrupt = save_model(tmp_path / "corrupt")
     (corrupt / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")

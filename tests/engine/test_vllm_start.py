@@ -1,4 +1,4 @@
-"""What is refused before vLLM starts. The engine itself is tested in tests/vllm, which needs vLLM."""
+"""Errors raised before vLLM starts. The engine itself is tested in tests/vllm, which needs vLLM."""
 
 import importlib.metadata
 from dataclasses import replace
@@ -7,11 +7,11 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_fipo.engine import vllm_start
-from megatron_fipo.engine.vllm_start import ModelFacts, Settings, check_model, check_vllm, read_model
+from megatron_fipo.engine.vllm_start import ModelFacts, VLLMSettings, check_model, check_vllm, read_model
 from megatron_fipo.errors import UserError
 from tests.engine.tiny import END, save_model
 
-SETTINGS = Settings(
+SETTINGS = VLLMSettings(
     model_path="/models/m",
     dtype="bfloat16",
     trust_remote_code=False,
@@ -66,7 +66,7 @@ def test_the_build_for_cpus_counts(monkeypatch):
 
 
 def test_kv_cache_of_a_sequence():
-    """2 (keys, values) x 64 layers x 8 heads x 128 channels x 2 bytes = 256 KiB per token, split over the workers."""
+    """2 (keys, values) x 64 layers x 8 heads x 128 channels x 2 bytes = 256 KiB per token, divided among the workers."""
     assert QWEN_32B.kv_bytes(1, 1) == 256 * 2**10
     assert QWEN_32B.kv_bytes(1, 4) == 64 * 2**10
     assert QWEN_32B.kv_bytes(1, 16) == 32 * 2**10

@@ -1,4 +1,4 @@
-"""What stands in for NCCL: a queue per engine that `broadcast` fills. As over NCCL, nothing is told when the other side is lost."""
+"""Stands in for NCCL: a queue per engine that `broadcast` fills. As with NCCL, losing the other side raises no error."""
 
 import queue
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from megatron_fipo.weight_sync.object_store import tensor_checksum
 
 
 class WireEngine:
-    """An engine that takes tensors from its queue in the order announced."""
+    """An engine that takes tensors from its queue in the announced order."""
 
     def __init__(self) -> None:
         self.wire: queue.Queue[Tensor] = queue.Queue()
@@ -36,7 +36,7 @@ class WireEngine:
 
 
 def broadcast(pairs: Iterable[tuple[str, Tensor]], engines: Mapping[int, WireEngine]) -> Iterator[str]:
-    """Send to every engine, one tensor at a time; yields the name of what was sent."""
+    """Send to every engine, one tensor at a time; yields the name of each tensor sent."""
     for name, tensor in pairs:
         for engine in engines.values():
             engine.wire.put(tensor.clone())

@@ -188,7 +188,8 @@ def test_no_rows_and_no_group() -> None:
     rows, _ = packed_rows(random_responses(0, [5]), [3], zigzag([2000], 4), 3)
     assert rows.plan.num_rows == 0
     rows = replace(
-        rows, plan=replace(rows.plan, chunk_distance=rows.plan.chunk_distance[:1], is_later=rows.plan.is_later[:1])
+        rows,
+        plan=replace(rows.plan, chunk_distance=rows.plan.chunk_distance[:1], is_later=rows.plan.is_later[:1]),
     )
     log_probs = rows.old_log_probs.clone().requires_grad_()
     result = policy_loss(log_probs, None, rows, ObjectiveConfig(), kernels="triton")

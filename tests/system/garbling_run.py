@@ -1,20 +1,19 @@
-"""`megatron-fipo` with local engines of which one reply in eight is garbage of some kind: what the chaos test runs."""
+"""`megatron-fipo` with local engines, one in eight of whose replies is malformed: the program that the chaos test runs."""
 
 import random
 import sys
 from dataclasses import replace
 
 import megatron_fipo.cli.main as cli
-from megatron_fipo.driver import cluster
-from megatron_fipo.driver import train as run
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.registry import engine_type, register
 
 
 def garble(reply: list[Generation], rng: random.Random) -> list[Generation]:
-    """The same reply with its first response spoilt in one of the ways that a sick engine has."""
+    """The same reply with its first response corrupted in one of the ways of a faulty engine."""
     first = reply[0]
-    spoilt = rng.choice(
+    corrupted = rng.choice(
         [
             replace(first, log_probs=(float("nan"),) * len(first.log_probs)),
             replace(first, log_probs=first.log_probs[:-1]),
@@ -24,7 +23,7 @@ def garble(reply: list[Generation], rng: random.Random) -> list[Generation]:
             replace(first, finish_reason="error"),
         ]
     )
-    return rng.choice([[spoilt, *reply[1:]], reply[1:]])
+    return rng.choice([[corrupted, *reply[1:]], reply[1:]])
 
 
 class GarblingEngine(LocalEngine):
@@ -35,5 +34,5 @@ class GarblingEngine(LocalEngine):
 
 
 if __name__ == "__main__":
-    run.engine_class = cluster.engine_class = lambda name: GarblingEngine
+    register(replace(engine_type("local"), load=lambda: GarblingEngine))
     sys.exit(cli.main())

@@ -1,7 +1,7 @@
-"""Engines are killed, stopped and answer garbage over a whole run; what is learnt is what would have been learnt without.
+"""Engines are killed, stopped and send malformed replies during an entire run; the final weights are those of a run without faults.
 
-This is stronger than that the run survives: a row scored as zero, a response of other weights, a prompt left out or drawn twice would
-each change the final weights.
+This is stronger than a test that the run survives: a row scored as zero, a response of other weights, a prompt skipped or sampled twice
+would each change the final weights.
 """
 
 import os
@@ -29,7 +29,7 @@ EXACT = (
 
 
 def disturb(run: psutil.Process, rng: random.Random) -> str | None:
-    """Kill or stop an engine of this run; None where there is none at the moment."""
+    """Kill or stop an engine of this run; None if there is none at the moment."""
     engines = [
         child
         for child in run.children(recursive=True)

@@ -1,4 +1,4 @@
-"""The engine pool with real actors: faults cost work, never correctness."""
+"""The engine pool with real actors: faults lose work, but never change results."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver import placement as placement_module
 from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE, EngineActors
-from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts, Settled
+from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts, RequestResult
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
@@ -30,7 +30,7 @@ HEALTH_S = 4.0
 
 
 class TroubledEngine(LocalEngine):
-    """A local engine that has the troubles it is told to have, so many times."""
+    """A local engine with faults that a test sets, each a number of times."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +60,7 @@ class TroubledEngine(LocalEngine):
         reply = super().generate(requests, sampling)
         if self._strikes("other weights"):
             return [replace(generation, weight_version=99) for generation in reply]
-        if self._strikes("garbage"):
+        if self._strikes("malformed"):
             return [
                 replace(generation, log_probs=(float("nan"),) * len(generation.log_probs))
                 for generation in reply
@@ -82,7 +82,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def answers(folders: list[Path]) -> list[dict[str, Generation]]:
-    """What one engine in this process answers with the weights of each folder."""
+    """The replies of one engine in this process with the weights of each folder."""
     result = []
     for folder in folders:
         engine = LocalEngine(str(folder), "float32")
@@ -98,7 +98,7 @@ def tokens(generations: dict[str, Generation]) -> dict[str, tuple[int, ...]]:
 
 
 class TrainerRank:
-    """Stands where the trainer's rank 0 stands: an actor that holds new weights and pushes them."""
+    """In place of the trainer's rank 0: an actor that pushes new weights."""
 
     def push(self, folder: str, engines: dict, version: int) -> None:
         weights = load_file(Path(folder, "model.safetensors"))
@@ -115,7 +115,7 @@ def trainer(cluster: None) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shared_pool(cluster: None, folders: list[Path]) -> Iterator[EnginePool]:
-    """Two engines for most tests, since each takes seconds to start. They begin without weights."""
+    """Two engines for most tests, since starting one takes seconds. They start without weights."""
     rollout = RolloutConfig(
         num_engines=2, max_retries=3, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=20
     )
@@ -147,19 +147,19 @@ def texts(answers: list[Generation | None]) -> list[tuple[int, ...]]:
 
 def rest(pool: EnginePool) -> dict[str, Generation]:
     """Poll until nothing is outstanding."""
-    settled: list[Settled] = []
+    results: list[RequestResult] = []
     while pool.outstanding:
-        settled += pool.poll(1.0)
-    return by_id(settled)
+        results += pool.poll(1.0)
+    return by_id(results)
 
 
-def by_id(settled: list[Settled]) -> dict[str, Generation]:
-    assert len({one.request_id for one in settled}) == len(settled)
-    return {one.request_id: one.generation for one in settled if one.generation is not None}
+def by_id(results: list[RequestResult]) -> dict[str, Generation]:
+    assert len({result.request_id for result in results}) == len(results)
+    return {result.request_id: result.generation for result in results if result.generation is not None}
 
 
 def submit_to_both(pool: EnginePool) -> None:
-    """All requests, half of them at each engine; returns while they work."""
+    """Submit all requests, half to each engine; returns while they run."""
     pool.submit(some_requests(), SAMPLING)
     assert pool.poll(0.0) == []
     assert pool._dispatcher.busy == [0, 1]
@@ -266,8 +266,8 @@ def test_an_engine_that_does_not_stop_is_started_again(pool):
     assert pool.take_counts() == PoolCounts(restarts=1, hangs=1)
 
 
-def test_an_engine_that_keeps_answering_garbage_is_started_again(pool, answers):
-    ray.get(pool.loaded(wait=False)[0].cause.remote("garbage", 3))
+def test_an_engine_that_keeps_answering_malformed_is_started_again(pool, answers):
+    ray.get(pool.loaded(wait=False)[0].cause.remote("malformed", 3))
     counts: list[PoolCounts] = []
     while not counts or not counts[-1].restarts:
         pool.submit(some_requests(), SAMPLING)
@@ -294,12 +294,12 @@ def test_a_request_that_never_works_is_given_up_alone(pool, answers):
 def test_an_engine_that_did_not_take_its_weights_is_started_again(pool):
     pool.failed(1, "did not take the weights")
     assert set(pool.loaded(wait=False)) == {0}
-    pool.failed(1, "is said to have failed twice")
+    pool.failed(1, "is reported to have failed twice")
     assert pool.take_counts() == PoolCounts(restarts=1, deaths=1)
 
 
 class AsyncEngine(LocalEngine):
-    """An asyncio actor, as engines around asynchronous libraries are."""
+    """An asyncio actor, like engines around asynchronous libraries."""
 
     requests_per_call = 3
     calls_at_once = 4
@@ -340,7 +340,7 @@ def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
         LocalEngine, kwargs, RolloutConfig(num_engines=1), gpus_per_engine=0, keep_batches=False
     )
     try:
-        with pytest.raises(UserError, match=r"no folder with a config\.json"):
+        with pytest.raises(UserError, match=r"not a folder with a config\.json"):
             pool.loaded(wait=True)
     finally:
         pool.shutdown()
@@ -348,13 +348,13 @@ def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
 
 def test_a_cluster_without_room_is_said(cluster, monkeypatch):
     monkeypatch.setattr(placement_module, "PLACEMENT_TIMEOUT_S", 1.0)
-    with pytest.raises(UserError, match=r"no room for 50 rollout engines .* lower rollout\.num_engines"):
+    with pytest.raises(UserError, match=r"50 rollout engines .* lower rollout\.num_engines"):
         EnginePool(LocalEngine, {}, RolloutConfig(num_engines=50), gpus_per_engine=0, keep_batches=False)
 
 
 def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
     class Where:
-        """Tells the GPU it was given. A local class reaches the actors without importing torch there."""
+        """Returns the GPU assigned to it. A local class is sent to the actors without importing torch there."""
 
         calls_at_once = 1
 

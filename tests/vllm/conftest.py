@@ -1,6 +1,6 @@
-"""Tests on the real vLLM. It starts processes and threads, so this folder runs as a pytest process of its own.
+"""Tests on the real vLLM. It starts processes and threads, so this folder runs in a separate pytest process.
 
-One engine for the whole session, since starting one takes longer than all tests on it.
+One engine serves the entire session, since starting one takes longer than all tests on it.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
-    """Run a coroutine in the event loop that the session's engine lives in."""
+    """Run a coroutine in the event loop of the session's engine."""
     with asyncio.Runner() as runner:
         yield runner.run
 

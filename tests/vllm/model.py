@@ -1,4 +1,4 @@
-"""A random Qwen2 model that vLLM's kernels for CPUs take, and the log-probs that `transformers` gives it."""
+"""A random Qwen2 model that vLLM's kernels for CPUs support, and its log-probs from `transformers`."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MAX_MODEL_LEN = 200
 
 
 def save_model(folder: Path, seed: int) -> Path:
-    """Tied embeddings, grouped queries, biases; sharp enough that tokens differ in likelihood."""
+    """Tied embeddings, grouped queries, biases; sharp enough that tokens differ in probability."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=32,
@@ -50,7 +50,7 @@ def some_requests(count: int = 8, seed: int = 1000) -> list[GenerationRequest]:
 def teacher_forced(
     folder: Path, request: GenerationRequest, generation: Generation, temperature: float
 ) -> torch.Tensor:
-    """Log-probs [n] of the generated tokens in one pass over the whole sequence."""
+    """Log-probs [n] of the generated tokens in one pass over the full sequence."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.tensor(generation.response_ids)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def teacher_forced(
 def largest_difference(
     folder: Path, requests: list[GenerationRequest], generations: list[Generation], temperature: float
 ) -> float:
-    """Between the engine's log-probs and the teacher-forced ones."""
+    """Largest absolute difference between the engine's log-probs and teacher-forced ones."""
     return max(
         float(
             (torch.tensor(generation.log_probs) - teacher_forced(folder, request, generation, temperature))

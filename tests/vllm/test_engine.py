@@ -1,4 +1,4 @@
-"""The engine on the real vLLM against a teacher-forced pass of `transformers`, and against itself."""
+"""The engine on the real vLLM compared with a teacher-forced pass of `transformers`, and with itself."""
 
 import asyncio
 from collections import Counter
@@ -21,7 +21,7 @@ GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=24)
 
 @pytest.fixture
 def engine(shared_engine, model_folder, run) -> VLLMEngine:
-    """The session's engine with the weights of `model_folder`, whatever the test before did to it."""
+    """The session's engine with the weights of `model_folder`, restored if the previous test changed them."""
     if shared_engine._version != 0:
         run(push(shared_engine, weights(model_folder), 0))
     return shared_engine
@@ -49,7 +49,7 @@ def test_log_probs_are_those_before_truncation(engine, model_folder, run, temper
 
 
 def test_top_p_truncates(engine, model_folder, run):
-    """Only tokens of the nucleus are drawn, and others than the likeliest are."""
+    """Only tokens of the nucleus are sampled, and not only the most likely one."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     prompt = some_requests(1)[0].prompt_ids
     probs = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1).detach()
@@ -130,7 +130,7 @@ def test_abort_returns_partial_responses(engine, model_folder, run):
         ]
         await engine.generate(
             some_requests(1), replace(PLAIN, max_new_tokens=2)
-        )  # ends after the first step of the others
+        )  # returns after the first step of the others
         await engine.abort()
         return [generation for call in calls for generation in await asyncio.wait_for(call, 30)]
 
@@ -189,7 +189,7 @@ def test_pushed_weights_generate_as_transformers_does(engine, other_folder, mode
 
 
 def test_no_cached_keys_and_values_survive_an_update(engine, other_folder, run):
-    """The prompt is longer than a block of the cache (128 tokens), so the second request for it would find its first block."""
+    """The prompt is longer than a cache block (128 tokens), so its second request would find the first block cached."""
     request = GenerationRequest("long", tuple(2 + 11 * place % 30 for place in range(150)), 1)
     run(engine.generate([request], PLAIN))
     run(push(engine, weights(other_folder), 2))
@@ -198,7 +198,7 @@ def test_no_cached_keys_and_values_survive_an_update(engine, other_folder, run):
 
 @pytest.mark.parametrize("started", [False, True])
 def test_generation_stops_for_an_update(engine, model_folder, run, started):
-    """A call that still hands in its requests, and one that has begun."""
+    """A call that is still submitting its requests, and one that is running."""
 
     async def both() -> list:
         call = asyncio.create_task(engine.generate(some_requests(200), LONG))
@@ -207,7 +207,7 @@ def test_generation_stops_for_an_update(engine, model_folder, run, started):
             await engine.generate(some_requests(1), replace(PLAIN, max_new_tokens=2))
         await engine.begin_weight_update(check=True)
         generations = await asyncio.wait_for(call, 30)
-        with pytest.raises(RuntimeError, match="within a weight update"):
+        with pytest.raises(RuntimeError, match="during a weight update"):
             await engine.generate(some_requests(1), PLAIN)
         return generations
 
@@ -217,7 +217,7 @@ def test_generation_stops_for_an_update(engine, model_folder, run, started):
 
 @pytest.mark.parametrize("how", ["abandoned", "failed"])
 def test_an_update_after_a_broken_one(engine, model_folder, other_folder, run, how):
-    """Layers that the broken update filled in part take the new weights whole."""
+    """Layers that the incomplete update filled in part load all new weights."""
     broken = {name: tensor + 1 for name, tensor in weights(model_folder).items()}
 
     async def break_it() -> None:
@@ -278,7 +278,7 @@ def test_weights_that_do_not_fit(engine, model_folder, run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_path": "/nowhere"}, "no folder with a config.json"),
+        ({"model_path": "/nowhere"}, "not a folder with a config.json"),
         ({"tensor_parallel_size": 3}, "engine_tensor_parallel_size=3 does not divide the 4 attention heads"),
         ({"max_model_len": 257}, r"max_prompt_length \+ rollout.max_response_length.*256"),
     ],

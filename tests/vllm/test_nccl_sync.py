@@ -1,6 +1,6 @@
 """The push over NCCL through vLLM's own trainer engine, with its factory, handshake, order of calls and checks of the source.
 
-Only what needs a GPU is stood in for: making the communicator, and the broadcast of packed buffers.
+Only the parts that need a GPU are replaced: creating the communicator, and the broadcast of packed buffers.
 """
 
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def nccl_engine(monkeypatch):
 
 
 def vllm_like(nccl_engine) -> WireEngine:
-    """An engine that takes exactly what vLLM's worker takes."""
+    """An engine that accepts exactly what vLLM's worker accepts."""
 
     class VLLMLike(WireEngine):
         def nccl_init(self, info):

@@ -26,15 +26,15 @@ class ObservedEngine(VLLMEngine):
         return await super()._submit(*args)
 
     async def beside(self) -> list[int]:
-        """How many requests vLLM was busy with when each call began to hand in its own."""
+        """Number of unfinished requests in vLLM when each call began to submit its own."""
         return self._beside
 
     async def unfinished(self) -> int:
-        """Requests that vLLM is busy with."""
+        """Number of unfinished requests in vLLM."""
         return self._llm.output_processor.get_num_unfinished_requests()
 
     async def processes(self) -> list[int]:
-        """vLLM's engine process and whatever else this one started."""
+        """vLLM's engine process and all other children of this process."""
         me = os.getpid()
         return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == me]
 
@@ -49,7 +49,7 @@ def _parent(pid: str) -> int:
 
 @pytest.fixture(scope="module")
 def actor(cluster, model_folder) -> Iterator[Any]:
-    """Deterministic, without weights of its own."""
+    """Deterministic, without initial weights."""
     handle = (
         ray.remote(ObservedEngine)
         .options(max_concurrency=VLLMEngine.calls_at_once + 4)
@@ -60,7 +60,7 @@ def actor(cluster, model_folder) -> Iterator[Any]:
     assert ray.get(handle.ping.remote(), timeout=120) == -1  # the actor is up
     ready = handle.ready.remote()
     while not ray.wait([ready], timeout=1)[0]:
-        assert ray.get(handle.ping.remote(), timeout=20) == -1, "the probe is answered while vLLM starts"
+        assert ray.get(handle.ping.remote(), timeout=20) == -1, "ping returns while vLLM starts"
     ray.get(ready)
     yield handle
     ray.kill(handle)
@@ -76,11 +76,11 @@ def test_push_generate_and_die(actor, other_folder):
     calls = [some_requests(16, seed) for seed in (0, 100, 200)]
     first = ray.get([actor.generate.remote(call, PLAIN) for call in calls], timeout=60)
     again = [ray.get(actor.generate.remote(call, PLAIN), timeout=60) for call in reversed(calls)][::-1]
-    assert first == again, "a call gives the same bits, whatever runs beside it"
+    assert first == again, "a call gives the same bits, whatever else runs"
     assert largest_difference(other_folder, calls[1], first[1], 0.7) < 1e-4
 
     assert ray.get(actor.beside.remote(), timeout=20) == [0] * 6, (
-        "one call at a time: batches do not depend on when calls come in"
+        "one call at a time: batches do not depend on when calls arrive"
     )
 
     running = actor.generate.remote(some_requests(500), PLAIN)

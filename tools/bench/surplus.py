@@ -25,8 +25,8 @@ from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.iteration_metrics import staleness_values
 from megatron_fipo.driver.rollout.collector import Collector
-from megatron_fipo.driver.rollout.pool import Settled
-from megatron_fipo.driver.rollout.prompt_group import Group, PromptGroup, Response, parse_request_id
+from megatron_fipo.driver.rollout.pool import RequestResult
+from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, ScoredGroup, parse_request_id
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.task import Problem
@@ -62,7 +62,7 @@ class Engines:
         self._queue.extend(requests)
         self._fill()
 
-    def poll(self, timeout_s: float) -> list[Settled]:
+    def poll(self, timeout_s: float) -> list[RequestResult]:
         """The next response to finish, unless that takes longer than `timeout_s`."""
         if not self._running:
             self.now += 0.0 if math.isinf(timeout_s) else timeout_s
@@ -79,7 +79,7 @@ class Engines:
         self._fill()
         return [self._settled(request, length(request) - len(request.prefix), "stop")]
 
-    def abort(self) -> list[Settled]:
+    def abort(self) -> list[RequestResult]:
         settled = [self._settled(r, int(self.blocks - start), "abort") for _, _, start, r in self._running]
         settled += [self._settled(request, 0, "abort") for request in self._queue]
         self._running.clear()
@@ -93,8 +93,10 @@ class Engines:
             heapq.heappush(self._running, (end, self._order, self.blocks, request))
             self._order += 1
 
-    def _settled(self, request: GenerationRequest, blocks: int, reason: str) -> Settled:
-        return Settled(request.request_id, Generation((0,) * blocks, (0.0,) * blocks, reason, self.version))
+    def _settled(self, request: GenerationRequest, blocks: int, reason: str) -> RequestResult:
+        return RequestResult(
+            request.request_id, Generation((0,) * blocks, (0.0,) * blocks, reason, self.version)
+        )
 
 
 def length(request: GenerationRequest) -> int:
@@ -104,7 +106,7 @@ def length(request: GenerationRequest) -> int:
     return min(max(round(tokens / BLOCK), 1), MAX_BLOCKS)
 
 
-def score(group: PromptGroup) -> Group:
+def score(group: PromptGroup) -> ScoredGroup:
     informative = random.Random(f"informative {group.group_id}").random() < INFORMATIVE
     return [
         Trajectory(
@@ -125,7 +127,7 @@ def score(group: PromptGroup) -> Group:
 class Iteration:
     """Tokens are in blocks; `end` and `busy` are the clock and the used slot-seconds when it ended."""
 
-    groups: list[Group]
+    groups: list[ScoredGroup]
     prompts: int
     generated: int
     dropped: int
@@ -140,7 +142,7 @@ class Iteration:
 Policy = Callable[[Engines, int], list[Iteration]]
 
 
-def rounds(prompts_per_round: int) -> RankModel:
+def rounds(prompts_per_round: int) -> Policy:
     """Rounds until there are enough groups, the rest discarded, then the update."""
 
     def run(engines: Engines, iterations: int) -> list[Iteration]:
@@ -148,7 +150,7 @@ def rounds(prompts_per_round: int) -> RankModel:
         serials = itertools.count()
         for version in range(iterations):
             engines.version = version
-            informative: list[Group] = []
+            informative: list[ScoredGroup] = []
             prompts = generated = 0
             while len(informative) < TARGET:
                 groups = _round(engines, list(itertools.islice(serials, prompts_per_round)))
@@ -185,7 +187,7 @@ def _round(engines: Engines, serials: Sequence[int]) -> list[PromptGroup]:
     return list(groups.values())
 
 
-def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness: int) -> RankModel:
+def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness: int) -> Policy:
     """The collector, driven as the training loop does in each mode."""
 
     def run(engines: Engines, iterations: int) -> list[Iteration]:
@@ -210,7 +212,7 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
                 collector.step(math.inf)
             if mode == "synchronous":
                 collector.pause()
-            result = collector.take()
+            result = collector.pop_batch()
             if mode == "synchronous":
                 _wait(engines, result.groups)
             else:
@@ -238,11 +240,11 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
     return run
 
 
-def _update_seconds(groups: Sequence[Group]) -> float:
+def _update_seconds(groups: Sequence[ScoredGroup]) -> float:
     return sum(t.response_length for group in groups for t in group) * BLOCK * TRAIN_S_PER_TOKEN
 
 
-def _wait(engines: Engines, groups: Sequence[Group]) -> None:
+def _wait(engines: Engines, groups: Sequence[ScoredGroup]) -> None:
     engines.now += _update_seconds(groups)
 
 

@@ -1,1 +1,1 @@
-"""How the driver fills an iteration: requests to engines, their replies, groups of responses, dynamic sampling."""
+"""How the driver gets the groups of an iteration: engine pool, replies, groups of responses, dynamic sampling, dumps."""

@@ -1,4 +1,4 @@
-"""Which requests travel in which call to which engine, and what becomes of them when a call fails: a queue without engines or Ray."""
+"""Which requests go in which call to which engine, and what happens to them when a call fails: a queue without engines or Ray."""
 
 import math
 from collections import deque
@@ -13,7 +13,7 @@ class _Item:
     request: GenerationRequest
     sampling: SamplingParams
     attempts: int = 0
-    """Calls it has travelled in."""
+    """Number of calls that contained it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,13 @@ class Call:
 
 
 class Dispatcher:
-    """Requests, first come first served. Each ends exactly once: by `answered`, given up by `failed`, or by `withdraw`.
+    """A first-come, first-served queue of requests. Each ends exactly once: by `answered`, given up by `failed`, or by `withdraw`.
 
-    A request whose call failed, for whatever reason, is sent again, `max_retries` times at most; one that kills its engine would
-    otherwise kill one after the other. On its last attempt it travels alone, so that it takes no other down with it.
+    A request whose call failed, for any reason, is sent again at most `max_retries` times; a request that kills its engine would
+    otherwise kill one engine after another. Its last attempt is a call with no other request, so that no other fails with it.
 
-    With `keep_batches` the requests of one `submit` are one call, on every attempt: what an engine computes may depend, in the
-    last bits, on what else is in the call.
+    With `keep_batches` the requests of one `submit` form one call, on every attempt: the last bits of what an engine computes may
+    depend on the other requests of the call.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Dispatcher:
         self._calls_at_once = calls_at_once
         self._max_retries = max_retries
         self._keep_batches = keep_batches
-        self._whole: deque[list[_Item]] = deque()
-        """Calls that are complete as they are."""
+        self._batches: deque[list[_Item]] = deque()
+        """Requests that must be one call."""
         self._loose: deque[_Item] = deque()
-        """Requests that fill calls."""
+        """Requests that may be combined into calls."""
         self._running: dict[int, list[Call]] = {}
         self._request_ids: set[str] = set()
         self.retries = 0
@@ -70,28 +70,28 @@ class Dispatcher:
         return [engine for engine, calls in self._running.items() if calls]
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None:
-        """Queue the requests. Raises `ValueError` where one has the id of another that has not ended."""
+        """Queue the requests. Raises `ValueError` if one has the id of another that has not ended."""
         for request in requests:
             if request.request_id in self._request_ids:
-                raise ValueError(f"a request with the id {request.request_id} is outstanding already")
+                raise ValueError(f"a request with the id {request.request_id} is already outstanding")
             self._request_ids.add(request.request_id)
         items = [_Item(request, sampling) for request in requests]
         if self._keep_batches and items:
-            self._whole.append(items)
+            self._batches.append(items)
         else:
             self._loose.extend(items)
 
     def start_calls(self, engines: Sequence[int]) -> list[Call]:
-        """Fill the free places at `engines`; the calls returned are running from now on.
+        """Fill the free call slots of `engines`. The returned calls count as running from now on.
 
-        Where there is less to do than fits, calls are of about equal size.
+        If there are fewer requests than fit, they are divided into calls of about equal size.
         """
         free = {engine: self._calls_at_once - len(self.at(engine)) for engine in engines}
-        places = sum(free.values())
-        size = self._size(places - len(self._whole))
+        slots = sum(free.values())
+        size = self._size(slots - len(self._batches))
         started = []
-        for _ in range(places):
-            items = self._whole.popleft() if self._whole else self._fill(size)
+        for _ in range(slots):
+            items = self._batches.popleft() if self._batches else self._fill(size)
             if not items:
                 break
             engine = max(free, key=lambda number: free[number])
@@ -104,24 +104,25 @@ class Dispatcher:
         return started
 
     def answered(self, call: Call) -> None:
+        """The call was answered: its requests have ended."""
         self._end(call, [request.request_id for request in call.requests])
 
     def failed(self, call: Call) -> list[str]:
-        """The call brought nothing. Its requests wait again, but for those given up for good, whose ids are returned."""
+        """The call failed: its requests wait again, except those given up permanently, whose ids are returned."""
         given_up = [item.request.request_id for item in call.items if item.attempts > self._max_retries]
         self._end(call, given_up)
         again = [item for item in call.items if item.attempts <= self._max_retries]
         if self._keep_batches and again:
-            self._whole.append(again)
+            self._batches.append(again)
             return given_up
-        self._whole.extend([item] for item in again if item.attempts == self._max_retries)
+        self._batches.extend([item] for item in again if item.attempts == self._max_retries)
         self._loose.extend(item for item in again if item.attempts < self._max_retries)
         return given_up
 
     def withdraw(self) -> list[str]:
-        """Forget the requests that wait; returns their ids. Those of running calls stay."""
-        waiting = [item.request.request_id for items in (*self._whole, self._loose) for item in items]
-        self._whole.clear()
+        """Remove the waiting requests and return their ids. Those of running calls stay."""
+        waiting = [item.request.request_id for items in (*self._batches, self._loose) for item in items]
+        self._batches.clear()
         self._loose.clear()
         self._request_ids.difference_update(waiting)
         return waiting
@@ -130,14 +131,14 @@ class Dispatcher:
         self._running[call.engine].remove(call)
         self._request_ids.difference_update(request_ids)
 
-    def _size(self, places: int) -> int:
-        """Requests per call so that as few rounds as possible over `places` calls take all loose ones, evenly."""
-        places = max(1, places)
-        rounds = math.ceil(len(self._loose) / (places * self._requests_per_call))
-        return math.ceil(len(self._loose) / (places * max(1, rounds)))
+    def _size(self, slots: int) -> int:
+        """Requests per call so that the fewest rounds of `slots` calls take all loose requests, evenly."""
+        slots = max(1, slots)
+        rounds = math.ceil(len(self._loose) / (slots * self._requests_per_call))
+        return math.ceil(len(self._loose) / (slots * max(1, rounds)))
 
     def _fill(self, size: int) -> list[_Item]:
-        """Up to `size` loose requests that are sampled alike."""
+        """Up to `size` loose requests with the same sampling parameters."""
         items: list[_Item] = []
         while (
             self._loose and len(items) < size and (not items or self._loose[0].sampling == items[0].sampling)

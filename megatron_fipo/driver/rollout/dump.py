@@ -1,9 +1,9 @@
-"""Trained trajectories on disk, one parquet file per iteration, and a run that trains on them again without engines.
+"""Trained trajectories on disk, one parquet file per iteration; `train --replay` trains on them without engines.
 
-    rollouts/iteration_000012.parquet     one row per response, in the order of training; responses of a group lie together
+    rollouts/iteration_000012.parquet     one row per response, in the order of training; responses of a group are adjacent
 
-Columns are the fields of `Trajectory` by their names (`extra` as JSON), so any parquet reader shows what a run was trained on. What is
-read back equals what was written, floats bit for bit. Pages carry checksums, and a file that shows is complete.
+Columns are the fields of `Trajectory` under their names (`extra` as JSON), so any parquet reader can show what a run was trained on.
+Reading returns what was written, floats bit for bit. Pages have checksums, and a file that exists is complete.
 """
 
 import json
@@ -20,15 +20,16 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
-from megatron_fipo.driver.rollout.collector import CollectCounts, Collected
-from megatron_fipo.driver.rollout.prompt_group import Group
+from megatron_fipo.driver.rollout.collect_counts import CollectCounts
+from megatron_fipo.driver.rollout.collector import Collected
+from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
 from megatron_fipo.errors import UserError, first_line, writing
 
 FORMAT = 1
 HEADER = b"megatron_fipo"
-"""Key of the schema's metadata; JSON of `format`, `iteration` (from 1) and `temperature` (of sampling)."""
+"""Key in the schema's metadata. The value is JSON: `format`, `iteration` (from 1) and sampling `temperature`."""
 GROUPS_AT_ONCE = 32
-"""Groups in a row group, which is what is in memory twice."""
+"""Groups in a row group, the part that is in memory twice."""
 FLAT_LISTS = {"prompt_ids": pyarrow.int32(), "response_ids": pyarrow.int32(), "response_mask": pyarrow.int8()}
 FLAT_LISTS |= {"rollout_log_probs": pyarrow.float64()}
 SPAN = pyarrow.struct(
@@ -59,8 +60,8 @@ def write_dump(
 ) -> Path:
     """Write the groups that iteration `iteration` (from 1) trains on, sampled at `temperature`; returns the file.
 
-    An earlier file of the same iteration is replaced at once. Raises `UserError` for a disk that refuses and for an `extra` that is
-    not JSON, ValueError for groups that could not be told apart when read; then nothing of the new file stays.
+    An earlier file of the same iteration is replaced atomically. Raises `UserError` if the disk cannot be written or an `extra` is
+    not JSON, ValueError for groups that a reader could not tell apart; then no part of the new file remains.
     """
     ids = [group[0].group_id for group in groups if group]
     if len(set(ids)) < len(groups) or any(
@@ -89,7 +90,7 @@ def write_dump(
     return path
 
 
-def read_dump(path: Path) -> list[Group]:
+def read_dump(path: Path) -> list[ScoredGroup]:
     """The groups of a dump. Raises `UserError` for a file that is missing, damaged, or not a dump of this format."""
     with _opened(path) as file:
         rows = [
@@ -99,40 +100,39 @@ def read_dump(path: Path) -> list[Group]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """`iteration` and `temperature` of a dump. Raises `UserError` as `read_dump`."""
+    """`iteration` and `temperature` of a dump. Raises the errors of `read_dump`."""
     with _opened(path) as file:
         return _header(path, file)
 
 
-class ReplaySource:
-    """The dumps of a folder as the groups of a run. `UserError` for an empty folder or a dump at another temperature."""
+class DumpFolder:
+    """A folder of dumps to replay."""
 
     def __init__(self, folder: Path, temperature: float, vocab_size: int) -> None:
+        """Raises `UserError` for a folder without dumps and for a dump sampled at another temperature."""
         self.folder = folder
         self.vocab_size = vocab_size
         found = (re.fullmatch(r"iteration_(\d{6,})\.parquet", path.name) for path in folder.glob("*.parquet"))
         self.iterations = sorted(int(match[1]) for match in found if match)
         if not self.iterations:
             raise UserError(
-                f"{folder} holds no iteration_*.parquet; give the rollouts folder of a run with rollout.dump_every=1"
+                f"{folder} contains no iteration_*.parquet; give the rollouts folder of a run with rollout.dump_every=1"
             )
         for iteration in self.iterations:
             path = dump_path(folder, iteration)
             header = read_header(path)
             if header["iteration"] != iteration:
-                raise UserError(
-                    f"{path} was written as iteration {header['iteration']}; give the file its own name back"
-                )
+                raise UserError(f"{path} was written as iteration {header['iteration']}; rename it back")
             if header["temperature"] != temperature:
                 raise UserError(
-                    f"{path} was sampled at temperature {header['temperature']}, but rollout.temperature={temperature}, and old and "
-                    f"new log-probs have to be of one distribution; set rollout.temperature={header['temperature']}"
+                    f"{path} was sampled at temperature {header['temperature']}, but rollout.temperature={temperature}; old "
+                    f"and new log-probs must have the same temperature: set rollout.temperature={header['temperature']}"
                 )
 
     def groups(self, iteration: int) -> Collected:
-        """What iteration `iteration` (from 1) trains on.
+        """The groups that iteration `iteration` (from 1) trains on.
 
-        Raises `UserError` where it was not dumped, or does not fit: ids beyond the vocabulary, groups of different sizes.
+        Raises `UserError` if it was not dumped or does not fit: ids outside the vocabulary, groups of different sizes.
         """
         path = dump_path(self.folder, iteration)
         if iteration not in self.iterations:
@@ -144,7 +144,7 @@ class ReplaySource:
         sizes = {group[0].group_id: len(group) for group in groups}
         if len(sizes) < len(groups) or len(set(sizes.values())) != 1:
             raise UserError(
-                f"{path} has groups of {sorted(set(sizes.values()))} responses, not all of one size; dump it again"
+                f"{path} has groups of {sorted(set(sizes.values()))} responses, but all must have one size; dump it again"
             )
         for trajectory in (trajectory for group in groups for trajectory in group):
             if fault := _fault(trajectory, self.vocab_size):
@@ -167,36 +167,40 @@ def _to_json(row: Trajectory) -> str:
         return json.dumps(row.extra)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"what the reward wants logged of group {row.group_id} cannot be dumped ({error}); return JSON values"
+            f"the reward's extra values of group {row.group_id} cannot be dumped ({error}); return JSON values"
         ) from error
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A dump, checked to be one; whatever is wrong with it while it is open, as a sentence."""
+    """Open a dump and check its form. Errors while it is open become a `UserError` with one sentence."""
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _header(path, file)
             if not file.schema_arrow.equals(SCHEMA):
-                raise ValueError("it has other columns")
+                raise ValueError("its columns differ from a dump's")
             yield file
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of the three
-        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:  # a damaged page may raise any of the three
+        if isinstance(error, OSError) and error.errno is not None:  # errors of pyarrow itself have no errno
             raise UserError(
                 f"cannot read {path} ({os.strerror(error.errno)}); check the folder and its permissions"
             ) from error
         raise UserError(
-            f"{path} is not a readable dump ({first_line(error)}); it is damaged: dump it again or leave it out"
+            f"{path} is not a readable dump ({first_line(error)}); it is damaged: dump it again or remove it"
         ) from error
 
 
 def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
     text = (file.schema_arrow.metadata or {}).get(HEADER)
     if text is None:
-        raise UserError(f"{path} is a parquet file, but no dump of a run; give the rollouts folder of a run")
+        raise UserError(f"{path} is a parquet file, but not a dump; give the rollouts folder of a run")
     header = json.loads(text)
     if not isinstance(header, dict) or not {"format", "iteration", "temperature"} <= header.keys():
-        raise ValueError("its header is not whole")
+        raise ValueError("its header is incomplete")
     if header["format"] != FORMAT:
         raise UserError(
             f"{path} has format {header['format']}, but this version reads {FORMAT}; use the version that wrote it"
@@ -214,21 +218,21 @@ def _trajectories(table: pyarrow.Table) -> list[Trajectory]:
 
 
 def _lists(column: pyarrow.ChunkedArray) -> list[list[Any]]:
-    """What `to_pylist` gives for lists of numbers, by way of numpy: a run's tokens would take it minutes."""
+    """Same as `to_pylist` for lists of numbers, through numpy: it would take minutes for a run's tokens."""
     array = column.combine_chunks()
     flat, offsets = array.values.to_numpy(), array.offsets.to_numpy().tolist()
     return [flat[start:end].tolist() for start, end in pairwise(offsets)]
 
 
 def _fault(trajectory: Trajectory, vocab_size: int) -> str | None:
-    """Why a model with this vocabulary cannot be trained on the response, if it cannot."""
+    """Why a model with this vocabulary cannot be trained on the response, or None."""
     ids = trajectory.prompt_ids + trajectory.response_ids
     if not trajectory.prompt_ids or not trajectory.response_ids:
         return "has no prompt or no response tokens"
     if min(ids) < 0 or max(ids) >= vocab_size:
         return f"has the token id {min(ids) if min(ids) < 0 else max(ids)}, but the model's vocabulary has {vocab_size}"
     if {len(trajectory.response_mask), len(trajectory.rollout_log_probs)} != {trajectory.response_length}:
-        return "has mask or log-probs of another length than its tokens"
+        return "has a mask or log-probs whose length differs from its tokens"
     starts, ends = [span.start for span in trajectory.spans], [span.end for span in trajectory.spans]
     if [*starts, trajectory.response_length] != [0, *ends]:
         return "has weight versions that do not cover its tokens"

@@ -1,4 +1,4 @@
-"""Engines as Ray actors: where they run, and starting each one again in its place."""
+"""Engines as Ray actors: their placement, and restarting each one in the same place."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from megatron_fipo.driver.placement import node_by_node, reserve
 from megatron_fipo.errors import UserError
 
 COLOCATED_GPU_SHARE = 0.5
-"""Of a GPU, for Ray's bookkeeping, that a colocated engine takes and the trainer rank beside it leaves. Memory is another matter."""
+"""Share of a GPU, in Ray's bookkeeping, of a colocated engine; the trainer rank on that GPU leaves it free. Not a share of memory."""
 CONTROL_CALLS = 4
-"""Calls besides `generate` that an engine takes at one time: a health probe, an abort, two buckets of weights."""
+"""Concurrent calls to an engine besides `generate`: a health probe, an abort, two buckets of weights."""
 
 
 class EngineActors:
@@ -28,10 +28,10 @@ class EngineActors:
         gpus_per_engine: int,
         trainer_placement: PlacementGroup | None = None,
     ) -> None:
-        """Reserve the places (1 CPU and `gpus_per_engine` GPUs each); nothing is started yet.
+        """Reserve the bundles (1 CPU and `gpus_per_engine` GPUs each); no actor is started yet.
 
-        With `trainer_placement` (one bundle with one GPU per trainer rank) engines live in the trainer's bundles instead, each
-        with `COLOCATED_GPU_SHARE` of the GPU there, which the rank has to leave free. Raises `UserError` where there is no room.
+        With `trainer_placement` (one bundle with one GPU per trainer rank) engines run in the trainer's bundles instead, each
+        with `COLOCATED_GPU_SHARE` of the GPU there, which the rank must leave free. Raises `UserError` if the cluster has no space.
         """
         self._arguments = engine_kwargs
         self._own_placement = None
@@ -58,7 +58,7 @@ class EngineActors:
         return self._handles[number]
 
     def start(self, number: int) -> None:
-        """Start an actor; returns at once. Where one was killed, Ray waits until its place is free."""
+        """Start an actor; returns at once. After a kill, Ray waits until the old actor's resources are free."""
         strategy = PlacementGroupSchedulingStrategy(
             self._placement, placement_group_bundle_index=self._bundles[number]
         )
@@ -67,10 +67,11 @@ class EngineActors:
         ).remote(**self._arguments)
 
     def kill(self, number: int) -> None:
-        """End the actor, also one whose process is dead already, hangs or was stopped."""
+        """End the actor, including one whose process is dead, hangs or was stopped."""
         ray.kill(self._handles.pop(number))
 
     def shutdown(self) -> None:
+        """End all actors and release the bundles reserved here."""
         for number in list(self._handles):
             self.kill(number)
         if self._own_placement is not None:

@@ -1,11 +1,11 @@
-"""What is known about each engine and what follows from it: a state machine without engines, Ray or a clock.
+"""The state of each engine: a state machine without engines, Ray or a clock.
 
     STARTING ──loaded──> STALE ──updated──> SERVING ──another version is current──> STALE
         ^                  │ ^ answer          │ ^ answer
         │                  v │  slow probe     v │
         └──── lost ────── SUSPECT ─────────── SUSPECT          lost too often ──> RETIRED
 
-Times are arguments, in seconds of any one clock.
+Times are arguments, in seconds of any clock.
 """
 
 import math
@@ -14,25 +14,26 @@ from dataclasses import dataclass
 from enum import Enum
 
 FAILURES_IN_A_ROW = 3
-"""Calls in a row that bring nothing usable before the engine itself is held to be broken."""
+"""Consecutive calls without a usable reply after which the engine counts as broken."""
 
 
 class State(Enum):
     STARTING = "starting"
-    """The process comes up or loads its model."""
+    """The process is starting or loading its model."""
     STALE = "stale"
-    """Loaded, but without the current weights: gets no requests."""
+    """Loaded, without the current weights: gets no requests."""
     SERVING = "serving"
+    """Loaded, with the current weights."""
     SUSPECT = "suspect"
-    """Loaded, and slow to answer a health probe: gets no new requests until it does."""
+    """Loaded, but slow to answer a health probe: gets no new requests until it answers."""
     RETIRED = "retired"
-    """Lost more often than `max_restarts`; gone for good."""
+    """Lost more often than `max_restarts`; not started again."""
 
 
 @dataclass
 class _Engine:
     deadline: float | None
-    """When the load, or the unanswered probe, is overdue; None while nothing of the kind is awaited."""
+    """When the load or the unanswered probe is overdue; None if neither is pending."""
     loaded: bool = False
     version: int | None = None
     suspect: bool = False
@@ -55,9 +56,9 @@ class Fleet:
         loaded_version: int | None,
         now: float,
     ) -> None:
-        """All engines are starting. A loaded engine holds `loaded_version`, or no weights that may serve (None)."""
+        """All engines are starting. A loaded engine has weights of `loaded_version`, or (None) none that may serve."""
         self.version = loaded_version
-        """The current weights. Only engines that hold them serve."""
+        """The current weight version. Only engines that have it serve."""
         self.max_restarts = max_restarts
         self._load_timeout_s = load_timeout_s
         self._health_timeout_s = health_timeout_s
@@ -81,7 +82,7 @@ class Fleet:
     def restarts(self, number: int) -> int:
         return self._engines[number].restarts
 
-    # -- what happened ------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------------
 
     def loaded(self, number: int, now: float) -> None:
         engine = self._engines[number]
@@ -89,14 +90,14 @@ class Fleet:
         engine.next_probe = now + self._probe_interval_s
 
     def updated(self, numbers: Iterable[int], version: int) -> None:
-        """`version` is current, and these engines hold it. All others are stale; one that was restarted meanwhile is, too."""
+        """`version` is current and these engines have it. All others are stale, including one restarted meanwhile."""
         self.version = version
         for number in numbers:
             if self._engines[number].loaded:
                 self._engines[number].version = version
 
     def forgot_weights(self) -> None:
-        """No engine holds weights any more."""
+        """No engine has weights any more."""
         for engine in self._engines:
             engine.version = None
 
@@ -108,22 +109,22 @@ class Fleet:
         self._engines[number].failures = 0
 
     def failed_call(self, number: int) -> bool:
-        """A call brought an error or garbage. True where that makes the engine one to be `lost`."""
+        """A call brought an error or a malformed reply. True if the engine must be restarted (`lost`)."""
         self._engines[number].failures += 1
         return self._engines[number].failures >= FAILURES_IN_A_ROW
 
     def lost(self, number: int, now: float) -> bool:
-        """The engine died or has been killed. True where it is to be started again; else it is retired."""
+        """The engine died or was killed. True if it is to be started again; else it is retired."""
         restarts = self._engines[number].restarts
         retired = restarts >= self.max_restarts
         deadline = None if retired else now + self._load_timeout_s
         self._engines[number] = _Engine(deadline, restarts=restarts + (not retired), retired=retired)
         return not retired
 
-    # -- what is due --------------------------------------------------------------------------------------------------
+    # -- deadlines ---------------------------------------------------------------------------------------
 
     def probes_due(self, now: float) -> list[int]:
-        """The engines to send a health probe to. One that takes more than a moment to answer it becomes suspect."""
+        """The engines to send a health probe to. Engines that take too long to answer one become suspect."""
         due = []
         for number in self.numbers(State.STALE, State.SERVING):
             engine = self._engines[number]
@@ -139,7 +140,7 @@ class Fleet:
 
     @property
     def probing(self) -> list[int]:
-        """The engines whose health probe is not answered yet."""
+        """The engines with an unanswered health probe."""
         return [
             number
             for number, engine in enumerate(self._engines)
@@ -152,22 +153,22 @@ class Fleet:
             engine.next_probe = -math.inf
 
     def overdue(self, now: float) -> list[tuple[int, str]]:
-        """(engine, what it failed to do in time), each to be `lost`."""
+        """(engine, what it did not do in time) of each engine that counts as hung and must be restarted."""
         late: list[tuple[int, str]] = []
         for number, engine in enumerate(self._engines):
             if engine.deadline is not None and engine.deadline <= now:
-                late.append(
-                    (
-                        number,
-                        f"left a health probe unanswered for rollout.health_timeout_s = {self._health_timeout_s:g} s",
-                    )
-                    if engine.loaded
-                    else (number, f"did not load within rollout.timeout_s = {self._load_timeout_s:g} s")
-                )
+                late.append((number, self._overdue_reason(engine)))
         return late
 
+    def _overdue_reason(self, engine: _Engine) -> str:
+        if engine.loaded:
+            return (
+                f"left a health probe unanswered for rollout.health_timeout_s = {self._health_timeout_s:g} s"
+            )
+        return f"did not load within rollout.timeout_s = {self._load_timeout_s:g} s"
+
     def next_event(self) -> float:
-        """The time at which a probe is due or something is overdue next; inf where nothing will be."""
+        """The next time at which a probe is due or something is overdue; inf if there is none."""
         times = [math.inf]
         for number in self.numbers(State.STARTING, State.STALE, State.SERVING, State.SUSPECT):
             engine = self._engines[number]

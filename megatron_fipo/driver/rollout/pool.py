@@ -1,8 +1,8 @@
-"""The rollout engines as one: requests in, responses out. An engine that dies, hangs or answers garbage costs its work, not the run.
+"""The rollout engines as one: requests in, responses out. An engine that dies, hangs or replies malformed data loses only its work.
 
-`fleet` decides which engine may serve, `dispatch` which requests travel together, `replies` what may be believed, `actors`
-starts processes; the pool carries messages between them. Nothing happens behind the driver's back: only inside `poll`, `loaded`,
-`abort`, `sleep` and `wake` is anything sent, received, or started again.
+`fleet` decides which engine may serve, `dispatch` which requests are sent together, `replies` which replies are valid,
+`engine_actors` starts processes, `pending_calls` waits for answers; the pool passes messages between them. There is no background
+thread: messages are sent and received, and engines restarted, only inside `poll`, `loaded`, `abort`, `sleep` and `wake`.
 """
 
 import logging
@@ -20,23 +20,24 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.rollout.dispatch import Call, Dispatcher
 from megatron_fipo.driver.rollout.engine_actors import EngineActors
 from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
+from megatron_fipo.driver.rollout.pending_calls import PendingCall, PendingCalls
 from megatron_fipo.driver.rollout.replies import malformed
-from megatron_fipo.engine.protocol import RAY_LOGS, Generation, GenerationRequest, SamplingParams
-from megatron_fipo.errors import UserError
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.errors import RAY_LOGS, UserError
 
 logger = logging.getLogger(__name__)
 
 ABORT_EVERY_S = 0.2
-"""Seconds between repeated aborts: one that overtakes a call that has not begun yet does nothing."""
+"""Seconds between repeated aborts: one that arrives before the call that it should abort does nothing."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """The end of a request."""
+class RequestResult:
+    """The result of a request."""
 
     request_id: str
     generation: Generation | None
-    """None: failed `max_retries + 1` times; never to be scored."""
+    """None: failed `max_retries + 1` times; never scored."""
 
 
 @dataclass
@@ -46,31 +47,19 @@ class PoolCounts:
     retries: int = 0
     """Requests sent again, counted each time."""
     restarts: int = 0
-    """Engines started again, for whatever reason."""
+    """Engines started again, for any reason."""
     deaths: int = 0
     """Engines whose process ended."""
     hangs: int = 0
-    """Engines that left a call, a health probe or an abort unanswered."""
+    """Engines that did not answer a call, a health probe or an abort in time."""
     malformed: int = 0
-    """Replies that were not believed."""
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A message to an engine whose answer is awaited."""
-
-    engine: int
-    method: str
-    deadline: float = math.inf
-    call: Call | None = None
-    version: int | None = None
-    """Of the weights that a `generate` was meant for."""
+    """Malformed replies."""
 
 
 class EnginePool:
-    """`rollout.num_engines` actors of one engine class (see `protocol.RolloutEngine`), known by their numbers from 0.
+    """`rollout.num_engines` actors of one engine class (see `protocol.RolloutEngine`), numbered from 0.
 
-    Single-threaded. Not made for a huge number of small calls: each costs the driver about a millisecond.
+    Single-threaded. Not suited to a very large number of small calls: each costs the driver about a millisecond.
     """
 
     def __init__(
@@ -84,18 +73,18 @@ class EnginePool:
         loaded_weights_serve: bool = False,
         trainer_placement: PlacementGroup | None = None,
     ) -> None:
-        """Find room for the engines and start them; they load while the caller goes on.
+        """Reserve resources for the engines and start them; they load while the caller continues.
 
-        `keep_batches`: the requests of one `submit` travel in one call, also when sent again. `loaded_weights_serve`: engines
-        serve what they load, as version 0; else none gets a request before its first weights arrive. `trainer_placement` puts
-        them beside the trainer's ranks (`EngineActors`). Raises `UserError` where there is no room.
+        `keep_batches`: the requests of one `submit` are sent in one call, also on a retry. `loaded_weights_serve`: engines serve
+        the weights that they load, as version 0; else none gets a request before its first weights arrive. `trainer_placement`
+        puts them on the GPUs of the trainer's ranks (`EngineActors`). Raises `UserError` if the cluster has no space for them.
         """
         self._rollout = rollout
         engines: Any = engine_class
         self._requests_per_call: int = engines.requests_per_call
         self._dispatcher = Dispatcher(
             requests_per_call=engines.requests_per_call,
-            # An engine takes batches that have to stay as they are one after the other; a queue there would use up their deadlines.
+            # An engine runs kept batches one after another; waiting in a queue there would use up their deadlines.
             calls_at_once=1 if keep_batches else engines.calls_at_once,
             max_retries=rollout.max_retries,
             keep_batches=keep_batches,
@@ -108,8 +97,8 @@ class EnginePool:
             loaded_version=0 if loaded_weights_serve else None,
             now=time.monotonic(),
         )
-        self._questions: dict[Any, _Question] = {}
-        self._settled: list[Settled] = []
+        self._pending = PendingCalls()
+        self._results: list[RequestResult] = []
         self._counts = PoolCounts()
         self._aborting = False
         self._refusal: UserError | None = None
@@ -128,50 +117,50 @@ class EnginePool:
 
     @property
     def outstanding(self) -> int:
-        """Requests submitted and not yet returned as settled."""
-        return self._dispatcher.outstanding + len(self._settled)
+        """Requests submitted and not yet returned with a result."""
+        return self._dispatcher.outstanding + len(self._results)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None:
-        """Queue requests, whose ids no outstanding request may have; they are sent by the next `poll`."""
+        """Queue requests for the next `poll` to send. No outstanding request may have one of their ids."""
         for start in range(0, len(requests), self._requests_per_call):
             self._dispatcher.submit(requests[start : start + self._requests_per_call], sampling)
 
-    def poll(self, timeout_s: float) -> list[Settled]:
-        """Do what is due and return what was settled: as something is, else after `timeout_s`.
+    def poll(self, timeout_s: float) -> list[RequestResult]:
+        """Do what is due and return new results: as soon as there are any, else after `timeout_s`.
 
-        Raises `UserError` where no engine is left, or one can't load or serve for a reason that the user can mend.
+        Raises `UserError` if no engine is left, or one can't load or serve for a reason that the user can fix.
         """
         until = time.monotonic() + timeout_s
         while True:
-            self._advance(0.0 if self._settled else until)
-            self._raise_trouble()
-            if self._settled or time.monotonic() >= until:
+            self._advance(0.0 if self._results else until)
+            self._raise_failure()
+            if self._results or time.monotonic() >= until:
                 self._dispatch()
-                return self._take_settled()
+                return self._take_results()
 
-    def abort(self) -> list[Settled]:
-        """Stop everything; each outstanding request comes back, unfinished ones with finish reason `abort` and what they have.
+    def abort(self) -> list[RequestResult]:
+        """Stop all requests and return a result for each; unfinished ones have finish reason `abort` and the tokens so far.
 
-        An engine that does not return its calls within `health_timeout_s` counts as hung, and what it was working on is lost.
+        An engine that does not return its calls within `health_timeout_s` counts as hung, and the tokens of these calls are lost.
         """
         timeout_s = self._rollout.health_timeout_s
         self._aborting = True
-        until, ask_at = time.monotonic() + timeout_s, 0.0
+        until, abort_at = time.monotonic() + timeout_s, 0.0
         self._withdraw()
-        while self._dispatcher.outstanding or self._awaiting("abort"):
-            if (now := time.monotonic()) >= ask_at:
-                ask_at = now + ABORT_EVERY_S
+        while self._dispatcher.outstanding or self._pending.engines("abort"):
+            if (now := time.monotonic()) >= abort_at:
+                abort_at = now + ABORT_EVERY_S
                 for number in self._dispatcher.busy:
-                    self._ask(number, "abort")
-            self._advance(ask_at)
+                    self._send(number, "abort")
+            self._advance(abort_at)
             if time.monotonic() >= until:
-                for number in {*self._dispatcher.busy, *self._awaiting("abort")}:
+                for number in {*self._dispatcher.busy, *self._pending.engines("abort")}:
                     self._lose(
                         number, f"did not stop within rollout.health_timeout_s = {timeout_s:g} s", "hangs"
                     )
             self._withdraw()
         self._aborting = False
-        return self._take_settled()
+        return self._take_results()
 
     def generate(
         self,
@@ -179,9 +168,9 @@ class EnginePool:
         sampling: SamplingParams,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[Generation | None]:
-        """Answer all requests, in order; None where one failed for good. For engines that serve what they load.
+        """Answer all requests, in order; None for one that failed permanently. For engines that serve the weights they load.
 
-        `on_finished` is told, at least every second, how many are settled. Nothing else may be outstanding.
+        `on_finished` receives, at least every second, the number of finished requests. No other request may be outstanding.
         """
         if self.outstanding:
             raise RuntimeError(f"generate() was called while {self.outstanding} requests are outstanding")
@@ -189,7 +178,7 @@ class EnginePool:
         self.submit(requests, sampling)
         answers: dict[str, Generation | None] = {}
         while self.outstanding:
-            answers |= {settled.request_id: settled.generation for settled in self.poll(1.0)}
+            answers |= {result.request_id: result.generation for result in self.poll(1.0)}
             if on_finished is not None:
                 on_finished(len(answers))
         return [answers[request.request_id] for request in requests]
@@ -199,7 +188,7 @@ class EnginePool:
     def loaded(self, wait: bool) -> dict[int, ActorHandle]:
         """The living engines whose model is loaded, by number; for a weight push.
 
-        With `wait`, first wait for those being started, and make sure that the others answer. Raises `UserError` as `poll` does.
+        With `wait`, first wait for those that are starting, and for an answer of the others to a probe. Raises `UserError` as `poll`.
         """
         while wait:
             self._advance_while(lambda: self._fleet.numbers(State.STARTING))
@@ -207,24 +196,24 @@ class EnginePool:
             self._advance(0.0)
             self._advance_while(lambda: self._fleet.probing)
             wait = bool(self._fleet.numbers(State.STARTING))
-        self._raise_trouble()
+        self._raise_failure()
         return self._handles(State.STALE, State.SERVING, State.SUSPECT)
 
     @property
     def starting(self) -> bool:
-        """Whether an engine is being started and has not loaded yet. Known as of the last `poll`."""
+        """Whether an engine is starting and has not loaded yet, as of the last `poll`."""
         return bool(self._fleet.numbers(State.STARTING))
 
     def stale(self) -> dict[int, ActorHandle]:
-        """Loaded engines without the current weights, such as those started again; they get no requests until `updated`."""
+        """Loaded engines without the current weights, such as restarted ones; they get no requests until `updated`."""
         return self._handles(State.STALE)
 
     def updated(self, numbers: Iterable[int], version: int) -> None:
-        """These engines hold `version` now, which is current; they serve, and all others are stale."""
+        """These engines now have weights of `version`, which is current: they serve, and all others are stale."""
         self._fleet.updated(numbers, version)
 
     def failed(self, number: int, reason: str) -> None:
-        """End an engine that did not take its weights, say why, and start it again while `max_restarts` allows."""
+        """End an engine that did not accept its weights, log why, and start it again if `max_restarts` allows."""
         if self._fleet.state(number) not in (State.STARTING, State.RETIRED):
             self._lose(number, reason, "deaths")
 
@@ -235,17 +224,18 @@ class EnginePool:
         return counts
 
     def sleep(self) -> None:
-        """Let the engines give their device memory back. Nothing may be outstanding; they are stale when they `wake`."""
+        """Make the engines free their device memory. No request may be outstanding; the engines are stale after `wake`."""
         self.loaded(wait=True)
-        self._tell_all("sleep")
+        self._call_all("sleep")
         self._fleet.forgot_weights()
 
     def wake(self) -> None:
-        self._tell_all("wake")
+        """Make the engines allocate their device memory again."""
+        self._call_all("wake")
 
     def shutdown(self) -> None:
-        """Kill the engines and give their place back."""
-        self._questions.clear()
+        """Kill the engines and release their resources."""
+        self._pending.clear()
         self._actors.shutdown()
 
     def _handles(self, *states: State) -> dict[int, ActorHandle]:
@@ -253,40 +243,28 @@ class EnginePool:
 
     def _start(self, number: int) -> None:
         self._actors.start(number)
-        self._ask(number, "ready")
+        self._send(number, "ready")
 
-    def _tell_all(self, method: str) -> None:
+    def _call_all(self, method: str) -> None:
         for number in self._fleet.numbers(State.STALE, State.SERVING, State.SUSPECT):
-            self._ask(number, method, in_time=True)
-        self._advance_while(lambda: self._awaiting(method))
+            self._send(number, method, in_time=True)
+        self._advance_while(lambda: self._pending.engines(method))
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _advance(self, until: float) -> None:
-        """Send what is due, wait for an answer or a deadline but not beyond `until`, and deal with all that has come."""
+        """Send what is due, wait for an answer or a deadline but not after `until`, and process all answers."""
         now = time.monotonic()
         for number in self._fleet.probes_due(now):
-            self._ask(number, "ping")
+            self._send(number, "ping")
         self._dispatch()
-        wake_at = min(
-            until,
-            self._fleet.next_event(),
-            *(question.deadline for question in self._questions.values()),
-            math.inf,
-        )
-        for reference in _answered(list(self._questions), max(0.0, wake_at - now)):
-            # An answer may belong to an engine that was lost through the answer before it.
-            if (question := self._questions.pop(reference, None)) is not None:
-                self._receive(reference, question)
+        wake_at = min(until, self._fleet.next_event(), self._pending.next_deadline)
+        for reference, pending in self._pending.answered(max(0.0, wake_at - now)):
+            self._receive(reference, pending)
         now = time.monotonic()
         for number, reason in self._fleet.overdue(now):
             self._lose(number, reason, "hangs")
-        late = {
-            question.engine: question.method
-            for question in self._questions.values()
-            if question.deadline <= now
-        }
-        for number, method in late.items():
+        for number, method in self._pending.overdue(now).items():
             self._lose(
                 number,
                 f"did not answer {method}() within rollout.timeout_s = {self._rollout.timeout_s:g} s",
@@ -296,43 +274,39 @@ class EnginePool:
     def _advance_while(self, unfinished: Callable[[], list[int]]) -> None:
         while unfinished():
             self._advance(math.inf)
-            self._raise_trouble()
+            self._raise_failure()
 
     def _dispatch(self) -> None:
         if self._aborting:
             return
         for call in self._dispatcher.start_calls(self._fleet.numbers(State.SERVING)):
-            self._ask(call.engine, "generate", call.requests, call.sampling, in_time=True, call=call)
+            self._send(call.engine, "generate", call.requests, call.sampling, in_time=True, call=call)
 
-    def _ask(
+    def _send(
         self, number: int, method: str, *arguments: Any, in_time: bool = False, call: Call | None = None
     ) -> None:
-        """Call a method of an engine; with `in_time`, the engine is lost where no answer comes within `timeout_s`."""
+        """Call a method of an engine. With `in_time`, an engine that does not answer within `timeout_s` is lost."""
         deadline = time.monotonic() + self._rollout.timeout_s if in_time else math.inf
         reference = getattr(self._actors[number], method).remote(*arguments)
-        self._questions[reference] = _Question(number, method, deadline, call, self._fleet.version)
+        self._pending.add(reference, PendingCall(number, method, deadline, call, self._fleet.version))
 
-    def _awaiting(self, method: str) -> list[int]:
-        """The engines that have yet to answer `method`."""
-        return [question.engine for question in self._questions.values() if question.method == method]
-
-    def _receive(self, reference: Any, question: _Question) -> None:
+    def _receive(self, reference: Any, pending: PendingCall) -> None:
         try:
             answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            self._raised(question, error.cause)
+            self._raised(pending, error.cause)
         except ray.exceptions.RayError as error:
-            self._lose(question.engine, f"died ({type(error).__name__})", "deaths")
+            self._lose(pending.engine, f"died ({type(error).__name__})", "deaths")
         else:
-            if question.method == "ready":
-                self._fleet.loaded(question.engine, time.monotonic())
-            elif question.method == "ping":
-                self._fleet.answered_probe(question.engine, time.monotonic())
-            elif question.call is not None:
-                self._replied(question.call, answer, question.version)
+            if pending.method == "ready":
+                self._fleet.loaded(pending.engine, time.monotonic())
+            elif pending.method == "ping":
+                self._fleet.answered_probe(pending.engine, time.monotonic())
+            elif pending.call is not None:
+                self._replied(pending.call, answer, pending.version)
 
     def _replied(self, call: Call, reply: Any, version: int | None) -> None:
-        """An answer to `generate`, good or not."""
+        """Process an answer to `generate`, valid or not."""
         problem = malformed(reply, call.requests, call.sampling, self._aborting)
         if problem is not None:
             self._counts.malformed += 1
@@ -345,26 +319,27 @@ class EnginePool:
             return
         self._dispatcher.answered(call)
         self._fleet.answered_call(call.engine)
-        self._settled += [
-            Settled(request.request_id, answer) for request, answer in zip(call.requests, reply, strict=True)
+        self._results += [
+            RequestResult(request.request_id, answer)
+            for request, answer in zip(call.requests, reply, strict=True)
         ]
 
-    def _raised(self, question: _Question, error: Exception) -> None:
-        """An engine's method raised. A `UserError` on the first load or in a call is for the caller, who sees it at the next `poll`."""
-        if question.call is not None:
+    def _raised(self, pending: PendingCall, error: Exception) -> None:
+        """An engine's method raised. The next `poll` raises a `UserError` of the first load or of a `generate` to the caller."""
+        if pending.call is not None:
             if isinstance(error, UserError):
                 self._refusal = error
-                self._give_back(question.call)
+                self._give_back(pending.call)
             else:
-                self._call_failed(question.call, f"failed: {error!r}")
+                self._call_failed(pending.call, f"failed: {error!r}")
         elif (
             isinstance(error, UserError)
-            and self._fleet.restarts(question.engine) == 0
-            and question.method == "ready"
+            and self._fleet.restarts(pending.engine) == 0
+            and pending.method == "ready"
         ):
             self._refusal = error
         else:
-            self._lose(question.engine, f"failed in {question.method}(): {error!r}", "deaths")
+            self._lose(pending.engine, f"failed in {pending.method}(): {error!r}", "deaths")
 
     def _call_failed(self, call: Call, reason: str) -> None:
         logger.warning("rollout engine %d %s (%d requests)", call.engine, reason, len(call.items))
@@ -373,16 +348,12 @@ class EnginePool:
             self._lose(call.engine, f"failed {FAILURES_IN_A_ROW} calls in a row")
 
     def _give_back(self, call: Call) -> None:
-        self._settled += [Settled(request_id, None) for request_id in self._dispatcher.failed(call)]
+        self._results += [RequestResult(request_id, None) for request_id in self._dispatcher.failed(call)]
 
     def _lose(self, number: int, reason: str, count: str | None = None) -> None:
-        """End an engine, send its requests again, and start it anew or retire it."""
+        """End an engine, send its requests again, and restart or retire it."""
         self._actors.kill(number)
-        self._questions = {
-            reference: question
-            for reference, question in self._questions.items()
-            if question.engine != number
-        }
+        self._pending.discard(number)
         for call in self._dispatcher.at(number):
             self._give_back(call)
         if count is not None:
@@ -400,28 +371,19 @@ class EnginePool:
         logger.warning("rollout engine %d %s and %s", number, reason, next_step)
 
     def _withdraw(self) -> None:
-        """Settle what waits as aborted before it began."""
-        nothing = Generation((), (), "abort", self._fleet.version or 0)
-        self._settled += [Settled(request_id, nothing) for request_id in self._dispatcher.withdraw()]
+        """Return the waiting requests as aborted before they began."""
+        empty = Generation((), (), "abort", self._fleet.version or 0)
+        self._results += [RequestResult(request_id, empty) for request_id in self._dispatcher.withdraw()]
 
-    def _take_settled(self) -> list[Settled]:
-        settled, self._settled = self._settled, []
-        return settled
+    def _take_results(self) -> list[RequestResult]:
+        results, self._results = self._results, []
+        return results
 
-    def _raise_trouble(self) -> None:
+    def _raise_failure(self) -> None:
         if self._refusal is not None:
             raise self._refusal
         if len(self._fleet.numbers(State.RETIRED)) == self._rollout.num_engines:
             raise UserError(
-                f"no rollout engine is left after rollout.max_restarts = {self._rollout.max_restarts} restarts of each, the last "
-                f"reason being that {self._last_loss}; see {RAY_LOGS}, then run the same command to resume"
+                f"no rollout engine is left after rollout.max_restarts = {self._rollout.max_restarts} restarts of each; the last "
+                f"reason: {self._last_loss}; see {RAY_LOGS}, then run the same command to resume"
             )
-
-
-def _answered(references: list[Any], timeout_s: float) -> list[Any]:
-    """Wait until one of the references is there, at most `timeout_s` (inf: no limit); return all that are."""
-    if not references:
-        time.sleep(timeout_s)
-        return []
-    ray.wait(references, num_returns=1, timeout=None if math.isinf(timeout_s) else timeout_s)
-    return ray.wait(references, num_returns=len(references), timeout=0)[0]

@@ -1,4 +1,4 @@
-"""The responses to one prompt: how they grow over calls and weight versions, how they are saved, and how they are scored."""
+"""The responses to one prompt: appending the tokens of several calls and weight versions, saving, and scoring."""
 
 import base64
 import hashlib
@@ -13,12 +13,12 @@ from megatron_fipo.engine.protocol import Generation, GenerationRequest
 from megatron_fipo.objective.advantages import overlong_penalty
 from megatron_fipo.tasks.task import Problem, Scorer
 
-Group = list[Trajectory]
-"""The scored responses to one prompt."""
+ScoredGroup = list[Trajectory]
+"""The scored responses to one prompt, in the order of their indices."""
 
 
 def request_seed(seed: int, request_id: str) -> int:
-    """A seed in [0, 2^63) that depends on the run's seed and the request's name only."""
+    """A seed in [0, 2^63) that depends only on the run's seed and the request's id."""
     return (
         int.from_bytes(hashlib.blake2b(f"{seed}|{request_id}".encode(), digest_size=8).digest(), "big") >> 1
     )
@@ -26,17 +26,17 @@ def request_seed(seed: int, request_id: str) -> int:
 
 @dataclass
 class Response:
-    """One response, as it has been sampled."""
+    """The tokens sampled for one response so far."""
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
-    """Which weights sampled which tokens; no two neighbours have the same version."""
+    """Which weight version sampled which tokens; adjacent spans differ in version."""
     finish_reason: str | None = None
-    """`stop` or `length`; None while it is not finished."""
+    """`stop` or `length`; None while the response is unfinished."""
 
     def add(self, generation: Generation) -> None:
-        """Append what one call sampled behind this response."""
+        """Append the tokens that one call sampled."""
         start, version = len(self.token_ids), generation.weight_version
         self.token_ids += generation.response_ids
         self.log_probs += generation.log_probs
@@ -49,7 +49,7 @@ class Response:
             self.finish_reason = generation.finish_reason
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able, every bit kept. Arrays travel as base64: as decimals the log-probs of a large run would take minutes."""
+        """JSON-able, bit for bit. Arrays are base64: as decimals the log-probs of a large run would take minutes."""
         return {
             "token_ids": _pack(self.token_ids, "<i4"),
             "log_probs": _pack(self.log_probs, "<f8"),
@@ -70,7 +70,7 @@ class Response:
 
 @dataclass
 class PromptGroup:
-    """A prompt in work. `serial` counts the prompts of a run in the order of the dataset."""
+    """A prompt and its responses so far. `serial` counts the prompts of a run in the order of the dataset."""
 
     serial: int
     problem: Problem
@@ -91,24 +91,27 @@ class PromptGroup:
 
     @property
     def oldest_version(self) -> int | None:
-        """Version of the oldest weights that sampled one of its tokens; None where there is no token yet."""
+        """The oldest weight version that sampled one of its tokens; None if there is no token yet."""
         return min((response.spans[0].version for response in self.responses if response.spans), default=None)
 
     def requests(self, seed: int) -> list[GenerationRequest]:
-        """What is still to be generated. A request's seed depends on the run's `seed`, its serial, prompt and place alone."""
+        """Requests for the unfinished responses.
+
+        A request's seed depends only on the run's `seed`, the serial, the prompt and the index of the response.
+        """
         return [
             GenerationRequest(
-                request_id := f"{self.group_id}/{place}",
+                request_id := f"{self.group_id}/{index}",
                 self.problem.prompt_ids,
                 request_seed(seed, request_id),
                 tuple(response.token_ids),
             )
-            for place, response in enumerate(self.responses)
+            for index, response in enumerate(self.responses)
             if response.finish_reason is None
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able; the problem itself stays in the dataset."""
+        """JSON-able; names the problem, which stays in the dataset."""
         return {
             "serial": self.serial,
             "problem_id": self.problem.problem_id,
@@ -117,7 +120,7 @@ class PromptGroup:
 
 
 def parse_request_id(request_id: str) -> tuple[int, int]:
-    """The serial of the group and the place of the response that a request of `PromptGroup.requests` is for."""
+    """Serial of the group and index of the response that a request of `PromptGroup.requests` is for."""
     return int(request_id.partition("-")[0]), int(request_id.rpartition("/")[2])
 
 
@@ -127,12 +130,12 @@ class GroupScorer:
 
     scorer: Scorer
     decode: Callable[[Sequence[int]], str]
-    """Token ids to text, special tokens left out."""
+    """Token ids to text without special tokens."""
     max_response_length: int
     overlong_buffer: int
     overlong_factor: float
 
-    def __call__(self, group: PromptGroup) -> Group:
+    def __call__(self, group: PromptGroup) -> ScoredGroup:
         """`reward` is the score plus the overlong penalty; `accuracy` is the score's own."""
         return [self._trajectory(group, response) for response in group.responses]
 

@@ -1,0 +1,57 @@
+"""What happened to prompts and response tokens while one batch was collected."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Unused = Literal["all_right", "all_wrong", "failed"]
+"""Why a group was not used; names a field of `CollectCounts`."""
+
+
+@dataclass
+class CollectCounts:
+    """Counts since the last `Collector.pop_batch`.
+
+    `generated_tokens` + `carried_tokens` of the batch before
+    = `used_tokens` + `filtered_tokens` + `dropped_tokens` + `carried_tokens`.
+    """
+
+    prompts: int = 0
+    """Prompts started."""
+    informative: int = 0
+    """Finished groups whose responses differ in accuracy."""
+    all_right: int = 0
+    all_wrong: int = 0
+    failed: int = 0
+    """Groups dropped because a response failed more often than `max_retries` allows; never scored."""
+    stale: int = 0
+    """Groups dropped, finished or not, because the next update is more than `max_staleness` versions after their oldest token."""
+    from_earlier: int = 0
+    """Groups of this batch whose prompt was started before the last `pop_batch`."""
+    waiting: int = 0
+    """Informative groups buffered for later batches."""
+    unfinished: int = 0
+    """Unfinished groups after this `pop_batch`."""
+    generated_tokens: int = 0
+    """Response tokens received from the engines."""
+    used_tokens: int = 0
+    """Of the groups of this batch."""
+    filtered_tokens: int = 0
+    """Of groups all right or all wrong."""
+    dropped_tokens: int = 0
+    """Of stale and failed groups, and with unfinished=drop of groups that were started but not needed."""
+    carried_tokens: int = 0
+    """Of waiting and unfinished groups, after this `pop_batch`."""
+    unused_share: float = 0.0
+    """Responses of informative groups that were dropped / all responses of informative groups, since the run began."""
+
+    def count_dropped(self, why: Unused, tokens: int) -> None:
+        """Count a group that is not used."""
+        setattr(self, why, getattr(self, why) + 1)
+        if why == "failed":
+            self.dropped_tokens += tokens
+        else:
+            self.filtered_tokens += tokens
+
+    def __sub__(self, part: "CollectCounts") -> "CollectCounts":
+        """These counts without `part` of them."""
+        return CollectCounts(**{f.name: getattr(self, f.name) - getattr(part, f.name) for f in fields(self)})
