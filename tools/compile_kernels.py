@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.objective import scan_future_kl
+from megatron_fipo.objective.kernels import triton_head, triton_loss  # noqa: F401  (compiled kernels, not interpreted ones)
 from tests.gpu.head_inputs import random_head_inputs, run_head
 from tests.gpu.loss_inputs import FIPO, OBJECTIVES, loss_and_gradients, random_loss_inputs
 from tools.bench.gpu_scan import recipe_inputs
@@ -113,7 +114,7 @@ def recorded_launches() -> list[Launch]:
                 launch = describe_launch(_name, kernel, args, named)
                 launches.setdefault(launch.key, launch)
 
-            # The switch for the interpreter is read when kernels are defined, and again when they are chosen for CPU tensors.
+            # The switch is read when kernels are defined (imported above, without it) and when they are chosen for CPU tensors.
             with (
                 mock.patch.object(JITFunction, "run", record),
                 mock.patch.dict(os.environ, TRITON_INTERPRET="1"),

@@ -142,37 +142,6 @@ def hangs(bench):
 CASES = {"fine": fine, "raises": raises, "dies": dies, "fine again": fine, "hangs": hangs, "last": fine}
 run_cases(None, "s", CASES)
 """
-FAULTY_TESTS = """
-import os
-import pytest, torch
-
-pytestmark = pytest.mark.gpu
-
-def test_fine(record_errors):
-    record_errors({"error": 0.5}, {"error": 1.0})
-
-@pytest.mark.parametrize("by", ["a little", "a lot"])
-def test_wrong(record_errors, by):
-    record_errors({"error": {"a little": 1.5, "a lot": float("nan")}[by]}, {"error": 1.0})
-
-def test_left_out():
-    pytest.skip("it needs more")
-
-def test_breaks_the_device(monkeypatch):
-    def lost(*_):
-        raise RuntimeError("illegal memory access")
-    import tests.gpu.conftest as conftest
-    conftest.synchronize = lost
-
-def test_after_the_break():
-    pass
-
-def test_dies():
-    os.abort()
-
-def test_last():
-    pass
-"""
 
 
 def _run(
@@ -223,12 +192,7 @@ def test_a_section_without_time_left_names_what_did_not_run(tmp_path, faulty_cas
 
 @pytest.mark.timeout(600)
 def test_a_test_that_fails_dies_or_breaks_the_device_costs_its_own_row_only(tmp_path):
-    file = ROOT / "tests/gpu/test_faulty_for_the_check.py"
-    file.write_text(FAULTY_TESTS)
-    try:
-        rows = _run(tmp_path, (*PYTEST, str(file.relative_to(ROOT))), budget_s=300.0, case_s=60.0)
-    finally:
-        file.unlink()
+    rows = _run(tmp_path, (*PYTEST, "tests/gpu/faulty.py"), budget_s=300.0, case_s=60.0)
     assert [(row.name, row.verdict) for row in rows] == [
         ("fine", OK),
         ("wrong [a little]", FAILED),
