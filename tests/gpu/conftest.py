@@ -76,7 +76,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         send(row=asdict(reason(SKIPPED, "", title_of_test(report.nodeid), why, False)))
     elif report.when == "call" and report.passed:
         figures = dict(report.user_properties)
-        row = Row("", title_of_test(report.nodeid), OK, errors_text(figures), figures, True)
+        row = Row("", title_of_test(report.nodeid), OK, errors_text(figures) or "passed", figures, True)
         send(row=asdict(row))
 
 

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
-"""Break the loss path on purpose, one fault at a time in a scratch copy, and see that the named tests notice.
+"""Puts faults into the loss path, one at a time in a scratch copy, and checks that the named tests fail.
 
-    python tools/mutation_check.py              # all faults, some minutes on an idle machine; prints the table of docs/testing.md
-    python tools/mutation_check.py carry drop   # those whose name contains one of the words
+    python -m tests.mutation.check              # all faults, some minutes on an idle machine; prints the table
+    python -m tests.mutation.check carry drop   # those whose name contains one of the words
 
-Every test named beside a fault has to fail on it (and pass on the unbroken copy). Exits 1 if one does not.
+Every test named beside a fault has to fail with it, and pass on the unchanged copy. Exits with 1 if one does not. In the
+table, an ending `…]` stands for that case of a parametrised test; without one, some case fails.
 """
 
 import os
@@ -12,20 +12,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from kernel_mutants import FOLDER, KERNEL_MUTANTS
-from mutants import GRID, MUTANTS
+from tests.mutation.kernel_mutants import FOLDER, KERNEL_MUTANTS
+from tests.mutation.loss_mutants import GRID, MUTANTS
+from tests.mutation.mutant import ROOT, Mutant
 
-ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("megatron_fipo", "tests", "tools", "docs")
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest in the copy, with Triton and its interpreter for the kernels' tests alone; `make venv-triton` installs it."""
+    """pytest in the copy, with Triton and its interpreter for the kernels' tests only; `make venv-triton` installs it."""
     kernels = any(argument.startswith(f"tests/{FOLDER}") for argument in arguments)
     paths = [str(folder), str(ROOT / ".venv" / "triton")] if kernels else [str(folder)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": os.pathsep.join([*paths, *(os.environ.get("PYTHONPATH", "").split(os.pathsep))]),
         "COLUMNS": "1000",
         "TRITON_INTERPRET": str(int(kernels)),
     }
@@ -33,8 +35,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def pytest(folder: Path, tests: list[str]) -> list[str]:
-    """Ids of failed tests, below `tests/`. RuntimeError where pytest could not run them."""
+def failed_tests(folder: Path, tests: Sequence[str]) -> list[str]:
+    """Ids of failed tests, below `tests/`. RuntimeError if pytest could not run them."""
     failed: list[str] = []
     for kernels in (False, True):
         chosen = [f"tests/{test}" for test in tests if test.startswith(FOLDER) == kernels]
@@ -61,50 +63,64 @@ def collect(folder: Path) -> list[str]:
     return [line.removeprefix("tests/") for line in lines if line.startswith("tests/")]
 
 
-def chosen(everything: list[str], beginnings: tuple[str, ...]) -> list[str]:
-    for beginning in beginnings:
-        if not any(test.startswith(beginning) for test in everything):
-            raise SystemExit(f"no test is called {beginning}; bring the tables up to date")
-    # Every case of a named function, but only a few of the costly grid.
-    picked = [next(t for t in everything if t.startswith(b)) if b.startswith(GRID) else b for b in beginnings]
-    return sorted({test for p in picked for test in everything if test.startswith(p)})
+def tests_of(mutant: Mutant, everything: Sequence[str]) -> list[str]:
+    """Every case of a named function, but only the first of those named of the costly grid."""
+    picked = [
+        next(test for test in everything if test.startswith(beginning))
+        if beginning.startswith(GRID)
+        else beginning
+        for beginning in mutant.caught_by
+    ]
+    return sorted({test for beginning in picked for test in everything if test.startswith(beginning)})
+
+
+def check_table(mutants: Sequence[Mutant], everything: Sequence[str]) -> None:
+    """SystemExit with every entry that fits the sources or tests no longer."""
+    problems = [problem for mutant in mutants if (problem := mutant.stale())]
+    problems += [
+        f"{mutant.name}: no test's id begins with {beginning}"
+        for mutant in mutants
+        for beginning in mutant.caught_by
+        if not any(test.startswith(beginning) for test in everything)
+    ]
+    if problems:
+        raise SystemExit("\n".join(problems))
+
+
+def uncaught(mutant: Mutant, folder: Path, everything: Sequence[str]) -> list[str]:
+    """Those of `caught_by` of which no test fails with the fault."""
+    file = folder / "megatron_fipo" / mutant.file
+    original = file.read_text()
+    file.write_text(original.replace(mutant.old, mutant.new))
+    try:
+        failed = failed_tests(folder, tests_of(mutant, everything))
+    finally:
+        file.write_text(original)
+    return [b for b in mutant.caught_by if not any(test.startswith(b) for test in failed)]
 
 
 def main() -> int:
     words = sys.argv[1:]
-    mutants = [
-        mutant
-        for mutant in MUTANTS + KERNEL_MUTANTS
-        if not words or any(word in mutant.name for word in words)
-    ]
+    everyone = MUTANTS + KERNEL_MUTANTS
+    mutants = [m for m in everyone if not words or any(word in m.name for word in words)]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in ("megatron_fipo", "tests", "tools", "docs"):
+        for name in COPIED:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         everything = collect(folder)
-        unbroken = pytest(
-            folder, sorted({test for mutant in mutants for test in chosen(everything, mutant.caught_by)})
-        )
-        if unbroken:
-            print("fails without any fault:", *unbroken, sep="\n  ")
+        check_table(mutants, everything)
+        tests = sorted({test for mutant in mutants for test in tests_of(mutant, everything)})
+        if failed := failed_tests(folder, tests):
+            print("fails without any fault:", *failed, sep="\n  ")
             return 1
         print("| fault | caught by |\n|---|---|", flush=True)
         escaped = 0
         for mutant in mutants:
-            file = folder / "megatron_fipo" / mutant.file
-            original = file.read_text()
-            if original.count(mutant.old) != 1:
-                raise SystemExit(
-                    f"{mutant.name}: {mutant.file} has the text to replace {original.count(mutant.old)} times, not once"
-                )
-            file.write_text(original.replace(mutant.old, mutant.new))
-            failed = pytest(folder, chosen(everything, mutant.caught_by))
-            file.write_text(original)
-            blind = [b for b in mutant.caught_by if not any(test.startswith(b) for test in failed)]
-            escaped += bool(blind)
+            missed = uncaught(mutant, folder, everything)
+            escaped += bool(missed)
             cells = [
-                f"{'**not** ' if b in blind else ''}`{b.split('::')[1]}{'…]' if '[' in b else ''}`"
+                f"{'**not** ' if b in missed else ''}`{b.split('::')[1]}{'…]' if '[' in b else ''}`"
                 for b in mutant.caught_by
             ]
             print(f"| {mutant.name} | {', '.join(cells)} |", flush=True)

@@ -100,7 +100,8 @@ def _folded(rows: Sequence[Row]) -> list[Row]:
             for kind, error in row.figures.items():
                 if isinstance(error, float):
                     worst[kind] = max(error, float(worst.get(kind, 0.0)))
-        folded.append(Row(section, test, OK, f"{len(cases)} x {errors_text(worst)}", worst, True))
+        result = f"{len(cases)} x {errors_text(worst)}" if worst else f"{len(cases)} passed"
+        folded.append(Row(section, test, OK, result, worst, True))
     return folded
 
 
