@@ -36,9 +36,9 @@ def _finite(error: Tensor) -> float:
     return float(error.nan_to_num(nan=torch.inf))
 
 
-def require(holds: bool, what: str) -> None:
-    """AssertionError with this sentence unless `holds`; plain, because the sentence is a row of the check's table."""
-    if not holds:
+def require(condition: bool, what: str) -> None:
+    """AssertionError with this sentence unless the condition is met; plain, because the sentence is a row of the table."""
+    if not condition:
         raise AssertionError(what)
 
 

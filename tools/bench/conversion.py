@@ -47,7 +47,7 @@ def measure(method: str, source: str, target: str) -> dict[str, float]:
             files = [path for path in Path(target).rglob("*") if path.is_file()]
             subprocess.run(["sync", *files], check=True)
         return {"seconds": time.perf_counter() - start, "cpu": _cpu(resource.RUSAGE_CHILDREN)}
-    from megatron_fipo.checkpoint.convert.convert import convert
+    from megatron_fipo.checkpoint.convert import convert
 
     before = resident("VmRSS")
     marks: dict[str, tuple[float, float]] = {}

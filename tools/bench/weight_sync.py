@@ -235,6 +235,7 @@ def _start(engine_class: Any, folder: Path, **arguments: Any) -> tuple[float, fl
 def cluster() -> Iterator[None]:
     """Like that of a run on one machine."""
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=BUCKETS_IN_STORE * BUCKET_BYTES + 128 * 2**20,
