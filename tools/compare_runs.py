@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Compares finished runs that differ in objective and seed: one plot and one table, mean and spread over seeds.
 
-    python tools/compare_runs.py runs/fipo-1 runs/fipo-2 runs/dapo-1 runs/dapo-2 --out docs/results/countdown
+    python -m tools.compare_runs runs/fipo-1 runs/fipo-2 runs/dapo-1 runs/dapo-2 --out docs/results/countdown
 
-Runs are grouped by `objective.name` of their config.yaml. Writes OUT.svg and OUT.png (curves: mean over seeds, band: ± one sample
-standard deviation) and OUT.table.md, and prints the table. Runs whose other settings differ are refused, because their difference would
-not be the objective's.
+Runs are grouped by `objective.name` of their config.yaml. Writes OUT.svg and OUT.png (curves: mean over seeds, band: ± one
+sample standard deviation) and OUT.table.md, and prints the table. Runs whose other settings differ are refused, because then
+the objective is not the only cause of a difference.
 """
 
 import argparse
@@ -46,28 +45,28 @@ class SeedRun:
     objective: str
     seed: int
     settings: dict[str, Any]
-    """Everything that must be the same, by dotted name."""
+    """All settings that must be equal, by dotted name."""
     run: Run
 
 
 def load(run_dir: Path) -> SeedRun:
-    """Read one run. Raises `UserError` where its metrics, configuration or evaluations are missing."""
+    """Read one run. Raises `UserError` if its metrics, configuration or evaluations are missing."""
     run = read_run(run_dir)
     try:
         config = yaml.safe_load(run.config or "")
         objective, seed = str(config["objective"]["name"]), int(config["seed"])
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{run_dir}/config.yaml does not name objective.name and seed; give folders of finished runs"
+            f"{run_dir}/config.yaml has no objective.name or seed; give folders of finished runs"
         ) from error
     if not run.evaluations():
-        raise UserError(f"{run_dir} was never evaluated on held-out problems; leave it out")
+        raise UserError(f"{run_dir} has no evaluation on held-out problems; omit it")
     settings = {key: value for key, value in _flat(config).items() if key.split(".")[0] not in _MAY_DIFFER}
     return SeedRun(objective, seed, settings, run)
 
 
 def group_runs(runs: Sequence[SeedRun]) -> dict[str, list[SeedRun]]:
-    """Objective → its runs by seed. Raises `UserError` where the runs can't be compared."""
+    """Objective → its runs by seed. Raises `UserError` if the runs cannot be compared."""
     first = runs[0]
     groups: dict[str, list[SeedRun]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
@@ -80,7 +79,7 @@ def group_runs(runs: Sequence[SeedRun]) -> dict[str, list[SeedRun]]:
         group = groups.setdefault(run.objective, [])
         if any(other.seed == run.seed for other in group):
             raise UserError(
-                f"{run.run.name} repeats {run.objective} with seed {run.seed}; leave one of the two out"
+                f"{run.run.name} repeats {run.objective} with seed {run.seed}; omit one of the two"
             )
         group.append(run)
     return dict(
@@ -97,7 +96,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def curve(runs: Sequence[SeedRun], metric: str) -> tuple[list[int], list[float], list[float]]:
-    """Iterations that all runs have, and mean and spread of the metric there."""
+    """Iterations that all runs have, and mean and spread of the metric at each."""
     series = [run.run.series(metric) for run in runs]
     shared = sorted(set.intersection(*(set(one) for one in series)))
     points = [mean_and_spread([one[iteration] for one in series]) for iteration in shared]
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a finished run")
     parser.add_argument(
-        "--out", required=True, type=Path, help="where to write, without an ending: docs/results/countdown"
+        "--out", required=True, type=Path, help="files to write, without extension: docs/results/countdown"
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,13 +1,12 @@
-"""Compiles every Triton kernel of the package for a GPU, without one, and prints what each takes of a multiprocessor.
+"""Compiles every Triton kernel of the package for a GPU, without one, and prints the resources that each uses.
 
-    python tools/compile_kernels.py                    # compute capability 9.0
-    python tools/compile_kernels.py --arch 100
+    python -m tools.compile_kernels                    # compute capability 9.0
+    python -m tools.compile_kernels --arch 100
 
-The kernels are those that the loss and the head launch: both run here on small CPU tensors while launches are only noted, so that
-types, constants and numbers of warps are the real ones. Exits with 1 if a kernel spills registers or uses a stack.
+The kernels are those that the loss and the head launch: both run here on small CPU tensors while launches are only recorded,
+so that types, constants and numbers of warps are the real ones. Exits with 1 if a kernel spills registers or uses a stack.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -19,14 +18,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from megatron_fipo.config import HeadConfig
+from megatron_fipo.model.logprob_head import triton_passes  # noqa: F401  (compiled kernels, not interpreted ones)
+from megatron_fipo.objective.future_kl import scan_future_kl
+from megatron_fipo.objective.kernels import triton_loss  # noqa: F401
+from tests.gpu.head_inputs import random_head_inputs, run_head
+from tests.gpu.loss_inputs import FIPO, OBJECTIVES, loss_and_gradients, random_loss_inputs
+from tools.bench.gpu_scan import recipe_inputs
+from tools.bench.harness import Bench, parser, table
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -38,7 +43,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 DIVISIBLE = [["tt.divisibility", 16]]
-"""What Triton notes of an argument that is a multiple of 16: pointers into fresh memory, and some integers."""
+"""Triton's attribute of arguments that are multiples of 16: pointers into new memory, and some integers."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a thread (registers, stack, spills) and a block (shared memory) of a kernel takes; bytes but for registers."""
+    """Registers, and bytes of stack and spills, of a thread; bytes of shared memory of a block."""
 
     registers: int
     stack: int
@@ -73,12 +78,6 @@ class Usage:
 
 def loss_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
     """The scan and the loss under every objective that compiles differently."""
-    from gpu.loss_check import FIPO, OBJECTIVES, loss_and_gradients
-    from gpu.loss_inputs import random_loss_inputs
-    from gpu.scan_bench import recipe_inputs
-
-    from megatron_fipo.objective.future_kl import scan_future_kl
-
     inputs = random_loss_inputs([700, 20], 1, chunks=2)
     x, plan = inputs.log_probs, inputs.rows.plan
     for dtype in (torch.float32, torch.float64):
@@ -94,12 +93,7 @@ def loss_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def head_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
-    from gpu.head_check import random_head_inputs, run_head
-    from gpu.measure import Bench
-
-    from megatron_fipo.config import HeadConfig
-
-    bench = Bench(torch.device("cpu"), True, Path())
+    bench = Bench(torch.device("cpu"))
     for dtype in (torch.bfloat16, torch.float32):
         for bonus in (False, True):
             for megabytes in (0, 64):
@@ -109,22 +103,21 @@ def head_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield name, lambda inputs=inputs: run_head(inputs)
 
 
-def noted_launches() -> list[Launch]:
-    """Every different launch of the scenarios. None is carried out, so what the functions return is not defined."""
-
+def recorded_launches() -> list[Launch]:
+    """Every different launch of the scenarios. None is carried out, so results of the functions are undefined."""
     launches: dict[str, Launch] = {}
     for scenarios in (loss_scenarios, head_scenarios):
         for name, run in scenarios():
 
-            def note(
+            def record(
                 kernel: JITFunction, *args: Any, grid: Any, warmup: bool, _name: str = name, **named: Any
             ) -> None:
                 launch = describe_launch(_name, kernel, args, named)
                 launches.setdefault(launch.key, launch)
 
-            # The switch for the interpreter is read when kernels are defined, and again when their use on CPU tensors is judged.
+            # The switch is read when kernels are defined (imported above, without it) and when they are chosen for CPU tensors.
             with (
-                mock.patch.object(JITFunction, "run", note),
+                mock.patch.object(JITFunction, "run", record),
                 mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
             ):
                 run()
@@ -165,7 +158,7 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
 
 
 def resource_usage(cubin: bytes, ptx: str, arch: int) -> Usage:
-    """Of the compiled code, by cuobjdump; spills by ptxas, which alone tells them from other uses of the stack."""
+    """Of the compiled code, by cuobjdump; spills by ptxas, which alone separates them from other uses of the stack."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         binary, text = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
@@ -193,7 +186,7 @@ def resource_usage(cubin: bytes, ptx: str, arch: int) -> Usage:
 def _found(name: str, usage: str) -> str:
     match = re.search(rf"{name}:(\d+)", usage)
     if match is None:
-        raise ValueError(f"cuobjdump did not say {name}: {usage}")
+        raise ValueError(f"cuobjdump did not report {name}: {usage}")
     return match[1]
 
 
@@ -205,23 +198,27 @@ def _output(command: list[Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten")
-    arch = parser.parse_args().arch
+    options = parser(__doc__)
+    options.add_argument("--arch", type=int, default=90, help="compute capability times ten")
+    arch = options.parse_args().arch
     print(f"Triton {triton.__version__}, sm_{arch}\n")
-    print(
-        "| kernel | first launched by | warps | registers | stack | spills | shared memory |\n|---|---|---|---|---|---|---|"
+    heads = ("kernel", "first launched by", "warps", "registers", "stack", "spills", "shared memory")
+    launches = recorded_launches()
+    usages = [compile_launch(launch, arch) for launch in launches]
+    rows = (
+        (
+            launch.kernel.__name__,
+            launch.scenario,
+            launch.options.get("num_warps", 4),
+            usage.registers,
+            f"{usage.stack} B",
+            f"{usage.spills} B",
+            f"{usage.shared} B",
+        )
+        for launch, usage in zip(launches, usages, strict=True)
     )
-    sound = True
-    for launch in noted_launches():
-        usage = compile_launch(launch, arch)
-        sound &= usage.spills_nothing
-        cells = [launch.kernel.__name__, launch.scenario, launch.options.get("num_warps", 4)]
-        cells += [usage.registers, f"{usage.stack} B", f"{usage.spills} B", f"{usage.shared} B"]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    return 0 if sound else 1
+    print(table(heads, rows))
+    return 0 if all(usage.spills_nothing for usage in usages) else 1
 
 
 if __name__ == "__main__":

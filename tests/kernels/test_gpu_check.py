@@ -1,6 +1,7 @@
-"""The GPU check, rehearsed on a CPU: every section, what becomes of a case that fails, hangs or dies, and the table.
+"""The GPU check, rehearsed on a CPU: every section, cases that fail, hang or crash, and the table.
 
-The rehearsal runs as on a machine that has torch, Triton and Megatron-Core and little else: importing anything in ABSENT fails.
+The rehearsal runs as on a machine that has torch, Triton, Megatron-Core and pytest and little else: importing anything in
+ABSENT fails.
 """
 
 import json
@@ -16,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu import head_inputs, loss_inputs, test_head, test_loss
+from tests.gpu.compare import within
+from tools.bench import gpu_step
+from tools.bench.harness import Bench
+from tools.bench.report import FAILED, FIGURE, MET, MISSED, OK, SKIPPED, Report, Row, duration, render
+from tools.gpu_check import PYTEST, Section, run_section
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-from gpu import head_check, loss_check, report, step_bench  # noqa: E402
-from gpu.measure import Bench  # noqa: E402
-from gpu.report import FAILED, FIGURE, MET, MISSED, OK, SKIPPED, Report, Row, render  # noqa: E402
-from gpu.runner import Section, run_section  # noqa: E402
-
 ABSENT = [
     "omegaconf",
     "ray",
@@ -34,6 +35,7 @@ ABSENT = [
     "flash_attn",
     "liger_kernel",
     "cut_cross_entropy",
+    "hypothesis",
 ]
 BLOCKER = f"""
 import importlib.util, sys
@@ -50,7 +52,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if absent(name) else find_spec(name, package)
 sys.meta_path.insert(0, Absent())
 """
-SECTIONS = ["loss", "head", "model", "ceilings", "scan", "head-speed", "step"]
+SECTIONS = ["loss", "head", "model", "scores", "ceilings", "scan", "head-speed", "step", "layers"]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def test_every_check_passes_and_only_what_is_absent_is_skipped(rehearsal):
     }
     checked = [row["name"] for row in rows if row["verdict"] == OK]
     assert sum("triton" in name for name in checked) == sum("torch" in name for name in checked) >= 8
+    assert any("first mini step" in name for name in checked)
 
 
 @pytest.mark.timeout(900)
@@ -99,7 +102,8 @@ def test_the_json_has_every_figure_and_the_table_stands_last(rehearsal):
     assert saved["finished"]
     assert saved["rehearsal"]
     assert saved["machine"]["torch"] == version("torch")
-    named = {row["name"]: row["figures"] for row in saved["rows"]}
+    by_name = {row["name"]: row for row in saved["rows"]}
+    named = {name: row["figures"] for name, row in by_name.items()}
     assert all(
         seconds > 0
         for figures in named.values()
@@ -110,13 +114,15 @@ def test_the_json_has_every_figure_and_the_table_stands_last(rehearsal):
     assert step["tokens_per_second"] == pytest.approx(step["tokens"] / step["step_seconds"])
     table = (folder / "table.md").read_text()
     assert printed.endswith(table)
-    assert all(f"| {row['name']} | " in table for row in saved["rows"])
+    shown = [name.partition(" [")[0] if row["verdict"] == OK else name for name, row in by_name.items()]
+    assert all(f"| {name}" in table for name in shown)
     assert "4 x 5,120" in (folder / "step_profile.txt").read_text()
 
 
 FAULTY_CASES = """
 import os, time
-from gpu.report import OK, Row
+from tools.bench.harness import run_cases
+from tools.bench.report import OK, Row
 
 def fine(bench):
     yield Row("s", "fine", OK, "")
@@ -133,44 +139,31 @@ def hangs(bench):
     yield Row("s", "before silence", OK, "")
     time.sleep(600)
 
-CASES = {"fine": fine, "raises": raises, "dies": dies, "fine again": fine, "hangs": hangs, "never": fine}
-"""
-CHILD = """
-import argparse, sys
-from pathlib import Path
-sys.path.insert(0, {tools!r})
-import torch
-from gpu.measure import Bench
-from gpu.runner import Section, run_cases
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--rows", type=Path)
-parser.add_argument("--from-case", type=int)
-arguments = parser.parse_args()
-section = Section("s", {module!r}, 0, True)
-sys.exit(run_cases(section, arguments.from_case, arguments.rows, lambda: Bench(torch.device("cpu"), True, Path())))
+CASES = {"fine": fine, "raises": raises, "dies": dies, "fine again": fine, "hangs": hangs, "last": fine}
+run_cases(None, "s", CASES)
 """
 
 
-def _run(tmp_path: Path, module: str, budget_s: float) -> list[Row]:
-    (tmp_path / "faulty_cases.py").write_text(FAULTY_CASES)
-    (tmp_path / "child.py").write_text(CHILD.format(tools=str(ROOT / "tools"), module=module))
+def _run(
+    tmp_path: Path, command: tuple[str, ...], budget_s: float, case_s: float, one_each: tuple[str, ...] = ()
+) -> list[Row]:
     rows: list[Row] = []
-    section = Section("s", module, budget_s, correctness=True)
-    log = tmp_path / "log.txt"
-    run_section(
-        section,
-        [sys.executable, str(tmp_path / "child.py")],
-        dict(os.environ),
-        log,
-        time.monotonic() + 600,
-        rows.append,
-    )
+    section = Section("s", command, budget_s, case_s, correctness=True, one_each=one_each)
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    run_section(section, environment, tmp_path / "log.txt", time.monotonic() + 600, rows.append)
     return rows
 
 
-def test_a_case_that_raises_dies_or_hangs_costs_its_own_rows_only(tmp_path):
-    rows = _run(tmp_path, "faulty_cases", budget_s=20.0)
+@pytest.fixture
+def faulty_cases(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "faulty_cases.py").write_text(FAULTY_CASES)
+    return ("faulty_cases",)
+
+
+@pytest.mark.timeout(600)
+def test_a_case_that_raises_dies_or_hangs_costs_its_own_rows_only(tmp_path, faulty_cases):
+    rows = _run(tmp_path, faulty_cases, budget_s=300.0, case_s=20.0)
     assert [(row.name, row.verdict) for row in rows] == [
         ("fine", OK),
         ("half", OK),
@@ -179,23 +172,57 @@ def test_a_case_that_raises_dies_or_hangs_costs_its_own_rows_only(tmp_path):
         ("dies", FAILED),
         ("fine", OK),
         ("before silence", OK),
-        ("hangs and what follows", FAILED),
+        ("hangs", FAILED),
+        ("fine", OK),
     ]
     assert "ValueError: no such thing" in rows[2].result
     assert "-6" in rows[4].result
+    assert "it took more than 20 s" in rows[7].result
+
+
+@pytest.mark.timeout(600)
+def test_a_section_without_time_left_names_what_did_not_run(tmp_path, faulty_cases):
+    rows = _run(tmp_path, faulty_cases, budget_s=25.0, case_s=600.0, one_each=("fine", "hangs", "last"))
+    assert [(row.name, row.verdict) for row in rows] == [
+        ("fine", OK),
+        ("before silence", OK),
+        ("hangs and the following", FAILED),
+    ]
+
+
+@pytest.mark.timeout(600)
+def test_a_test_that_fails_dies_or_breaks_the_device_costs_its_own_row_only(tmp_path):
+    rows = _run(tmp_path, (*PYTEST, "tests/gpu/faulty.py"), budget_s=300.0, case_s=60.0)
+    assert [(row.name, row.verdict) for row in rows] == [
+        ("fine", OK),
+        ("wrong [a little]", FAILED),
+        ("wrong [a lot]", FAILED),
+        ("left out", SKIPPED),
+        ("breaks the device", OK),
+        ("breaks the device", FAILED),
+        ("after the break", OK),
+        ("dies", FAILED),
+        ("last", OK),
+    ]
+    assert rows[0].figures == {"error": 0.5}
+    assert rows[1].result == "FAILED: error is off by 1.5 (at most 1e+00)"
+    assert rows[3].figures == {"reason": "it needs more"}
+    assert "illegal memory access" in rows[5].result
 
 
 def test_a_section_that_cannot_start_says_why(tmp_path):
-    (row,) = _run(tmp_path, "no_such_module", budget_s=60.0)
+    (row,) = _run(tmp_path, ("no_such_module",), budget_s=60.0, case_s=60.0)
     assert row.verdict == FAILED
-    assert "No module named 'no_such_module'" in row.result
+    assert "No module named no_such_module" in row.result
 
 
 def test_the_table_of_all_verdicts():
     verdicts = (OK, MET, MISSED, FAILED, SKIPPED, FIGURE)
     rows = [Row("s", f"name {verdict}", verdict, "a | b") for verdict in verdicts]
-    whole = Report({"GPU check of": "2026-01-31", "on": "a GPU"}, rows, 12.4, finished=False, rehearsal=False)
-    lines = render(whole).splitlines()
+    complete = Report(
+        {"GPU check of": "2026-01-31", "on": "a GPU"}, rows, 12.4, finished=False, rehearsal=False
+    )
+    lines = render(complete).splitlines()
     assert lines[0] == "GPU check of 2026-01-31, on a GPU"
     assert lines[2:5] == [
         "| section | what | result | verdict |",
@@ -204,36 +231,52 @@ def test_the_table_of_all_verdicts():
     ]
     assert "NOT finished after 12 s: 1 ok, 1 met, 1 NOT MET, 1 FAILED, 1 skipped, 1 measured" in lines
     assert lines[-2:] == ["FAILED: s: name FAILED", "NOT MET: s: name NOT MET"]
-    assert whole.correct  # what failed was no correctness check
-    assert not replace(whole, rows=[replace(rows[3], correctness=True)]).correct
+    assert complete.correct  # what failed was no correctness check
+    assert not replace(complete, rows=[replace(rows[3], correctness=True)]).correct
+
+
+def test_passed_cases_of_a_test_are_one_line_of_the_table():
+    rows = [Row("s", f"t [{n}]", OK, "", {"error": n, "note": "x"}, True) for n in (1e-3, 5e-3, 2e-3)]
+    rows.insert(2, replace(rows[0], name="t [wrong]", verdict=FAILED, result="bad"))
+    table = render(Report({}, rows, 1.0, finished=True, rehearsal=False)).splitlines()
+    assert table[4:7] == [
+        "| s | t | 2 x error 5e-03 | ok |",
+        "| s | t [wrong] | bad | FAILED |",
+        "| s | t [0.002] |  | ok |",
+    ]
+    assert "3 ok, 1 FAILED" in table[8]
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4.567e-6, "4.57 µs"), (0.0123456, "12.35 ms"), (1.5, "1500 ms")]
 )
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert duration(seconds) == text
 
 
-BENCH = Bench(torch.device("cpu"), True, Path())
+BENCH = Bench(torch.device("cpu"))
+
+
+def _record(errors: dict[str, float], tolerances: dict[str, float]) -> None:
+    within(errors, tolerances)
 
 
 def test_the_loss_check_notices_another_half_life(monkeypatch):
-    real = loss_check.policy_loss
+    real = loss_inputs.policy_loss
 
     def wrong(log_probs, entropy, rows, objective, group, kernels):
         if log_probs.dtype == torch.float32:
-            objective = replace(objective, settings=replace(objective.settings, half_life=32.01))
+            objective = replace(objective, settings=replace(objective, half_life=32.01))
         return real(log_probs, entropy, rows, objective, group, kernels="torch")
 
-    monkeypatch.setattr(loss_check, "KERNELS", ("torch",))
-    assert [row.verdict for row in loss_check.non_finite(BENCH)] == [OK]
-    monkeypatch.setattr(loss_check, "policy_loss", wrong)
-    assert [row.verdict for row in loss_check.non_finite(BENCH)] == [FAILED]
+    test_loss.test_nan_and_infinity_exclude_their_own_response(BENCH, _record, "torch")
+    monkeypatch.setattr(loss_inputs, "policy_loss", wrong)
+    with pytest.raises(AssertionError):
+        test_loss.test_nan_and_infinity_exclude_their_own_response(BENCH, _record, "torch")
 
 
 def test_the_loss_check_notices_moving_bits(monkeypatch):
-    real = loss_check.policy_loss
+    real = loss_inputs.policy_loss
     launches = iter(range(100))
 
     def racing(log_probs, *args, **kwargs):
@@ -241,29 +284,25 @@ def test_the_loss_check_notices_moving_bits(monkeypatch):
         loss.future_kl[0] += 1e-7 * (next(launches) == 2)
         return loss
 
-    monkeypatch.setattr(loss_check, "KERNELS", ("torch",))
-    monkeypatch.setattr(loss_check, "policy_loss", racing)
-    (row,) = loss_check.same_bits(BENCH)
-    assert row.verdict == FAILED
-    assert "F differ between launch 1 and launch 3" in row.result
+    monkeypatch.setattr(loss_inputs, "policy_loss", racing)
+    with pytest.raises(AssertionError, match="F differ between launch 1 and launch 3"):
+        test_loss.test_same_bits_at_every_launch(BENCH, "torch")
 
 
 def test_the_head_check_notices_a_missing_temperature(monkeypatch):
-    real = head_check.response_log_probs
+    real = head_inputs.response_log_probs
 
     def wrong(hidden, weight, request, group, sequence_parallel):
         return real(hidden, weight, replace(request, temperature=1.0), group, sequence_parallel)
 
-    monkeypatch.setattr(head_check, "KERNELS", ("torch",))
-    assert [row.verdict for row in head_check.every_setting(BENCH)] == [OK]
-    monkeypatch.setattr(head_check, "response_log_probs", wrong)
-    (row,) = head_check.every_setting(BENCH)
-    assert row.verdict == FAILED
-    assert "bf16, bonus: log-prob is off" in row.result
+    test_head.test_every_setting(BENCH, _record, "torch", "bf16, bonus")
+    monkeypatch.setattr(head_inputs, "response_log_probs", wrong)
+    with pytest.raises(AssertionError, match="log-prob is off"):
+        test_head.test_every_setting(BENCH, _record, "torch", "bf16, bonus")
 
 
 def test_flops_are_those_of_every_product_written_out():
-    shape = replace(step_bench.TOY, layers=3)
+    shape = replace(gpu_step.TOY, layers=3)
     lengths, rows = [7, 2], 5
     query, key = shape.heads * shape.head_size, shape.groups * shape.head_size
     forward = 2 * rows * shape.hidden * shape.vocabulary
@@ -278,19 +317,16 @@ def test_flops_are_those_of_every_product_written_out():
                 forward += 2 * length * outputs * inputs
             for seen in range(1, length + 1):
                 forward += 2 * (2 * seen * query)  # scores, and the weighted sum of values
-    assert step_bench.step_flops(shape, lengths, rows) == 3 * forward
+    assert gpu_step.step_flops(shape, lengths, rows) == 3 * forward
 
 
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_hopper_without_spilling():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), "--arch", "90"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.compile_kernels", "--arch", "90"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     compiled = set(re.findall(r"^\| (\w+_kernel) \|", done.stdout, re.MULTILINE))
-    sources = [
-        ROOT / "megatron_fipo" / "objective" / "triton_kernels.py",
-        ROOT / "megatron_fipo" / "model" / "head_kernels.py",
-    ]
+    sources = (ROOT / "megatron_fipo").rglob("*.py")
     assert compiled == {
         name
         for source in sources

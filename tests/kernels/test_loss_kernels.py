@@ -240,9 +240,9 @@ def test_one_all_gather_of_constant_size(cp) -> None:
 def test_riders_are_summed_over_each_sequence() -> None:
     rows = _rows(torch.float64, mask=False)
     x = torch.randn(rows.plan.num_rows, dtype=torch.float64)
-    riders = torch.randn(rows.plan.num_rows, 3, dtype=torch.float64)
-    expected, totals = scan_future_kl(x, riders, rows.plan, 8.0, kernels="torch")
-    found, found_totals = scan_future_kl(x, riders, rows.plan, 8.0, kernels="triton")
+    extra_sums = torch.randn(rows.plan.num_rows, 3, dtype=torch.float64)
+    expected, totals = scan_future_kl(x, extra_sums, rows.plan, 8.0, kernels="torch")
+    found, found_totals = scan_future_kl(x, extra_sums, rows.plan, 8.0, kernels="triton")
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_totals, totals, rtol=1e-12, atol=1e-12)
 

@@ -1,19 +1,15 @@
-"""`tools/kill_drill.py`: it sees every difference between two runs, finds the processes of its own run only, and passes."""
+"""The kill drill sees every difference between two runs, finds the processes of its own run only, and passes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from megatron_fipo.run_dir.metrics_log import MetricsLog
-
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/kill_drill.py"
+from tests.system.kill_drill import ROOT, differences
 
 # A family like a run's: the title of a process is its first argument, as Ray sets it.
 FAMILY = """
@@ -25,8 +21,7 @@ time.sleep(60)
 """
 ADOPT = """
 import json, subprocess, sys, time
-sys.path.insert(0, "tools")
-import kill_drill
+from tests.system import kill_drill
 kill_drill.adopt_orphans()
 
 driver = subprocess.Popen([sys.executable, "-c", sys.argv[2]])
@@ -43,17 +38,6 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kill_drill", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kill_drill"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def finished(
     folder: Path, weights: bytes = b"weights", loss: float = 0.1, seconds: float = 1.0, iterations: int = 2
 ) -> Path:
@@ -67,20 +51,18 @@ def finished(
     return folder
 
 
-def test_every_difference_is_seen_and_times_are_none(tool, tmp_path):
+def test_every_difference_is_seen_and_times_are_none(tmp_path):
     one = finished(tmp_path / "one")
-    assert tool.differences(one, finished(tmp_path / "same", seconds=2.0)) == []
-    assert tool.differences(one, finished(tmp_path / "bit", weights=b"weightt")) == [
+    assert differences(one, finished(tmp_path / "same", seconds=2.0)) == []
+    assert differences(one, finished(tmp_path / "bit", weights=b"weightt")) == [
         "model/model.safetensors differs"
     ]
-    assert tool.differences(one, finished(tmp_path / "ulp", loss=0.10000000000000002)) == [
+    assert differences(one, finished(tmp_path / "ulp", loss=0.10000000000000002)) == [
         f"iteration {iteration} differs in policy/loss" for iteration in (1, 2)
     ]
-    assert tool.differences(one, finished(tmp_path / "short", iterations=1)) == [
-        "iteration 2 is in one log only"
-    ]
+    assert differences(one, finished(tmp_path / "short", iterations=1)) == ["iteration 2 is in one log only"]
     (tmp_path / "empty").mkdir()
-    assert "no weights to compare" in tool.differences(tmp_path / "empty", tmp_path / "empty")
+    assert "no weights to compare" in differences(tmp_path / "empty", tmp_path / "empty")
 
 
 def test_victims_and_orphans_are_found_and_strangers_left_alone():
@@ -115,7 +97,7 @@ def test_victims_and_orphans_are_found_and_strangers_left_alone():
 def test_runs_that_lost_a_process_end_with_the_same_bits(tmp_path):
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, TOOL, "5", "--seed", "3", "--folder", tmp_path],
+        [sys.executable, "-m", "tests.system.kill_drill", "5", "--seed", "3", "--folder", tmp_path],
         capture_output=True,
         text=True,
         cwd=ROOT,

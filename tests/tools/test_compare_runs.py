@@ -1,38 +1,21 @@
-"""Runs are compared over seeds, and only where the comparison means something."""
+"""Runs are compared over seeds, and only if the comparison is meaningful."""
 
-import importlib.util
 import statistics
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from tests.report.synthetic_run import write_synthetic_run
-
-_TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_runs", _TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_runs"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from tools import compare_runs
 
 
-def test_the_table_has_mean_and_spread_over_seeds(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [
         write_synthetic_run(tmp_path / f"{objective}-{seed}", objective, iterations=10, seed=seed)
         for objective in ("grpo", "fipo")
         for seed in (1, 2, 3)
     ]
-    assert tool.main([*map(str, runs), "--out", str(tmp_path / "out" / "countdown")]) == 0
+    assert compare_runs.main([*map(str, runs), "--out", str(tmp_path / "out" / "countdown")]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[:3] for row in rows] == [
@@ -40,7 +23,7 @@ def test_the_table_has_mean_and_spread_over_seeds(
     ]
 
     after = [
-        tool.load(run).run.evaluations()[-1].values["evaluation/avg_at_k"]
+        compare_runs.load(run).run.evaluations()[-1].values["evaluation/avg_at_k"]
         for run in runs
         if "fipo" in run.name
     ]
@@ -50,10 +33,10 @@ def test_the_table_has_mean_and_spread_over_seeds(
     assert all(written.values())
 
 
-def test_a_curve_covers_the_iterations_that_all_seeds_have(tool: ModuleType, tmp_path: Path) -> None:
-    short = tool.load(write_synthetic_run(tmp_path / "a", iterations=5, seed=1))
-    long = tool.load(write_synthetic_run(tmp_path / "b", iterations=10, seed=2))
-    iterations, mean, spread = tool.curve([short, long], "evaluation/avg_at_k")
+def test_a_curve_covers_the_iterations_that_all_seeds_have(tmp_path: Path) -> None:
+    short = compare_runs.load(write_synthetic_run(tmp_path / "a", iterations=5, seed=1))
+    long = compare_runs.load(write_synthetic_run(tmp_path / "b", iterations=10, seed=2))
+    iterations, mean, spread = compare_runs.curve([short, long], "evaluation/avg_at_k")
     assert iterations == [0, 5]
     values = [run.run.series("evaluation/avg_at_k")[5] for run in (short, long)]
     assert (mean[1], spread[1]) == pytest.approx((statistics.fmean(values), statistics.stdev(values)))
@@ -68,7 +51,6 @@ def test_a_curve_covers_the_iterations_that_all_seeds_have(tool: ModuleType, tmp
     ],
 )
 def test_runs_that_can_not_be_compared_are_refused(
-    tool: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     first: dict,
@@ -79,13 +61,11 @@ def test_runs_that_can_not_be_compared_are_refused(
         write_synthetic_run(tmp_path / name, **{"iterations": 5, **settings})
         for name, settings in (("a", first), ("b", second))
     ]
-    assert tool.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
+    assert compare_runs.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_folder_that_is_no_run_is_one_sentence(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tool.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "has no metrics" in capsys.readouterr().err
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_runs.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no metrics" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine, _seed
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.object_store import tensor_checksum
-from tests.vllm.model import END, largest_difference, save_model, some_requests, weights
+from tests.tiny_qwen2 import END
+from tests.vllm.model import largest_difference, save_model, some_requests, weights
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
 LONG = replace(PLAIN, max_new_tokens=150)

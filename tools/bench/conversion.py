@@ -1,27 +1,24 @@
 """Hugging Face -> Megatron -> Hugging Face against `cp` of the same bytes: time and peak resident memory.
 
-    python tools/bench/conversion.py [--layers 28] [--folder DIR]      # a few minutes; prints the table of docs/benchmarks.md
+    python -m tools.bench.conversion [--layers 28] [--folder DIR]      # a few minutes; prints the table of docs/benchmarks.md
 
-The model has the shape of Qwen2.5-1.5B with an output layer of its own, random weights, bfloat16. Every measurement runs in a
-process of its own and the whole list runs three times; time is the best, without starting Python and importing; CPU time (of
-all threads) is what a busy machine changes least. Files are in the page cache beforehand where it is large enough, for all
-alike. `cp, synced` waits until the copy is on the disk, as to-megatron does. Memory is the process's peak (VmHWM), with what it
-held before converting beside it; the highest of the runs.
+The model has the shape of Qwen2.5-1.5B with an untied output layer, random weights, bfloat16. Every measurement runs in a
+process of its own and the entire list runs three times; time is the best, without starting Python and importing; CPU time (of
+all threads) depends least on other load. Files are in the page cache beforehand for all methods if it is large enough.
+`cp, synced` waits until the copy is on the disk, as to-megatron does. Memory is the process's peak, and beside it that before
+converting; the highest of the runs.
 """
 
-import argparse
 import json
 import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-from machine import describe_machine, resident
+from tools.bench.harness import heading, in_own_process, measurement, parser, peak_of, resident, table
 
 ROUNDS = 3
 HIDDEN, VOCABULARY = 1536, 151_936
@@ -41,15 +38,16 @@ CONFIG = {
 }
 
 
-def measure(method: str, source: Path, target: Path) -> dict[str, float]:
+def measure(method: str, source: str, target: str) -> dict[str, float]:
     """Seconds, by phase too, and bytes of memory before and at the peak, in this process."""
     if method.startswith("cp"):
         start = time.perf_counter()
         subprocess.run(["cp", "-r", source, target], check=True)
         if method == "cp, synced":
-            subprocess.run(["sync", *(path for path in target.rglob("*") if path.is_file())], check=True)
+            files = [path for path in Path(target).rglob("*") if path.is_file()]
+            subprocess.run(["sync", *files], check=True)
         return {"seconds": time.perf_counter() - start, "cpu": _cpu(resource.RUSAGE_CHILDREN)}
-    from megatron_fipo.checkpoint.convert.convert import convert
+    from megatron_fipo.checkpoint.convert import convert
 
     before = resident("VmRSS")
     marks: dict[str, tuple[float, float]] = {}
@@ -58,12 +56,12 @@ def measure(method: str, source: Path, target: Path) -> dict[str, float]:
         begun, _ = marks.get(what, (time.perf_counter(), 0.0))
         marks[what] = (begun, time.perf_counter())
 
-    Path("/proc/self/clear_refs").write_text("5")
-    start, cpu = time.perf_counter(), _cpu(resource.RUSAGE_SELF)
-    getattr(convert, method)(source, target, "keep", progress)
-    seconds, cpu = time.perf_counter() - start, _cpu(resource.RUSAGE_SELF) - cpu
+    cpu = _cpu(resource.RUSAGE_SELF)
+    run = getattr(convert, method)
+    _, seconds, growth = peak_of(lambda: run(Path(source), Path(target), "keep", progress))
+    cpu = _cpu(resource.RUSAGE_SELF) - cpu
     phases = {what: end - begun for what, (begun, end) in marks.items()}
-    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": resident("VmHWM"), **phases}
+    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": before + growth, **phases}
 
 
 def _cpu(who: int) -> float:
@@ -80,67 +78,50 @@ def _measure_all(folder: Path) -> dict[str, dict[str, float]]:
         for method, source in steps:
             shutil.rmtree(folder / method, ignore_errors=True)
             os.sync()
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                method,
-                str(folder / source),
-                str(folder / method),
-            ]
-            new = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            arguments = (method, folder / source, folder / method)
+            new = in_own_process("tools.bench.conversion", *arguments, threads=None)
             old = found.get(method, new)
             best = new if new["seconds"] < old["seconds"] else old
             best = {**best, "cpu": min(new["cpu"], old["cpu"])}
-            found[method] = {
-                **best,
-                **{key: max(new[key], old[key]) for key in ("before", "peak") if key in new},
-            }
+            memory = {key: max(new[key], old[key]) for key in ("before", "peak") if key in new}
+            found[method] = {**best, **memory}
     return found
 
 
-def _row(name: str, found: dict[str, float], reference: float, size: int) -> str:
-    phases = ", ".join(
+def _row(name: str, found: dict[str, float], reference: float, size: int) -> tuple[str, ...]:
+    phases = [
         f"{what} {found[what]:.1f} s" for what in ("checking", "converting", "hashing") if what in found
-    )
-    memory = (
-        f"{found['peak'] / 2**20:,.0f} MiB ({found['before'] / 2**20:,.0f} before)"
-        if "peak" in found
-        else "–"
-    )
+    ]
+    memory = "–"
+    if "peak" in found:
+        memory = f"{found['peak'] / 2**20:,.0f} MiB ({found['before'] / 2**20:,.0f} before)"
     seconds = found["seconds"]
-    cells = (
+    return (
         name,
         f"{seconds / reference:.2f}",
         f"{seconds:.1f} s",
         f"{size / seconds / 1e9:.2f} GB/s",
         f"{found['cpu']:.1f} s",
-        phases or "–",
+        ", ".join(phases) or "–",
         memory,
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=28, help="layers of the model (default 28: 3.5 GB)")
-    parser.add_argument("--folder", type=Path, help="disk to measure (default: the temporary folder's)")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=28, help="layers of the model (default 28: 3.5 GB)")
+    options.add_argument("--folder", type=Path, help="disk to measure (default: the temporary folder's)")
+    options.add_argument(
         "--measure", nargs=3, metavar=("METHOD", "SOURCE", "TARGET"), help="one measurement, as JSON"
     )
-    arguments = parser.parse_args()
-    if arguments.measure:
-        method, source, target = arguments.measure
-        print(json.dumps(measure(method, Path(source), Path(target))))
+    arguments = options.parse_args()
+    if measurement(measure, arguments.measure):
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         (folder / "config").mkdir()
-        (folder / "config" / "config.json").write_text(
-            json.dumps({**CONFIG, "num_hidden_layers": arguments.layers})
-        )
+        config = json.dumps({**CONFIG, "num_hidden_layers": arguments.layers})
+        (folder / "config" / "config.json").write_text(config)
         import torch
 
         from megatron_fipo.checkpoint.random_weights import write_random_model
@@ -148,15 +129,11 @@ def main() -> None:
         write_random_model(folder / "config", folder / "hf", seed=1, dtype=torch.bfloat16)
         size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
         largest = 2 * VOCABULARY * HIDDEN
-        print(
-            f"{date.today()}, {describe_machine()}; {size / 1e9:.2f} GB, largest tensor {largest / 2**20:,.0f} MiB\n"
-        )
+        print(heading(f"{size / 1e9:.2f} GB", f"largest tensor {largest / 2**20:,.0f} MiB") + "\n")
         found = _measure_all(folder)
-        print(
-            "| | time / cp, synced | time | rate | CPU time | of which | peak memory |\n|---|---|---|---|---|---|---|"
-        )
         reference = found["cp, synced"]["seconds"]
-        print(*(_row(method, figures, reference, size) for method, figures in found.items()), sep="\n")
+        heads = ("", "time / cp, synced", "time", "rate", "CPU time", "of which", "peak memory")
+        print(table(heads, [_row(*item, reference, size) for item in found.items()]))
 
 
 if __name__ == "__main__":

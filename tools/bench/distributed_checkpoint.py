@@ -1,21 +1,18 @@
 """Saving and loading a distributed checkpoint (weights and optimizer) against `cp` of the same bytes.
 
-    python tools/bench/distributed_checkpoint.py [--layers 4] [--folder DIR]     # a minute; prints the table of docs/benchmarks.md
+    python -m tools.bench.distributed_checkpoint [--layers 4] [--folder DIR]     # a minute; prints the table of docs/benchmarks.md
 
-One rank on CPU, a Qwen2-shaped model with random weights in bfloat16 and Adam's state in float32. *Training waits* is the time until
-`CheckpointWriter.start` returns, that is until the next update may begin; the hashes of the manifest are in *save and hash*. Best of 3.
+One rank on CPU, a Qwen2-shaped model with random weights in bfloat16 and Adam's state in float32. *Training waits* is the time
+until `CheckpointWriter.start` returns, after which the next update may begin; *hash* is that of the manifest. Best of 3.
 """
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
-import argparse
 import json
-import platform
 import shutil
 import subprocess
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -27,6 +24,7 @@ from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel
 from megatron_fipo.trainer.rank_model import RankModel
+from tools.bench.harness import heading, parser, table
 
 ROUNDS = 3
 CONFIG = {
@@ -93,12 +91,10 @@ def measure(policy: RankModel, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--folder", type=Path, help="folder of the files (default: a temporary one)")
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -108,12 +104,9 @@ def main() -> None:
         dist.destroy_process_group()
     best = {name: min(seconds[name] for seconds in rounds) for name in rounds[0]}
     size = best.pop("bytes")
-    print(
-        f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}; {size / 1e9:.2f} GB\n"
-    )
-    print("| phase | time / cp | time |\n|---|---|---|")
-    for name, value in best.items():
-        print(f"| {name} | {value / best['cp']:.2f} | {value:.2f} s |")
+    print(heading(f"{size / 1e9:.2f} GB") + "\n")
+    rows = [(name, f"{value / best['cp']:.2f}", f"{value:.2f} s") for name, value in best.items()]
+    print(table(("phase", "time / cp", "time"), rows))
 
 
 if __name__ == "__main__":

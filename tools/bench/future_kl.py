@@ -1,28 +1,23 @@
 """FutureKL: this project's scan against the published quadratic listing and a serial loop. One CPU thread, float32.
 
-    python tools/bench/future_kl.py            # about two minutes; prints the tables of docs/benchmarks.md
+    python -m tools.bench.future_kl            # about two minutes; prints the tables of docs/benchmarks.md
 
-Every measurement runs in a process of its own. Time is the best of a few calls. Memory is what the process's resident set
-peaked at during its first call (VmHWM, reset just before) beyond what it held before, so inputs and index tables are not in it.
+Every measurement runs in a process of its own. Time is the best of a few calls. Memory is the peak of the process's resident
+set during its first call beyond that before it, so it excludes inputs and index tables.
 """
 
-import argparse
-import json
 import math
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from machine import describe_machine, resident
 from torch import Tensor
+
+from tools.bench.harness import best_seconds, heading, in_own_process, measurement, parser, peak_of, table
 
 BATCH, HALF_LIFE = 8, 32.0
 LENGTHS = (1_280, 2_560, 5_120, 10_240, 20_480, 40_960, 81_920)
@@ -68,10 +63,10 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def measure(method: str, length: int) -> dict[str, float]:
-    """Seconds and bytes of one call at [BATCH, length], in this process."""
+def measure(method: str, tokens: str) -> dict[str, float]:
+    """Seconds and bytes of one call at [BATCH, tokens], in this process."""
     torch.set_num_threads(1)
-    function = METHODS[method]
+    function, length = METHODS[method], int(tokens)
     generator = torch.Generator().manual_seed(0)
     log_ratio = torch.randn(BATCH, length, generator=generator).mul_(0.05).requires_grad_()
     mask = torch.ones(BATCH, length)
@@ -81,21 +76,13 @@ def measure(method: str, length: int) -> dict[str, float]:
         from megatron_fipo.objective.padded import _rectangle
 
         _rectangle(BATCH, length, log_ratio.device)  # index tables belong to packing, not to the step
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    result = function(log_ratio, mask)
-    peak = resident("VmHWM") - before
-    error = (
-        (result.detach() - serial_loop(log_ratio.double(), mask.double())).abs().max().item()
-        if length <= 20_480
-        else 0.0
-    )
+    result, _, peak = peak_of(lambda: function(log_ratio, mask))
+    error = 0.0
+    if length <= 20_480:
+        truth = serial_loop(log_ratio.double(), mask.double())
+        error = (result.detach() - truth).abs().max().item()
     del result
-    best = math.inf
-    for _ in range(2 if method == "quadratic" else 3 if method == "serial" else 50):
-        start = time.perf_counter()
-        function(log_ratio, mask)
-        best = min(best, time.perf_counter() - start)
+    best = best_seconds(lambda: function(log_ratio, mask), {"quadratic": 2, "serial": 3, "scan": 50}[method])
     return {"seconds": best, "bytes": peak, "error": error}
 
 
@@ -141,58 +128,48 @@ def communication(cp: int, length: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--measure", nargs=2, metavar=("METHOD", "LENGTH"), help="one measurement, as JSON")
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure[0], int(arguments.measure[1]))))
+    options = parser(__doc__)
+    options.add_argument("--measure", nargs=2, metavar=("METHOD", "LENGTH"), help="one measurement, as JSON")
+    if measurement(measure, options.parse_args().measure):
         return
-    print(
-        f"{date.today()}, {describe_machine()}, one thread, B = {BATCH}, half life {HALF_LIFE:.0f}, float32\n"
-    )
-    print(
-        "| L | quadratic / scan time | quadratic / scan memory | serial / scan time | scan | scan memory | serial | quadratic |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print(heading("one thread", f"B = {BATCH}", f"half life {HALF_LIFE:.0f}", "float32") + "\n")
     times: dict[str, dict[int, float]] = {method: {} for method in METHODS}
+    rows = []
     for length in LENGTHS:
-        found = {
-            m: _in_own_process(m, length) for m in METHODS if m != "quadratic" or length <= QUADRATIC_LIMIT
-        }
+        methods = [m for m in METHODS if m != "quadratic" or length <= QUADRATIC_LIMIT]
+        found = {m: in_own_process("tools.bench.future_kl", m, length) for m in methods}
         for method, values in found.items():
             times[method][length] = values["seconds"]
-        print(_row(length, found), flush=True)
-    print(
-        "\nExponent of time in L: "
-        + ", ".join(f"{method} {exponent(values):.2f}" for method, values in times.items())
-    )
-    print("\n| L | cp 1 | cp 2 | cp 4 |\n|---|---|---|---|")
-    for length in (1_280, 20_480, 81_920):
-        print(f"| {length:,} | " + " | ".join(_bytes(communication(cp, length)) for cp in (1, 2, 4)) + " |")
+        rows.append(_row(length, found))
+    heads = ("L", "quadratic / scan time", "quadratic / scan memory", "serial / scan time")
+    print(table((*heads, "scan", "scan memory", "serial", "quadratic"), rows))
+    exponents = ", ".join(f"{method} {exponent(values):.2f}" for method, values in times.items())
+    print(f"\nExponent of time in L: {exponents}\n")
+    sizes = (1, 2, 4)
+    rows = [
+        (f"{length:,}", *(_bytes(communication(cp, length)) for cp in sizes))
+        for length in (1_280, 20_480, 81_920)
+    ]
+    print(table(("L", *(f"cp {cp}" for cp in sizes)), rows))
 
 
 def _bytes(calls: list[int]) -> str:
     return " + ".join(f"{count} bytes" for count in calls)
 
 
-def _in_own_process(method: str, length: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", method, str(length)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return json.loads(
-        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    )
-
-
-def _row(length: int, found: dict[str, dict[str, float]]) -> str:
+def _row(length: int, found: dict[str, dict[str, float]]) -> tuple[str, ...]:
     ours, quadratic = found["scan"], found.get("quadratic")
     milliseconds = {method: f"{1e3 * values['seconds']:,.2f} ms" for method, values in found.items()}
-    ratio = f"{quadratic['seconds'] / ours['seconds']:,.0f}" if quadratic else "–"
-    memory = f"{quadratic['bytes'] / max(ours['bytes'], 1):,.0f}" if quadratic else "–"
-    serial = f"{found['serial']['seconds'] / ours['seconds']:,.0f}"
-    cells = [f"{length:,}", ratio, memory, serial, milliseconds["scan"], f"{ours['bytes'] / 2**20:,.1f} MiB"]
-    return "| " + " | ".join([*cells, milliseconds["serial"], milliseconds.get("quadratic", "–")]) + " |"
+    return (
+        f"{length:,}",
+        f"{quadratic['seconds'] / ours['seconds']:,.0f}" if quadratic else "–",
+        f"{quadratic['bytes'] / max(ours['bytes'], 1):,.0f}" if quadratic else "–",
+        f"{found['serial']['seconds'] / ours['seconds']:,.0f}",
+        milliseconds["scan"],
+        f"{ours['bytes'] / 2**20:,.1f} MiB",
+        milliseconds["serial"],
+        milliseconds.get("quadratic", "–"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
 """The log-prob head against plain logits and cross-entropy, forward and backward. One CPU thread, float32.
 
-    python tools/bench/head.py            # about ten minutes; prints the tables of docs/benchmarks.md
+    python -m tools.bench.head            # about ten minutes; prints the tables of docs/benchmarks.md
 
-Every measurement runs in a process of its own, and the whole list runs several times over, so that a busy moment of the machine
-does not hit one variant alone. Time is the best of all calls. Memory is what the process's resident set peaked at during its
-first call (VmHWM, reset just before) beyond what it held before: inputs are not in it, the gradients that come back are.
+Every measurement runs in a process of its own, and the entire list runs several times, so that load from other processes does
+not affect one variant only. Time is the best of all calls. Memory is the peak of the process's resident set during its first
+call beyond that before it: it excludes inputs and includes the returned gradients.
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from datetime import date
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from machine import describe_machine, resident
 from torch import Tensor
+
+from tools.bench.harness import heading, in_own_process, measurement, parser, peak_of, table
 
 TOKENS, HIDDEN, VOCABULARY = 2048, 1024, 32_000
 GRADIENTS = 4 * HIDDEN * (VOCABULARY + TOKENS)
 """Bytes of the two gradients that any method returns."""
 ROUNDS, CALLS = 3, 2
 BUDGETS = (16, 64, 512)
-"""Megabytes of workspace; the last holds all logits in one slab."""
+"""Megabytes of workspace; the last is enough for all logits in one slab."""
 USUAL = 64
 SHARES = (25, 50, 90, 100)
 """Per cent of the tokens that are response tokens."""
@@ -50,7 +43,7 @@ def plain_with_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Ten
 def head(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, workspace_mb: int, memory_mb: int
 ) -> Tensor:
-    """Log-probs of the response rows alone; their entropy comes with them."""
+    """Log-probs of the response rows only; their entropy comes with them."""
     import megatron_fipo.model  # noqa: F401  (the CPU platform, before Megatron-Core)
     from megatron_fipo.config import HeadConfig
     from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
@@ -67,17 +60,17 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def measure(method: str, share: int, workspace_mb: int, memory_mb: int) -> dict[str, float]:
+def measure(method: str, *numbers: str) -> dict[str, float]:
     """Best seconds of a few calls and bytes of the first, in this process."""
     torch.set_num_threads(1)
-    run = METHODS[method]
-    _call(run, share, workspace_mb, memory_mb, 16, VOCABULARY // 100)  # libraries set themselves up
-    calls = [_call(run, share, workspace_mb, memory_mb, TOKENS, VOCABULARY) for _ in range(CALLS)]
+    run, (share, *megabytes) = METHODS[method], map(int, numbers)
+    _call(run, share, megabytes, 16, VOCABULARY // 100)  # libraries set themselves up
+    calls = [_call(run, share, megabytes, TOKENS, VOCABULARY) for _ in range(CALLS)]
     return {"seconds": min(seconds for seconds, _ in calls), "bytes": calls[0][1]}
 
 
 def _call(
-    run: Callable[..., Tensor], share: int, workspace_mb: int, memory_mb: int, tokens: int, vocabulary: int
+    run: Callable[..., Tensor], share: int, megabytes: Sequence[int], tokens: int, vocabulary: int
 ) -> tuple[float, int]:
     """Seconds and peak bytes of one forward and backward."""
     generator = torch.Generator().manual_seed(0)
@@ -85,11 +78,7 @@ def _call(
     weight = torch.randn(vocabulary, HIDDEN, generator=generator).div_(HIDDEN**0.5).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
     rows = torch.arange(tokens - tokens * share // 100, tokens)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    start = time.perf_counter()
-    run(hidden, weight, labels, rows, workspace_mb, memory_mb).backward()
-    return time.perf_counter() - start, resident("VmHWM") - before
+    return peak_of(lambda: run(hidden, weight, labels, rows, *megabytes).backward())[1:]
 
 
 Variant = tuple[str, int, int, int]
@@ -101,43 +90,30 @@ def _measure_all(variants: list[Variant]) -> dict[Variant, dict[str, float]]:
     found: dict[Variant, dict[str, float]] = {}
     for _ in range(ROUNDS):
         for variant in variants:
-            command = [sys.executable, __file__, "--measure", *map(str, variant)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            output = subprocess.run(
-                command, capture_output=True, text=True, check=True, env=environment
-            ).stdout
-            new, old = json.loads(output), found.get(variant)
+            new, old = in_own_process("tools.bench.head", *variant), found.get(variant)
             found[variant] = {key: min(new[key], old[key]) for key in new} if old else new
     return found
 
 
-def _row(name: str, found: dict[str, float], reference: dict[str, float]) -> str:
-    cells = [
+def _row(name: str, found: dict[str, float], reference: dict[str, float]) -> tuple[str, ...]:
+    return (
         name,
         f"{found['seconds'] / reference['seconds']:.2f}",
         f"{found['bytes'] / reference['bytes']:.2f}",
         f"{found['seconds']:.2f} s",
         f"{found['bytes'] / 2**20:,.0f} MiB",
         f"{(found['bytes'] - GRADIENTS) / 2**20:,.0f} MiB",
-    ]
-    return "| " + " | ".join(cells) + " |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument(
         "--measure", nargs=4, metavar=("METHOD", "SHARE", "MB", "KEPT"), help="one measurement, as JSON"
     )
-    arguments = parser.parse_args()
-    if arguments.measure:
-        method, *numbers = arguments.measure
-        print(json.dumps(measure(method, *map(int, numbers))))
+    if measurement(measure, options.parse_args().measure):
         return
-    print(
-        f"{date.today()}, {describe_machine()}, one thread, {TOKENS:,} tokens, H {HIDDEN:,}, V {VOCABULARY:,}, float32\n"
-    )
+    print(heading("one thread", f"{TOKENS:,} tokens, H {HIDDEN:,}, V {VOCABULARY:,}", "float32") + "\n")
     named: list[tuple[str, Variant]] = [
         ("plain", ("plain", 100, 0, 0)),
         ("plain, with entropy", ("plain_with_entropy", 100, 0, 0)),
@@ -147,11 +123,9 @@ def main() -> None:
     shares: list[tuple[str, Variant]] = [(f"{share} %", ("head", share, USUAL, 0)) for share in SHARES]
     found = _measure_all(list(dict.fromkeys(variant for _, variant in named + shares)))
     reference = found["plain", 100, 0, 0]
-    for heading, rows in (("", named), ("response share", shares)):
-        print(
-            f"| {heading} | time / plain | memory / plain | time | memory | memory without the gradients |\n|---|---|---|---|---|---|"
-        )
-        print(*(_row(name, found[variant], reference) for name, variant in rows), sep="\n", end="\n\n")
+    heads = ("time / plain", "memory / plain", "time", "memory", "memory without the gradients")
+    for first, rows in (("", named), ("response share", shares)):
+        print(table((first, *heads), [_row(name, found[v], reference) for name, v in rows]), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""A simulation of dynamic sampling: what each policy of `rollout.mode` and `rollout.unfinished` wastes, and how long it takes.
+"""A simulation of dynamic sampling: tokens wasted and time taken with each setting of `rollout.mode` and `rollout.unfinished`.
 
-    python tools/bench/surplus.py            # some minutes; prints a table for docs/benchmarks.md
+    python -m tools.bench.surplus            # some minutes; prints a table for docs/benchmarks.md
 
-The collector is the real one; engines, trainer and clock are simulated, so these are no measurements of any hardware:
+The collector is the real one; engines, trainer and clock are simulated, so this measures no hardware:
 
 - Response lengths are log-normal, with one factor per prompt and one per response, cut at 20,480 tokens; counted in blocks of 64.
-- A prompt is informative with probability 0.4, whatever its length.
-- All engines decode in step; a step takes longer the more responses they hold. Prompts, also of continued responses, cost nothing.
-- The trainer takes a fixed time per token and has devices of its own. Weight pushes cost nothing.
+- A prompt is informative with probability 0.4, independently of its length.
+- All engines decode in lockstep; a step takes longer the more responses they run. Prefill, also of resumed responses, costs nothing.
+- The trainer takes a fixed time per token and has separate devices. Weight pushes cost nothing.
 
-The reference policy is the authors': rounds of 2,048 prompts, wait for all, train on the first 512 informative groups, discard the rest.
+The reference policy is the authors': rounds of 2,048 prompts, wait for all, train on the first 512 informative groups,
+discard the rest.
 """
 
-import argparse
 import heapq
 import itertools
 import math
@@ -30,6 +30,7 @@ from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, Sco
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.task import Problem
+from tools.bench.harness import parser, table
 
 BLOCK = 64
 MAX_BLOCKS = 20_480 // BLOCK
@@ -38,7 +39,7 @@ INFORMATIVE = 0.4
 TARGET, RESPONSES = 512, 16
 ENGINES, SLOTS_PER_ENGINE = 32, 256
 STEP_S, STEP_S_PER_RESPONSE = 0.012, 0.00006
-"""A decode step of an engine, and what each response on it adds."""
+"""Time of an engine's decode step, and its increase per response."""
 TRAIN_S_PER_TOKEN = 15e-6
 
 
@@ -100,7 +101,7 @@ class Engines:
 
 
 def length(request: GenerationRequest) -> int:
-    """Blocks of the whole response, from its seed and its prompt."""
+    """Blocks of the complete response, from its seed and its prompt."""
     difficulty = random.Random(request.prompt_ids[0]).gauss(0, PROMPT_SPREAD)
     tokens = MEDIAN_LENGTH * math.exp(difficulty + random.Random(request.seed).gauss(0, RESPONSE_SPREAD))
     return min(max(round(tokens / BLOCK), 1), MAX_BLOCKS)
@@ -181,9 +182,9 @@ def _round(engines: Engines, serials: Sequence[int]) -> list[PromptGroup]:
         engines.submit(group.requests(seed=1), SamplingParams(1.0, 1.0, MAX_BLOCKS))
     for _ in range(len(groups) * RESPONSES):
         for settled in engines.poll(math.inf):
-            serial, place = parse_request_id(settled.request_id)
+            serial, index = parse_request_id(settled.request_id)
             assert settled.generation is not None
-            groups[serial].responses[place].add(settled.generation)
+            groups[serial].responses[index].add(settled.generation)
     return list(groups.values())
 
 
@@ -274,40 +275,59 @@ POLICIES: dict[str, Policy] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    options.add_argument("--iterations", type=int, default=8)
+    options.add_argument(
+        "--only", default="", help="policies whose name contains this, besides the reference"
     )
-    parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--only", default="", help="policies whose name holds this, besides the reference")
-    parser.add_argument("--warmup", type=int, default=3, help="first iterations, left out of the table")
-    arguments = parser.parse_args()
+    options.add_argument("--warmup", type=int, default=3, help="first iterations, left out of the table")
+    arguments = options.parse_args()
     print("A simulation, not a measurement. Means per iteration; time relative to the reference policy.\n")
-    print(
-        "| policy | time | prompts | unused informative responses | tokens generated / used | of them dropped | slots busy "
-        "| mean length used | staleness mean | tokens of age >= 1 |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(table(HEADS, []))
     reference_seconds = None
-    for place, (name, policy) in enumerate(POLICIES.items()):
-        if place and arguments.only not in name:
+    for index, (name, policy) in enumerate(POLICIES.items()):
+        if index and arguments.only not in name:
             continue
-        engines = Engines()
-        done = policy(engines, arguments.iterations)
+        done = policy(Engines(), arguments.iterations)
         first, rest = done[arguments.warmup - 1], done[arguments.warmup :]
         seconds = (rest[-1].end - first.end) / len(rest)
         reference_seconds = reference_seconds or seconds
-        used = sum(t.response_length for i in rest for group in i.groups for t in group)
-        responses = sum(len(group) for i in rest for group in i.groups)
-        generated, dropped = sum(i.generated for i in rest), sum(i.dropped for i in rest)
-        stale = [staleness_values([t for group in i.groups for t in group], i.version) for i in rest]
-        busy = (rest[-1].busy - first.busy) / (rest[-1].end - first.end) / (ENGINES * SLOTS_PER_ENGINE)
-        print(
-            f"| {name} | {seconds / reference_seconds:.2f} ({seconds / 60:.0f} min) | {sum(i.prompts for i in rest) / len(rest):,.0f} "
-            f"| {rest[-1].unused_share:.1%} | {generated / used:.2f} | {dropped / generated:.1%} | {busy:.0%} "
-            f"| {used * BLOCK / responses:,.0f} | {_mean(stale, 'staleness/mean'):.2f} "
-            f"| {1 - _mean(stale, 'staleness/tokens_age_0'):.0%} |",
-            flush=True,
-        )
+        cells = _cells(first, rest)
+        time = f"{seconds / reference_seconds:.2f} ({seconds / 60:.0f} min)"
+        print("| " + " | ".join((name, time, *cells)) + " |", flush=True)
+
+
+HEADS = (
+    "policy",
+    "time",
+    "prompts",
+    "unused informative responses",
+    "tokens generated / used",
+    "of them dropped",
+    "slots busy",
+    "mean length used",
+    "staleness mean",
+    "tokens of age >= 1",
+)
+
+
+def _cells(first: Iteration, rest: Sequence[Iteration]) -> tuple[str, ...]:
+    """Columns from `prompts` on, of the iterations after `first`."""
+    used = sum(t.response_length for i in rest for group in i.groups for t in group)
+    responses = sum(len(group) for i in rest for group in i.groups)
+    generated, dropped = sum(i.generated for i in rest), sum(i.dropped for i in rest)
+    stale = [staleness_values([t for group in i.groups for t in group], i.version) for i in rest]
+    busy = (rest[-1].busy - first.busy) / (rest[-1].end - first.end) / (ENGINES * SLOTS_PER_ENGINE)
+    return (
+        f"{sum(i.prompts for i in rest) / len(rest):,.0f}",
+        f"{rest[-1].unused_share:.1%}",
+        f"{generated / used:.2f}",
+        f"{dropped / generated:.1%}",
+        f"{busy:.0%}",
+        f"{used * BLOCK / responses:,.0f}",
+        f"{_mean(stale, 'staleness/mean'):.2f}",
+        f"{1 - _mean(stale, 'staleness/tokens_age_0'):.0%}",
+    )
 
 
 def _mean(values: Sequence[dict[str, float]], name: str) -> float:

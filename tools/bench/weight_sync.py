@@ -1,14 +1,13 @@
 """Weights into rollout engines through Ray's object store, against a plain copy of the same bytes; and how engines start.
 
-    python tools/bench/weight_sync.py     # about three minutes on an idle machine; prints the tables of docs/weight-sync.md
+    python -m tools.bench.weight_sync     # about three minutes on an idle machine; prints the tables of docs/weight-sync.md
 
-A Qwen2-shaped model with random bfloat16 weights lies in one process, as on a trainer's rank 0, and is pushed into local engines,
-which are Ray actors as in a run. Every row is measured in turn, several times over; the shortest time and the largest memory count. The
-plain copy is made in the sending process just before each push. Memory is sampled every 5 ms during a push: what a process's own
-pages grow by, and how much of the object store the trainer has touched.
+One process has a Qwen2-shaped model with random bfloat16 weights, as a trainer's rank 0 does, and pushes it to local engines,
+which are Ray actors as in a run. All rows are measured in turn, several times; the shortest time and the largest memory count.
+The plain copy is made in the sending process just before each push. Memory is sampled every 5 ms during a push: growth of a
+process's own pages, and bytes of the object store that the trainer has touched.
 """
 
-import argparse
 import importlib.util
 import logging
 import os
@@ -18,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 import torch
-from machine import describe_machine
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo.driver.rollout.engine_actors import CONTROL_CALLS
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.weight_sync.object_store import push_weights, tensor_checksum
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE
+from tests.tiny_qwen2 import save_qwen2, save_tokenizer
+from tools.bench.harness import ROOT, heading, parser, table
 
 BUCKET_BYTES = 128 * 2**20
 PUSHES, STARTS = 12, 2
@@ -44,31 +41,24 @@ GB = 1e9
 
 def write_model(folder: Path) -> Path:
     """A folder with 0.39 billion random parameters, tied embeddings, and a tokenizer with an end token."""
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    config = Qwen2Config(
+    save_tokenizer(folder, ["<pad>", "<eos>"])
+    return save_qwen2(
+        folder,
+        0,
         vocab_size=32_000,
         hidden_size=896,
         intermediate_size=4864,
         num_hidden_layers=24,
         num_attention_heads=14,
-        num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        eos_token_id=1,
-        bos_token_id=None,
         dtype="bfloat16",
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
-        folder
-    )
-    return folder
 
 
 class Memory:
-    """Of this process at its peak, in bytes: its own pages beyond those it had at the start, and the shared ones it has touched."""
+    """Peak of this process, in bytes: growth of its own pages since the start, and shared pages that it has touched."""
 
     def start(self) -> None:
         self._before = self._most = self._now()
@@ -93,7 +83,7 @@ class Memory:
 
 
 class Trainer:
-    """Stands where the trainer's rank 0 stands: holds the weights and pushes them."""
+    """In the position of the trainer's rank 0: has the weights and pushes them."""
 
     def __init__(self, folder: str) -> None:
         torch.set_num_threads(1)
@@ -131,7 +121,7 @@ class Trainer:
 
 
 class Engine(LocalEngine):
-    """A local engine that watches its memory."""
+    """A local engine that measures its memory."""
 
     def watch(self) -> None:
         self.memory = Memory()
@@ -158,8 +148,8 @@ class Push:
         return Push(min(self.seconds, other.seconds), *memory)
 
 
-def measure_pushes(folder: Path) -> list[str]:
-    """Rows: what is pushed, to how many engines, against the plain copy."""
+def measure_pushes(folder: Path) -> str:
+    """A table of pushes by number of engines and check, against the plain copy."""
     trainer: Any = ray.remote(Trainer).options(num_cpus=1).remote(str(folder))
     engines = {number: start_engine(Engine, folder, load_weights=False) for number in range(2)}
     ray.get([engine.ready.remote() for engine in engines.values()])
@@ -181,26 +171,21 @@ def measure_pushes(folder: Path) -> list[str]:
     for actor in (trainer, *engines.values()):
         ray.kill(actor)
     copy, sha256 = min(copies), min(hashes)
-    lines = [
-        f"{size / GB:.2f} GB in {count} tensors, buckets of {BUCKET_BYTES // 2**20} MiB, best of {PUSHES}",
-        "",
-        "| | time | per GB | time / copy | trainer's own memory | engine's own memory | object store touched |",
-        "|---|---|---|---|---|---|---|",
-        f"| plain copy, one thread | {copy:.2f} s | {copy / size * GB:.2f} s | 1.0 | | | |",
-        f"| sha256, one thread | {sha256:.2f} s | {sha256 / size * GB:.2f} s | {sha256 / copy:.1f} | | | |",
-    ]
+
+    def times(seconds: float) -> tuple[str, ...]:
+        return f"{seconds:.2f} s", f"{seconds / size * GB:.2f} s", f"{seconds / copy:.1f}"
+
+    rows = [("plain copy, one thread", *times(copy), "", "", "")]
+    rows.append(("sha256, one thread", *times(sha256), "", "", ""))
     for (engine_count, check), push in found.items():
-        cells = [
-            f"push to {engine_count} engine{'s' * (engine_count > 1)}, {'with' if check else 'without'} check",
-            f"{push.seconds:.2f} s",
-            f"{push.seconds / size * GB:.2f} s",
-            f"{push.seconds / copy:.1f}",
-            f"+{push.trainer / 2**20:,.0f} MiB",
-            f"+{push.engine / 2**20:,.0f} MiB",
-            f"{push.store / 2**20:,.0f} MiB",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        name = (
+            f"push to {engine_count} engine{'s' * (engine_count > 1)}, {'with' if check else 'without'} check"
+        )
+        memory = f"+{push.trainer / 2**20:,.0f} MiB", f"+{push.engine / 2**20:,.0f} MiB"
+        rows.append((name, *times(push.seconds), *memory, f"{push.store / 2**20:,.0f} MiB"))
+    heads = ("", "time", "per GB", "time / copy", "trainer's own memory", "engine's own memory")
+    title = f"{size / GB:.2f} GB in {count} tensors, buckets of {BUCKET_BYTES // 2**20} MiB, best of {PUSHES}"
+    return f"{title}\n\n{table((*heads, 'object store touched'), rows)}"
 
 
 def start_engine(engine_class: Any, folder: Path, **arguments: Any) -> Any:
@@ -208,8 +193,8 @@ def start_engine(engine_class: Any, folder: Path, **arguments: Any) -> Any:
     return ray.remote(engine_class).options(**options).remote(str(folder), "bfloat16", **arguments)
 
 
-def measure_starts(folder: Path) -> list[str]:
-    """Rows: seconds until an engine's process answers, and until its model is there, with and without the folder's weights."""
+def measure_starts(folder: Path) -> str:
+    """A table of seconds until an engine's process answers and until its model is ready, with and without the folder's weights."""
     classes: dict[str, tuple[Any, dict[str, Any]]] = {"local": (LocalEngine, {})}
     if importlib.util.find_spec("vllm") is not None:
         from megatron_fipo.engine.vllm_engine import VLLMEngine
@@ -223,22 +208,17 @@ def measure_starts(folder: Path) -> list[str]:
                 "deterministic": False,
             },
         )
-    lines = [
-        f"best of {STARTS}",
-        "",
-        "| engine | weights of the folder | process | model | both |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, (engine_class, arguments) in classes.items():
         for load_weights in (True, False):
             times = [
                 _start(engine_class, folder, load_weights=load_weights, **arguments) for _ in range(STARTS)
             ]
             process, model = min(times, key=sum)
-            lines.append(
-                f"| {name} | {'loaded' if load_weights else 'not read'} | {process:.1f} s | {model:.1f} s | {process + model:.1f} s |"
-            )
-    return lines
+            seconds = (f"{value:.1f} s" for value in (process, model, process + model))
+            rows.append((name, "loaded" if load_weights else "not read", *seconds))
+    heads = ("engine", "weights of the folder", "process", "model", "both")
+    return f"best of {STARTS}\n\n{table(heads, rows)}"
 
 
 def _start(engine_class: Any, folder: Path, **arguments: Any) -> tuple[float, float]:
@@ -254,14 +234,15 @@ def _start(engine_class: Any, folder: Path, **arguments: Any) -> tuple[float, fl
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """As a run on one machine makes it."""
+    """Like that of a run on one machine."""
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=BUCKETS_IN_STORE * BUCKET_BYTES + 128 * 2**20,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}},
     )
     try:
         yield
@@ -270,16 +251,14 @@ def cluster() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", choices=TABLES, help="one of the tables")
-    only = parser.parse_args().only
+    options = parser(__doc__)
+    options.add_argument("--only", choices=TABLES, help="one of the tables")
+    only = options.parse_args().only
     with tempfile.TemporaryDirectory() as scratch, cluster():
         folder = write_model(Path(scratch))
         for name in [only] if only else TABLES:
-            machine = f"{describe_machine()}, load {os.getloadavg()[0]:.1f}, Ray {ray.__version__}"
-            print(f"{date.today()}, {machine}\n", *TABLES[name](folder), sep="\n", end="\n\n", flush=True)
+            print(heading(f"load {os.getloadavg()[0]:.1f}", f"Ray {ray.__version__}"), end="\n\n")
+            print(TABLES[name](folder), end="\n\n", flush=True)
 
 
 TABLES = {"pushes": measure_pushes, "starts": measure_starts}

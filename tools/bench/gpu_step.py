@@ -1,20 +1,20 @@
-"""A whole training step of Qwen2.5-shaped models on packs of 20,480 tokens: speed, MFU, memory, the loss path's share."""
+"""A training step of Qwen2.5-shaped models on packs of 20,480 tokens: speed, MFU, memory, the loss path's share.
+
+python -m tools.bench.gpu_step
+"""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
-import statistics
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-from gpu.ceilings import peak_flops
-from gpu.measure import Bench, Timing, is_out_of_memory, release, synchronize, time_calls, time_small
-from gpu.policies import Shape, new_policy, one_rank, random_shard, score, with_old_log_probs
-from gpu.report import FIGURE, SKIPPED, Row, aimed, duration, reason
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import ModelConfig, OptimizerSettings
 from megatron_fipo.config.gpu_rules import fp8_obstacle
@@ -22,6 +22,22 @@ from megatron_fipo.environment import find_accelerators
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.trainer.rank_model import RankModel
+from tests.gpu.policies import Shape, new_policy, one_rank, random_shard, score, with_old_log_probs
+from tools.bench.gpu_ceilings import peak_flops
+from tools.bench.harness import (
+    Bench,
+    Case,
+    Cases,
+    Timing,
+    is_out_of_memory,
+    release,
+    run_cases,
+    summary,
+    synchronize,
+    time_calls,
+    time_small,
+)
+from tools.bench.report import FIGURE, SKIPPED, Row, aimed, duration, reason
 
 SECTION = "step"
 MODELS = {
@@ -35,12 +51,13 @@ TOY_PACKS = {"1 x 20,480": ([10], [50]), "4 x 5,120": ([5] * 4, [10] * 4)}
 MFU_AIM, LOSS_AIM = 0.5, 0.01
 LR, STEPS, WARM_UP = 1e-6, 5, 2
 OBJECTIVE = ObjectiveConfig()
-PROFILE = "step_profile.txt"
+FP8_RECIPE = ModelConfig().fp8_recipe
+PROFILE = Path(os.environ.get("GPU_CHECK_OUTPUT", ".")) / "step_profile.txt"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What was measured of one pack."""
+    """Figures of one pack."""
 
     seconds: Timing
     tokens: int
@@ -55,7 +72,7 @@ class Step:
 
 def step_flops(shape: Shape, lengths: Sequence[int], rows: int) -> float:
     """Of forward and backward: 6 per matrix weight and token (the output layer: per response row), and of causal attention
-    12 · heads · head size per layer and visible pair, L·(L + 1)/2 pairs in a sequence. What is recomputed does not count.
+    12 · heads · head size per layer and visible pair, L·(L + 1)/2 pairs in a sequence. Recomputation does not count.
     """
     query, key = shape.heads * shape.head_size, shape.groups * shape.head_size
     layer = shape.hidden * (2 * query + 2 * key + 3 * shape.ffn)
@@ -69,7 +86,7 @@ def step_flops(shape: Shape, lengths: Sequence[int], rows: int) -> float:
 def packs(
     bench: Bench, policy: RankModel, shape: Shape, model: ModelConfig
 ) -> Iterator[tuple[str, list[PackedShard]]]:
-    """Each pack by name, as a mini-batch of one micro-batch that the policy itself has scored."""
+    """Each pack by name, as a mini-batch of one micro-batch with old log-probs near the policy's own."""
     for index, (name, (prompts, responses)) in enumerate(bench.pick(PACKS, TOY_PACKS).items()):
         shard = random_shard(bench, shape, prompts, responses, seed=index, multiple=model.token_multiple)
         yield name, with_old_log_probs([shard], score(policy, [shard], drift=0.02, seed=index))
@@ -78,7 +95,7 @@ def packs(
 def measure_steps(
     bench: Bench, policy: RankModel, shape: Shape, model: ModelConfig, name: str
 ) -> Iterator[Row]:
-    """Both packs through one policy. torch.OutOfMemoryError where it does not fit."""
+    """Both packs with one policy. torch.OutOfMemoryError if it does not fit."""
     peak, source = peak_flops(bench)
     for pack, shards in packs(bench, policy, shape, model):
         step = measure_pack(bench, policy, shape, shards)
@@ -106,7 +123,7 @@ def measure_pack(bench: Bench, policy: RankModel, shape: Shape, shards: list[Pac
         )
 
     return Step(
-        seconds=Timing(statistics.median(seconds), min(seconds), max(seconds)),
+        seconds=summary(seconds),
         tokens=sum(lengths),
         flops=step_flops(shape, lengths, rows),
         peak_bytes=peak,
@@ -141,7 +158,7 @@ def count_waits(bench: Bench, call: Callable[[], object]) -> int:
 
 
 def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> Iterator[Row]:
-    """Speed and memory, then the loss path's share; FP8 is held against the BF16 peak and has no aim."""
+    """Speed and memory, then the loss path's share; FP8 is compared with the BF16 peak and has no aim."""
     seconds = step.seconds.median
     mfu, share = step.flops / seconds / peak, step.loss.median / seconds
     figures: dict[str, float | str] = {
@@ -160,10 +177,11 @@ def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> I
     )
     title = f"{name} (aim MFU >= {100 * MFU_AIM:.0f} %)" if has_aim else name
     yield Row(SECTION, title, aimed(mfu >= MFU_AIM) if has_aim else FIGURE, result, figures)
-    figures = (
-        {"share": share} | step.loss.figures("loss") | step.loss_by_host.figures("loss_launched_by_host")
+    by_host = step.loss_by_host
+    figures = {"share": share} | step.loss.figures("loss") | by_host.figures("loss_launched_by_host")
+    result = (
+        f"{100 * share:.3f} % ({duration(step.loss.median)}; launched by the host {duration(by_host.median)})"
     )
-    result = f"{100 * share:.3f} % ({duration(step.loss.median)}; launched by the host {duration(step.loss_by_host.median)})"
     title = f"loss path of {name} (aim < {100 * LOSS_AIM:.0f} %)"
     yield Row(SECTION, title, aimed(share < LOSS_AIM), result, figures)
 
@@ -171,12 +189,12 @@ def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> I
 def profile_steps(
     bench: Bench, policy: RankModel, shape: Shape, model: ModelConfig, name: str
 ) -> Iterator[Row]:
-    """Where a step's time goes, kernel by kernel, into a file. Last, because a profiler leaves traces in later timings."""
+    """A step's time by kernel, into a file. Last, because a profiler affects later timings."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.on_gpu else [])
     order = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
-    with (bench.output / PROFILE).open("w", encoding="utf-8") as file:
+    with PROFILE.open("w", encoding="utf-8") as file:
         for pack, shards in packs(bench, policy, shape, model):
             for _ in range(WARM_UP):
                 policy.policy_step(shards, OBJECTIVE, LR)
@@ -186,29 +204,30 @@ def profile_steps(
                 synchronize(bench)
             table = recorded.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=100)
             file.write(f"=== {name}, {pack}, recompute {model.recompute}\n{table}\n")
-    yield Row(SECTION, f"profile of {name}", FIGURE, f"in {PROFILE}")
+    yield Row(SECTION, f"profile of {name}", FIGURE, f"in {PROFILE.name}")
 
 
 Body = Callable[[Bench, RankModel, Shape, ModelConfig, str], Iterator[Row]]
 
 
-def _case(name: str, fp8: bool, body: Body = measure_steps) -> Callable[[Bench], Iterator[Row]]:
-    """`body` on a fresh policy, with recomputed layers where it does not fit without."""
+def case(name: str, shape: Shape, recipe: str | None = None, body: Body = measure_steps) -> Case:
+    """`body` on a new policy, in BF16 or FP8 with this recipe; with recomputed layers if it does not fit without."""
 
     def run(bench: Bench) -> Iterator[Row]:
-        if fp8 and find_spec("transformer_engine") is None:
+        precision = f"FP8 {recipe}" if recipe else "BF16"
+        if recipe and find_spec("transformer_engine") is None:
             raise ModuleNotFoundError("FP8", name="transformer_engine")
-        if fp8 and (obstacle := fp8_obstacle(ModelConfig().fp8_recipe, find_accelerators())):
-            yield reason(SKIPPED, SECTION, f"{name} FP8", obstacle, False)
+        if recipe and (obstacle := fp8_obstacle(recipe, find_accelerators())):
+            yield reason(SKIPPED, SECTION, f"{name} {precision}", obstacle, False)
             return
-        precision = {"fp8": "hybrid", "layer_spec": "transformer_engine"} if fp8 else {}
-        shape = bench.pick(MODELS[name], TOY)
+        fp8 = {"fp8": "hybrid", "fp8_recipe": recipe, "layer_spec": "transformer_engine"} if recipe else {}
         for recompute in ("none", "full"):
-            model = ModelConfig(recompute=recompute, **precision)
+            model = ModelConfig(recompute=recompute, **fp8)
             try:
                 with one_rank(bench, seed=3):
-                    policy = new_policy(bench, shape, model, optimizer=OptimizerSettings(lr=LR))
-                    yield from body(bench, policy, shape, model, f"{name} {'FP8' if fp8 else 'BF16'}")
+                    used = bench.pick(shape, TOY)
+                    policy = new_policy(bench, used, model, optimizer=OptimizerSettings(lr=LR))
+                    yield from body(bench, policy, used, model, f"{name} {precision}")
                 return
             except RuntimeError as error:
                 if recompute == "full" or not is_out_of_memory(error):
@@ -220,10 +239,13 @@ def _case(name: str, fp8: bool, body: Body = measure_steps) -> Callable[[Bench],
     return run
 
 
-CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "0.5B BF16": _case("0.5B", False),
-    "1.5B BF16": _case("1.5B", False),
-    "0.5B FP8": _case("0.5B", True),
-    "1.5B FP8": _case("1.5B", True),
-    "profile": _case("1.5B", False, profile_steps),
+CASES: Cases = {
+    "0.5B BF16": case("0.5B", MODELS["0.5B"]),
+    "1.5B BF16": case("1.5B", MODELS["1.5B"]),
+    "0.5B FP8": case("0.5B", MODELS["0.5B"], FP8_RECIPE),
+    "1.5B FP8": case("1.5B", MODELS["1.5B"], FP8_RECIPE),
+    "profile": case("1.5B", MODELS["1.5B"], body=profile_steps),
 }
+
+if __name__ == "__main__":
+    run_cases(__doc__, SECTION, CASES)

@@ -1,9 +1,9 @@
-"""The same for the Triton kernels of the loss. Their tests need Triton and its interpreter."""
+"""Faults in the Triton kernels of the loss. Their tests need Triton and its interpreter."""
 
-from mutants import Mutant
+from tests.mutation.mutant import Mutant
 
 FOLDER = "kernels/"
-"""Tests below it see Triton."""
+"""Tests below it import Triton."""
 TESTS = f"{FOLDER}test_loss_kernels.py"
 SCAN = f"{TESTS}::test_any_cut_gives_the_definition"
 LOSS = f"{TESTS}::test_no_split_changes_loss_or_gradient"
@@ -13,7 +13,7 @@ FILE = "objective/kernels/triton_loss.py"
 
 KERNEL_MUTANTS = (
     Mutant(
-        "kernels: what lies behind a block left out",
+        "kernels: later blocks left out",
         FILE,
         "    future += decay * _add_blocks(aggregate, tl.program_id(0) + 1, end, 0.0, RATE, BLOCK, TILE)\n",
         "",
@@ -27,7 +27,7 @@ KERNEL_MUTANTS = (
         (f"{TESTS}::test_blocks_are_added_tile_by_tile",),
     ),
     Mutant(
-        "kernels: what a chunk hands on is not moved to its start",
+        "kernels: a chunk's carry is not moved to its start",
         FILE,
         "before = tl.load(lead + sequence * C + c)",
         "before = tl.load(lead + sequence * C + c) * 0.0",
@@ -104,10 +104,10 @@ KERNEL_MUTANTS = (
         (f"{OUTPUTS}[False-fipo_tis", LOSS),
     ),
     Mutant(
-        "kernels: backward forgets what it is multiplied with",
+        "kernels: backward ignores the gradient of the loss",
         "objective/kernels/launch.py",
-        "return grad_log_probs * grad_loss,",
-        "return grad_log_probs,",
+        "            grad_log_probs * grad_loss,",
+        "            grad_log_probs,",
         (OUTPUTS,),
     ),
 )

@@ -1,7 +1,8 @@
-"""What a check or a measurement says, and the table made of it. Pure: no device, no clock, no files."""
+"""Rows of the GPU check and the table made of them. Pure: no device, no clock, no files."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 OK, MET, MISSED, FAILED, SKIPPED, FIGURE = "ok", "met", "NOT MET", "FAILED", "skipped", "measured"
@@ -11,22 +12,23 @@ LONGEST_REASON = 160
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One result of a section."""
 
     section: str
     name: str
+    """Of a test with parameters: `test [parameters]`."""
     verdict: str
     result: str
     """For people: the figures that matter, or the reason."""
     figures: dict[str, float | str] = field(default_factory=dict)
     """For machines: everything that was measured, units in the names."""
     correctness: bool = False
-    """Whether FAILED here makes the whole check fail."""
+    """Whether FAILED here makes the entire check fail."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a run knows so far."""
+    """All results so far."""
 
     machine: dict[str, str]
     """Device, driver, versions and date."""
@@ -45,23 +47,37 @@ class Report:
 
 
 def reason(verdict: str, section: str, name: str, why: object, correctness: bool) -> Row:
-    """A row without figures: why there are none, on one line."""
+    """A row without figures, and why there are none, on one line."""
     text = " ".join(str(why).split()) or type(why).__name__
     shown = text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
     return Row(section, name, verdict, f"{verdict}: {shown}", {"reason": text}, correctness)
+
+
+def title_of_test(test_id: str) -> str:
+    """`tests/gpu/test_loss.py::test_many_shapes[triton-long]` → `many shapes [triton-long]`."""
+    test, bracket, case = test_id.partition("::")[2].removeprefix("test_").partition("[")
+    return test.replace("_", " ") + (f" [{case}" if bracket else "")
 
 
 def aimed(met: bool) -> str:
     return MET if met else MISSED
 
 
+def errors_text(figures: dict[str, float | str]) -> str:
+    """The errors that a check measured, to one digit."""
+    return ", ".join(f"{kind} {error:.0e}" for kind, error in figures.items() if isinstance(error, float))
+
+
 def render(report: Report) -> str:
-    """The Markdown table, under a line that names the machine; what failed or missed its aim once more below."""
+    """The Markdown table, below a line that names the machine; failures and missed aims are listed again below it."""
     lines = [", ".join(f"{key} {value}" for key, value in report.machine.items()), ""]
     if report.rehearsal:
         lines += ["**Rehearsal on a CPU at toy sizes: the figures mean nothing.**", ""]
     lines += ["| section | what | result | verdict |", "|---|---|---|---|"]
-    lines += [f"| {row.section} | {row.name} | {_cell(row.result)} | {row.verdict} |" for row in report.rows]
+    lines += [
+        f"| {row.section} | {row.name} | {_cell(row.result)} | {row.verdict} |"
+        for row in _folded(report.rows)
+    ]
     state = "finished" if report.finished else "NOT finished"
     lines += ["", f"{state} after {report.seconds:.0f} s: {_counts(report.rows)}"]
     for verdict in (FAILED,) if report.rehearsal else (FAILED, MISSED):
@@ -69,6 +85,28 @@ def render(report: Report) -> str:
         if names:
             lines.append(f"{verdict}: {'; '.join(names)}")
     return "\n".join(lines) + "\n"
+
+
+def _folded(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the passed cases of one test as one row, which has the largest error of each kind."""
+    folded = []
+    for (section, test, passed), group in groupby(rows, lambda row: (*_test(row), row.verdict == OK)):
+        cases = list(group)
+        if not passed or len(cases) == 1:
+            folded += cases
+            continue
+        worst: dict[str, float | str] = {}
+        for row in cases:
+            for kind, error in row.figures.items():
+                if isinstance(error, float):
+                    worst[kind] = max(error, float(worst.get(kind, 0.0)))
+        result = f"{len(cases)} x {errors_text(worst)}" if worst else f"{len(cases)} passed"
+        folded.append(Row(section, test, OK, result, worst, True))
+    return folded
+
+
+def _test(row: Row) -> tuple[str, str]:
+    return row.section, row.name.partition(" [")[0]
 
 
 def _counts(rows: Sequence[Row]) -> str:

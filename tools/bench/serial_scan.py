@@ -1,4 +1,4 @@
-"""The obvious GPU kernel for FutureKL, to compare with: one program per sequence walks it from its end with a carry."""
+"""The simplest GPU kernel for FutureKL, to compare with: one program per sequence steps through it from its end with a carry."""
 
 import torch
 import triton

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from typing import Any
 
 
-def mend_interpreter() -> None:
-    """Triton 3.6 reads the end of a kernel's loop in a way that NumPy 2.4 refuses; 3.7 reads it as done here."""
+def fix_interpreter() -> None:
+    """Triton 3.6 reads the end of a kernel's loop in a way that NumPy 2.4 refuses; read it as Triton 3.7 does."""
     if find_spec("triton") is None:
         return
     from triton.runtime import interpreter

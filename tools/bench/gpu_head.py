@@ -1,29 +1,32 @@
-"""Speed and memory of the head, forward and backward in bfloat16: against its bare products, plain code, and two libraries."""
+"""Speed and memory of the head, forward and backward in bfloat16: against its bare products, plain code, and two libraries.
+
+python -m tools.bench.gpu_head
+"""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.compare import relative_norm, require
-from gpu.measure import Bench, Timing, peak_extra, release, time_calls
-from gpu.report import FIGURE, Row, aimed, duration, mebibytes
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
+from tests.gpu.compare import relative_norm, require
+from tools.bench.harness import Bench, Cases, Timing, guarded, peak_extra, release, run_cases, time_calls
+from tools.bench.report import FIGURE, Row, aimed, duration, mebibytes
 
 SECTION = "head-speed"
 SHAPES = {
     "8,192 x 4,096 x 151,936": (8_192, 4_096, 151_936),
     "20,480 x 5,120 x 19,008": (20_480, 5_120, 19_008),
 }
-"""Tokens, hidden size, vocabulary: a whole output layer, and an eighth of the 32B model's."""
+"""Tokens, hidden size, vocabulary: a complete output layer, and an eighth of the 32B model's."""
 TOY = {"8,192 x 4,096 x 151,936": (24, 16, 384), "20,480 x 5,120 x 19,008": (32, 16, 130)}
 TIME_AIM, MEMORY_AIM = 1.35, 2**30
-"""At most so many times as the three bare products, with at most so many bytes beside inputs and main_grad."""
+"""Most time relative to the three bare products, and most bytes beside inputs and main_grad."""
 HEADS = {
     "default": {},
     "900 MB of logits kept": {"logits_memory_mb": 900},
@@ -63,14 +66,10 @@ def make_problem(bench: Bench, tokens: int, hidden_size: int, vocabulary: int) -
 
 
 def bare_products(problem: Problem) -> Callable[[], object]:
-    """Logits, gradient of the hidden states, gradient of the weight: bfloat16 products into memory that is there already."""
+    """Logits, gradient of the hidden states, gradient of the weight: bfloat16 products into allocated memory."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = torch.randn(len(hidden), len(weight), dtype=torch.bfloat16, device=hidden.device).mul_(1e-3)
-    grad_hidden, grad_weight, out = (
-        torch.empty_like(hidden),
-        torch.empty_like(weight),
-        torch.empty_like(logits),
-    )
+    grad_hidden, grad_weight, out = map(torch.empty_like, (hidden, weight, logits))
 
     def call() -> None:
         torch.mm(hidden, weight.t(), out=out)
@@ -136,14 +135,8 @@ def compare(bench: Bench, shape: str, tokens: int, hidden_size: int, vocabulary:
     del products
     release(bench)
     flops = 6 * tokens * hidden_size * vocabulary
-    rate = f"{flops / bare.median / 1e12:,.0f} TFLOP/s"
-    yield Row(
-        SECTION,
-        f"bare products, {shape}",
-        FIGURE,
-        f"{duration(bare.median)}, {rate}",
-        bare.figures("products"),
-    )
+    result = f"{duration(bare.median)}, {flops / bare.median / 1e12:,.0f} TFLOP/s"
+    yield Row(SECTION, f"bare products, {shape}", FIGURE, result, bare.figures("products"))
     truth = reference(problem)
     for name, settings in HEADS.items():
         config = HeadConfig(**settings)
@@ -173,43 +166,33 @@ def main_gradients(problem: Problem, settings: HeadConfig) -> tuple[Tensor, Tens
 
 
 def head_row(
-    bench: Bench, name: str, call: Callable[[], object], bare: Timing, aim: bool, held: int = 0
+    bench: Bench, name: str, call: Callable[[], object], bare: Timing, aim: bool, uncounted: int = 0
 ) -> Row:
-    """`held`: bytes of the result that do not count as extra."""
-    timing, memory = time_calls(bench, call, repeat=15), peak_extra(bench, call) - held
+    """`uncounted`: bytes of the result that do not count as extra."""
+    timing, memory = time_calls(bench, call, repeat=15), peak_extra(bench, call) - uncounted
     ratio = timing.median / bare.median
     met = ratio <= TIME_AIM and memory <= MEMORY_AIM
     title = f"{name} (aim <= {TIME_AIM} x, {mebibytes(MEMORY_AIM)})" if aim else name
     result = f"{ratio:.2f} x the products ({duration(timing.median)}), {mebibytes(memory)} extra"
-    return Row(
-        SECTION,
-        title,
-        aimed(met) if aim else FIGURE,
-        result,
-        {"ratio": ratio, "extra_bytes": memory} | timing.figures("head"),
-    )
+    figures = {"ratio": ratio, "extra_bytes": memory} | timing.figures("head")
+    return Row(SECTION, title, aimed(met) if aim else FIGURE, result, figures)
 
 
 def rival(
     bench: Bench, name: str, make: Callable, bare: Timing, truth: tuple[Tensor, Tensor]
 ) -> Iterator[Row]:
-    """What others need; a package that is absent, too little memory or a refusal costs one row."""
-    from gpu.runner import Section, guarded
+    """Time and memory of another implementation; a missing package, too little memory or an error costs one row."""
 
     def measure() -> Iterator[Row]:
         call = make()
         error = max(relative_norm(value, expected) for value, expected in zip(call(), truth, strict=True))
-        # Theirs return the weight's gradient; ours lies in main_grad, which was there before.
-        row = head_row(bench, name, call, bare, aim=False, held=truth[1].numel() * 2 if bench.on_gpu else 0)
-        yield Row(
-            row.section,
-            row.name,
-            row.verdict,
-            f"{row.result}; gradients off by {error:.0e}",
-            row.figures | {"difference": error},
-        )
+        # Theirs return the weight's gradient; ours is in main_grad, which was allocated before.
+        returned = truth[1].numel() * 2 if bench.on_gpu else 0
+        row = head_row(bench, name, call, bare, aim=False, uncounted=returned)
+        result, figures = f"{row.result}; gradients off by {error:.0e}", row.figures | {"difference": error}
+        yield replace(row, result=result, figures=figures)
 
-    yield from guarded(Section(SECTION, "head_bench", 0.0, correctness=False), name, measure)
+    yield from guarded(SECTION, name, measure)
     release(bench)
 
 
@@ -217,4 +200,7 @@ def _case(shape: str) -> Callable[[Bench], Iterator[Row]]:
     return lambda bench: compare(bench, shape, *bench.pick(SHAPES, TOY)[shape])
 
 
-CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {shape: _case(shape) for shape in SHAPES}
+CASES: Cases = {shape: _case(shape) for shape in SHAPES}
+
+if __name__ == "__main__":
+    run_cases(__doc__, SECTION, CASES)

@@ -1,4 +1,7 @@
-"""Speed of the FutureKL scan and of the whole policy loss: against a serial scan, the authors' listing, torch, and a copy."""
+"""Speed of the FutureKL scan and of the policy loss: against a serial scan, the authors' listing, torch, and a copy.
+
+python -m tools.bench.gpu_scan
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -6,19 +9,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpu.compare import largest_difference, relative_norm, require
-from gpu.loss_check import loss_and_gradients
-from gpu.loss_inputs import LossInputs, plan_bytes, random_loss_inputs
-from gpu.measure import Bench, Timing, peak_extra, sets_for, time_calls, time_small
-from gpu.report import FIGURE, Row, aimed, duration, mebibytes
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.future_kl import scan_future_kl
 from megatron_fipo.objective.scan_layout import ScanPlan
+from tests.gpu.compare import largest_difference, relative_norm, require
+from tests.gpu.loss_inputs import LossInputs, loss_and_gradients, plan_bytes, random_loss_inputs
+from tools.bench.future_kl import quadratic_listing
+from tools.bench.harness import (
+    Bench,
+    Cases,
+    Timing,
+    peak_extra,
+    run_cases,
+    sets_for,
+    time_calls,
+    time_small,
+)
+from tools.bench.report import FIGURE, Row, aimed, duration, mebibytes
 
 SECTION = "scan"
 HALF_LIFE = 32.0
 SERIAL_AIM, COPY_AIM = 10.0, 2.0
-"""At 20,480 tokens: at least so many times as the serial scan, at most so many times as slow as a copy of its bytes."""
+"""At 20,480 tokens: least speed relative to the serial scan, most time relative to a copy of its bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,12 @@ class ScanSet:
     x: Tensor
     """[B, L]."""
     plan: ScanPlan
-    riders: Tensor
-    """[B·L, 0]."""
+    no_sums: Tensor
+    """[B·L, 0]: no columns to sum besides the scan."""
 
 
 def scan_sets(bench: Bench, batch: int, length: int) -> tuple[list[ScanSet], int]:
-    """Enough of them to overflow the cache, and the bytes that one scan has to move: x, F, and what it reads of its plan."""
+    """Enough of them to overflow the cache, and the bytes that one scan has to move: x, F, and the part of its plan it reads."""
     inputs = random_loss_inputs([length] * batch, 71, holes=0.0)
     plan = inputs.rows.plan
     moved = 2 * inputs.log_probs.nbytes + plan_bytes(plan)
@@ -47,13 +59,12 @@ def scan_sets(bench: Bench, batch: int, length: int) -> tuple[list[ScanSet], int
 
 
 def run_scan(given: ScanSet, kernels: str) -> Tensor:
-    return scan_future_kl(given.x.view(-1), given.riders, given.plan, HALF_LIFE, kernels=kernels)[0].view_as(
-        given.x
-    )
+    scanned, _ = scan_future_kl(given.x.view(-1), given.no_sums, given.plan, HALF_LIFE, kernels=kernels)
+    return scanned.view_as(given.x)
 
 
 def time_copy(bench: Bench, moved: int) -> Timing:
-    """A device copy that reads and writes `moved` bytes together, its memory as the other's."""
+    """A device copy that reads and writes `moved` bytes in all, over as many input sets."""
     count = max(moved // 8, 1)
     pairs = [torch.randn(2, count, device=bench.device) for _ in range(sets_for(bench, moved))]
     return time_small(bench, [lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs])
@@ -61,7 +72,7 @@ def time_copy(bench: Bench, moved: int) -> Timing:
 
 def scan_methods(bench: Bench, sets: list[ScanSet]) -> dict[str, list[Callable[[], Tensor]]]:
     """Every method on every set; the serial one needs Triton."""
-    from gpu.serial_scan import serial_scan
+    from tools.bench.serial_scan import serial_scan
 
     gamma = torch.tensor([2.0 ** (-1 / HALF_LIFE)], device=bench.device)
     methods: dict[str, Callable[[ScanSet], Tensor]] = {
@@ -76,9 +87,7 @@ def scan_methods(bench: Bench, sets: list[ScanSet]) -> dict[str, list[Callable[[
 
 
 def listing(bench: Bench, given: ScanSet) -> Callable[[], Tensor]:
-    """The authors' computation, its input in the graph as in their code. It makes its index tensors on the default device."""
-    from future_kl import quadratic_listing
-
+    """The authors' computation, its input in the graph as in their code. It makes index tensors on the default device."""
     log_ratio, mask = given.x.detach().requires_grad_(), torch.ones_like(given.x)
 
     def call() -> Tensor:
@@ -89,10 +98,9 @@ def listing(bench: Bench, given: ScanSet) -> Callable[[], Tensor]:
 
 
 def check_scan(method: str, found: Tensor, given: ScanSet) -> None:
-    plan, riders = given.plan.to("cpu"), given.riders.cpu()
-    error = largest_difference(
-        found.view(-1), scan_future_kl(given.x.cpu().double().view(-1), riders, plan, HALF_LIFE)[0]
-    )
+    x, plan = given.x.cpu().double().view(-1), given.plan.to("cpu")
+    truth, _ = scan_future_kl(x, given.no_sums.cpu(), plan, HALF_LIFE)
+    error = largest_difference(found.view(-1), truth)
     require(error < 1e-5, f"{method} is off by {error:.2g} from float64")
 
 
@@ -126,10 +134,10 @@ def scan_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
 
 
 def _aimed_row(name: str, aim: str, met: bool, result: str, has_aim: bool) -> Row:
-    """The aims hold for the long shape."""
-    return (
-        Row(SECTION, f"{name} ({aim})", aimed(met), result) if has_aim else Row(SECTION, name, FIGURE, result)
-    )
+    """Only the long shape has aims."""
+    if not has_aim:
+        return Row(SECTION, name, FIGURE, result)
+    return Row(SECTION, f"{name} ({aim})", aimed(met), result)
 
 
 def listing_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
@@ -142,17 +150,12 @@ def listing_speed(bench: Bench, batch: int, length: int) -> Iterator[Row]:
     ratio = theirs.median / ours.median
     result = f"{ratio:,.0f} x as slow ({duration(theirs.median)}), {mebibytes(memory)}"
     figures: dict[str, float | str] = {"ratio": ratio, "listing_extra_bytes": memory}
-    yield Row(
-        SECTION,
-        f"authors' listing, {batch} x {length:,}",
-        FIGURE,
-        result,
-        figures | theirs.figures("listing"),
-    )
+    name = f"authors' listing, {batch} x {length:,}"
+    yield Row(SECTION, name, FIGURE, result, figures | theirs.figures("listing"))
 
 
 def recipe_inputs(lengths: list[int]) -> LossInputs:
-    """What the recipe's loss is given: entropies and the engine's log-probs to report on, no reference model."""
+    """Inputs of the recipe's loss: entropies and the engine's log-probs for reports, no reference model."""
     inputs = random_loss_inputs(lengths, 81, holes=0.0)
     return replace(inputs, rows=replace(inputs.rows, reference_log_probs=None))
 
@@ -191,7 +194,7 @@ def _case(
     return lambda bench: measure(bench, bench.pick(32, 2), bench.pick(full, toy))
 
 
-CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+CASES: Cases = {
     "FutureKL, 20,480": _case(scan_speed, 20_480, 300),
     "FutureKL, 2,048": _case(scan_speed, 2_048, 130),
     "listing, 20,480": _case(listing_speed, 20_480, 300),
@@ -199,3 +202,6 @@ CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "loss, 20,480": _case(loss_speed, 20_480, 300),
     "loss, 2,048": _case(loss_speed, 2_048, 130),
 }
+
+if __name__ == "__main__":
+    run_cases(__doc__, SECTION, CASES)

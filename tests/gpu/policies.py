@@ -1,4 +1,4 @@
-"""Whole policies on one rank, made of nothing but numbers: a config.json written here, random weights, random trajectories."""
+"""Complete policies on one rank, without files or downloads: a config.json written here, random weights and trajectories."""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gpu.measure import Bench, release
 from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.trainer.rank_model import RankModel
+from tools.bench.harness import Bench, release
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Shape:
 
 @contextmanager
 def one_rank(bench: Bench, seed: int) -> Iterator[None]:
-    """A world of one, and Megatron-Core's groups in it, for as the block lasts."""
+    """A world of one rank, and Megatron-Core's groups in it, while the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if bench.on_gpu else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -88,12 +88,12 @@ def new_policy(
         )
 
 
-def random_shard(
-    bench: Bench, shape: Shape, prompts: Sequence[int], responses: Sequence[int], seed: int, multiple: int = 1
-) -> PackedShard:
-    """One micro-batch of sequences with these lengths, on the device; `old_log_probs` are still zeros."""
+def random_trajectories(
+    shape: Shape, prompts: Sequence[int], responses: Sequence[int], seed: int
+) -> list[Trajectory]:
+    """Sequences with these lengths."""
     random = np.random.default_rng(seed)
-    trajectories = [
+    return [
         Trajectory(
             group_id=str(index),
             prompt_ids=random.integers(0, shape.vocabulary, prompt).tolist(),
@@ -106,8 +106,19 @@ def random_shard(
         )
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
+
+
+def random_shard(
+    bench: Bench, shape: Shape, prompts: Sequence[int], responses: Sequence[int], seed: int, multiple: int = 1
+) -> PackedShard:
+    """One micro-batch of sequences with these lengths, on the device; `old_log_probs` are still zeros."""
+    return pack(bench, shape, random_trajectories(shape, prompts, responses, seed), multiple)
+
+
+def pack(bench: Bench, shape: Shape, trajectories: Sequence[Trajectory], multiple: int = 1) -> PackedShard:
+    """One micro-batch, on the device."""
     shard = build_shard(
-        trajectories,
+        list(trajectories),
         context_parallel_size=1,
         context_parallel_rank=0,
         length_multiple=1,
@@ -119,7 +130,7 @@ def random_shard(
 
 
 def score(policy: RankModel, shards: Sequence[PackedShard], drift: float, seed: int) -> list[torch.Tensor]:
-    """Old log-probs that lie so many standard deviations away from the policy's own, float32 [R] on the CPU per shard."""
+    """Old log-probs: the policy's own plus normal noise of standard deviation `drift`, float32 [R] on the CPU per shard."""
     generator = torch.Generator().manual_seed(seed)
     return [
         values.cpu() + drift * torch.randn(values.shape, generator=generator)

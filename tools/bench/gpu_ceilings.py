@@ -1,15 +1,18 @@
-"""What this machine can do at best: what the other figures are held against."""
+"""What this GPU can do at best, which other figures are compared with: a large copy and a large product.
 
-from collections.abc import Callable, Iterator
+python -m tools.bench.gpu_ceilings
+"""
+
+from collections.abc import Iterator
 
 import torch
 
-from gpu.measure import Bench, Timing, time_calls
-from gpu.report import FIGURE, Row
+from tools.bench.harness import Bench, Cases, Timing, run_cases, time_calls
+from tools.bench.report import FIGURE, Row
 
 SECTION = "ceilings"
 PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12}
-"""Dense bfloat16 FLOP/s of the data sheets, by what the device's name contains; the first that fits."""
+"""Dense bfloat16 FLOP/s of the data sheets, by a part of the device's name; the first match counts."""
 
 
 def copy_rate(bench: Bench) -> tuple[float, Timing]:
@@ -30,7 +33,7 @@ def gemm_rate(bench: Bench) -> tuple[float, Timing]:
 
 
 def peak_flops(bench: Bench) -> tuple[float, str]:
-    """The device's dense bfloat16 FLOP/s, and where the number is from."""
+    """The device's dense bfloat16 FLOP/s, and the source of the number."""
     if bench.on_gpu:
         name = torch.cuda.get_device_name()
         for part, peak in PEAKS.items():
@@ -41,22 +44,14 @@ def peak_flops(bench: Bench) -> tuple[float, str]:
 
 def ceilings(bench: Bench) -> Iterator[Row]:
     rate, timing = copy_rate(bench)
-    yield Row(
-        SECTION,
-        "device copy, 4 GiB",
-        FIGURE,
-        f"{rate / 1e9:,.0f} GB/s",
-        {"bytes_per_second": rate} | timing.figures("copy"),
-    )
+    figures = {"bytes_per_second": rate} | timing.figures("copy")
+    yield Row(SECTION, "device copy, 4 GiB", FIGURE, f"{rate / 1e9:,.0f} GB/s", figures)
     rate, timing = gemm_rate(bench)
-    name = "bf16 product, 8192³"
-    yield Row(
-        SECTION,
-        name,
-        FIGURE,
-        f"{rate / 1e12:,.0f} TFLOP/s",
-        {"flops_per_second": rate} | timing.figures("product"),
-    )
+    figures = {"flops_per_second": rate} | timing.figures("product")
+    yield Row(SECTION, "bf16 product, 8192³", FIGURE, f"{rate / 1e12:,.0f} TFLOP/s", figures)
 
 
-CASES: dict[str, Callable[[Bench], Iterator[Row]]] = {"copy and product": ceilings}
+CASES: Cases = {"copy and product": ceilings}
+
+if __name__ == "__main__":
+    run_cases(__doc__, SECTION, CASES)

@@ -1,12 +1,12 @@
-#!/usr/bin/env python3
-"""Kills parts of a training run at random moments and checks that it ends with the same bits as a run that was left alone.
+"""Kills processes of a training run at random moments and checks that it ends with the same bits as an undisturbed run.
 
-    python tools/kill_drill.py 20 --seed 7
-    python tools/kill_drill.py 5 parallel.data_parallel_size=2 rollout.mode=one_step_off
+    python -m tests.system.kill_drill 20 --seed 7
+    python -m tests.system.kill_drill 5 parallel.data_parallel_size=2 rollout.mode=one_step_off
 
-Trains the demo, made tiny and deterministic, once undisturbed. Then, N times in a folder of its own: starts the same run, sends SIGKILL
-to the driver, a trainer rank, a rollout engine or a checkpoint writer, runs the same command again until it is done, and compares
-weights (bit for bit) and metrics (all but times and the engines' misfortunes). Exits with 1 if any of them differs. Linux only.
+Trains the demo, made tiny and deterministic, once undisturbed. Then N times, each in a new folder: starts the same run, sends
+SIGKILL to the driver, a trainer rank, a rollout engine or a checkpoint writer, runs the same command again until it is done,
+and compares weights (bit for bit) and metrics (except times and failures of engines). Exits with 1 if any of them differs.
+Linux only.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import psutil
 
 from megatron_fipo.run_dir.metrics_log import read_metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = "examples/countdown/fipo.yaml"
 TINY = (
     "deterministic=true",
@@ -38,7 +38,7 @@ TINY = (
     "batch.responses_per_prompt=4",
     "batch.mini_batch_prompts=2",
     "batch.max_tokens_per_micro_batch=512",
-    "rollout.prompts_in_flight=4",  # as are needed: what is started in vain would differ by timing
+    "rollout.prompts_in_flight=4",  # as many as are needed: unused ones would differ by timing
     "rollout.max_response_length=64",
     "data.evaluation_size=8",
     "evaluation.samples_per_problem=1",
@@ -55,7 +55,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Run:
-    """The command that trains into one folder, started as it takes. What it prints goes on in a log beside the folder."""
+    """The command that trains into one folder, started as often as needed. Its output is appended to a log beside the folder."""
 
     def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
         self.folder = folder
@@ -92,13 +92,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Drill:
-    """What one disturbed run came to."""
+    """The result of one disturbed run."""
 
     victim: str
     after_s: float
     """From the start of the run to the kill."""
     recovery_s: float
-    """From the kill to the next iteration that was trained, or to the end of the run if none was left."""
+    """From the kill to the next trained iteration, or to the end of the run if none was left."""
     reasons: list[str]
     """Why each start that failed did."""
     differences: list[str]
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where the runs go (default: a temporary folder, removed if all went well)",
+        help="folder of the runs (default: a temporary one, removed unless a run differs)",
     )
     options = parser.parse_intermixed_args(arguments)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill-drill-"))
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def drill_all(folder: Path, overrides: Sequence[str], count: int, rng: random.Random) -> int:
-    """Returns how many runs went wrong."""
+    """The number of runs that differ."""
     undisturbed = Run(folder / "undisturbed", overrides)
     start = time.monotonic()
     undisturbed.start()
@@ -146,7 +146,7 @@ def drill_all(folder: Path, overrides: Sequence[str], count: int, rng: random.Ra
     failed = 0
     victims: list[str] = []
     for number in range(1, count + 1):
-        # Each four runs lose one of each.
+        # Each four runs lose one of each kind.
         victims = victims or rng.sample(VICTIMS, len(VICTIMS))
         run = Run(folder / f"run-{number}", overrides)
         drill = disturbed(run, victims.pop(), undisturbed.folder, duration, rng)
@@ -168,7 +168,7 @@ def disturbed(run: Run, victim: str, undisturbed: Path, duration: float, rng: ra
         run.start()
         if kill(victim, run, begin + moment, pick):
             break
-        # The run was over before there was such a process: once more from the beginning, and sooner.
+        # The run ended before there was such a process: start again and kill earlier.
         run.wait()
         shutil.rmtree(run.folder)
         moment /= 2
@@ -189,7 +189,7 @@ def disturbed(run: Run, victim: str, undisturbed: Path, duration: float, rng: ra
 
 
 def kill(victim: str, run: Run, moment: float, pick: float) -> bool:
-    """From `moment` on wait until there is such a process, and kill it (which of several: `pick` in [0, 1)). False where there is none."""
+    """Wait from `moment` on for such a process and kill it (of several: by `pick` in [0, 1)). False if the run ends first."""
     while run.driver.poll() is None:
         time.sleep(0.01)
         found = find(victim, run.driver.pid) if time.monotonic() >= moment else []
@@ -199,7 +199,7 @@ def kill(victim: str, run: Run, moment: float, pick: float) -> bool:
 
 
 def end_alive(process: psutil.Process) -> bool:
-    """Kill a process, unless it had come to its own end before: stopped, it cannot do so between the look and the kill."""
+    """Kill a process unless it has ended: suspended, it cannot end between the check and the kill."""
     with suppress(psutil.NoSuchProcess):
         process.suspend()
         if process.status() != psutil.STATUS_ZOMBIE:
@@ -209,7 +209,7 @@ def end_alive(process: psutil.Process) -> bool:
 
 
 def find(victim: str, driver: int) -> list[psutil.Process]:
-    """The processes of the run that are of this kind. Ray writes an actor's class into its title; forked writers inherit it."""
+    """The run's processes of this kind. Ray writes an actor's class into its title; forked writers inherit it."""
     if victim == "driver":
         return [psutil.Process(driver)]
     titles = {process: title for process in descendants() if (title := title_of(process)) is not None}
@@ -239,7 +239,7 @@ def parent_of(process: psutil.Process) -> int | None:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every process that a killed driver leaves behind, so that they can be found, and no others."""
+    """Become the parent of every process that a killed driver leaves, so that these can be found, and no others."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "cannot become the parent of orphaned processes")
 
@@ -249,7 +249,7 @@ def descendants() -> list[psutil.Process]:
 
 
 def end_descendants() -> None:
-    """Kill what is left of a run, until there is nothing."""
+    """Kill the remaining processes of a run until there are none."""
     while left := descendants():
         for process in left:
             with suppress(psutil.NoSuchProcess):
@@ -258,7 +258,7 @@ def end_descendants() -> None:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What the results of two runs do not share, a line each."""
+    """Differences between the results of two runs, a line each."""
     found = []
     names = sorted({path.name for run in (one, other) for path in (run / "model").glob("*.safetensors")})
     for name in names:

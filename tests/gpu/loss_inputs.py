@@ -1,10 +1,10 @@
-"""Random rows for the loss, float32 on the CPU, on which float32 and float64 must agree about every comparison the loss makes.
+"""Random rows for the loss, float32 on the CPU, for which every comparison in the loss is the same in float32 and float64.
 
-Log-probs are multiples of 2⁻¹⁴, so that their differences are exact; log-ratios keep away from where the loss jumps (the clips,
-the safety threshold, the dual clip), so that no rounding of the exponential puts a token on the other side.
+Log-probs are multiples of 2⁻¹⁴, so that their differences are exact; log-ratios keep a distance from the bounds at which
+the loss jumps (the clips, the safety threshold, the dual clip), so that no rounding of the exponential crosses one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,9 +12,20 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.objective.config import ObjectiveConfig
-from megatron_fipo.objective.loss_inputs import PolicyRows
-from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
+from megatron_fipo.objective.loss import policy_loss
+from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
+from megatron_fipo.objective.scan_layout import ChunkTable, ScanPlan, build_scan_plan
 
+FIPO = ObjectiveConfig(influence_clip=(0.8, 1.2))
+OBJECTIVES = {
+    "fipo": FIPO,
+    "fipo, reference mean, bonus, tis": ObjectiveConfig(
+        normalization="reference_micro_batch", entropy_coefficient=0.01, correction="tis"
+    ),
+    "fipo, no clip, half life 500": ObjectiveConfig(half_life=500.0, influence_clip=None),
+    "dapo": ObjectiveConfig("dapo"),
+    "grpo, KL, mis": ObjectiveConfig("grpo", kl_coefficient=0.1, correction="mis"),
+}
 GRID = 2.0**14
 MARGIN = 1e-3
 
@@ -40,7 +51,7 @@ class LossInputs:
 
     @property
     def bytes_moved(self) -> int:
-        """What forward and gradient have to move at least: each input once; gradient, weights, FutureKL and kept rows once."""
+        """Of forward and gradient, at least: each input once; gradient, weights, FutureKL and kept rows once."""
         rows, plan = self.rows, self.rows.plan
         given = [self.log_probs, self.entropy, rows.old_log_probs, rows.advantages, rows.last_row]
         given += [
@@ -51,13 +62,13 @@ class LossInputs:
         return sum(value.nbytes for value in given) + plan_bytes(plan) + 4 * self.log_probs.nbytes
 
 
-def plan_bytes(plan) -> int:
-    """What a scan has to read of its plan per row: where each row lies and, if sequences are in pieces, how far its piece goes on."""
-    whole = plan.distance.numel() == plan.num_sequences
-    return plan.slot_row.nbytes + (0 if whole else plan.row_distance.nbytes)
+def plan_bytes(plan: ScanPlan) -> int:
+    """What a scan has to read of its plan: per row its slot and, if sequences are in pieces, its distance to the piece's end."""
+    in_pieces = plan.chunk_distance.numel() != plan.num_sequences
+    return plan.slot_row.nbytes + (plan.row_distance.nbytes if in_pieces else 0)
 
 
-def _each(rows: PolicyRows, change) -> PolicyRows:
+def _each(rows: PolicyRows, change: Callable[[Tensor], Tensor]) -> PolicyRows:
     tensors = {f.name: getattr(rows, f.name) for f in fields(rows)}
     return replace(
         rows, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)}
@@ -72,10 +83,10 @@ def random_loss_inputs(
     holes: float = 0.1,
     objective: ObjectiveConfig | None = None,
 ) -> LossInputs:
-    """Responses of the given lengths, each behind a prompt of a few tokens, a share `holes` of their tokens not rows.
+    """Responses of the given lengths, each after a prompt of a few tokens; a share `holes` of their tokens are not rows.
 
-    `chunks` cuts every sequence into so many pieces in random places, out of order: what context parallelism does, on one rank.
-    The first response is always kept.
+    `chunks`: pieces into which every sequence is cut at random positions, out of order, as context parallelism does, on one
+    rank. The first response is always kept.
     """
     random = np.random.default_rng(seed)
     prompts = random.integers(1, 40, len(lengths))
@@ -118,14 +129,14 @@ def _cut(lengths: np.ndarray, chunks: int, random: np.random.Generator) -> Chunk
     first, length = np.zeros((2, 1, len(lengths), chunks), dtype=np.int64)
     for index, total in enumerate(lengths):
         starts = np.append(0, np.sort(random.integers(0, total + 1, chunks - 1)))
-        place = random.permutation(chunks)
-        first[0, index, place] = starts
-        length[0, index, place] = np.diff(np.append(starts, total))
+        order = random.permutation(chunks)
+        first[0, index, order] = starts
+        length[0, index, order] = np.diff(np.append(starts, total))
     return ChunkTable(first, length)
 
 
 def _outliers(sequence: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Rows to put beyond the dual clip: 1, 2, 0, 1, 2, 0 … in a sequence; 2 drop it where its advantage is negative."""
+    """Rows to put beyond the dual clip: 1, 2, 0, 1, 2, 0 … in a sequence; 2 drop it if its advantage is negative."""
     chosen = []
     for index in np.unique(sequence):
         rows = np.flatnonzero(sequence == index)
@@ -145,3 +156,15 @@ def _away_from(values: np.ndarray, bounds: Sequence[float] | np.ndarray) -> np.n
 
 def _float(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def loss_and_gradients(
+    inputs: LossInputs, objective: ObjectiveConfig, kernels: str
+) -> tuple[PolicyLoss, list[Tensor]]:
+    """The loss, and the gradient by log-probs and (with a bonus) by entropy."""
+    log_probs = inputs.log_probs.detach().requires_grad_()
+    bonus = objective.entropy_coefficient != 0
+    entropy = inputs.entropy.detach().requires_grad_(bonus)
+    loss = policy_loss(log_probs, entropy, inputs.rows, objective, None, kernels=kernels)
+    gradients = torch.autograd.grad(loss.loss_sum, [log_probs, entropy] if bonus else [log_probs])
+    return loss, list(gradients)

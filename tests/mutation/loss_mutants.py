@@ -1,6 +1,6 @@
-"""Faults to put into the loss path one at a time, and the tests that have to notice; `mutation_check.py` does it."""
+"""Faults in the loss path, and the tests that have to notice each."""
 
-from dataclasses import dataclass
+from tests.mutation.mutant import Mutant
 
 SCAN = "objective/test_future_kl.py::test_megatron_layouts"
 ANY_CUT = "objective/test_future_kl.py::test_any_cut_gives_the_definition"
@@ -17,18 +17,6 @@ SPREAD = "test_statistics_are_their_definitions_however_the_tokens_are_spread"
 NO_ROWS = "distributed/test_loss_path.py::test_ranks_without_rows_take_part_in_every_collective"
 NO_WAIT = "distributed/test_loss_path.py::test_neither_forward_nor_backward_waits_for_the_device"
 MEMORY = "distributed/test_loss_path.py::test_nothing_as_large_as_the_logits_is_made_or_kept"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    """Inside the package."""
-    old: str
-    """Must occur exactly once."""
-    new: str
-    caught_by: tuple[str, ...]
-    """Beginnings of test ids below `tests/`; a case of each must fail."""
 
 
 FUTURE_KL, LOSS_FILE, PLAN = "objective/future_kl.py", "objective/loss.py", "objective/scan_layout.py"
@@ -57,7 +45,7 @@ MUTANTS = (
         (SCAN, LOSS, f"{GRID}[cp2-fipo"),
     ),
     Mutant(
-        "labels shifted after the context split",
+        "labels shifted after the context-parallel slicing",
         SHARD,
         "labels=torch.from_numpy(packed.ids[row_token + 1])",
         "labels=torch.from_numpy(packed.ids[local[np.minimum(row_index + 1, len(local) - 1)]])",
@@ -166,7 +154,7 @@ MUTANTS = (
         (HEAD, f"{GRID}[1-fipo-False-160"),
     ),
     Mutant(
-        "padded vocabulary takes part",
+        "padded vocabulary is included",
         PASSES,
         "    logits[:, slab.words :] = PADDED_LOGIT\n",
         "",
@@ -239,7 +227,7 @@ MUTANTS = (
         (f"{CORRECTION}::{WEIGHED}", LOSS, f"{GRID}[1-tis"),
     ),
     Mutant(
-        "correction: KL term weighed too",
+        "correction: KL term weighted too",
         LOSS_FILE,
         "    loss = surrogate\n    if objective.kl_coefficient:\n        loss = loss + objective.kl_coefficient * tokens.reference_kl\n",
         "    loss = surrogate\n    if objective.kl_coefficient:\n"
@@ -248,7 +236,7 @@ MUTANTS = (
         (LOSS,),
     ),
     Mutant(
-        "correction: in force without being asked for",
+        "correction: applied although it is off",
         LOSS_FILE,
         "    if objective.corrects:\n        surrogate",
         "    if rows.rollout_log_probs is not None:\n        surrogate",
@@ -259,7 +247,7 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "correction: denominator leaves masked tokens out",
+        "correction: denominator excludes masked tokens",
         LOSS_FILE,
         '"kept_tokens": kept,',
         '"kept_tokens": kept * (correction_factor(tokens.mismatch.weight, objective) > 0 if objective.corrects else 1),',
@@ -280,7 +268,7 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "correction: a NaN of the engine spoils the report",
+        "correction: a NaN of the engine reaches the statistics",
         CORRECTION_FILE,
         "known = usable & rollout_log_probs.isfinite()",
         "known = usable",
@@ -299,8 +287,8 @@ MUTANTS = (
     Mutant(
         "correction: effective sample size not divided by the tokens",
         STATISTICS,
-        '_ratio(s["importance"].square(), compared * s["importance_squared"])',
-        '_ratio(s["importance"].square(), s["importance_squared"])',
+        's["importance"].square(), compared * s["importance_squared"]',
+        's["importance"].square(), s["importance_squared"]',
         (f"{CORRECTION}::{SPREAD}", f"{CORRECTION}::test_statistics_at_the_ends"),
     ),
     Mutant(
@@ -346,7 +334,7 @@ MUTANTS = (
         (f"{HEAD_TESTS}::test_through_megatrons_data_parallel_wrapper", f"{GRID}[1-fipo-True-160"),
     ),
     Mutant(
-        "main_grad: the stand-in of a gradient is added to the one before",
+        "main_grad: the placeholder of a gradient is added to the previous one",
         HEAD_FILE,
         " or self.weight.grad is not None:",
         ":",
@@ -377,7 +365,7 @@ MUTANTS = (
         "a rank without rows skips the scan's collective",
         FUTURE_KL,
         "    check_group(plan, group)\n    if takes",
-        "    check_group(plan, group)\n    if not plan.num_rows:\n        return x, riders.new_zeros(plan.num_sequences, 2)\n    if takes",
+        "    check_group(plan, group)\n    if not plan.num_rows:\n        return x, extra_sums.new_zeros(plan.num_sequences, 2)\n    if takes",
         (NO_ROWS,),
     ),
     Mutant(

@@ -1,1 +1,0 @@
-"""What `tools/gpu_check.py` runs: its sections, the stop-watch and the table."""
