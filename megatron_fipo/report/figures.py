@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_fipo.objective.metrics import METRICS
+
 Colour = Literal["blue", "orange", "teal", "magenta", "grey"]
 Unit = Literal["number", "share"]
 """`share`: a fraction, shown as a percentage."""
@@ -58,6 +60,17 @@ class Section:
 
     title: str
     panels: tuple[Panel, ...]
+
+
+COLOURS: tuple[Colour, ...] = ("blue", "orange", "magenta", "teal", "grey")
+
+
+def loss_lines(panel: str) -> tuple[Line, ...]:
+    """The metrics of the loss that name this panel in `objective/metrics.py`, in the order of the list."""
+    found = [metric for metric in METRICS if metric.panel == panel]
+    return tuple(
+        Line(metric.name, metric.label, colour) for metric, colour in zip(found, COLOURS, strict=False)
+    )
 
 
 SECTIONS = (
@@ -128,30 +141,26 @@ SECTIONS = (
                 "Policy KL",
                 "Mean of log π_old − log π over the mini-steps of an iteration. Healthy: small and level; a "
                 "climb precedes collapse.",
-                (Line("policy/kl", "KL"),),
+                loss_lines("Policy KL"),
                 reference=0.0,
             ),
             Panel(
                 "Entropy",
                 "Nats per token. Healthy: a slow decline that levels off; a fall to 0 ends exploration, a "
                 "climb means noise.",
-                (Line("policy/entropy", "entropy"),),
+                loss_lines("Entropy"),
             ),
             Panel(
                 "Gradient norm",
                 "Before clipping, mean over mini-steps. Healthy: level, mostly below the clipping bound; "
                 "spikes are single bad batches.",
-                (Line("policy/grad_norm", "norm"),),
+                loss_lines("Gradient norm"),
             ),
             Panel(
                 "Clipped tokens",
                 "Share of tokens whose ratio is clipped by the policy clip (above 1+ε_high, below 1−ε_low) "
                 "or bounded by the dual clip. Healthy: well under one per cent, level.",
-                (
-                    Line("policy/clip_fraction_high", "high"),
-                    Line("policy/clip_fraction_low", "low", "orange"),
-                    Line("policy/dual_clip_fraction", "dual", "magenta"),
-                ),
+                loss_lines("Clipped tokens"),
                 unit="share",
                 from_zero=True,
             ),
@@ -159,33 +168,29 @@ SECTIONS = (
                 "σ of the log-ratio, first mini-step",
                 "Old and new log-probs are computed from the same weights and the same packing, so healthy "
                 "is exactly 0; FutureKL multiplies this noise about fivefold.",
-                (Line("policy/sigma_log_ratio", "σ"),),
+                loss_lines("σ of the log-ratio, first mini-step"),
                 from_zero=True,
             ),
             Panel(
                 "Rollout against trainer",
                 "Difference between the log-probs of the rollout engine and the trainer for the same "
                 "tokens. Healthy: small and level; growth means stale weights or another precision.",
-                (Line("rollout/log_prob_difference", "difference"),),
+                loss_lines("Rollout against trainer"),
                 from_zero=True,
             ),
             Panel(
-                "Left out",
+                "Excluded",
                 "Responses dropped by the drop rule (more than one dual-clipped token), responses with "
                 "non-finite log-probs, and optimizer steps skipped because of their gradient. Healthy: few "
                 "of the first, none of the others.",
-                (
-                    Line("policy/dropped_sequences", "dropped"),
-                    Line("policy/nonfinite_sequences", "not finite", "magenta"),
-                    Line("policy/skipped_steps", "steps skipped", "orange"),
-                ),
+                loss_lines("Excluded"),
                 from_zero=True,
             ),
             Panel(
-                "Normalisation gap",
-                "Relative difference between the loss normalised over the complete mini-batch and the "
-                "authors' mean per micro-batch: how much their normalisation would depend on the packing.",
-                (Line("policy/normalization_gap", "gap"),),
+                "Normalization gap",
+                "Relative difference between the loss normalized over the complete mini-batch and the "
+                "authors' mean per micro-batch: how much their normalization would depend on the packing.",
+                loss_lines("Normalization gap"),
                 unit="share",
                 from_zero=True,
             ),
@@ -198,14 +203,14 @@ SECTIONS = (
                 "Influence weight, mean",
                 "The factor on each token's advantage: above 1 if the tokens after it became more likely. "
                 "Healthy: near 1, without a trend.",
-                (Line("influence/mean", "mean"),),
+                loss_lines("Influence weight, mean"),
                 reference=1.0,
             ),
             Panel(
                 "Influence weight, range",
                 "The lowest and the highest weight of any token. Healthy: the clip range is used; if all "
                 "weights are 1, FIPO acts like DAPO.",
-                (Line("influence/max", "highest", "orange"), Line("influence/min", "lowest")),
+                loss_lines("Influence weight, range"),
                 Band("influence/min", "influence/max", "all tokens", "grey"),
                 reference=1.0,
             ),
@@ -213,10 +218,7 @@ SECTIONS = (
                 "Weights at a bound",
                 "Share of tokens whose weight is clipped to a bound of its range. Healthy: a minority; if "
                 "most tokens are at a bound, weights no longer distinguish tokens.",
-                (
-                    Line("influence/share_at_low", "at the lower"),
-                    Line("influence/share_at_high", "at the upper", "orange"),
-                ),
+                loss_lines("Weights at a bound"),
                 unit="share",
                 from_zero=True,
             ),
@@ -224,7 +226,7 @@ SECTIONS = (
                 "Mean of exp F before clipping",
                 "The mean weight without the clip range. Healthy: near 1; orders of magnitude above it mean "
                 "large steps or noise.",
-                (Line("influence/raw_mean", "exp F"),),
+                loss_lines("Mean of exp F before clipping"),
                 reference=1.0,
             ),
         ),

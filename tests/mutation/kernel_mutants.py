@@ -10,39 +10,40 @@ LOSS = f"{TESTS}::test_no_split_changes_loss_or_gradient"
 GOLDEN = f"{TESTS}::test_matches_the_reference"
 OUTPUTS = f"{TESTS}::test_every_output_equals_the_torch_path"
 FILE = "objective/kernels/triton_loss.py"
+SCAN_FILE = "objective/kernels/triton_scan.py"
 
 KERNEL_MUTANTS = (
     Mutant(
         "kernels: later blocks left out",
-        FILE,
-        "    future += decay * _add_blocks(aggregate, tl.program_id(0) + 1, end, 0.0, RATE, BLOCK, TILE)\n",
+        SCAN_FILE,
+        "    future += decay * add_blocks(aggregate, tl.program_id(0) + 1, end, 0.0, RATE, BLOCK, TILE)\n",
         "",
         (SCAN, GOLDEN),
     ),
     Mutant(
         "kernels: only the first tile of blocks",
-        FILE,
+        SCAN_FILE,
         "        offset += TILE\n",
         "        offset += 1000000\n",
         (f"{TESTS}::test_blocks_are_added_tile_by_tile",),
     ),
     Mutant(
         "kernels: a chunk's carry is not moved to its start",
-        FILE,
-        "before = tl.load(lead + sequence * C + c)",
-        "before = tl.load(lead + sequence * C + c) * 0.0",
+        SCAN_FILE,
+        "before = tl.load(first_row_offset + sequence * C + c)",
+        "before = tl.load(first_row_offset + sequence * C + c) * 0.0",
         (SCAN,),
     ),
     Mutant(
         "kernels: chunks of other ranks left out",
-        FILE,
+        SCAN_FILE,
         "exists = source < CP * C",
         "exists = source < C",
         (SCAN, f"{LOSS}[2-zigzag"),
     ),
     Mutant(
         "kernels: scan from left to right",
-        FILE,
+        SCAN_FILE,
         "(BLOCK - 1 - tl.arange(0, BLOCK))",
         "tl.arange(0, BLOCK)",
         (SCAN, LOSS, GOLDEN),
@@ -85,8 +86,8 @@ KERNEL_MUTANTS = (
     Mutant(
         "kernels: masked rows count",
         FILE,
-        "held & (tl.load(mask + row, mask=held, other=0) != 0)",
-        "held",
+        "valid & (tl.load(mask + row, mask=valid, other=0) != 0)",
+        "valid",
         (f"{OUTPUTS}[True-fipo", f"{GOLDEN}[holes"),
     ),
     Mutant(
@@ -106,8 +107,8 @@ KERNEL_MUTANTS = (
     Mutant(
         "kernels: backward ignores the gradient of the loss",
         "objective/kernels/launch.py",
-        "            grad_log_probs * grad_loss,",
-        "            grad_log_probs,",
+        "return grad_log_probs * grad_loss, by_entropy",
+        "return grad_log_probs, by_entropy",
         (OUTPUTS,),
     ),
 )

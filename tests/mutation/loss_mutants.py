@@ -33,15 +33,15 @@ MUTANTS = (
     Mutant(
         "context-parallel carry left out",
         FUTURE_KL,
-        " + _power(plan.row_distance, rate) * behind_chunk.view(-1)[plan.row_segment]",
+        " + _power(plan.row_distance, rate) * later_chunks.view(-1)[plan.row_segment]",
         "",
         (SCAN, LOSS, f"{GRID}[cp2-fipo", NO_ROWS),
     ),
     Mutant(
         "carry decays by one position too many",
         PLAN,
-        "ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n",
-        "ahead = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n    ahead = ahead + (ahead > 0)\n",
+        "distance = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n",
+        "distance = table.first[:, :, :, None] - (first + length)[None, :, None, :]\n    distance = distance + (distance > 0)\n",
         (SCAN, LOSS, f"{GRID}[cp2-fipo"),
     ),
     Mutant(
@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "one dual-clipped token drops",
         SEQUENCES,
-        "(totals[:, 1] > 1)",
-        "(totals[:, 1] > 0)",
+        "(counts[:, 1] > 1)",
+        "(counts[:, 1] > 0)",
         (LOSS, GOLDEN, f"{GRID}[1-fipo"),
     ),
     Mutant(
@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant(
         "dual-clipped tokens stay in FutureKL",
         LOSS_FILE,
-        "torch.where(in_future_kl, tokens.log_ratio, 0.0).detach()",
+        "torch.where(inlier, tokens.log_ratio, 0.0).detach()",
         "tokens.log_ratio.detach()",
         (GOLDEN, LOSS),
     ),
@@ -122,7 +122,7 @@ MUTANTS = (
         "decay counts rows, not positions (holes)",
         PLAN,
         "levels = _build_levels(segment, position - span_start[segment], width)",
-        "levels = _build_levels(segment, np.arange(len(segment)) - np.searchsorted(segment, segment), width)",
+        "levels = _build_levels(segment, torch.arange(len(segment)) - torch.searchsorted(segment, segment), width)",
         (SCAN, LOSS, f"{GRID}[1-fipo-False-160"),
     ),
     Mutant(
@@ -238,8 +238,8 @@ MUTANTS = (
     Mutant(
         "correction: applied although it is off",
         LOSS_FILE,
-        "    if objective.corrects:\n        surrogate",
-        "    if rows.rollout_log_probs is not None:\n        surrogate",
+        "    if objective.corrects:\n        loss = correction",
+        "    if True:\n        loss = correction",
         (
             f"{CORRECTION}::test_without_correction_the_engine_changes_no_bit_of_the_loss",
             LOSS,
@@ -287,8 +287,8 @@ MUTANTS = (
     Mutant(
         "correction: effective sample size not divided by the tokens",
         STATISTICS,
-        's["importance"].square(), compared * s["importance_squared"]',
-        's["importance"].square(), s["importance_squared"]',
+        't["importance"].square(), t["compared_tokens"] * t["importance_squared"]',
+        't["importance"].square(), t["importance_squared"]',
         (f"{CORRECTION}::{SPREAD}", f"{CORRECTION}::test_statistics_at_the_ends"),
     ),
     Mutant(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.objective.metrics import METRICS
 from megatron_fipo.report import write_report
 from megatron_fipo.report.figures import SECTIONS
 from megatron_fipo.report.samples import choose_samples, colour_reach, render_samples
@@ -263,3 +264,11 @@ def test_importing_the_report_brings_no_torch() -> None:
         "import sys; import megatron_fipo.report as r; assert 'torch' not in sys.modules; r.write_report"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+
+def test_every_metric_of_the_loss_that_names_a_panel_is_drawn_there() -> None:
+    panels = {panel.title: panel.metrics for section in SECTIONS for panel in section.panels}
+    for metric in METRICS:
+        if metric.panel:
+            assert metric.name in panels[metric.panel]
+            assert metric.label
