@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,16 +73,6 @@ class Section:
     correctness: bool
     one_each: tuple[str, ...] = ()
     """If given, these cases run, each in a process of its own, so that memory of one is free for the next."""
-
-    def scaled(self, patience: float) -> "Section":
-        return Section(
-            self.name,
-            self.command,
-            patience * self.budget_s,
-            patience * self.case_s,
-            self.correctness,
-            self.one_each,
-        )
 
 
 def _tests(name: str, file: str, budget_s: float, case_s: float) -> Section:
@@ -159,7 +149,8 @@ def _run(chosen: list[Section], output: Path, rehearsal: bool) -> Report:
     log.write_text(", ".join(f"{key} {value}" for key, value in machine.items()) + "\n", encoding="utf-8")
     environment = _environment(rehearsal, output)
     for section in chosen:
-        run_section(section.scaled(patience), environment, log, start + patience * LIMIT_S, add)
+        scaled = replace(section, budget_s=patience * section.budget_s, case_s=patience * section.case_s)
+        run_section(scaled, environment, log, start + patience * LIMIT_S, add)
     _write(report(True), output)
     return report(True)
 
