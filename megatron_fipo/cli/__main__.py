@@ -1,3 +1,7 @@
+"""`python -m megatron_fipo.cli`."""
+
+import sys
+
 from megatron_fipo.cli.main import main
 
-main()
+sys.exit(main())

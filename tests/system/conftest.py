@@ -1,7 +1,8 @@
-"""Tests on a real Ray cluster. Ray's threads and `tests.ranks` (fork) don't mix, so this folder runs as a pytest process of its own."""
+"""Tests on a real Ray cluster, in a pytest process for this folder alone: Ray's threads exclude the forks of `tests.ranks`."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from ray.cluster_utils import Cluster
 
-ROOT = Path(__file__).parents[2]
+from tests.system.runs import ROOT, run_here, train_arguments
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One cluster per session; 6 logical CPUs and 2 logical GPUs, whatever the machine has."""
+    """A cluster to which this process is connected, with 6 logical CPUs and 2 logical GPUs on any machine."""
     ray.init(
         num_cpus=6,
         num_gpus=2,
@@ -27,3 +29,33 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster_of_runs() -> Iterator[str]:
+    """Address of a cluster that the runs of a module join one after another, with 6 logical CPUs and no GPU."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 6,
+            "num_gpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": 256 * 2**20,
+        },
+    )
+    yield cluster.address
+    cluster.shutdown()
+
+
+Train = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def train(cluster_of_runs: str) -> Train:
+    """Run `megatron-fipo train` in this process, on the module's cluster: without the seconds that starting both takes."""
+
+    def train(run_dir: Path, *overrides: str, expect: int = 0) -> subprocess.CompletedProcess:
+        address = f"ray_address={cluster_of_runs}"
+        return run_here(*train_arguments(run_dir, address, *overrides), expect=expect)
+
+    return train
