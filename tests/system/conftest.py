@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray.cluster_utils import Cluster
 
 from tests.system.runs import ROOT, run_here, train_arguments
 
@@ -20,6 +20,7 @@ from tests.system.runs import ROOT, run_here, train_arguments
 def cluster() -> Iterator[None]:
     """A cluster to which this process is connected, with 6 logical CPUs and 2 logical GPUs on any machine."""
     ray.init(
+        address="local",  # also if a cluster runs on this machine
         num_cpus=6,
         num_gpus=2,
         include_dashboard=False,
@@ -31,20 +32,32 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+CLUSTER = """
+import sys, ray
+store = 256 * 2**20
+ray.init(address="local", num_cpus=6, num_gpus=0, include_dashboard=False, object_store_memory=store, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="module")
 def cluster_of_runs() -> Iterator[str]:
-    """Address of a cluster that the runs of a module join one after another, with 6 logical CPUs and no GPU."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 6,
-            "num_gpus": 0,
-            "include_dashboard": False,
-            "object_store_memory": 256 * 2**20,
-        },
-    )
-    yield cluster.address
-    cluster.shutdown()
+    """Address of a cluster that the runs of a module join one after another, with 6 logical CPUs and no GPU.
+
+    A child process starts it, and ends it when its standard input closes, also if this process is killed.
+    """
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdin is not None
+        assert owner.stdout is not None
+        address = owner.stdout.readline().strip()
+        assert address, "Ray did not start"
+        yield address
+        owner.stdin.close()
+        assert owner.wait(timeout=60) == 0
 
 
 Train = Callable[..., subprocess.CompletedProcess]
