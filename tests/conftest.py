@@ -1,4 +1,4 @@
-"""One thread per process, set before torch starts any, so that `ranks.run_ranks` may fork."""
+"""One thread per process, set before torch starts threads, so that `ranks.run_ranks` can fork."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,11 @@ import megatron_fipo.model  # noqa: F401  (the CPU platform, before any test imp
 torch.set_num_threads(1)
 
 OWN_PROCESS = ("system", "vllm", "kernels")
-"""Folders whose tests start threads or processes, so that no rank can be forked beside them, or need Triton's interpreter."""
+"""Folders whose tests start threads, so that the same process cannot fork ranks, or need Triton's interpreter."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Keep these folders out of a run over all tests; `pytest tests/system` asks for one by name."""
+    """Exclude these folders from a run of all tests. `pytest tests/system` selects one by name."""
     name = collection_path.name
     apart = collection_path.parent == Path(__file__).parent and name in OWN_PROCESS
     return True if apart and not any(name in str(argument) for argument in config.args) else None

@@ -1,7 +1,9 @@
-"""Tests on a real Ray cluster. Ray's threads and `tests.ranks` (fork) don't mix, so this folder runs as a pytest process of its own."""
+"""Tests on a real Ray cluster, in a pytest process for this folder alone: Ray's threads exclude the forks of `tests.ranks`."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
-ROOT = Path(__file__).parents[2]
+from tests.system.runs import ROOT, run_here, train_arguments
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One cluster per session; 6 logical CPUs and 2 logical GPUs, whatever the machine has."""
+    """A cluster to which this process is connected, with 6 logical CPUs and 2 logical GPUs on any machine."""
     ray.init(
+        address="local",  # also if a cluster runs on this machine
         num_cpus=6,
         num_gpus=2,
         include_dashboard=False,
@@ -27,3 +30,45 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+CLUSTER = """
+import sys, ray
+store = 256 * 2**20
+ray.init(address="local", num_cpus=6, num_gpus=0, include_dashboard=False, object_store_memory=store, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster_of_runs() -> Iterator[str]:
+    """Address of a cluster that the runs of a module join one after another, with 6 logical CPUs and no GPU.
+
+    A child process starts it, and ends it when its standard input closes, also if this process is killed.
+    """
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdin is not None
+        assert owner.stdout is not None
+        address = owner.stdout.readline().strip()
+        assert address, "Ray did not start"
+        yield address
+        owner.stdin.close()
+        assert owner.wait(timeout=60) == 0
+
+
+Train = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def train(cluster_of_runs: str) -> Train:
+    """Run `megatron-fipo train` in this process, on the module's cluster: without the seconds that starting both takes."""
+
+    def train(run_dir: Path, *overrides: str, expect: int = 0) -> subprocess.CompletedProcess:
+        address = f"ray_address={cluster_of_runs}"
+        return run_here(*train_arguments(run_dir, address, *overrides), expect=expect)
+
+    return train

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_fipo.driver.rollout.dump import read_dump
-from tests.system.test_train import ROOT, TINY, iterations, train, weights
+from tests.system.runs import ROOT, iterations, run, train_arguments, weights
 
 ITERATIONS = 20
 EXACT = (
@@ -46,23 +46,15 @@ def disturb(run: psutil.Process, rng: random.Random) -> str | None:
 @pytest.mark.timeout(3600)
 def test_chaos_among_the_engines_leaves_no_trace_in_the_weights(tmp_path: Path):
     calm, chaos = tmp_path / "calm", tmp_path / "chaos"
-    train(calm, *EXACT)
-    overrides = [
-        *TINY,
+    run(*train_arguments(calm, *EXACT))
+    arguments = train_arguments(
+        chaos,
         *EXACT,
-        f"run_dir={chaos}",
         "rollout.max_restarts=1000",
         "rollout.max_retries=50",
         "rollout.health_timeout_s=8",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.system.garbling_run",
-        "train",
-        "examples/countdown/fipo.yaml",
-        *overrides,
-    ]
+    )
+    command = [sys.executable, "-m", "tests.system.garbling_run", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rng, done = random.Random(1), []
     while process.poll() is None:

@@ -1,4 +1,4 @@
-"""The trainer's ranks with real actors: the first failure ends the group and is told, then and ever after."""
+"""The trainer's ranks with real actors: the first failure ends the group, and every later call raises it again."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def rank_class(dies_in: str = "") -> Any:
             if self.rank == 1 and trouble == "die":
                 os._exit(1)
             if self.rank == 1 and trouble == "refuse":
-                raise UserError("the disk is full; free space")
+                raise UserError("the disk is full; free some space")
             if self.rank == 1 and trouble == "fault":
                 raise ZeroDivisionError("no rows")
             return self.rank
@@ -61,7 +61,7 @@ def rank_class(dies_in: str = "") -> Any:
             "die",
             r"trainer rank 1 died in work \(The actor died.*run the same command to resume from the last checkpoint",
         ),
-        ("refuse", "^the disk is full; free space$"),
+        ("refuse", "^the disk is full; free some space$"),
         ("fault", "^trainer rank 1 failed in work: ZeroDivisionError: no rows$"),
     ],
 )

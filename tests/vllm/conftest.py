@@ -51,6 +51,7 @@ def shared_engine(model_folder: Path, run: Callable[..., Any]) -> Iterator[VLLME
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     ray.init(
+        address="local",  # also if a cluster runs on this machine
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=80 * 2**20,

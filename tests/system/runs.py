@@ -1,0 +1,93 @@
+"""Start `megatron-fipo` on tiny runs, in a process or in this one, and read what a run wrote."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_fipo.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "batch.prompts_per_iteration=4",
+    "batch.responses_per_prompt=4",
+    "batch.mini_batch_prompts=2",
+    "batch.max_tokens_per_micro_batch=512",
+    "rollout.prompts_in_flight=8",
+    "rollout.max_response_length=64",
+    "data.evaluation_size=8",
+    "evaluation.samples_per_problem=1",
+    "evaluation.every=0",
+    "tracking.wandb=disabled",
+    "tracking.tensorboard=false",
+]
+
+
+def train_arguments(run_dir: Path, *overrides: str) -> list[str]:
+    return ["train", "examples/countdown/fipo.yaml", *TINY, f"run_dir={run_dir}", *overrides]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "megatron_fipo.cli", *map(str, arguments)]
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """Start the command as a process, on a Ray cluster of its own."""
+    return subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
+    """Run the command as a process, on a Ray cluster of its own."""
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return check(done, expect)
+
+
+def run_here(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
+    """Run the command in this process, which has imported everything."""
+    words = [str(argument) for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return check(subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue()), expect)
+
+
+def check(done: subprocess.CompletedProcess, expect: int) -> subprocess.CompletedProcess:
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def iterations(run_dir: Path) -> list[dict]:
+    """Metrics of each iteration."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["values"] for record in records if record["kind"] == "iteration"]
+
+
+def weights(run_dir: Path) -> bytes:
+    """The exported model."""
+    return (run_dir / "model/model.safetensors").read_bytes()
+
+
+BY_TIMING = ("time/", "tokens/generated", "tokens/dropped", "rollout/unused_share")
+"""Metrics that may differ between equal runs: times, and the progress of prompts that were started and not used."""
+
+
+def same_numbers(one: dict, other: dict, *excluded: str) -> bool:
+    """Whether the metrics are equal bit for bit, except those that depend on timing and those `excluded` (prefixes)."""
+    one, other = (
+        {k: v for k, v in values.items() if not k.startswith((*BY_TIMING, *excluded))}
+        for values in (one, other)
+    )
+    return one == other
+
+
+def wait_for_an_iteration(process: subprocess.Popen, run_dir: Path) -> None:
+    deadline = time.monotonic() + 400
+    while not ((run_dir / "metrics.jsonl").exists() and iterations(run_dir)):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
