@@ -98,7 +98,7 @@ def random_loss_inputs(
     sequence, position = sequence[present], position[present]
     count = len(sequence)
     old = _grid(-4 * random.random(count) - 0.1)
-    settings = (objective or ObjectiveConfig()).settings
+    settings = objective or ObjectiveConfig()
     bounds = [
         1 - settings.clip_low,
         1 + settings.clip_low,

@@ -266,7 +266,7 @@ def test_the_loss_check_notices_another_half_life(monkeypatch):
 
     def wrong(log_probs, entropy, rows, objective, group, kernels):
         if log_probs.dtype == torch.float32:
-            objective = replace(objective, settings=replace(objective, half_life=32.01))
+            objective = replace(objective, half_life=32.01)
         return real(log_probs, entropy, rows, objective, group, kernels="torch")
 
     test_loss.test_nan_and_infinity_exclude_their_own_response(BENCH, _record, "torch")
