@@ -27,7 +27,7 @@ from megatron_fipo.weight_sync.shared_memory import description, in_shared_memor
 
 
 class VLLMEngine:
-    """A `RolloutEngine`: vLLM's engine process (and with tensor parallelism its workers) behind one actor, on one node.
+    """A `RolloutEngine`: vLLM's engine process (and with tensor parallelism its workers) inside one actor, on one node.
 
     Each request is one vLLM request; vLLM batches all requests that run. A response depends on its seed and the weights, up to the
     rounding of logits, which may differ in the last bits with the batch. With `deterministic` one call runs at a time, as one

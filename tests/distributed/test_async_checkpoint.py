@@ -54,7 +54,7 @@ def attempt(action, *arguments, **keywords) -> str:
 
 
 def save_twice_while_training(rank, world_size, folder, targets):
-    """What the weights and the optimizer were when each of two saves began; training goes on while they are written."""
+    """Weights and optimizer at the start of each of two saves; training continues while they are written."""
     policy, shards = new_policy(folder, LAYOUTS["dp2"])
     distributed._write = write_slowly
     writer, states = CheckpointWriter(), []

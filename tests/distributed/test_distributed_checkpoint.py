@@ -1,4 +1,4 @@
-"""Weights and optimizer saved under one layout go on under another; what does not fit or is damaged is one sentence on every rank."""
+"""Weights and optimizer saved under one layout resume under another; a misfit or damage is one sentence on every rank."""
 
 import multiprocessing
 import re
@@ -101,7 +101,7 @@ def assert_same_training(straight, resumed):
 
 @pytest.fixture(scope="module")
 def saved(model):
-    """By layout: the folder that it saved after two steps, and how its ranks went on. Each is trained once."""
+    """By layout: the folder that it saved after two steps, and how its ranks continued. Each is trained once."""
     with tempfile.TemporaryDirectory() as folder:
         made = {}
 

@@ -322,7 +322,7 @@ def test_two_uses_of_a_weight_in_one_backward_leave_it_alone():
 
 
 class OutputLayer(torch.nn.Module):
-    """The head behind hidden states, or behind an embedding that shares its weight."""
+    """The head after hidden states, or after an embedding that shares its weight."""
 
     def __init__(self, given: dict[str, torch.Tensor], tied: bool) -> None:
         super().__init__()

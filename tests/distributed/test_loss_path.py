@@ -193,9 +193,11 @@ def loss_on_rank(
     for trajectories in batches:
         model = Model.make()
         shard = make_shard(trajectories, parallel, context_group.rank())
-        whole = model.hidden(shard)
+        complete = model.hidden(shard)
         hidden = (
-            (whole.chunk(tp)[tensor_rank] if parallel.sequence_parallel else whole).detach().requires_grad_()
+            (complete.chunk(tp)[tensor_rank] if parallel.sequence_parallel else complete)
+            .detach()
+            .requires_grad_()
         )
         weight = model.weight.detach().chunk(tp)[tensor_rank].clone().requires_grad_()
         with NoHostKernels(), NoHostCalls(), Collectives() as collectives:
@@ -211,9 +213,9 @@ def loss_on_rank(
             )
             result.loss_sum.backward()
         assert hidden.grad is not None
-        given = torch.zeros_like(whole)
+        given = torch.zeros_like(complete)
         (given.chunk(tp)[tensor_rank] if parallel.sequence_parallel else given).copy_(hidden.grad)
-        whole.backward(given)
+        complete.backward(given)
         assert model.table.grad is not None
         assert weight.grad is not None
         sizes = (shard.num_rows, shard.input_ids.shape[1])
@@ -291,7 +293,7 @@ def test_ranks_without_rows_take_part_in_every_collective(layout) -> None:
             assert result.calls == expected_collectives(
                 parallel, max(1, len(batches[case])), result.rows, result.tokens
             )
-        # Ranks are ordered tensor first. Without sequence parallelism every tensor-parallel rank holds the whole table gradient.
+        # Ranks are ordered tensor first. Without sequence parallelism every tensor-parallel rank holds the complete table gradient.
         summed = found if parallel.sequence_parallel else found[::tp]
         table = torch.stack([result.table_gradient for result in summed]).sum(0)
         weight = torch.cat([torch.stack([r.weight_gradient for r in found[t::tp]]).sum(0) for t in range(tp)])
@@ -306,7 +308,7 @@ def test_ranks_without_rows_take_part_in_every_collective(layout) -> None:
 def mini_step_on_rank(
     rank: int, world_size: int, folder, parallel: ParallelConfig
 ) -> tuple[int, list[tuple]]:
-    """A whole mini-step of the tiny model in float32: its float64 collectives are those of scan and statistics."""
+    """A complete mini-step of the tiny model in float32: its float64 collectives are those of scan and statistics."""
     model_parallel.initialize(parallel, seed=1)
     policy = RankModel(**settings(folder, parallel), device=torch.device("cpu"))
     trajectories = make_trajectories(6)

@@ -4,7 +4,7 @@ The judge is the slow obvious path: transformers' own model in float64, one unpa
 token-by-token loss of `tests/objective/oracle.py`, plain autograd. Against it stand tensor, sequence, pipeline, virtual
 pipeline, context and data parallelism and several micro-batchings, through Megatron-Core's own schedule and normalisation.
 
-Gradients are compared whole: the normalised `main_grad` of every shard is put in place of its parameter and exported in Hugging
+Gradients are compared complete: the normalized `main_grad` of every shard replaces its parameter and exported in Hugging
 Face names, so a shard that is wrong anywhere shows. What this does not exercise: bf16, Transformer Engine, NCCL.
 """
 
@@ -112,7 +112,7 @@ def truth(folders):
 
 
 def make_shards(policy: RankModel, parallel: ParallelConfig, trajectories, old, token_budget: int):
-    """This rank's shards of the whole batch, with the given old log-probs and those of the engine in their rows."""
+    """This rank's shards of the batch, with the given old log-probs and those of the engine in their rows."""
     trajectories = [
         replace(
             trajectory,

@@ -146,7 +146,7 @@ def same_weights(straight, resumed):
 
 @pytest.fixture(scope="module")
 def runs(model, forked_managers):  # noqa: F811
-    """By share of offload: the folder saved after two steps, and how the two ranks went on."""
+    """By share of offload: the folder saved after two steps, and how the two ranks continued."""
     with tempfile.TemporaryDirectory() as folder:
         made = {}
         for offload in (0.0, 0.5, 1.0):
@@ -173,7 +173,7 @@ def test_a_run_goes_on_with_another_share_offloaded(model, runs, before, after):
 
 @pytest.mark.parametrize("offload", [0.5, 1.0])
 def test_a_save_before_the_first_step_changes_nothing(model, tmp_path, offload):
-    """Neither for the run that saves nor for one that goes on from it: the step that makes the state is not counted."""
+    """Neither for the run that saves nor for one that resumes from it: the step that makes the state is not counted."""
     parallel = ParallelConfig(data_parallel_size=2)
     straight = run_ranks(2, offloading(three_steps), model, parallel, changes(offload))
     same_weights(

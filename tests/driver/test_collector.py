@@ -163,7 +163,7 @@ def test_prompts_in_flight_are_kept_until_there_is_enough(mode):
         collector.step(0.0)
     for _ in range(100):
         collector.step(0.0)
-    # Sampling ahead of the trainer is bounded by max_staleness; in the other modes only started groups finish.
+    # Sampling in advance of the trainer is bounded by max_staleness; in the other modes only started groups finish.
     most = 5 + (3 * 2 if mode == "fully_asynchronous" else 3)
     assert most - 5 <= collector.waiting < most
     assert (pool.most_groups, collector.unfinished) == (5, 0)

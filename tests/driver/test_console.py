@@ -30,7 +30,7 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
         for iteration in range(1, 3):
             console.phase("rollout", detail="round 1")
             console.iteration(iteration, _VALUES)
-        console.note("[bold]said[/bold] " + "word " * 40)
+        console.note("[bold]noted[/bold] " + "word " * 40)
     lines = file.getvalue().splitlines()
     assert len(lines) == 4
     assert (
@@ -39,7 +39,7 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
     assert lines[1].startswith(
         "iteration  1/20  reward -0.250  accuracy  0.375  length     41  influence 1.0123  left "
     )
-    assert lines[3].startswith("[bold]said[/bold] word word")
+    assert lines[3].startswith("[bold]noted[/bold] word word")
     assert all(character.isprintable() for line in lines for character in line)
 
 

@@ -158,21 +158,21 @@ def test_a_disk_that_refuses_is_named(tmp_path) -> None:
 
 def test_every_truncation_and_every_damaged_byte_of_the_data_is_noticed(tmp_path) -> None:
     path = write_dump(tmp_path, 1, two_groups(), 1.0)
-    whole = path.read_bytes()
-    for size in range(0, len(whole), 397):
-        path.write_bytes(whole[:size])
+    complete = path.read_bytes()
+    for size in range(0, len(complete), 397):
+        path.write_bytes(complete[:size])
         with pytest.raises(UserError, match=r"iteration_000001.parquet is not a readable dump"):
             read_dump(path)
     noticed = 0
-    for place in range(0, len(whole), 41):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+    for position in range(0, len(complete), 41):
+        path.write_bytes(complete[:position] + bytes([complete[position] ^ 64]) + complete[position + 1 :])
         try:
             found = read_dump(path)
         except UserError:
             noticed += 1
         else:
             assert found == two_groups()  # a byte that does not affect the rows
-    assert noticed > len(whole) / 41 / 3
+    assert noticed > len(complete) / 41 / 3
 
 
 def test_files_that_are_no_dumps_are_named(tmp_path) -> None:

@@ -21,14 +21,14 @@ def send(number: int) -> None:
     [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 85, "SIGTERM"), (signal.SIGUSR1, 85, "SIGUSR1")],
 )
 def test_the_first_signal_asks(number, code, reason):
-    said: list[str] = []
-    with Stop(None, said.append) as stop:
+    lines: list[str] = []
+    with Stop(None, lines.append) as stop:
         assert stop.requested() is None
         send(number)
         assert stop.requested() == reason
         assert stop.exit_code == code
-        assert len(said) == 1
-        assert said[0].startswith(f"{reason}: stopping at")
+        assert len(lines) == 1
+        assert lines[0].startswith(f"{reason}: stopping at")
 
 
 @pytest.mark.parametrize("before", [(), (signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)])
@@ -45,17 +45,17 @@ def test_a_second_ctrl_c_stops_at_once(before):
 @pytest.mark.parametrize("first", SIGNALS)
 def test_a_scheduler_s_later_signals_are_waited_out(first):
     """SIGTERM often follows SIGUSR1, or another SIGTERM, while the state is being saved."""
-    said: list[str] = []
-    with Stop(None, said.append) as stop:
+    lines: list[str] = []
+    with Stop(None, lines.append) as stop:
         send(first)
         reason, code = stop.requested(), stop.exit_code
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             send(number)
         assert (stop.requested(), stop.exit_code) == (reason, code)
-    assert "SIGTERM: stopping already" in said[-1]
+    assert "SIGTERM: stopping already" in lines[-1]
     assert (
         "Ctrl-C again to stop at once" if first == signal.SIGINT else "Ctrl-C twice to stop at once"
-    ) in said[-1]
+    ) in lines[-1]
 
 
 def test_the_handlers_are_put_back():
@@ -79,13 +79,13 @@ def test_the_time_limit_counts_from_the_start_of_the_process():
 
 
 def test_the_time_limit_asks_once_and_a_signal_afterwards_does_not_stop_at_once():
-    said: list[str] = []
-    with Stop(1e-6, said.append) as stop:
+    lines: list[str] = []
+    with Stop(1e-6, lines.append) as stop:
         assert stop.requested() == "max_walltime_minutes=1e-06 has passed"
         assert stop.requested() is not None
         send(signal.SIGTERM)
         assert stop.exit_code == 85
-        assert len(said) == 2
+        assert len(lines) == 2
 
 
 def test_a_signal_in_the_middle_of_a_print_is_not_lost():

@@ -39,11 +39,11 @@ def test_tensorboard_records_and_a_resume_replaces_what_came_later(tmp_path: Pat
 
 
 def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     config = TrackingConfig(wandb="offline", tensorboard=False)
     ids = []
     for iteration in (1, 2):
-        trackers = Trackers(config, tmp_path, {"objective": {"name": "fipo"}}, "run", said.append)
+        trackers = Trackers(config, tmp_path, {"objective": {"name": "fipo"}}, "run", lines.append)
         trackers.log("iteration", iteration, {"reward/mean": 0.5})
         trackers.close()
         ids.append((tmp_path / WANDB_RUN_ID_FILE).read_text())
@@ -51,16 +51,16 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path) -> None:
     files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{ids[0].strip()}.wandb"))
     assert files
     assert b"reward/mean" in b"".join(path.read_bytes() for path in files)
-    assert said == []
+    assert lines == []
 
 
 def test_wandb_online_without_a_key_is_said_once_and_recorded_offline(tmp_path: Path) -> None:
-    said: list[str] = []
-    trackers = Trackers(TrackingConfig(wandb="online", tensorboard=False), tmp_path, {}, "run", said.append)
+    lines: list[str] = []
+    trackers = Trackers(TrackingConfig(wandb="online", tensorboard=False), tmp_path, {}, "run", lines.append)
     trackers.log("iteration", 1, {"reward/mean": 0.5})
     trackers.close()
-    assert len(said) == 1
-    assert "no API key" in said[0]
+    assert len(lines) == 1
+    assert "no API key" in lines[0]
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -70,24 +70,24 @@ def test_wandb_online_without_a_network_is_said_once_and_recorded_offline(
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr("megatron_fipo.driver.tracking._ONLINE_TIMEOUT_S", 1)
-    said: list[str] = []
-    trackers = Trackers(TrackingConfig(wandb="online", tensorboard=False), tmp_path, {}, "run", said.append)
+    lines: list[str] = []
+    trackers = Trackers(TrackingConfig(wandb="online", tensorboard=False), tmp_path, {}, "run", lines.append)
     trackers.log("iteration", 1, {"reward/mean": 0.5})
     trackers.close()
-    assert len(said) == 1
-    assert "cannot be reached" in said[0]
+    assert len(lines) == 1
+    assert "cannot be reached" in lines[0]
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_a_broken_tracker_is_said_once_and_the_other_goes_on(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    trackers = Trackers(TrackingConfig(wandb="offline", tensorboard=True), tmp_path, {}, "run", said.append)
+    trackers = Trackers(TrackingConfig(wandb="offline", tensorboard=True), tmp_path, {}, "run", lines.append)
     for iteration in range(1, 4):
         trackers.log("iteration", iteration, {"reward/mean": 0.5})
     trackers.close()
-    assert len(said) == 1
-    assert said[0].startswith("TensorBoard does not work")
+    assert len(lines) == 1
+    assert lines[0].startswith("TensorBoard does not work")
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -76,13 +76,13 @@ def test_a_run_leaves_model_report_and_metrics(two_iterations):
 
 
 def test_a_longer_run_continues_where_it_stopped(train, two_iterations, tmp_path):
-    whole = tmp_path / "whole"
-    train(whole, "iterations=3", "evaluation.before_training=true")
+    complete = tmp_path / "complete"
+    train(complete, "iterations=3", "evaluation.before_training=true")
     train(two_iterations, "iterations=3", "evaluation.before_training=true")
-    straight, resumed = iterations(whole), iterations(two_iterations)
+    straight, resumed = iterations(complete), iterations(two_iterations)
     assert len(straight) == len(resumed) == 3
     assert same_numbers(straight[2], resumed[2])
-    assert weights(whole) == weights(two_iterations)
+    assert weights(complete) == weights(two_iterations)
 
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(two_iterations):

@@ -103,10 +103,10 @@ def test_finish_reasons(engine, run):
 
 
 def test_a_prefix_is_continued(engine, model_folder, run):
-    whole = run(engine.generate(some_requests(32), PLAIN))
+    complete = run(engine.generate(some_requests(32), PLAIN))
     cut = [
         replace(r, prefix=g.response_ids[:10])
-        for r, g in zip(some_requests(32), whole, strict=True)
+        for r, g in zip(some_requests(32), complete, strict=True)
         if len(g.response_ids) > 10
     ]
     rest = run(engine.generate(cut, PLAIN))

@@ -1,4 +1,4 @@
-"""Engines in this process behind the handles of Ray actors: calls return references, arguments and errors travel as with Ray."""
+"""Engines in this process with the handles of Ray actors: calls return references; arguments and errors are passed as by Ray."""
 
 import pickle
 from collections.abc import Callable, Iterator

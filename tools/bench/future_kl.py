@@ -40,7 +40,7 @@ def quadratic_listing(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 def serial_loop(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """F_t = x_t + γ·F_{t+1}, one position after the other, for the whole batch at once and without a graph."""
+    """F_t = x_t + γ·F_{t+1}, one position after the other, for the complete batch at once and without a graph."""
     x, gamma = (log_ratio.detach() * mask), 2.0 ** (-1.0 / HALF_LIFE)
     future_kl = torch.empty_like(x)
     carry = torch.zeros(len(x))

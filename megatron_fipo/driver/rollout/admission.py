@@ -70,5 +70,5 @@ def admission_for(rollout: RolloutConfig, target_groups: int) -> Admission:
     """The rule of `rollout.unfinished` for batches of `target_groups` groups."""
     if rollout.unfinished == "drop":
         return DropUnfinished(target_groups, rollout.prompts_in_flight)
-    ahead = rollout.max_staleness if rollout.mode == "fully_asynchronous" else 1
-    return ContinueUnfinished(target_groups, ahead)
+    iterations = rollout.max_staleness if rollout.mode == "fully_asynchronous" else 1
+    return ContinueUnfinished(target_groups, iterations)
