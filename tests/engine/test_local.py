@@ -1,4 +1,4 @@
-"""The local engine compared with a teacher-forced pass of the same model, and with itself in other batches."""
+"""The local engine compared with a teacher-forced pass of the model, and with itself in other batches."""
 
 import json
 import threading
@@ -98,21 +98,21 @@ def test_finish_reasons(shared_engine):
 
 @pytest.mark.parametrize("sampling", [PLAIN, SamplingParams(0.7, 0.8, 40), SamplingParams(0.0, 1.0, 40)])
 def test_a_continued_response_is_the_uninterrupted_one(shared_engine, sampling):
-    """Each row is cut at a different position, so one batch has prefixes of all lengths, some up to the last token."""
+    """Rows are cut at different positions: one batch has prefixes of all lengths, also up to the end."""
     requests = some_requests(n=6)
-    whole = shared_engine.generate(requests, sampling)
-    cuts = [index % max(1, len(generation.response_ids)) for index, generation in enumerate(whole)]
-    prefixes = [generation.response_ids[:cut] for generation, cut in zip(whole, cuts, strict=True)]
+    complete = shared_engine.generate(requests, sampling)
+    cuts = [index % max(1, len(generation.response_ids)) for index, generation in enumerate(complete)]
+    prefixes = [generation.response_ids[:cut] for generation, cut in zip(complete, cuts, strict=True)]
     rest = shared_engine.generate(
         [replace(r, prefix=p) for r, p in zip(requests, prefixes, strict=True)], sampling
     )
     assert [p + generation.response_ids for p, generation in zip(prefixes, rest, strict=True)] == tokens(
-        whole
+        complete
     )
     assert [generation.finish_reason for generation in rest] == [
-        generation.finish_reason for generation in whole
+        generation.finish_reason for generation in complete
     ]
-    for generation, full, cut in zip(rest, whole, cuts, strict=True):
+    for generation, full, cut in zip(rest, complete, cuts, strict=True):
         assert generation.log_probs == pytest.approx(full.log_probs[cut:], abs=1e-5)
 
 
@@ -137,18 +137,18 @@ def test_abort_returns_what_there_is_and_the_next_call_runs_to_the_end(shared_en
     engine.ready()
     engine.abort_at = steps
     requests = some_requests()
-    whole = shared_engine.generate(requests, PLAIN)
+    complete = shared_engine.generate(requests, PLAIN)
     first = engine.generate(requests, PLAIN)
-    assert [g.response_ids for g in first] == [g.response_ids[:steps] for g in whole]
-    finished = [len(g.response_ids) <= steps for g in whole]
+    assert [g.response_ids for g in first] == [g.response_ids[:steps] for g in complete]
+    finished = [len(g.response_ids) <= steps for g in complete]
     assert [g.finish_reason for g in first] == [
-        w.finish_reason if done else "abort" for w, done in zip(whole, finished, strict=True)
+        w.finish_reason if done else "abort" for w, done in zip(complete, finished, strict=True)
     ]
     unfinished = [index for index, done in enumerate(finished) if not done]
     assert unfinished
     rest = engine.generate([replace(requests[i], prefix=first[i].response_ids) for i in unfinished], PLAIN)
     assert [first[i].response_ids + g.response_ids for i, g in zip(unfinished, rest, strict=True)] == [
-        whole[i].response_ids for i in unfinished
+        complete[i].response_ids for i in unfinished
     ]
 
 
@@ -219,7 +219,7 @@ def test_tied_weights_may_come_by_either_name(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied):
-    folder = save_model(tmp_path / "whole", 3, tied)
+    folder = save_model(tmp_path / "complete", 3, tied)
     weightless = save_model(tmp_path / "weightless", 3, tied)
     (weightless / "model.safetensors").unlink()
     engine = LocalEngine(str(weightless), "float32", load_weights=False)
@@ -232,7 +232,8 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
         dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
     )
     engine.finish_weight_update(0)
-    # Not bit for bit: tensors read from a file have another alignment in memory, which changes rounding in kernels.
+    # Not bit for bit: tensors read from a file have another alignment in memory, which changes rounding in
+    # kernels.
     for got, wanted in zip(
         engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True
     ):

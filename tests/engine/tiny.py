@@ -1,4 +1,4 @@
-"""A random Qwen2 model of 30k parameters with a tokenizer of one symbol per id, saved as a Hugging Face folder."""
+"""A random Qwen2 model of 30k parameters with one symbol per token id, saved as a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -38,7 +38,8 @@ def save_model(folder: Path, seed: int = 0, tied: bool = True, end_token: bool =
 def some_requests(prompts: int = 6, n: int = 4) -> list[GenerationRequest]:
     """`n` requests for each of several prompts of ragged lengths, two of which are equal."""
     ids = [
-        tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(prompts)
+        tuple(2 + (7 * index + 3 * position) % 30 for position in range(3 + index % 4))
+        for index in range(prompts)
     ]
     ids[-1] = ids[0]
     return [

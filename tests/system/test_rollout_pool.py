@@ -354,7 +354,10 @@ def test_a_cluster_without_room_is_said(cluster, monkeypatch):
 
 def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
     class Where:
-        """Returns the GPU assigned to it. A local class is sent to the actors without importing torch there."""
+        """Returns the GPU assigned to it.
+
+        A local class is sent to the actors without importing torch there.
+        """
 
         calls_at_once = 1
 

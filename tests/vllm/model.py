@@ -40,7 +40,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def some_requests(count: int = 8, seed: int = 1000) -> list[GenerationRequest]:
     prompts = [
-        tuple(2 + (7 * index + 3 * place) % 30 for place in range(3 + index % 4)) for index in range(count)
+        tuple(2 + (7 * index + 3 * position) % 30 for position in range(3 + index % 4))
+        for index in range(count)
     ]
     return [
         GenerationRequest(f"request-{index}", prompt, seed + index) for index, prompt in enumerate(prompts)
