@@ -18,7 +18,7 @@ class Admission(Protocol):
     in_order: ClassVar[bool]
     """Whether a batch is a prefix of the dataset's order.
 
-    If so, groups after it are undone at a pause, and otherwise counted with the next batch.
+    If so, a pause undoes the groups after it; without a pause they are counted with the next batch.
     """
 
     def may_start(self, started: int, waiting: int, unfinished: int) -> bool:

@@ -1,6 +1,6 @@
 """The rollout engines as one: requests in, responses out.
 
-An engine that dies, hangs or replies malformed data loses only its work.
+An engine that dies, hangs or sends malformed replies loses only its work.
 
 `fleet` decides which engine may serve, `dispatch` which requests are sent together, `replies` which replies
 are valid, `engine_actors` starts processes, `pending_calls` waits for answers; the pool passes messages
