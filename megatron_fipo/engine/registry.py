@@ -1,7 +1,7 @@
 """The rollout engines that `rollout.engine` can name.
 
-Imported by the driver, which has neither torch nor vLLM loaded: an engine's module is imported by
-`EngineType.load` only.
+Importing this module in the driver loads neither torch nor vLLM: `EngineType.load` imports an engine's
+module.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The rollout engine on vLLM: an asynchronous Ray actor around `vllm.AsyncLLMEngine`.
 
-This module runs in the actor's process. vLLM's engine and worker processes are its children; `vllm_worker.py`
-runs in them.
+This module runs in the actor's process. vLLM's engine process is its child, and the worker processes are
+children of that one; `vllm_worker.py` runs in the workers.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ class VLLMEngine:
     same call gives the same bits.
 
     Log-probs are those after temperature over the full vocabulary, before top-p truncation, at every setting
-    (see `vllm_worker.NormalizedLogits`). With greedy sampling (temperature 0) they are those of temperature
-    1.
+    (see `vllm_worker.NormalizedLogits`). At temperature 0 (greedy) they are those of
+    temperature 1.
     """
 
     requests_per_call: ClassVar[int] = 16
@@ -258,9 +258,9 @@ class VLLMEngine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def nccl_update(self, info: dict[str, Any]) -> None:
-        """Receive the tensors that the trainer broadcasts meanwhile:
+        """Receive the tensors that the trainer broadcasts meanwhile.
 
-        `names`, `dtype_names`, `shapes` in its order.
+        `info` has their `names`, `dtype_names` and `shapes` in the trainer's order.
         """
         update = self._current_update()
         update.record(info)

@@ -2,8 +2,9 @@
 
 It has three parts: the weight-transfer backend `megatron_fipo`, the worker extension that returns checksums,
 and the logits processor that makes log-probs. vLLM imports this module in every worker because
-`engine_arguments` names `WorkerExtension` as `worker_extension_cls`; the import registers the backend. An
-engine's only worker runs in vLLM's engine process. (The actor imports this module too, without effect.)
+`engine_arguments` names `WorkerExtension` as `worker_extension_cls`; the import registers the backend. If
+an engine has one worker, it runs in vLLM's engine process. (The actor imports this module too, but without
+`_end_with_owner`.)
 
 Start, finish and the NCCL handshake are those of vLLM's backend `nccl`, which encloses the update in
 layerwise reloading: a layer is loaded into a new copy, post-processed (packed on a CPU) and copied over the

@@ -307,7 +307,9 @@ class AsyncEngine(LocalEngine):
     def pid(self) -> int:
         return os.getpid()
 
-    async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:  # type: ignore[override]
+    async def generate(  # type: ignore[override]
+        self, requests: list[GenerationRequest], sampling: SamplingParams
+    ) -> list[Generation]:
         return await asyncio.to_thread(super().generate, requests, sampling)
 
 

@@ -193,11 +193,7 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
             if not file.schema_arrow.equals(SCHEMA):
                 raise ValueError("its columns differ from a dump's")
             yield file
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-    ) as error:  # a damaged page may raise any of the three
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page may raise any of them
         if isinstance(error, OSError) and error.errno is not None:  # errors of pyarrow itself have no errno
             raise UserError(
                 f"cannot read {path} ({os.strerror(error.errno)}); check the folder and its permissions"
