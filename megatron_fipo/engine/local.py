@@ -1,7 +1,10 @@
-"""The rollout engine on `transformers`: batched decoding with a KV cache, for laptops, tests and models without a vLLM port.
+"""The rollout engine on `transformers`: batched decoding with a KV cache.
 
-It has its own decoding loop instead of `model.generate` for three reasons: finished rows leave the batch at once (lengths are
-ragged), a prompt is computed once for all of its responses, and each response has a separate random stream.
+For laptops, tests and models that vLLM does not support.
+
+It has its own decoding loop instead of `model.generate` for three reasons: finished rows leave the batch at
+once (lengths are ragged), a prompt is computed once for all of its responses, and each response has a
+separate random stream.
 """
 
 import threading
@@ -34,13 +37,14 @@ class _Row:
 class LocalEngine:
     """A `RolloutEngine` in one process on one device (the GPU if there is one, else one CPU thread).
 
-    Token `t` of a response, counted from the start of its prefix, is sampled by inverse CDF from uniform number `t` of a stream
-    seeded with `request.seed`. So the sample does not depend on the other requests of the batch, on the number of engines, or on
-    how often the response was aborted and continued. The rounding of the logits still depends on the shape of the batch in the
-    last bits: a uniform number within that distance of a CDF boundary (about one in a million in float32) may give another token.
+    Token `t` of a response, counted from the start of its prefix, is sampled by inverse CDF from uniform
+    number `t` of a stream seeded with `request.seed`. So the sample does not depend on the other requests of
+    the batch, on the number of engines, or on how often the response was aborted and continued. The rounding
+    of the logits still depends on the shape of the batch in the last bits: a uniform number within that
+    distance of a CDF boundary (about one in a million in float32) may give another token.
 
-    Methods may be called from several threads. One call of `generate` or one bucket of weights uses the model at a time; `ping` and
-    `abort` never wait.
+    Methods may be called from several threads. One call of `generate` or one bucket of weights uses the model
+    at a time; `ping` and `abort` never wait.
     """
 
     requests_per_call: ClassVar[int] = 512
@@ -52,7 +56,8 @@ class LocalEngine:
     ) -> None:
         """Store the arguments. `ready` loads, so that the caller gets its errors unwrapped.
 
-        Without `load_weights` the weights in the folder are not read; the engine serves after its first weight update.
+        Without `load_weights` the weights in the folder are not read; the engine serves after its first
+        weight update.
         """
         self._model_path = model_path
         self._dtype = dtype
@@ -67,7 +72,10 @@ class LocalEngine:
         self._abort = threading.Event()
 
     def ready(self) -> None:
-        """Load the model (once). Raises `UserError` if the folder is unreadable or names no end-of-sequence token."""
+        """Load the model (once).
+
+        Raises `UserError` if the folder is unreadable or names no end-of-sequence token.
+        """
         with self._using_model:
             if self._model is None:
                 torch.set_num_threads(1)
@@ -82,14 +90,14 @@ class LocalEngine:
         """The current weight version; -1 before there are weights."""
         return self._version
 
-    # -- generation ---------------------------------------------------------------------------------------------------
+    # -- generation ------------------------------------------------------------------------------------------
 
     def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         """Generate each request's response to its end, all in one batch.
 
-        Log-probs are of the distribution at `sampling.temperature` over the full vocabulary, before top-p truncation;
-        at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the unfinished rows, and
-        their logits [rows, V] of one step.
+        Log-probs are of the distribution at `sampling.temperature` over the full vocabulary, before top-p
+        truncation; at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the
+        unfinished rows, and their logits [rows, V] of one step.
         """
         with self._using_model:
             if self._version == NO_WEIGHTS or self._received is not None:
@@ -141,7 +149,10 @@ class LocalEngine:
         return rows
 
     def _prefill(self, contexts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
-        """Run each distinct context once, left-padded. Returns logits [rows, V], KV cache and mask [rows, P] of all rows."""
+        """Run each distinct context once, left-padded.
+
+        Returns logits [rows, V], KV cache and mask [rows, P] of all rows.
+        """
         from transformers import DynamicCache
 
         unique = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
@@ -182,16 +193,22 @@ class LocalEngine:
                 survivors.append(index)
         return survivors
 
-    # -- weights ------------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------
 
     def begin_weight_update(self, check: bool) -> None:
-        """Accept tensors and refuse `generate` until `finish_weight_update`. A second call discards an incomplete update."""
+        """Accept tensors and refuse `generate` until `finish_weight_update`.
+
+        A second call discards an incomplete update.
+        """
         with self._using_model:
             self._received, self._check = set(), check
 
     @torch.no_grad()
     def load_weights(self, bucket: dict[str, Tensor]) -> None:
-        """Copy the named tensors into the model. Raises `UserError` for a name, shape or dtype that it does not have."""
+        """Copy the named tensors into the model.
+
+        Raises `UserError` for a name, shape or dtype that it does not have.
+        """
         with self._using_model:
             if self._received is None:
                 raise RuntimeError(
@@ -201,22 +218,26 @@ class LocalEngine:
             for name, tensor in bucket.items():
                 if name not in weights:
                     raise UserError(
-                        f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
+                        f"the rollout engine has no weight {name}; model.path and the trained model differ "
+                        "in architecture"
                     )
                 target = weights[name]
                 if target.shape != tensor.shape or target.dtype != tensor.dtype:
                     raise UserError(
-                        f"weight {name} is {tuple(target.shape)} {target.dtype} in the rollout engine but {tuple(tensor.shape)} "
-                        f"{tensor.dtype} in the trainer; both must come from the same model.path and model.dtype"
+                        f"weight {name} is {tuple(target.shape)} {target.dtype} in the rollout engine but "
+                        f"{tuple(tensor.shape)} {tensor.dtype} in the trainer; both must come from the same "
+                        "model.path and model.dtype"
                     )
                 target.copy_(tensor)
             self._received.update(bucket)
 
     def finish_weight_update(self, version: int) -> dict[str, str]:
-        """Adopt `version`. If the update began with `check`, return the checksums of the updated names, read back from the model.
+        """Adopt `version`.
 
-        Raises `UserError` if a weight of the model was not updated. Tied weights (`lm_head.weight` and the embedding) may be
-        updated under either name.
+        If the update began with `check`, return the checksums of the updated names, read back from the model.
+
+        Raises `UserError` if a weight of the model was not updated. Tied weights (`lm_head.weight` and the
+        embedding) may be updated under either name.
         """
         with self._using_model:
             if self._received is None:
@@ -226,7 +247,8 @@ class LocalEngine:
             missing = [name for name, tensor in weights.items() if tensor.data_ptr() not in updated]
             if missing:
                 raise UserError(
-                    f"the weight update lacks {len(missing)} of the engine's tensors, the first is {missing[0]}"
+                    f"the weight update lacks {len(missing)} of the engine's tensors, the first is "
+                    f"{missing[0]}"
                 )
             checksums = (
                 {name: tensor_checksum(name, weights[name]) for name in self._received} if self._check else {}
@@ -248,15 +270,17 @@ class LocalEngine:
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     """Sample one token per row by inverse CDF: (tokens [B] int64, their log-probs [B] float32).
 
-    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). With top-p, only the smallest set of most likely tokens
-    whose probability reaches `top_p` is kept, and the uniform number selects a token of that set.
+    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). With top-p, only the smallest set of
+    most likely tokens whose probability reaches `top_p` is kept, and the uniform number selects a token of
+    that set.
     """
     greedy = sampling.temperature == 0
     log_probs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
     if greedy:
         tokens = log_probs.argmax(dim=-1)
     else:
-        # In float64 and with u <= 1 - 2^-53, u * total rounds below total: the search never passes the last likely token.
+        # In float64 and with u <= 1 - 2^-53, u * total rounds below total: the search never passes the last
+        # likely token.
         probs = log_probs.double().exp()
         order = None
         if sampling.top_p < 1:

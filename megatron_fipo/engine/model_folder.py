@@ -11,12 +11,14 @@ def load_model(
 ) -> tuple[Any, frozenset[int]]:
     """The model on the current device, and the ids of the tokens that end a response.
 
-    Without `load_weights` the weights in the folder are not read and those of the model are undefined. Raises `UserError` if the
-    folder is unreadable, has an architecture unknown to `transformers`, or names no end-of-sequence token.
+    Without `load_weights` the weights in the folder are not read and those of the model are undefined. Raises
+    `UserError` if the folder is unreadable, has an architecture unknown to `transformers`, or names no
+    end-of-sequence token.
     """
     if not Path(path, "config.json").is_file():
         raise UserError(
-            f"model.path {path} is not a folder with a config.json; give a model folder in Hugging Face format"
+            f"model.path {path} is not a folder with a config.json; give a model folder in Hugging Face "
+            "format"
         )
     import torch
     from safetensors import SafetensorError
@@ -42,11 +44,13 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the rollout engine can't read model.path {path}: {first_line(error)}") from error
     named = _ids(defaults.eos_token_id) | _ids(tokenizer.eos_token_id)
-    # Some tokenizer classes add an end token that the folder does not name: its id is outside the model's vocabulary.
+    # Some tokenizer classes add an end token that the folder does not name: its id is outside the model's
+    # vocabulary.
     end_ids = frozenset(token for token in named if token < config.get_text_config().vocab_size)
     if not end_ids:
         raise UserError(
-            f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set eos_token"
+            f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set "
+            "eos_token"
         )
     return model, end_ids
 

@@ -1,7 +1,8 @@
 """The interface between the driver and a rollout engine.
 
-An engine is a Ray actor around a class with the methods of `RolloutEngine`. The driver has only actor handles and these data
-classes, so `engine.registry` can exchange one engine for another by configuration. Imported by the driver: no torch here.
+An engine is a Ray actor around a class with the methods of `RolloutEngine`. The driver has only actor handles
+and these data classes, so `engine.registry` can exchange one engine for another by configuration. Imported by
+the driver: no torch here.
 """
 
 from dataclasses import dataclass
@@ -32,15 +33,16 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     seed: int
     prefix: tuple[int, ...] = ()
-    """The response so far, from an earlier call that was aborted; generation continues after it. Shorter than the limit."""
+    """The response so far, from an earlier call that was aborted; generation continues after it. Shorter than
+    the limit."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one call added to a response: token ids, including a final end-of-sequence token, and their log-probs.
+    """Token ids that one call added to a response, with a final end-of-sequence token, and their log-probs.
 
-    Log-probs are natural logs of the distribution after temperature and before top-p truncation: at temperature T it is the
-    policy that the loss differentiates (the head applies the same temperature).
+    Log-probs are natural logs of the distribution after temperature and before top-p truncation: at
+    temperature T it is the policy that the loss differentiates (the head applies the same temperature).
     """
 
     response_ids: tuple[int, ...]
@@ -53,10 +55,12 @@ class Generation:
 
 
 class RolloutEngine(Protocol):
-    """An engine. Weights arrive under Hugging Face names, between `begin_weight_update` and `finish_weight_update`.
+    """An engine.
 
-    Up to `calls_at_once` calls of `generate` may run concurrently; all other methods return while it runs. No weight update runs
-    concurrently with it.
+    Weights arrive under Hugging Face names, between `begin_weight_update` and `finish_weight_update`.
+
+    Up to `calls_at_once` calls of `generate` may run concurrently; all other methods return while it runs. No
+    weight update runs concurrently with it.
     """
 
     requests_per_call: ClassVar[int]
@@ -74,7 +78,7 @@ class RolloutEngine(Protocol):
         """One generation per request, in the order of `requests`."""
 
     def abort(self) -> None:
-        """Make every running `generate` return soon; unfinished responses are returned as they are, with reason `abort`."""
+        """Make every running `generate` return soon, with finish reason `abort` for unfinished responses."""
 
     def begin_weight_update(self, check: bool) -> None:
         """Accept tensors until `finish_weight_update`; with `check`, also compute their checksums.
@@ -88,7 +92,8 @@ class RolloutEngine(Protocol):
     def finish_weight_update(self, version: int) -> dict[str, str]:
         """Adopt `version`.
 
-        If the update began with `check`, return the sha256 of each received tensor by name (`weight_sync.tensor_checksum`), else {}.
+        If the update began with `check`, return the sha256 of each received tensor by name
+        (`weight_sync.tensor_checksum`), else {}.
         """
 
     def sleep(self) -> None:

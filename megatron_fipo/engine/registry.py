@@ -1,6 +1,7 @@
 """The rollout engines that `rollout.engine` can name.
 
-Imported by the driver, which has neither torch nor vLLM loaded: an engine's module is imported by `EngineType.load` only.
+Importing this module in the driver loads neither torch nor vLLM: `EngineType.load` imports an engine's
+module.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,10 @@ class EngineType:
     """Keyword arguments of the class, in addition to the ones common to all engines."""
 
     def arguments(self, config: Config, model_path: str, *, load_weights: bool) -> dict[str, Any]:
-        """Keyword arguments of the class. Without `load_weights` an engine serves after its first weight update."""
+        """Keyword arguments of the class.
+
+        Without `load_weights` an engine serves after its first weight update.
+        """
         return {
             "model_path": str(Path(model_path).resolve()),
             "dtype": config.model.dtype,

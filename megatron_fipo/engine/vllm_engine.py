@@ -1,6 +1,7 @@
 """The rollout engine on vLLM: an asynchronous Ray actor around `vllm.AsyncLLMEngine`.
 
-This module runs in the actor's process. vLLM's engine and worker processes are its children; `vllm_worker.py` runs in them.
+This module runs in the actor's process. vLLM's engine process is its child, and the worker processes are
+children of that one; `vllm_worker.py` runs in the workers.
 """
 
 import asyncio
@@ -27,14 +28,16 @@ from megatron_fipo.weight_sync.shared_memory import description, in_shared_memor
 
 
 class VLLMEngine:
-    """A `RolloutEngine`: vLLM's engine process (and with tensor parallelism its workers) inside one actor, on one node.
+    """A `RolloutEngine`: an actor that owns vLLM's engine process and tensor-parallel workers, on one node.
 
-    Each request is one vLLM request; vLLM batches all requests that run. A response depends on its seed and the weights, up to the
-    rounding of logits, which may differ in the last bits with the batch. With `deterministic` one call runs at a time, as one
-    batch that is complete before its first step, so that the same call gives the same bits.
+    Each request is one vLLM request; vLLM batches all requests that run. A response depends on its seed and
+    the weights, up to the rounding of logits, which may differ in the last bits with the batch. With
+    `deterministic` one call runs at a time, as one batch that is complete before its first step, so that the
+    same call gives the same bits.
 
-    Log-probs are those after temperature over the full vocabulary, before top-p truncation, at every setting (see
-    `vllm_worker.NormalizedLogits`). With greedy sampling (temperature 0) they are those of temperature 1.
+    Log-probs are those after temperature over the full vocabulary, before top-p truncation, at every setting
+    (see `vllm_worker.NormalizedLogits`). At temperature 0 (greedy) they are those of
+    temperature 1.
     """
 
     requests_per_call: ClassVar[int] = 16
@@ -54,8 +57,8 @@ class VLLMEngine:
     ) -> None:
         """Store the arguments. `ready` loads, so that the caller gets its errors unwrapped.
 
-        `max_model_len` is the longest prompt plus the longest response. Without `load_weights` the weights in the folder are not
-        read; the engine serves after its first weight update.
+        `max_model_len` is the longest prompt plus the longest response. Without `load_weights` the weights in
+        the folder are not read; the engine serves after its first weight update.
         """
         self._settings = VLLMSettings(
             model_path=model_path,
@@ -83,8 +86,8 @@ class VLLMEngine:
     async def ready(self) -> None:
         """Start vLLM and load the model (once), in a thread, so that `ping` returns meanwhile.
 
-        Raises `UserError` if vLLM is missing or its version is not supported, the folder is unreadable, vLLM does not know the
-        architecture, or the sizes do not fit (tensor parallelism, memory, length).
+        Raises `UserError` if vLLM is missing or its version is not supported, the folder is unreadable, vLLM
+        does not know the architecture, or the sizes do not fit (tensor parallelism, memory, length).
         """
         async with self._loading:
             if self._llm is None:
@@ -110,8 +113,8 @@ class VLLMEngine:
             config = AsyncEngineArgs(**engine_arguments(self._settings, self._gpu)).create_engine_config()
         except (ValueError, OSError) as error:
             raise UserError(
-                f"vLLM refuses model.path {path} (max_model_len is rollout.max_prompt_length + rollout.max_response_length): "
-                f"{error_reason(error)}"
+                f"vLLM refuses model.path {path} (max_model_len is rollout.max_prompt_length + "
+                f"rollout.max_response_length): {error_reason(error)}"
             ) from error
         try:
             return AsyncLLMEngine.from_vllm_config(config, disable_log_stats=True)
@@ -121,22 +124,29 @@ class VLLMEngine:
             ) from error
 
     async def ping(self) -> int:
-        """The current weight version; -1 before there are weights. Raises `RuntimeError` if vLLM's engine process is dead."""
+        """The current weight version; -1 before there are weights.
+
+        Raises `RuntimeError` if vLLM's engine process is dead.
+        """
         if self._llm is not None and self._llm.errored:
             raise RuntimeError("vLLM's engine process is dead")
         return self._version
 
-    # -- generation ---------------------------------------------------------------------------------------------------
+    # -- generation ------------------------------------------------------------------------------------------
 
     async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
-        """Generate each request's response to its end. Raises `UserError` if prompt and limit exceed `max_model_len`."""
+        """Generate each request's response to its end.
+
+        Raises `UserError` if prompt and limit exceed `max_model_len`.
+        """
         if self._version == NO_WEIGHTS or self._update is not None:
             raise RuntimeError("generate() was called before there were weights or during a weight update")
         for request in requests:
             if len(request.prompt_ids) + sampling.max_new_tokens > self._settings.max_model_len:
                 raise UserError(
-                    f"request {request.request_id} has a prompt of {len(request.prompt_ids)} tokens, which with a response of "
-                    f"{sampling.max_new_tokens} exceeds the engine's {self._settings.max_model_len}; raise rollout.max_prompt_length"
+                    f"request {request.request_id} has a prompt of {len(request.prompt_ids)} tokens, which "
+                    f"with a response of {sampling.max_new_tokens} exceeds the engine's "
+                    f"{self._settings.max_model_len}; raise rollout.max_prompt_length"
                 )
         version, aborts = self._version, self._aborts
         ids = [f"{self._requests + index}" for index in range(len(requests))]
@@ -162,7 +172,10 @@ class VLLMEngine:
     async def _submit(
         self, ids: Sequence[str], requests: Sequence[GenerationRequest], sampling: SamplingParams, aborts: int
     ) -> list[Any]:
-        """Submit requests to vLLM in order until an abort. Returns one output collector for each; `get` waits for its end."""
+        """Submit requests to vLLM in order until an abort.
+
+        Returns one output collector for each; `get` waits for its end.
+        """
         from vllm.inputs import tokens_input
 
         collectors: list[Any] = []
@@ -206,7 +219,7 @@ class VLLMEngine:
         self._aborts += 1
         await self._llm.abort(list(self._running))
 
-    # -- weights ------------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------
 
     async def begin_weight_update(self, check: bool) -> None:
         """Stop generation and discard all cached keys and values. Without `check`, no checksums are computed.
@@ -226,7 +239,8 @@ class VLLMEngine:
     async def load_weights(self, bucket: dict[str, Tensor]) -> None:
         """Send the tensors to every worker, through shared memory of the bucket's size.
 
-        Raises `UserError` for a name, shape or dtype that the model does not have, and for a weight already received in this update.
+        Raises `UserError` for a name, shape or dtype that the model does not have, and for a weight already
+        received in this update.
         """
         update = self._current_update()
         update.record(description(bucket))
@@ -236,15 +250,18 @@ class VLLMEngine:
     async def nccl_init(self, info: dict[str, Any]) -> None:
         """Join the trainer's NCCL group. Returns when all ranks have joined.
 
-        `info` has the fields of vLLM's `NCCLWeightTransferInitInfo`. Like `nccl_update`, this is written against vLLM 0.32 and has
-        not run on hardware.
+        `info` has the fields of vLLM's `NCCLWeightTransferInitInfo`. Like `nccl_update`, this is written
+        against vLLM 0.32 and has not run on hardware.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def nccl_update(self, info: dict[str, Any]) -> None:
-        """Receive the tensors that the trainer broadcasts meanwhile: `names`, `dtype_names`, `shapes` in its order."""
+        """Receive the tensors that the trainer broadcasts meanwhile.
+
+        `info` has their `names`, `dtype_names` and `shapes` in the trainer's order.
+        """
         update = self._current_update()
         update.record(info)
         await self._update_workers({**info, "check": update.check})
@@ -259,7 +276,10 @@ class VLLMEngine:
             raise
 
     async def finish_weight_update(self, version: int) -> dict[str, str]:
-        """Adopt `version`. If the update began with `check`, return the checksums that the workers computed from their receive buffers.
+        """Adopt `version`.
+
+        If the update began with `check`, return the checksums that the workers computed from their receive
+        buffers.
 
         Raises `UserError` if a weight of the model was not received; tied weights may come under either name.
         """
@@ -276,7 +296,8 @@ class VLLMEngine:
                 for name in checksums:
                     if other.get(name) != checksums[name]:
                         raise RuntimeError(
-                            f"workers 0 and {worker} of the rollout engine received different bytes for {name}"
+                            f"workers 0 and {worker} of the rollout engine received different bytes for "
+                            f"{name}"
                         )
         await self._llm.finish_weight_update(str(version))
         self._worker_updating = False
@@ -289,7 +310,7 @@ class VLLMEngine:
             raise RuntimeError("weights came outside begin_weight_update() and finish_weight_update()")
         return self._update
 
-    # -- memory -------------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
         """Free the GPU memory of weights and KV cache. Does nothing on a CPU."""
@@ -312,18 +333,23 @@ class _Update:
         self._received: set[str] = set()
 
     def record(self, info: dict[str, Any]) -> None:
-        """Record the tensors of `names`, `dtype_names`, `shapes`. If one does not fit, raises `UserError` and records none."""
+        """Record the tensors of `names`, `dtype_names`, `shapes`.
+
+        If one does not fit, raises `UserError` and records none.
+        """
         names: list[str] = info["names"]
         for name, dtype, shape in zip(names, info["dtype_names"], info["shapes"], strict=True):
             weight = self._weights.get(name)
             if weight is None:
                 raise UserError(
-                    f"the rollout engine has no weight {name}; model.path and the trained model differ in architecture"
+                    f"the rollout engine has no weight {name}; model.path and the trained model differ in "
+                    "architecture"
                 )
             if (weight.shape, weight.dtype) != (tuple(shape), f"torch.{dtype}"):
                 raise UserError(
-                    f"weight {name} is {weight.shape} {weight.dtype} in the rollout engine but {tuple(shape)} torch.{dtype} in "
-                    "the trainer; both must come from the same model.path and model.dtype"
+                    f"weight {name} is {weight.shape} {weight.dtype} in the rollout engine but "
+                    f"{tuple(shape)} torch.{dtype} in the trainer; both must come from the same model.path "
+                    "and model.dtype"
                 )
             if name in self._received:
                 raise UserError(f"weight {name} came twice in one weight update; begin the update again")

@@ -66,7 +66,10 @@ class ModelFacts:
     element_bytes: int
 
     def kv_bytes(self, tokens: int, tensor_parallel_size: int) -> int:
-        """Bytes of the KV cache of one sequence on one worker. With fewer heads than workers, heads are replicated."""
+        """Bytes of the KV cache of one sequence on one worker.
+
+        With fewer heads than workers, heads are replicated.
+        """
         heads = -(-self.key_value_heads // tensor_parallel_size)
         return 2 * self.layers * heads * self.head_size * self.element_bytes * tokens
 
@@ -94,18 +97,21 @@ def check_vllm() -> None:
     version = installed_vllm()
     if version is None:
         raise UserError(
-            f"rollout.engine=vllm needs vLLM {SUPPORTED_VLLM}, which is not installed: `pip install -e '.[gpu]'` on a GPU machine, "
-            "`make venv-vllm` on a CPU, or choose rollout.engine=local"
+            f"rollout.engine=vllm needs vLLM {SUPPORTED_VLLM}, which is not installed: `pip install -e "
+            "'.[gpu]'` on a GPU machine, `make venv-vllm` on a CPU, or choose rollout.engine=local"
         )
     if not is_supported(version):
         raise UserError(
-            f"rollout.engine=vllm needs vLLM {SUPPORTED_VLLM}, but {version} is installed: install a supported one, or choose "
-            "rollout.engine=local"
+            f"rollout.engine=vllm needs vLLM {SUPPORTED_VLLM}, but {version} is installed: install a "
+            "supported one, or choose rollout.engine=local"
         )
 
 
 def read_model(settings: VLLMSettings) -> ModelFacts:
-    """Facts, names and shapes of the model, without memory for its weights. Raises the errors of `load_model`."""
+    """Facts, names and shapes of the model, without memory for its weights.
+
+    Raises the errors of `load_model`.
+    """
     import torch
 
     with torch.device("meta"):
@@ -130,23 +136,28 @@ def read_model(settings: VLLMSettings) -> ModelFacts:
 
 
 def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None) -> None:
-    """Raises `UserError` if the engine cannot run the model. `gpu_bytes` is the memory of one GPU, None on a CPU."""
+    """Raises `UserError` if the engine cannot run the model.
+
+    `gpu_bytes` is the memory of one GPU, None on a CPU.
+    """
     workers = settings.tensor_parallel_size
     if model.attention_heads % workers:
         raise UserError(
-            f"rollout.engine_tensor_parallel_size={workers} does not divide the {model.attention_heads} attention heads of "
-            f"model.path {settings.model_path}; choose a divisor"
+            f"rollout.engine_tensor_parallel_size={workers} does not divide the {model.attention_heads} "
+            f"attention heads of model.path {settings.model_path}; choose a divisor"
         )
     if max(model.key_value_heads, workers) % min(model.key_value_heads, workers):
         raise UserError(
-            f"rollout.engine_tensor_parallel_size={workers} neither divides nor is a multiple of the {model.key_value_heads} "
-            f"key-value heads of model.path {settings.model_path}; choose one that does"
+            f"rollout.engine_tensor_parallel_size={workers} neither divides nor is a multiple of the "
+            f"{model.key_value_heads} key-value heads of model.path {settings.model_path}; choose one that "
+            "does"
         )
     if gpu_bytes is None:
         if model.head_size not in CPU_HEAD_SIZES:
             raise UserError(
-                f"vLLM's attention on CPUs supports heads of {', '.join(map(str, CPU_HEAD_SIZES))} channels, but those of model.path "
-                f"{settings.model_path} have {model.head_size}; choose rollout.engine=local"
+                f"vLLM's attention on CPUs supports heads of {', '.join(map(str, CPU_HEAD_SIZES))} channels, "
+                f"but those of model.path {settings.model_path} have {model.head_size}; choose "
+                "rollout.engine=local"
             )
         return
     weights = model.weight_bytes / workers
@@ -154,21 +165,23 @@ def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None
     budget = settings.gpu_memory_share * gpu_bytes
     if weights + cache > budget:
         raise UserError(
-            f"a rollout engine may take rollout.gpu_memory_share={settings.gpu_memory_share:g} of a GPU, {budget / 2**30:.1f} GiB, but its "
-            f"part of the weights takes {weights / 2**30:.1f} GiB and the KV cache of the longest sequence {cache / 2**30:.1f} GiB; "
-            "raise it or rollout.engine_tensor_parallel_size"
+            f"a rollout engine may take rollout.gpu_memory_share={settings.gpu_memory_share:g} of a GPU, "
+            f"{budget / 2**30:.1f} GiB, but its part of the weights takes {weights / 2**30:.1f} GiB and the "
+            f"KV cache of the longest sequence {cache / 2**30:.1f} GiB; raise it or "
+            "rollout.engine_tensor_parallel_size"
         )
 
 
 def prepare_environment(gpu: bool) -> None:
     """Set the variables that vLLM and its processes read. Call before vLLM is imported.
 
-    On a CPU the worker runs in vLLM's engine process (two processes instead of three, each of which imports torch and vLLM)
-    with one thread that is not bound to a core: trainer ranks and engines share the cores, where OpenMP threads that wait for
-    each other at a barrier cost far more than they gain.
+    On a CPU the worker runs in vLLM's engine process (two processes instead of three, each of which imports
+    torch and vLLM) with one thread that is not bound to a core: trainer ranks and engines share the cores,
+    where OpenMP threads that wait for each other at a barrier cost far more than they gain.
     """
     os.environ[OWNER_VARIABLE] = str(os.getpid())
-    # Of vLLM's two GPU model runners, the one that `NormalizedLogits` is written for; the build for CPUs has it too.
+    # Of vLLM's two GPU model runners, the one that `NormalizedLogits` is written for; the build for CPUs has
+    # it too.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -207,8 +220,8 @@ def engine_arguments(settings: VLLMSettings, gpu: bool) -> dict[str, Any]:
     }
     if gpu:
         return arguments | {"gpu_memory_utilization": settings.gpu_memory_share, "enable_sleep_mode": True}
-    # Compiling takes a minute and gains nothing on a small model. Chunked prefill fails in vLLM 0.32 on CPUs if the request has a
-    # seed (a torch.Generator on a CPU has no offset to reset).
+    # Compiling takes a minute and gains nothing on a small model. Chunked prefill fails in vLLM 0.32 on CPUs
+    # if the request has a seed (a torch.Generator on a CPU has no offset to reset).
     return arguments | {
         "enforce_eager": True,
         "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,

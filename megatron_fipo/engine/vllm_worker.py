@@ -1,21 +1,25 @@
-"""Code that runs inside vLLM's worker processes, one per tensor-parallel rank of an engine, and not in the engine's actor.
+"""Code that runs inside vLLM's worker processes (one per tensor-parallel rank), not in the engine's actor.
 
-It has three parts: the weight-transfer backend `megatron_fipo`, the worker extension that returns checksums, and the logits
-processor that makes log-probs. vLLM imports this module in every worker because `engine_arguments` names `WorkerExtension` as
-`worker_extension_cls`; the import registers the backend. An engine's only worker runs in vLLM's engine process. (The actor
-imports this module too, without effect.)
+It has three parts: the weight-transfer backend `megatron_fipo`, the worker extension that returns checksums,
+and the logits processor that makes log-probs. vLLM imports this module in every worker because
+`engine_arguments` names `WorkerExtension` as `worker_extension_cls`; the import registers the backend. If
+an engine has one worker, it runs in vLLM's engine process. (The actor imports this module too, but without
+`_end_with_owner`.)
 
-Start, finish and the NCCL handshake are those of vLLM's backend `nccl`, which encloses the update in layerwise reloading: a layer is
-loaded into a new copy, post-processed (packed on a CPU) and copied over the old one, so CUDA graphs stay valid. New here are the
-path through shared memory, for CPUs and for engines that share the trainer's GPUs, and the checksums.
+Start, finish and the NCCL handshake are those of vLLM's backend `nccl`, which encloses the update in
+layerwise reloading: a layer is loaded into a new copy, post-processed (packed on a CPU) and copied over the
+old one, so CUDA graphs stay valid. New here are the path through shared memory, for CPUs and for engines that
+share the trainer's GPUs, and the checksums.
 
-**Every tensor-parallel worker receives full tensors** and keeps its slice: (TP - 1) / TP of the bytes are wasted. vLLM 0.32 has two
-backends that send slices only, and neither fits here. `nccl_m2n` reshards directly into a worker's parameter only if a checkpoint
-tensor is one vLLM parameter; tensors that vLLM fuses (q, k, v; gate and up; experts), most of a model, arrive in full. It also
-describes the trainer's layout as Shard or Replicate over one mesh of contiguous ranks, which cannot express Megatron's fused,
-interleaved qkv over pipeline stages. `sharded_rdt` records the slices that each worker's loaders cut and pulls only those, but its
-producer first gathers a layer's full Hugging Face tensors, so it reduces the traffic and not the gathering, and it needs Ray
-Direct Transport over NIXL on both sides. A source of slices cut directly from Megatron's shards is what is missing.
+**Every tensor-parallel worker receives full tensors** and keeps its slice: (TP - 1) / TP of the bytes are
+wasted. vLLM 0.32 has two backends that send slices only, and neither fits here. `nccl_m2n` reshards directly
+into a worker's parameter only if a checkpoint tensor is one vLLM parameter; tensors that vLLM fuses (q, k, v;
+gate and up; experts), most of a model, arrive in full. It also describes the trainer's layout as Shard or
+Replicate over one mesh of contiguous ranks, which cannot express Megatron's fused, interleaved qkv over
+pipeline stages. `sharded_rdt` records the slices that each worker's loaders cut and pulls only those, but its
+producer first gathers a layer's full Hugging Face tensors, so it reduces the traffic and not the gathering,
+and it needs Ray Direct Transport over NIXL on both sides. A source of slices cut directly from Megatron's
+shards is what is missing.
 """
 
 import os
@@ -45,7 +49,7 @@ BACKEND = "megatron_fipo"
 
 @dataclass
 class BucketInfo(NCCLWeightTransferUpdateInfo):
-    """Names, dtypes and shapes of the next tensors, which are in the file `path` or, if it is None, come over NCCL."""
+    """Names, dtypes and shapes of the next tensors: in the file `path`, or over NCCL if it is None."""
 
     path: str | None = None
     check: bool = True
@@ -53,7 +57,10 @@ class BucketInfo(NCCLWeightTransferUpdateInfo):
 
 
 class BucketTransfer(NCCLWeightTransferEngine):
-    """The backend `megatron_fipo` in one worker. Its NCCL path is written against vLLM 0.32 and has not run on hardware."""
+    """The backend `megatron_fipo` in one worker.
+
+    Its NCCL path is written against vLLM 0.32 and has not run on hardware.
+    """
 
     update_info_cls = BucketInfo
     model: Any
@@ -81,7 +88,8 @@ class BucketTransfer(NCCLWeightTransferEngine):
         super().finish_weight_update()
         self._loading = False
         if self.device.type == "cpu":
-            # On a CPU a head keeps a packed copy. If tied to the embedding it receives nothing, so vLLM keeps the old copy.
+            # On a CPU a head keeps a packed copy. If tied to the embedding it receives nothing, so vLLM keeps
+            # the old copy.
             for module in self.model.modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
@@ -134,8 +142,9 @@ class WorkerExtension:
 class NormalizedLogits(LogitsProcessor):
     """Turns logits into log-probs, after temperature and before top-k and top-p. Sampling is not affected.
 
-    With `logprobs_mode="processed_logits"` vLLM then returns the log-prob of the sampled token over the full vocabulary.
-    vLLM's own modes give it before temperature (`raw_logprobs`) or renormalised over the nucleus (`processed_logprobs`).
+    With `logprobs_mode="processed_logits"` vLLM then returns the log-prob of the sampled token over the full
+    vocabulary. vLLM's own modes give it before temperature (`raw_logprobs`) or renormalised over the nucleus
+    (`processed_logprobs`).
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:

@@ -26,7 +26,7 @@ def until_enough(collector: Collector) -> None:
 def train(
     collector: Collector, pool: ToyPool, mode: str, versions: Sequence[int], timing: random.Random
 ) -> Iterator[Collected]:
-    """The calls of the training loop in each mode, with interruptions between them; yields while the collector is paused."""
+    """The training loop's calls in each mode, with interruptions; yields while the collector is paused."""
     for version in versions:
         pool.version = version
         collector.resume(version)

@@ -1,4 +1,7 @@
-"""Dynamic sampling with scripted outcomes and random timing: which groups are used or kept. Dropped ones: test_collector_losses.py."""
+"""Dynamic sampling with scripted outcomes and random timing: which groups are used or kept.
+
+Dropped ones: test_collector_losses.py.
+"""
 
 import copy
 import itertools
@@ -23,7 +26,7 @@ orders = st.integers(0, 10**6)
 timing_varies = settings(deadline=None, max_examples=60)
 
 
-# -- unfinished=drop -----------------------------------------------------------------------------------------------------
+# -- unfinished=drop -----------------------------------------------------------------------------------------
 
 
 @timing_varies
@@ -105,7 +108,7 @@ def test_an_interrupted_iteration_leaves_no_trace_after_load_state():
     assert second.counts.prompts == calm[1].counts.prompts
 
 
-# -- unfinished=continue -------------------------------------------------------------------------------------------------
+# -- unfinished=continue -------------------------------------------------------------------------------------
 
 
 @timing_varies
@@ -118,20 +121,20 @@ def test_continue_loses_nothing(outcomes, order, mode, slots, prompts_in_flight)
     runs = list(train(collector, pool, mode, range(4), random.Random(order)))
     taken = [serial for collected in runs for serial in serials(collected)]
     state = collector.state()
-    held = [group["serial"] for group in state["groups"]]
+    kept = [group["serial"] for group in state["groups"]]
     informative = {serial for serial in range(state["serial"]) if outcomes[serial % len(outcomes)] == "mixed"}
     assert len(taken) == len(set(taken))
-    assert set(taken) <= informative <= {*taken, *held}
+    assert set(taken) <= informative <= {*taken, *kept}
     assert all(collected.counts.stale == 0 for collected in runs)
     for version, collected in enumerate(runs):
         for group in collected.groups:
-            for place, trajectory in enumerate(group):
-                check_complete(trajectory, place, version)
+            for index, trajectory in enumerate(group):
+                check_complete(trajectory, index, version)
 
 
-def check_complete(trajectory: Trajectory, place: int, version: int) -> None:
+def check_complete(trajectory: Trajectory, index: int, version: int) -> None:
     """The same tokens as in one uninterrupted call, with spans that name their weight versions."""
-    request_id = f"{trajectory.group_id}/{place}"
+    request_id = f"{trajectory.group_id}/{index}"
     tokens, log_probs = complete_response(request_id, request_seed(1, request_id), "mixed")
     assert (trajectory.response_ids, trajectory.rollout_log_probs) == (tokens, log_probs)
     spans = trajectory.spans
@@ -163,13 +166,14 @@ def test_prompts_in_flight_are_kept_until_there_is_enough(mode):
         collector.step(0.0)
     for _ in range(100):
         collector.step(0.0)
-    # Sampling in advance of the trainer is bounded by max_staleness; in the other modes only started groups finish.
+    # The number of buffered groups is bounded by max_staleness; in the other modes only started groups
+    # finish.
     most = 5 + (3 * 2 if mode == "fully_asynchronous" else 3)
     assert most - 5 <= collector.waiting < most
     assert (pool.most_groups, collector.unfinished) == (5, 0)
 
 
-# -- all modes -----------------------------------------------------------------------------------------------------------
+# -- all modes -----------------------------------------------------------------------------------------------
 
 
 @timing_varies
@@ -204,11 +208,11 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(
         ends = counts.used_tokens + counts.filtered_tokens + counts.dropped_tokens + counts.carried_tokens
         assert counts.generated_tokens + carried == ends
         carried = counts.carried_tokens
-        judged = counts.informative + counts.all_right + counts.all_wrong + counts.failed
+        finished = counts.informative + counts.all_right + counts.all_wrong + counts.failed
         if unfinished == "drop":
-            assert judged == counts.prompts
+            assert finished == counts.prompts
         else:
-            assert judged <= in_work + counts.prompts - counts.unfinished <= judged + counts.stale
+            assert finished <= in_work + counts.prompts - counts.unfinished <= finished + counts.stale
         in_work = counts.unfinished
         assert (
             pool.most_groups <= prompts_in_flight or "failed" in outcomes
@@ -218,7 +222,7 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(
 @timing_varies
 @given(outcome_lists, orders, st.integers(1, 3), st.sampled_from(["drop", "continue"]))
 def test_one_step_off_has_its_groups_before_the_next_weights(outcomes, order, max_staleness, unfinished):
-    """Enough groups before a push are enough after it, so the trainer never waits for engines with new weights."""
+    """Enough groups before a push are enough after it: the trainer never waits for the engines."""
     pool = ToyPool(outcomes, order)
     collector = make(
         pool, mode="one_step_off", unfinished=unfinished, max_staleness=max_staleness, prompts_in_flight=9

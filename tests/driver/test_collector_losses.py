@@ -1,4 +1,4 @@
-"""Groups that are not used (stale, failed, too few) are dropped and counted, and calls in a wrong state are refused."""
+"""Unused groups (stale, failed, too few) are dropped and counted; calls in a wrong state are refused."""
 
 import pytest
 

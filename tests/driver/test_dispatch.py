@@ -28,7 +28,7 @@ def ids(call: Call) -> list[str]:
 
 
 def finish(work: Dispatcher, engines: list[int], poison: str) -> tuple[list[str], int]:
-    """Run to the end while every call with request `poison` fails: the ids given up, and the number of calls."""
+    """Run to the end; calls with request `poison` fail. Returns the ids given up and the number of calls."""
     given_up, calls = [], 0
     while work.outstanding:
         for call in work.start_calls(engines):
@@ -66,16 +66,16 @@ def test_calls_keep_order_and_are_even(count, requests_per_call, calls_at_once, 
     calls = work.start_calls(range(engines))
     sent = [request_id for call in calls for request_id in ids(call)]
     assert sent == [str(index) for index in range(len(sent))]
-    places = engines * calls_at_once
-    assert len(calls) <= places
-    assert len(calls) >= min(count, places) / 2
+    slots = engines * calls_at_once
+    assert len(calls) <= slots
+    assert len(calls) >= min(count, slots) / 2
     sizes = [len(call.items) for call in calls]
     assert all(size <= requests_per_call for size in sizes)
     assert len(set(sizes[:-1])) <= 1
     per_engine = [len(work.at(engine)) for engine in range(engines)]
     assert max(per_engine) - min(per_engine) <= 1
-    rounds = -(-count // (places * requests_per_call)) if count else 0
-    assert all(size <= -(-count // (places * rounds)) for size in sizes)
+    rounds = -(-count // (slots * requests_per_call)) if count else 0
+    assert all(size <= -(-count // (slots * rounds)) for size in sizes)
 
 
 def test_a_busy_engine_gets_no_more_than_its_calls():

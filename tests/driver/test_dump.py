@@ -62,7 +62,7 @@ def response(draw, group_id: str) -> Trajectory:
 
 
 def bits(value: Any) -> Any:
-    """The value with floats as their 64 bits, to compare -0.0, NaN and all digits, and to distinguish 1 from 1.0."""
+    """The value with floats as their 64 bits, to compare -0.0, NaN and all digits, and 1 with 1.0."""
     if isinstance(value, float):
         return ("float", "nan") if math.isnan(value) else struct.pack("<d", value)
     if isinstance(value, list | tuple):
@@ -158,21 +158,21 @@ def test_a_disk_that_refuses_is_named(tmp_path) -> None:
 
 def test_every_truncation_and_every_damaged_byte_of_the_data_is_noticed(tmp_path) -> None:
     path = write_dump(tmp_path, 1, two_groups(), 1.0)
-    complete = path.read_bytes()
-    for size in range(0, len(complete), 397):
-        path.write_bytes(complete[:size])
+    intact = path.read_bytes()
+    for size in range(0, len(intact), 397):
+        path.write_bytes(intact[:size])
         with pytest.raises(UserError, match=r"iteration_000001.parquet is not a readable dump"):
             read_dump(path)
     noticed = 0
-    for position in range(0, len(complete), 41):
-        path.write_bytes(complete[:position] + bytes([complete[position] ^ 64]) + complete[position + 1 :])
+    for position in range(0, len(intact), 41):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 64]) + intact[position + 1 :])
         try:
             found = read_dump(path)
         except UserError:
             noticed += 1
         else:
             assert found == two_groups()  # a byte that does not affect the rows
-    assert noticed > len(complete) / 41 / 3
+    assert noticed > len(intact) / 41 / 3
 
 
 def test_files_that_are_no_dumps_are_named(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The pool's two pure parts, fleet and dispatcher: any order of events that a pool can meet, and single transitions."""
+"""The pool's two pure parts, fleet and dispatcher: any order of events, and single transitions."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ LOAD_S, HEALTH_S = 100.0, 8.0
 
 
 class EnginesAndRequests(RuleBasedStateMachine):
-    """Engines load, serve, fail, die, hang and get weights in any order, under a pool reduced to its bookkeeping.
+    """Engines load, serve, fail, die, hang and get weights in any order; the pool is only its bookkeeping.
 
     The true state of the engines is tracked here independently: `weights` by engine.
     """

@@ -5,8 +5,15 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import Config, ModelConfig
-from megatron_fipo.driver.rollout.group_source import Interrupted, LiveGroups, StopUnsavedError
+from megatron_fipo.driver.rollout.group_source import (
+    Interrupted,
+    LiveGroups,
+    ReplayGroups,
+    StopUnsavedError,
+    interrupting,
+)
 from megatron_fipo.driver.trainer_group import TrainerLostError
+from megatron_fipo.engine.protocol import SamplingParams
 from megatron_fipo.errors import UserError
 from megatron_fipo.trainer.protocol import PushFailure
 
@@ -139,3 +146,29 @@ def test_when_the_old_weights_are_gone_a_deterministic_run_stops_and_others_begi
         live.after_update()
     assert collector.paused
     assert collector.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "undone"),
+    [
+        (UserError("no engine"), Interrupted, True),
+        (Interrupted(), Interrupted, True),
+        (TrainerLostError("rank"), TrainerLostError, False),
+        (StopUnsavedError("weights"), StopUnsavedError, False),
+        (RuntimeError("a bug"), RuntimeError, False),
+    ],
+)
+def test_an_interruption_undoes_before_the_state_is_saved(error, expected, undone):
+    calls: list[str] = []
+    with pytest.raises(expected) as caught, interrupting(lambda: calls.append("undo")):
+        raise error
+    assert bool(calls) is undone
+    assert caught.value.__cause__ is (error if type(error) is UserError else None)
+
+
+def test_only_live_groups_can_generate():
+    assert rollouts(Trainer(), Pool({0: 1}), Collector(0)).live
+    replay = ReplayGroups(None)  # type: ignore[arg-type]
+    assert not replay.live
+    with pytest.raises(RuntimeError, match="no engines"):
+        replay.generate([], SamplingParams(1.0, 1.0, 1), 0)

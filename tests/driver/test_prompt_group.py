@@ -50,9 +50,9 @@ def test_a_group_is_as_old_as_its_oldest_token_and_asks_for_what_is_missing():
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**9), st.text(max_size=20), st.integers(0, 99))
-def test_a_request_is_found_again_whatever_the_problem_is_called(serial, name, place):
-    group = PromptGroup(serial, Problem(name, (1,), "", "", ""), [Response() for _ in range(place + 1)])
-    assert parse_request_id(group.requests(seed=0)[-1].request_id) == (serial, place)
+def test_a_request_is_found_again_whatever_the_problem_is_called(serial, name, index):
+    group = PromptGroup(serial, Problem(name, (1,), "", "", ""), [Response() for _ in range(index + 1)])
+    assert parse_request_id(group.requests(seed=0)[-1].request_id) == (serial, index)
 
 
 def test_seeds_differ_between_requests_and_repeat_between_runs():
@@ -60,7 +60,7 @@ def test_seeds_differ_between_requests_and_repeat_between_runs():
         group = PromptGroup(serial, PROBLEM, [Response() for _ in range(4)])
         return [request.seed for request in group.requests(seed)]
 
-    assert seeds(1, 0) == seeds(1, 0) == [request_seed(1, f"0-p/{place}") for place in range(4)]
+    assert seeds(1, 0) == seeds(1, 0) == [request_seed(1, f"0-p/{index}") for index in range(4)]
     assert len({*seeds(1, 0), *seeds(1, 1), *seeds(2, 0)}) == 12
     assert all(0 <= seed < 2**63 for seed in seeds(1, 0))
 

@@ -43,7 +43,7 @@ def complete_response(request_id: str, seed: int, outcome: str) -> tuple[list[in
 
 
 class ToyPool:
-    """`slots` requests run at a time, the others queue; every poll finishes some of the running ones, in random order."""
+    """`slots` requests run at a time, the others queue; a poll finishes some running ones at random."""
 
     def __init__(self, outcomes: Sequence[str], order: int = 0, slots: int = 8) -> None:
         self.outcomes = outcomes

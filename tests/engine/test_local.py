@@ -1,4 +1,4 @@
-"""The local engine compared with a teacher-forced pass of the same model, and with itself in other batches."""
+"""The local engine compared with a teacher-forced pass of the model, and with itself in other batches."""
 
 import json
 import threading
@@ -99,7 +99,7 @@ def test_finish_reasons(shared_engine):
 
 @pytest.mark.parametrize("sampling", [PLAIN, SamplingParams(0.7, 0.8, 40), SamplingParams(0.0, 1.0, 40)])
 def test_a_continued_response_is_the_uninterrupted_one(shared_engine, sampling):
-    """Each row is cut at a different position, so one batch has prefixes of all lengths, some up to the last token."""
+    """Rows are cut at different positions: one batch has prefixes of all lengths, also up to the end."""
     requests = some_requests(n=6)
     complete = shared_engine.generate(requests, sampling)
     cuts = [index % max(1, len(generation.response_ids)) for index, generation in enumerate(complete)]
@@ -233,7 +233,8 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
         dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
     )
     engine.finish_weight_update(0)
-    # Not bit for bit: tensors read from a file have another alignment in memory, which changes rounding in kernels.
+    # Not bit for bit: tensors read from a file have another alignment in memory, which changes rounding in
+    # kernels.
     for got, wanted in zip(
         engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True
     ):

@@ -1,4 +1,4 @@
-"""Each choice of `rollout.engine` has an engine, which the driver can name without importing torch or vLLM."""
+"""Each choice of `rollout.engine` has an engine; naming it imports neither torch nor vLLM."""
 
 import subprocess
 import sys
@@ -61,8 +61,9 @@ def test_an_engine_can_be_replaced(monkeypatch):
 
 def test_the_registry_imports_neither_torch_nor_vllm():
     code = (
-        "import sys, megatron_fipo.engine.registry, megatron_fipo.engine.protocol, megatron_fipo.engine.vllm_start;"
-        "print([name for name in ('torch', 'vllm', 'transformers', 'ray') if name in sys.modules])"
+        "import sys, megatron_fipo.engine.registry, megatron_fipo.engine.protocol, "
+        "megatron_fipo.engine.vllm_start;print([name for name in ('torch', 'vllm', 'transformers', 'ray') "
+        "if name in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

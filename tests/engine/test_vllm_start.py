@@ -67,7 +67,7 @@ def test_the_build_for_cpus_counts(monkeypatch):
 
 
 def test_kv_cache_of_a_sequence():
-    """2 (keys, values) x 64 layers x 8 heads x 128 channels x 2 bytes = 256 KiB per token, divided among the workers."""
+    """2 (keys, values) x 64 layers x 8 heads x 128 channels x 2 bytes = 256 KiB per token on all workers."""
     assert QWEN_32B.kv_bytes(1, 1) == 256 * 2**10
     assert QWEN_32B.kv_bytes(1, 4) == 64 * 2**10
     assert QWEN_32B.kv_bytes(1, 16) == 32 * 2**10

@@ -1,4 +1,7 @@
-"""Stands in for NCCL: a queue per engine that `broadcast` fills. As with NCCL, losing the other side raises no error."""
+"""Stands in for NCCL: a queue per engine that `broadcast` fills.
+
+As with NCCL, losing the other side raises no error.
+"""
 
 import queue
 from collections.abc import Iterable, Iterator, Mapping

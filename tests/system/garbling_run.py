@@ -1,4 +1,4 @@
-"""`megatron-fipo` with local engines, one in eight of whose replies is malformed: the program that the chaos test runs."""
+"""`megatron-fipo` with local engines that garble one reply in eight: the program of the chaos test."""
 
 import random
 import sys

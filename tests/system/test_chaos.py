@@ -1,7 +1,7 @@
-"""Engines are killed, stopped and send malformed replies during an entire run; the final weights are those of a run without faults.
+"""Engines die, hang and send malformed replies all the time; the final weights equal those of a calm run.
 
-This is stronger than a test that the run survives: a row scored as zero, a response of other weights, a prompt skipped or sampled twice
-would each change the final weights.
+This is stronger than a test that the run survives: a row scored as zero, a response of other weights, a
+prompt skipped or sampled twice would each change the final weights.
 """
 
 import os

@@ -307,7 +307,9 @@ class AsyncEngine(LocalEngine):
     def pid(self) -> int:
         return os.getpid()
 
-    async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:  # type: ignore[override]
+    async def generate(  # type: ignore[override]
+        self, requests: list[GenerationRequest], sampling: SamplingParams
+    ) -> list[Generation]:
         return await asyncio.to_thread(super().generate, requests, sampling)
 
 
@@ -354,7 +356,10 @@ def test_a_cluster_without_room_is_said(cluster, monkeypatch):
 
 def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
     class Where:
-        """Returns the GPU assigned to it. A local class is sent to the actors without importing torch there."""
+        """Returns the GPU assigned to it.
+
+        A local class is sent to the actors without importing torch there.
+        """
 
         calls_at_once = 1
 

@@ -37,7 +37,7 @@ async def push(
     return await engine.finish_weight_update(version)
 
 
-# -- generation -------------------------------------------------------------------------------------------------------
+# -- generation ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_finish_reasons(engine, run):
 
 
 def test_a_prefix_is_continued(engine, model_folder, run):
-    complete = run(engine.generate(some_requests(32), PLAIN))
+    full = run(engine.generate(some_requests(32), PLAIN))
     cut = [
         replace(r, prefix=g.response_ids[:10])
-        for r, g in zip(some_requests(32), complete, strict=True)
+        for r, g in zip(some_requests(32), full, strict=True)
         if len(g.response_ids) > 10
     ]
     rest = run(engine.generate(cut, PLAIN))
@@ -167,7 +167,7 @@ def test_a_prompt_beyond_the_length_limit(engine, run):
     run(engine.generate([GenerationRequest("long", (5,) * 160, 1)], PLAIN))
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def test_pushed_weights_generate_as_transformers_does(engine, other_folder, model_folder, run):
@@ -190,8 +190,8 @@ def test_pushed_weights_generate_as_transformers_does(engine, other_folder, mode
 
 
 def test_no_cached_keys_and_values_survive_an_update(engine, other_folder, run):
-    """The prompt is longer than a cache block (128 tokens), so its second request would find the first block cached."""
-    request = GenerationRequest("long", tuple(2 + 11 * place % 30 for place in range(150)), 1)
+    """The prompt is longer than a cache block (128 tokens): its second request would find the first block."""
+    request = GenerationRequest("long", tuple(2 + 11 * position % 30 for position in range(150)), 1)
     run(engine.generate([request], PLAIN))
     run(push(engine, weights(other_folder), 2))
     assert largest_difference(other_folder, [request], run(engine.generate([request], PLAIN)), 1.0) < 1e-4
@@ -273,7 +273,7 @@ def test_weights_that_do_not_fit(engine, model_folder, run):
     assert largest_difference(model_folder, requests, run(engine.generate(requests, PLAIN)), 1.0) < 1e-4
 
 
-# -- start ------------------------------------------------------------------------------------------------------------
+# -- start ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The push over NCCL through vLLM's own trainer engine, with its factory, handshake, order of calls and checks of the source.
+"""The push over NCCL with vLLM's trainer engine: its factory, handshake, order of calls and source checks.
 
 Only the parts that need a GPU are replaced: creating the communicator, and the broadcast of packed buffers.
 """

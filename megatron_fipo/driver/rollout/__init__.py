@@ -1,1 +1,1 @@
-"""How the driver gets the groups of an iteration: engine pool, replies, groups of responses, dynamic sampling, dumps."""
+"""How the driver gets the groups of an iteration: engine pool, dynamic sampling, prompt groups, dumps."""

@@ -24,7 +24,8 @@ class CollectCounts:
     failed: int = 0
     """Groups dropped because a response failed more often than `max_retries` allows; never scored."""
     stale: int = 0
-    """Groups dropped, finished or not, because the next update is more than `max_staleness` versions after their oldest token."""
+    """Groups dropped, finished or not, because the next update is more than `max_staleness` versions after
+    their oldest token."""
     from_earlier: int = 0
     """Groups of this batch whose prompt was started before the last `pop_batch`."""
     waiting: int = 0
@@ -42,7 +43,8 @@ class CollectCounts:
     carried_tokens: int = 0
     """Of waiting and unfinished groups, after this `pop_batch`."""
     unused_share: float = 0.0
-    """Responses of informative groups that were dropped / all responses of informative groups, since the run began."""
+    """Responses of informative groups that were dropped / all responses of informative groups, since the run
+    began."""
 
     def count_dropped(self, why: Unused, tokens: int) -> None:
         """Count a group that is not used."""

@@ -1,13 +1,15 @@
-"""Dynamic sampling as a stream: prompts go to the engines, groups are filtered as they complete, informative ones are buffered.
+"""Dynamic sampling as a stream: groups are filtered as they complete; informative ones are buffered.
 
-Every prompt gets a serial number in the order of the dataset; the seeds of its responses depend on that number and not on timing.
-`rollout.unfinished` selects the admission rule (`admission.py`):
+Every prompt gets a serial number in the order of the dataset; the seeds of its responses depend on that
+number and not on timing. `rollout.unfinished` selects the admission rule (`admission.py`):
 
-- `drop` uses exactly the smallest prefix of the dataset's order with `target_groups` informative groups, independent of timing. It
-  starts `prompts_in_flight` prompts at once, and then one only while waiting and unfinished groups together are fewer than needed.
-  Groups started after the prefix are dropped; if `prompts_in_flight` is at most `target_groups` there are none.
-- `continue` keeps `prompts_in_flight` prompts at the engines. Which groups finish first depends on timing. Unfinished responses
-  continue under the next weights, and surplus groups are buffered, both for `max_staleness` versions.
+- `drop` uses exactly the smallest prefix of the dataset's order with `target_groups` informative groups,
+  independent of timing. It starts `prompts_in_flight` prompts at once, and then one only while waiting and
+  unfinished groups together are fewer than needed. Groups started after the prefix are dropped; if
+  `prompts_in_flight` is at most `target_groups` there are none.
+- `continue` keeps `prompts_in_flight` prompts at the engines. Which groups finish first depends on timing.
+  Unfinished responses continue under the next weights, and surplus groups are buffered, both for
+  `max_staleness` versions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,13 +51,13 @@ class Collected:
 class Collector:
     """Collects one batch of groups after another.
 
-    Between `resume` and `pause` requests are at the engines, and `step` must be called often. Between `pause` and `resume` there are
-    none, and `state` may be saved. Requests are sampled by the weights of the last `resume`; the batch that `pop_batch` returns must
-    be trained on next.
+    Between `resume` and `pause` requests are at the engines, and `step` must be called often. Between `pause`
+    and `resume` there are none, and `state` may be saved. Requests are sampled by the weights of the last
+    `resume`; the batch that `pop_batch` returns must be trained on next.
 
-    With unfinished=drop groups are used in the order of their serials, not in the order in which they finish: a batch has the
-    first `target_groups` informative ones, and `pause` discards all later ones and rewinds the dataset. So timing affects the
-    number of wasted tokens and nothing else.
+    With unfinished=drop groups are used in the order of their serials, not in the order in which they finish:
+    a batch has the first `target_groups` informative ones, and `pause` discards all later ones and rewinds
+    the dataset. So timing affects the number of wasted tokens and nothing else.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Collector:
         responses_per_prompt: int,
         seed: int,
     ) -> None:
-        """`score_group` must be pure: waiting groups are saved unscored, and `load_state` scores them again."""
+        """`score_group` must be pure: `load_state` scores waiting groups again, which are saved unscored."""
         self.counts = CollectCounts()
         self._dataset = dataset
         self._pool = pool
@@ -90,9 +92,11 @@ class Collector:
         self._base = 0
         """The first serial after the last batch. With drop, a collection may be rewound to it."""
         self._filtered: dict[int, tuple[Unused, int]] = {}
-        """Why each group from `_base` on was not used, and its number of tokens. Read only with unfinished=drop."""
+        """Why each group from `_base` on was not used, and its number of tokens. Read only with
+        unfinished=drop."""
         self._update_version = 0
-        """The weight version that the next batch updates: that of the last `resume`, plus 1 after a `pop_batch`."""
+        """The weight version that the next batch updates: that of the last `resume`, plus 1 after a
+        `pop_batch`."""
         self._informative = 0
         self._informative_dropped = 0
 
@@ -108,16 +112,17 @@ class Collector:
 
     @property
     def enough(self) -> bool:
-        """Whether `pop_batch` may be called: its groups are buffered, or `max_prompts` were started and all have finished."""
+        """Whether `pop_batch` may be called: its groups wait, or `max_prompts` prompts have all finished."""
         return len(self._ready()) >= self._target or (self._spent and not self._unfinished)
 
     def resume(self, version: int) -> None:
-        """Start or resume under weights `version`: drop stale groups, submit the unfinished responses and new prompts."""
+        """Start or resume under weights `version`: drop stale groups, submit unfinished and new ones."""
         if self._running:
             raise RuntimeError("resume() was called twice without pause()")
         self._update_version = version
         self._drop_stale(version, [group for group, _ in self._waiting.values()])
-        # If the groups of the next batch are buffered already, unfinished ones are used one batch later at the earliest.
+        # If the groups of the next batch are buffered already, unfinished ones are used one batch later at
+        # the earliest.
         self._drop_stale(version + self.enough, self._unfinished.values())
         self._running = True
         for group in self._unfinished.values():
@@ -125,7 +130,7 @@ class Collector:
         self._refill()
 
     def step(self, timeout_s: float) -> None:
-        """Process the results of the engines (waiting up to `timeout_s` for one) and start the prompts that are admitted.
+        """Process the engines' results (wait up to `timeout_s` for one) and start the admitted prompts.
 
         Raises `UserError` if the pool has no engine left.
         """
@@ -136,8 +141,8 @@ class Collector:
     def pause(self) -> None:
         """Take all requests back from the engines. Does nothing while paused.
 
-        With unfinished=continue, responses are kept as they are. With drop, the groups of the next batch are kept if there are
-        `enough`, and everything else is undone.
+        With unfinished=continue, responses are kept as they are. With drop, the groups of the next batch are
+        kept if there are `enough`, and everything else is undone.
         """
         if not self._running:
             return
@@ -149,7 +154,8 @@ class Collector:
     def pop_batch(self) -> Collected:
         """Remove and return the groups of the next update, in the order of their serials.
 
-        Raises `UserError` if `max_prompts` gave none; the next collection then begins with the prompts after them.
+        Raises `UserError` if `max_prompts` gave none; the next collection then begins with the prompts after
+        them.
         """
         if not self.enough:
             raise RuntimeError("pop_batch() was called before there were enough groups")
@@ -191,7 +197,10 @@ class Collector:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore a `state`; call `resume` next. Raises `UserError` if it belongs to other data. Only while paused."""
+        """Restore a `state`; call `resume` next.
+
+        Raises `UserError` if it belongs to other data. Only while paused.
+        """
         if self._running:
             raise RuntimeError("load_state() needs pause() first")
         self._dataset.load_state(state["dataset"])
@@ -269,12 +278,15 @@ class Collector:
         return self._admission.ready(self._waiting.keys(), self._unfinished.keys())
 
     def _batch_end(self) -> int:
-        """The first serial after the next batch; that of the next prompt if the batch is smaller than `target_groups`."""
+        """The first serial after the next batch; that of the next prompt if the batch is not full."""
         ready = self._ready()
         return ready[self._target - 1] + 1 if len(ready) >= self._target else self._serial
 
     def _counts_from(self, serial: int) -> CollectCounts:
-        """The part of `counts` that the groups from `serial` on contributed, without generated tokens. `_base` is at most `serial`."""
+        """The part of `counts` that the groups from `serial` on contributed, without generated tokens.
+
+        `_base` is at most `serial`.
+        """
         waiting = sum(buffered >= serial for buffered in self._waiting)
         counts = CollectCounts(prompts=self._serial - serial, informative=waiting)
         for filtered, (why, tokens) in self._filtered.items():
@@ -283,7 +295,7 @@ class Collector:
         return counts
 
     def _rewind(self, serial: int) -> None:
-        """Undo all groups from `serial` on, as if their prompts had not been started, except for the tokens that they cost."""
+        """Undo all groups from `serial` on, as if never started; their tokens count as dropped."""
         undone = self._counts_from(serial)
         self.counts -= undone
         self.counts.dropped_tokens += undone.filtered_tokens + undone.dropped_tokens
@@ -330,7 +342,8 @@ def _nothing_informative(counts: CollectCounts) -> str:
     if not filtered and counts.failed:
         return f"the requests of all {counts.failed} prompts failed; see {RAY_LOGS}"
     return (
-        f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, {counts.all_wrong} all "
-        f"wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing to train on: choose problems closer to the model's "
-        "ability, or raise batch.responses_per_prompt or rollout.max_prompts"
+        f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
+        f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing "
+        "to train on: choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
+        "rollout.max_prompts"
     )

@@ -1,4 +1,4 @@
-"""Which requests go in which call to which engine, and what happens to them when a call fails: a queue without engines or Ray."""
+"""Which requests go in which call to which engine, and what happens if a call fails: a queue without Ray."""
 
 import math
 from collections import deque
@@ -30,13 +30,16 @@ class Call:
 
 
 class Dispatcher:
-    """A first-come, first-served queue of requests. Each ends exactly once: by `answered`, given up by `failed`, or by `withdraw`.
+    """A first-come, first-served queue of requests.
 
-    A request whose call failed, for any reason, is sent again at most `max_retries` times; a request that kills its engine would
-    otherwise kill one engine after another. Its last attempt is a call with no other request, so that no other fails with it.
+    Each ends exactly once: by `answered`, given up by `failed`, or by `withdraw`.
 
-    With `keep_batches` the requests of one `submit` form one call, on every attempt: the last bits of what an engine computes may
-    depend on the other requests of the call.
+    A request whose call failed, for any reason, is sent again at most `max_retries` times; a request that
+    kills its engine would otherwise kill one engine after another. Its last attempt is a call with no other
+    request, so that no other fails with it.
+
+    With `keep_batches` the requests of one `submit` form one call, on every attempt: the last bits of what an
+    engine computes may depend on the other requests of the call.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class Dispatcher:
         self._end(call, [request.request_id for request in call.requests])
 
     def failed(self, call: Call) -> list[str]:
-        """The call failed: its requests wait again, except those given up permanently, whose ids are returned."""
+        """The call failed: its requests wait again, except those given up, whose ids are returned."""
         given_up = [item.request.request_id for item in call.items if item.attempts > self._max_retries]
         self._end(call, given_up)
         again = [item for item in call.items if item.attempts <= self._max_retries]

@@ -1,9 +1,10 @@
-"""Trained trajectories on disk, one parquet file per iteration; `train --replay` trains on them without engines.
+"""Trained trajectories on disk, one parquet file per iteration, for `train --replay` without engines.
 
-    rollouts/iteration_000012.parquet     one row per response, in the order of training; responses of a group are adjacent
+    rollouts/iteration_000012.parquet     one row per response in training order; groups are contiguous
 
-Columns are the fields of `Trajectory` under their names (`extra` as JSON), so any parquet reader can show what a run was trained on.
-Reading returns what was written, floats bit for bit. Pages have checksums, and a file that exists is complete.
+Columns are the fields of `Trajectory` under their names (`extra` as JSON), so any parquet reader can show
+what a run was trained on. Reading returns what was written, floats bit for bit. Pages have checksums, and a
+file that exists is complete.
 """
 
 import json
@@ -27,7 +28,8 @@ from megatron_fipo.errors import UserError, first_line, writing
 
 FORMAT = 1
 HEADER = b"megatron_fipo"
-"""Key in the schema's metadata. The value is JSON: `format`, `iteration` (from 1) and sampling `temperature`."""
+"""Key in the schema's metadata. The value is JSON: `format`, `iteration` (from 1) and sampling
+`temperature`."""
 GROUPS_AT_ONCE = 32
 """Groups in a row group, the part that is in memory twice."""
 FLAT_LISTS = {"prompt_ids": pyarrow.int32(), "response_ids": pyarrow.int32(), "response_mask": pyarrow.int8()}
@@ -58,10 +60,11 @@ def dump_path(folder: Path, iteration: int) -> Path:
 def write_dump(
     folder: Path, iteration: int, groups: Sequence[Sequence[Trajectory]], temperature: float
 ) -> Path:
-    """Write the groups that iteration `iteration` (from 1) trains on, sampled at `temperature`; returns the file.
+    """Write the groups of iteration `iteration` (from 1), sampled at `temperature`; returns the file.
 
-    An earlier file of the same iteration is replaced atomically. Raises `UserError` if the disk cannot be written or an `extra` is
-    not JSON, ValueError for groups that a reader could not tell apart; then no part of the new file remains.
+    An earlier file of the same iteration is replaced atomically. Raises `UserError` if the disk cannot be
+    written or an `extra` is not JSON, ValueError for groups that a reader could not tell apart; then no part
+    of the new file remains.
     """
     ids = [group[0].group_id for group in groups if group]
     if len(set(ids)) < len(groups) or any(
@@ -91,7 +94,10 @@ def write_dump(
 
 
 def read_dump(path: Path) -> list[ScoredGroup]:
-    """The groups of a dump. Raises `UserError` for a file that is missing, damaged, or not a dump of this format."""
+    """The groups of a dump.
+
+    Raises `UserError` for a file that is missing, damaged, or not a dump of this format.
+    """
     with _opened(path) as file:
         rows = [
             row for index in range(file.num_row_groups) for row in _trajectories(file.read_row_group(index))
@@ -116,7 +122,8 @@ class DumpFolder:
         self.iterations = sorted(int(match[1]) for match in found if match)
         if not self.iterations:
             raise UserError(
-                f"{folder} contains no iteration_*.parquet; give the rollouts folder of a run with rollout.dump_every=1"
+                f"{folder} contains no iteration_*.parquet; give the rollouts folder of a run with "
+                "rollout.dump_every=1"
             )
         for iteration in self.iterations:
             path = dump_path(folder, iteration)
@@ -125,31 +132,36 @@ class DumpFolder:
                 raise UserError(f"{path} was written as iteration {header['iteration']}; rename it back")
             if header["temperature"] != temperature:
                 raise UserError(
-                    f"{path} was sampled at temperature {header['temperature']}, but rollout.temperature={temperature}; old "
-                    f"and new log-probs must have the same temperature: set rollout.temperature={header['temperature']}"
+                    f"{path} was sampled at temperature {header['temperature']}, but "
+                    f"rollout.temperature={temperature}; old and new log-probs must have the same "
+                    f"temperature: set rollout.temperature={header['temperature']}"
                 )
 
     def groups(self, iteration: int) -> Collected:
         """The groups that iteration `iteration` (from 1) trains on.
 
-        Raises `UserError` if it was not dumped or does not fit: ids outside the vocabulary, groups of different sizes.
+        Raises `UserError` if it was not dumped or does not fit: ids outside the vocabulary, groups of
+        different sizes.
         """
         path = dump_path(self.folder, iteration)
         if iteration not in self.iterations:
             raise UserError(
-                f"{self.folder} has no {path.name}, only {len(self.iterations)} iterations from {self.iterations[0]} to "
-                f"{self.iterations[-1]}; dump with rollout.dump_every=1 or lower iterations"
+                f"{self.folder} has no {path.name}, only {len(self.iterations)} iterations from "
+                f"{self.iterations[0]} to {self.iterations[-1]}; dump with rollout.dump_every=1 or lower "
+                "iterations"
             )
         groups = read_dump(path)
         sizes = {group[0].group_id: len(group) for group in groups}
         if len(sizes) < len(groups) or len(set(sizes.values())) != 1:
             raise UserError(
-                f"{path} has groups of {sorted(set(sizes.values()))} responses, but all must have one size; dump it again"
+                f"{path} has groups of {sorted(set(sizes.values()))} responses, but all must have one size; "
+                "dump it again"
             )
         for trajectory in (trajectory for group in groups for trajectory in group):
             if fault := _fault(trajectory, self.vocab_size):
                 raise UserError(
-                    f"{path}: a response of group {trajectory.group_id} {fault}; replay with the model that sampled it"
+                    f"{path}: a response of group {trajectory.group_id} {fault}; replay with the model that "
+                    "sampled it"
                 )
         tokens = sum(trajectory.response_length for group in groups for trajectory in group)
         return Collected(groups, CollectCounts(from_earlier=len(groups), used_tokens=tokens))
@@ -167,7 +179,8 @@ def _to_json(row: Trajectory) -> str:
         return json.dumps(row.extra)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"the reward's extra values of group {row.group_id} cannot be dumped ({error}); return JSON values"
+            f"the reward's extra values of group {row.group_id} cannot be dumped ({error}); return JSON "
+            "values"
         ) from error
 
 
@@ -180,11 +193,7 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
             if not file.schema_arrow.equals(SCHEMA):
                 raise ValueError("its columns differ from a dump's")
             yield file
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-    ) as error:  # a damaged page may raise any of the three
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page may raise any of them
         if isinstance(error, OSError) and error.errno is not None:  # errors of pyarrow itself have no errno
             raise UserError(
                 f"cannot read {path} ({os.strerror(error.errno)}); check the folder and its permissions"
@@ -203,7 +212,8 @@ def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
         raise ValueError("its header is incomplete")
     if header["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {header['format']}, but this version reads {FORMAT}; use the version that wrote it"
+            f"{path} has format {header['format']}, but this version reads {FORMAT}; use the version that "
+            "wrote it"
         )
     return header
 
@@ -230,7 +240,8 @@ def _fault(trajectory: Trajectory, vocab_size: int) -> str | None:
     if not trajectory.prompt_ids or not trajectory.response_ids:
         return "has no prompt or no response tokens"
     if min(ids) < 0 or max(ids) >= vocab_size:
-        return f"has the token id {min(ids) if min(ids) < 0 else max(ids)}, but the model's vocabulary has {vocab_size}"
+        invalid = min(ids) if min(ids) < 0 else max(ids)
+        return f"has the token id {invalid}, but the model's vocabulary has {vocab_size}"
     if {len(trajectory.response_mask), len(trajectory.rollout_log_probs)} != {trajectory.response_length}:
         return "has a mask or log-probs whose length differs from its tokens"
     starts, ends = [span.start for span in trajectory.spans], [span.end for span in trajectory.spans]

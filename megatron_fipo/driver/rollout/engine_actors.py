@@ -1,4 +1,4 @@
-"""Engines as Ray actors: their placement, and restarting each one in the same place."""
+"""Engines as Ray actors: their placement, and restarting each one on the same bundle."""
 
 from typing import Any
 
@@ -11,13 +11,17 @@ from megatron_fipo.driver.placement import node_by_node, reserve
 from megatron_fipo.errors import UserError
 
 COLOCATED_GPU_SHARE = 0.5
-"""Share of a GPU, in Ray's bookkeeping, of a colocated engine; the trainer rank on that GPU leaves it free. Not a share of memory."""
+"""Share of a GPU, in Ray's bookkeeping, of a colocated engine; the trainer rank on that GPU leaves it free.
+Not a share of memory."""
 CONTROL_CALLS = 4
 """Concurrent calls to an engine besides `generate`: a health probe, an abort, two buckets of weights."""
 
 
 class EngineActors:
-    """Handles of `size` actors of one engine class, by number. Each has its own bundle of a placement group, also after a restart."""
+    """Handles of `size` actors of one engine class, by number.
+
+    Each has its own bundle of a placement group, also after a restart.
+    """
 
     def __init__(
         self,
@@ -30,8 +34,9 @@ class EngineActors:
     ) -> None:
         """Reserve the bundles (1 CPU and `gpus_per_engine` GPUs each); no actor is started yet.
 
-        With `trainer_placement` (one bundle with one GPU per trainer rank) engines run in the trainer's bundles instead, each
-        with `COLOCATED_GPU_SHARE` of the GPU there, which the rank must leave free. Raises `UserError` if the cluster has no space.
+        With `trainer_placement` (one bundle with one GPU per trainer rank) engines run in the trainer's
+        bundles instead, each with `COLOCATED_GPU_SHARE` of the GPU there, which the rank must leave free.
+        Raises `UserError` if the cluster has no space.
         """
         self._arguments = engine_kwargs
         self._own_placement = None
@@ -46,9 +51,10 @@ class EngineActors:
             self._placement, self._bundles = trainer_placement, node_by_node(trainer_placement)
             if gpus_per_engine > 1 or size > len(self._bundles):
                 raise UserError(
-                    f"rollout.placement=colocated puts an engine on one GPU of one trainer rank, so {size} engines of "
-                    f"{gpus_per_engine} GPUs do not fit {len(self._bundles)} ranks; lower rollout.num_engines or "
-                    "rollout.engine_tensor_parallel_size, or choose rollout.placement=separate"
+                    f"rollout.placement=colocated puts an engine on one GPU of one trainer rank, so {size} "
+                    f"engines of {gpus_per_engine} GPUs do not fit {len(self._bundles)} ranks; lower "
+                    "rollout.num_engines or rollout.engine_tensor_parallel_size, or choose "
+                    "rollout.placement=separate"
                 )
             self._options |= {"num_cpus": 0, "num_gpus": COLOCATED_GPU_SHARE if gpus_per_engine else 0}
         self._actor_class: Any = ray.remote(engine_class)
@@ -58,7 +64,10 @@ class EngineActors:
         return self._handles[number]
 
     def start(self, number: int) -> None:
-        """Start an actor; returns at once. After a kill, Ray waits until the old actor's resources are free."""
+        """Start an actor; returns at once.
+
+        After a kill, Ray waits until the old actor's resources are free.
+        """
         strategy = PlacementGroupSchedulingStrategy(
             self._placement, placement_group_bundle_index=self._bundles[number]
         )

@@ -56,7 +56,10 @@ class Fleet:
         loaded_version: int | None,
         now: float,
     ) -> None:
-        """All engines are starting. A loaded engine has weights of `loaded_version`, or (None) none that may serve."""
+        """All engines are starting.
+
+        A loaded engine has weights of `loaded_version`, or (None) none that may serve.
+        """
         self.version = loaded_version
         """The current weight version. Only engines that have it serve."""
         self.max_restarts = max_restarts
@@ -90,7 +93,10 @@ class Fleet:
         engine.next_probe = now + self._probe_interval_s
 
     def updated(self, numbers: Iterable[int], version: int) -> None:
-        """`version` is current and these engines have it. All others are stale, including one restarted meanwhile."""
+        """`version` is current and these engines have it.
+
+        All others are stale, including one restarted meanwhile.
+        """
         self.version = version
         for number in numbers:
             if self._engines[number].loaded:

@@ -1,10 +1,12 @@
-"""Where the groups of an iteration come from: engines that sample before or during training, or a folder of dumps.
+"""Where the groups of an iteration come from: engines that sample before or during training, or dumps.
 
-`LiveGroups` implements the three modes of `rollout.mode`, which differ in when the engines sample and when they get new weights:
+`LiveGroups` implements the three modes of `rollout.mode`, which differ in when the engines sample and when
+they get new weights:
 
     synchronous         groups → update → push
     one_step_off        groups of the next iteration during the update, all with the weights before it → push
-    fully_asynchronous  groups of the next iterations during the update → push at once; unfinished responses continue with new weights
+    fully_asynchronous  groups of the next iterations during the update → push at once; unfinished responses
+                        continue with the new weights
 """
 
 import time
@@ -26,11 +28,11 @@ POLL_S = 0.2
 
 
 class Interrupted(Exception):
-    """The loop must stop at a point with a consistent state: the user asked for it, or for the reason in `__cause__`."""
+    """The loop must stop, with a consistent state: the user asked for it, or because of `__cause__`."""
 
 
 class StopUnsavedError(UserError):
-    """The run must stop without saving: its last checkpoint, not its present state, is the one to resume from."""
+    """The run must stop without saving: its last checkpoint, not its present state, is to be resumed."""
 
 
 UNSAVED = (TrainerLostError, StopUnsavedError)
@@ -39,9 +41,9 @@ UNSAVED = (TrainerLostError, StopUnsavedError)
 
 @contextmanager
 def interrupting(undo: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Turn a `UserError` into `Interrupted`, so that the state is saved before the run stops; one of `UNSAVED` passes unchanged.
+    """Turn a `UserError` into `Interrupted`, so that the state is saved before the run stops.
 
-    `undo` is called before `Interrupted` is raised or passes.
+    Errors of `UNSAVED` pass unchanged. `undo` is called before `Interrupted` is raised or passes.
     """
     try:
         yield
@@ -83,7 +85,7 @@ class GroupSource(Protocol):
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
     ) -> list[Generation | None]:
-        """Answer requests that belong to no iteration (an evaluation); None for a request that failed permanently."""
+        """Answer requests of an evaluation, in order; None for a request that failed permanently."""
 
     def take_counts(self) -> PoolCounts:
         """What happened to engines and requests since the last call."""
@@ -95,7 +97,10 @@ class GroupSource(Protocol):
 
 
 class LiveGroups:
-    """Groups from engines. The trainer is idle when a method is called; the function of `during_update` runs while it works."""
+    """Groups from engines.
+
+    The trainer is idle when a method is called; the function of `during_update` runs while it works.
+    """
 
     live = True
 
@@ -116,7 +121,7 @@ class LiveGroups:
         self.check_stop = check_stop
         """Raises `Interrupted` if the run is to stop."""
         self._pushes = 0
-        self._samples_ahead = config.rollout.mode != "synchronous"
+        self._samples_during_update = config.rollout.mode != "synchronous"
         self._colocated = config.rollout.placement == "colocated"
         self._last_iteration = False
         self._failure: UserError | None = None
@@ -126,16 +131,16 @@ class LiveGroups:
         with interrupting(self.collector.pause):
             self.collector.resume(version)
             self._until_enough(version)
-            if not self._samples_ahead or self._last_iteration:
+            if not self._samples_during_update or self._last_iteration:
                 self.collector.pause()
             if self._colocated:
                 self.pool.sleep()
             return self.collector.pop_batch()
 
     def during_update(self) -> Callable[[], None] | None:
-        return self._step_ahead if self._samples_ahead and not self._last_iteration else None
+        return self._step_during_update if self._samples_during_update and not self._last_iteration else None
 
-    def _step_ahead(self) -> None:
+    def _step_during_update(self) -> None:
         if self._failure is not None:
             time.sleep(POLL_S)
             return
@@ -154,8 +159,8 @@ class LiveGroups:
                 if self._colocated:
                     self.pool.wake()
                 one_step_off = self.config.rollout.mode == "one_step_off"
-                if self._samples_ahead and not self._last_iteration and one_step_off:
-                    self._until_enough_of_the_old_weights()
+                if self._samples_during_update and not self._last_iteration and one_step_off:
+                    self._until_enough_under_old_weights()
         finally:
             self.collector.pause()
 
@@ -197,20 +202,22 @@ class LiveGroups:
             self._push(self.pool.stale(), version)
             self.check_stop()
 
-    def _until_enough_of_the_old_weights(self) -> None:
+    def _until_enough_under_old_weights(self) -> None:
         """Finish the next iteration's groups.
 
-        A deterministic run finishes them even if it is to stop: they belong to the saved state. The trainer's weights are new by now,
-        so engines that lost theirs get none here. If all engines lost them, the groups are started again with the new weights; a
-        deterministic run stops instead, since resuming from its last checkpoint gives the right groups.
+        A deterministic run finishes them even if it is to stop: they belong to the saved state. The trainer's
+        weights are new by now, so engines that lost theirs get none here. If all engines lost them, the
+        groups are started again with the new weights; a deterministic run stops instead, since resuming from
+        its last checkpoint gives the right groups.
         """
         self.console.phase("rollout", detail="the next iteration's")
         while not self.collector.enough:
             if not self.pool.loaded(wait=False).keys() - self.pool.stale().keys():
                 if self.config.deterministic:
                     raise StopUnsavedError(
-                        "no rollout engine has the weights any more with which the next iteration was being sampled, and "
-                        "deterministic=true forbids others; run the same command to resume from the last checkpoint"
+                        "no rollout engine has the weights any more with which the next iteration was being "
+                        "sampled, and deterministic=true forbids others; run the same command to resume "
+                        "from the last checkpoint"
                     )
                 return
             self.collector.step(POLL_S)
@@ -225,7 +232,10 @@ class LiveGroups:
         return self.pool.loaded(wait=True)
 
     def _push(self, engines: dict[int, Any], version: int) -> bool:
-        """Send the weights to these engines. If one fails, it is started again, no engine is updated, and False is returned."""
+        """Send the weights to these engines.
+
+        If one fails, it is started again, no engine is updated, and False is returned.
+        """
         if not engines:
             return True
         every = self.config.rollout.check_weight_sync

@@ -39,7 +39,7 @@ class PendingCalls:
         return [call.engine for call in self._calls.values() if call.method == method]
 
     def answered(self, timeout_s: float) -> Iterator[tuple[Any, PendingCall]]:
-        """Wait up to `timeout_s` (inf: no limit) for an answer, then remove and yield all calls that are answered.
+        """Wait up to `timeout_s` (inf: no limit) for an answer, then remove and yield all answered calls.
 
         A call that is discarded during the iteration is not yielded.
         """

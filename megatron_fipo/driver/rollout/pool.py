@@ -1,8 +1,11 @@
-"""The rollout engines as one: requests in, responses out. An engine that dies, hangs or replies malformed data loses only its work.
+"""The rollout engines as one: requests in, responses out.
 
-`fleet` decides which engine may serve, `dispatch` which requests are sent together, `replies` which replies are valid,
-`engine_actors` starts processes, `pending_calls` waits for answers; the pool passes messages between them. There is no background
-thread: messages are sent and received, and engines restarted, only inside `poll`, `loaded`, `abort`, `sleep` and `wake`.
+An engine that dies, hangs or sends malformed replies loses only its work.
+
+`fleet` decides which engine may serve, `dispatch` which requests are sent together, `replies` which replies
+are valid, `engine_actors` starts processes, `pending_calls` waits for answers; the pool passes messages
+between them. There is no background thread: messages are sent and received, and engines restarted, only
+inside `poll`, `loaded`, `abort`, `sleep` and `wake`.
 """
 
 import logging
@@ -59,7 +62,8 @@ class PoolCounts:
 class EnginePool:
     """`rollout.num_engines` actors of one engine class (see `protocol.RolloutEngine`), numbered from 0.
 
-    Single-threaded. Not suited to a very large number of small calls: each costs the driver about a millisecond.
+    Single-threaded. Not suited to a very large number of small calls: each costs the driver about a
+    millisecond.
     """
 
     def __init__(
@@ -75,16 +79,18 @@ class EnginePool:
     ) -> None:
         """Reserve resources for the engines and start them; they load while the caller continues.
 
-        `keep_batches`: the requests of one `submit` are sent in one call, also on a retry. `loaded_weights_serve`: engines serve
-        the weights that they load, as version 0; else none gets a request before its first weights arrive. `trainer_placement`
-        puts them on the GPUs of the trainer's ranks (`EngineActors`). Raises `UserError` if the cluster has no space for them.
+        `keep_batches`: the requests of one `submit` are sent in one call, also on a retry.
+        `loaded_weights_serve`: engines serve the weights that they load, as version 0; else none gets a
+        request before its first weights arrive. `trainer_placement` puts them on the GPUs of the trainer's
+        ranks (`EngineActors`). Raises `UserError` if the cluster has no space for them.
         """
         self._rollout = rollout
         engines: Any = engine_class
         self._requests_per_call: int = engines.requests_per_call
         self._dispatcher = Dispatcher(
             requests_per_call=engines.requests_per_call,
-            # An engine runs kept batches one after another; waiting in a queue there would use up their deadlines.
+            # An engine runs kept batches one after another; waiting in a queue there would use up their
+            # deadlines.
             calls_at_once=1 if keep_batches else engines.calls_at_once,
             max_retries=rollout.max_retries,
             keep_batches=keep_batches,
@@ -113,7 +119,7 @@ class EnginePool:
         for number in range(rollout.num_engines):
             self._start(number)
 
-    # -- requests -----------------------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------
 
     @property
     def outstanding(self) -> int:
@@ -128,7 +134,8 @@ class EnginePool:
     def poll(self, timeout_s: float) -> list[RequestResult]:
         """Do what is due and return new results: as soon as there are any, else after `timeout_s`.
 
-        Raises `UserError` if no engine is left, or one can't load or serve for a reason that the user can fix.
+        Raises `UserError` if no engine is left, or one can't load or serve for a reason that the user can
+        fix.
         """
         until = time.monotonic() + timeout_s
         while True:
@@ -139,9 +146,10 @@ class EnginePool:
                 return self._take_results()
 
     def abort(self) -> list[RequestResult]:
-        """Stop all requests and return a result for each; unfinished ones have finish reason `abort` and the tokens so far.
+        """Stop all requests and return their results; unfinished ones have reason `abort` and tokens so far.
 
-        An engine that does not return its calls within `health_timeout_s` counts as hung, and the tokens of these calls are lost.
+        An engine that does not return its calls within `health_timeout_s` counts as hung, and the tokens of
+        these calls are lost.
         """
         timeout_s = self._rollout.health_timeout_s
         self._aborting = True
@@ -168,9 +176,12 @@ class EnginePool:
         sampling: SamplingParams,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[Generation | None]:
-        """Answer all requests, in order; None for one that failed permanently. For engines that serve the weights they load.
+        """Answer all requests, in order; None for one that failed permanently.
 
-        `on_finished` receives, at least every second, the number of finished requests. No other request may be outstanding.
+        For engines that serve the weights they load.
+
+        `on_finished` receives, at least every second, the number of finished requests. No other request may
+        be outstanding.
         """
         if self.outstanding:
             raise RuntimeError(f"generate() was called while {self.outstanding} requests are outstanding")
@@ -183,12 +194,13 @@ class EnginePool:
                 on_finished(len(answers))
         return [answers[request.request_id] for request in requests]
 
-    # -- engines ------------------------------------------------------------------------------------------------------
+    # -- engines ---------------------------------------------------------------------------------------------
 
     def loaded(self, wait: bool) -> dict[int, ActorHandle]:
         """The living engines whose model is loaded, by number; for a weight push.
 
-        With `wait`, first wait for those that are starting, and for an answer of the others to a probe. Raises `UserError` as `poll`.
+        With `wait`, first wait for those that are starting, and for an answer of the others to a probe.
+        Raises `UserError` as `poll`.
         """
         while wait:
             self._advance_while(lambda: self._fleet.numbers(State.STARTING))
@@ -205,15 +217,15 @@ class EnginePool:
         return bool(self._fleet.numbers(State.STARTING))
 
     def stale(self) -> dict[int, ActorHandle]:
-        """Loaded engines without the current weights, such as restarted ones; they get no requests until `updated`."""
+        """Loaded engines without the current weights, such as restarted ones: no requests until `updated`."""
         return self._handles(State.STALE)
 
     def updated(self, numbers: Iterable[int], version: int) -> None:
-        """These engines now have weights of `version`, which is current: they serve, and all others are stale."""
+        """These engines now have weights of the current `version`: they serve, and all others are stale."""
         self._fleet.updated(numbers, version)
 
     def failed(self, number: int, reason: str) -> None:
-        """End an engine that did not accept its weights, log why, and start it again if `max_restarts` allows."""
+        """End an engine that did not accept its weights, log why, and restart it if `max_restarts` allows."""
         if self._fleet.state(number) not in (State.STARTING, State.RETIRED):
             self._lose(number, reason, "deaths")
 
@@ -224,7 +236,10 @@ class EnginePool:
         return counts
 
     def sleep(self) -> None:
-        """Make the engines free their device memory. No request may be outstanding; the engines are stale after `wake`."""
+        """Make the engines free their device memory.
+
+        No request may be outstanding; the engines are stale after `wake`.
+        """
         self.loaded(wait=True)
         self._call_all("sleep")
         self._fleet.forgot_weights()
@@ -250,10 +265,10 @@ class EnginePool:
             self._send(number, method, in_time=True)
         self._advance_while(lambda: self._pending.engines(method))
 
-    # -- one step -----------------------------------------------------------------------------------------------------
+    # -- one step --------------------------------------------------------------------------------------------
 
     def _advance(self, until: float) -> None:
-        """Send what is due, wait for an answer or a deadline but not after `until`, and process all answers."""
+        """Send what is due, wait for an answer or a deadline up to `until`, and process all answers."""
         now = time.monotonic()
         for number in self._fleet.probes_due(now):
             self._send(number, "ping")
@@ -285,7 +300,10 @@ class EnginePool:
     def _send(
         self, number: int, method: str, *arguments: Any, in_time: bool = False, call: Call | None = None
     ) -> None:
-        """Call a method of an engine. With `in_time`, an engine that does not answer within `timeout_s` is lost."""
+        """Call a method of an engine.
+
+        With `in_time`, an engine that does not answer within `timeout_s` is lost.
+        """
         deadline = time.monotonic() + self._rollout.timeout_s if in_time else math.inf
         reference = getattr(self._actors[number], method).remote(*arguments)
         self._pending.add(reference, PendingCall(number, method, deadline, call, self._fleet.version))
@@ -325,7 +343,10 @@ class EnginePool:
         ]
 
     def _raised(self, pending: PendingCall, error: Exception) -> None:
-        """An engine's method raised. The next `poll` raises a `UserError` of the first load or of a `generate` to the caller."""
+        """An engine's method raised.
+
+        The next `poll` raises a `UserError` of the first load or of a `generate` to the caller.
+        """
         if pending.call is not None:
             if isinstance(error, UserError):
                 self._refusal = error
@@ -384,6 +405,7 @@ class EnginePool:
             raise self._refusal
         if len(self._fleet.numbers(State.RETIRED)) == self._rollout.num_engines:
             raise UserError(
-                f"no rollout engine is left after rollout.max_restarts = {self._rollout.max_restarts} restarts of each; the last "
-                f"reason: {self._last_loss}; see {RAY_LOGS}, then run the same command to resume"
+                f"no rollout engine is left after rollout.max_restarts = {self._rollout.max_restarts} "
+                f"restarts of each; the last reason: {self._last_loss}; see {RAY_LOGS}, then run the same "
+                "command to resume"
             )

@@ -1,4 +1,4 @@
-"""The responses to one prompt: appending the tokens of several calls and weight versions, saving, and scoring."""
+"""The responses to one prompt: tokens of several calls and weight versions, saving, and scoring."""
 
 import base64
 import hashlib
@@ -49,7 +49,10 @@ class Response:
             self.finish_reason = generation.finish_reason
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able, bit for bit. Arrays are base64: as decimals the log-probs of a large run would take minutes."""
+        """JSON-able, bit for bit.
+
+        Arrays are base64: as decimals the log-probs of a large run would take minutes.
+        """
         return {
             "token_ids": _pack(self.token_ids, "<i4"),
             "log_probs": _pack(self.log_probs, "<f8"),
@@ -97,7 +100,8 @@ class PromptGroup:
     def requests(self, seed: int) -> list[GenerationRequest]:
         """Requests for the unfinished responses.
 
-        A request's seed depends only on the run's `seed`, the serial, the prompt and the index of the response.
+        A request's seed depends only on the run's `seed`, the serial, the prompt and the index of the
+        response.
         """
         return [
             GenerationRequest(
