@@ -1,1 +1,1 @@
-"""The driver: the process of `megatron-fipo train`. It holds no tensors and imports neither Megatron-Core nor torch.distributed."""
+"""The driver: the process of `megatron-fipo train`. Importing it loads neither torch nor Megatron-Core."""

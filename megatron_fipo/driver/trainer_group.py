@@ -1,13 +1,13 @@
 """The trainer's ranks as Ray actors: placed together, called together, ended together.
 
-`RLTrainer` and `SftTrainer` have one typed method per method of the ranks (`trainer/protocol.py`) and merge the answers of
-the ranks into one result.
+`RLTrainer` and `SftTrainer` have one typed method per method of the ranks (`trainer/protocol.py`) and merge
+the answers of the ranks into one result.
 """
 
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -19,6 +19,7 @@ from megatron_fipo.errors import RAY_LOGS, UserError, first_line
 from megatron_fipo.trainer.protocol import (
     IterationReport,
     PushFailure,
+    RankSettings,
     RLRank,
     SftRank,
     TokenWeights,
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from megatron_fipo.batching.trajectory import Trajectory
     from megatron_fipo.checkpoint.manifest import FileRecord
     from megatron_fipo.config import Config
-    from megatron_fipo.trainer.rank import RankSettings
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 _logger = logging.getLogger(__name__)
 
 
@@ -42,34 +43,37 @@ class TrainerLostError(UserError):
 
 
 class RankActor:
-    """The Ray actor of one rank. It imports the worker on the rank, so the driver never imports Megatron-Core."""
+    """The Ray actor of one rank. Imports the worker on the rank: the driver never imports Megatron-Core."""
 
-    def __init__(self, load_worker: Callable[[], type], rank: int, world_size: int, **arguments: Any) -> None:
-        self._worker = load_worker()(rank=rank, world_size=world_size, **arguments)
+    def __init__(self, load_worker: Callable[[], type[TrainerRank]], **arguments: Any) -> None:
+        self._worker = load_worker()(**arguments)
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._worker, method)(*arguments)
+    def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
+        """Run a method of the worker, by the name that `TrainerGroup.call` takes from the rank's protocol."""
+        return getattr(self._worker, method)(*arguments, **keywords)
 
 
 class TrainerGroup:
-    """`world_size` ranks of one worker class. A method is called on all ranks at once; results are ordered by rank.
+    """`world_size` ranks of one worker class. A method runs on all ranks at once; results are by rank.
 
-    A rank that dies leaves the others waiting inside a collective, so the first failure ends all of them. It is raised as
-    `TrainerLostError`, and again by every later call.
+    A rank that dies leaves the others waiting inside a collective, so the first failure ends all of them. It
+    is raised as `TrainerLostError`, and again by every later call.
     """
 
     def __init__(
         self,
-        load_worker: Callable[[], type],
+        load_worker: Callable[[], type[TrainerRank]],
         world_size: int,
         gpus_per_rank: int,
         gpu_share: float = 1.0,
         **worker_arguments: Any,
     ) -> None:
-        """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them; a colocated engine has the rest.
+        """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them.
 
-        `load_worker` runs on the rank and imports the worker class. Raises `UserError` if the cluster has no space for
-        the ranks; then, or when a rank fails, nothing stays reserved.
+        The rest is for a colocated engine. `load_worker` runs on the rank and imports the worker class.
+
+        Raises `UserError` if the cluster has no space for the ranks; then, or when a rank fails, nothing
+        stays reserved.
         """
         self._failure: TrainerLostError | None = None
         bundle = {"CPU": 1, "GPU": gpus_per_rank} if gpus_per_rank else {"CPU": 1}
@@ -84,10 +88,10 @@ class TrainerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.placement, placement_group_bundle_index=bundle_index
                 ),
-            ).remote(load_worker, rank, world_size, **worker_arguments)
+            ).remote(load_worker, rank=rank, world_size=world_size, **worker_arguments)
             for rank, bundle_index in enumerate(node_by_node(self.placement))
         ]
-        rendezvous = self._result(0, "rendezvous", self.actors[0].call.remote("rendezvous"))
+        rendezvous = self._result(0, "rendezvous", _submit(self.actors[0], TrainerRank.rendezvous.__name__))
         self.call(TrainerRank.setup, rendezvous)
 
     def call(
@@ -96,12 +100,38 @@ class TrainerGroup:
         *arguments: Arguments.args,
         **keywords: Arguments.kwargs,
     ) -> list[Result]:
-        """Run `method`, given as the protocol declares it, on every rank and wait for all. Positional arguments only.
+        """Run `method`, a method of the rank's protocol, on every rank and wait for all.
 
-        Raises `TrainerLostError` with the first failure of the group, in whichever call it happened.
+        Pass large arguments through `put_once`. Raises `TrainerLostError` with the first failure of the
+        group, from this call or an earlier one.
         """
-        assert not keywords
-        return self._call(method.__name__, arguments)
+        return self.call_while(None, method, *arguments, **keywords)
+
+    def call_while(
+        self,
+        meanwhile: Callable[[], None] | None,
+        method: Callable[Concatenate[Any, Arguments], Result],
+        *arguments: Arguments.args,
+        **keywords: Arguments.kwargs,
+    ) -> list[Result]:
+        """Also run `meanwhile`, a fraction of a second long, repeatedly until all ranks are done."""
+        if self._failure is not None:
+            raise self._failure
+        name = method.__name__
+        pending: dict[Any, int] = {
+            _submit(actor, name, *arguments, **keywords): rank for rank, actor in enumerate(self.actors)
+        }
+        results: dict[int, Result] = {}
+        waiting: list[Any] = list(pending)
+        while waiting:
+            finished, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else 0)
+            if not finished:
+                assert meanwhile is not None
+                meanwhile()
+                continue
+            (done,) = finished
+            results[pending[done]] = self._result(pending[done], name, done)
+        return [results[rank] for rank in range(len(self.actors))]
 
     def describe(self) -> list[str]:
         """What rank 0 runs on, a line for each part."""
@@ -116,27 +146,6 @@ class TrainerGroup:
         for actor in self.actors:
             ray.kill(actor)
         remove_placement_group(self.placement)
-
-    def _call(
-        self, method: str, arguments: tuple[Any, ...], meanwhile: Callable[[], None] | None = None
-    ) -> list[Any]:
-        """`meanwhile` is called repeatedly until all ranks are done; it should take a fraction of a second."""
-        if self._failure is not None:
-            raise self._failure
-        pending: dict[Any, int] = {
-            actor.call.remote(method, *arguments): rank for rank, actor in enumerate(self.actors)
-        }
-        results: dict[int, Any] = {}
-        waiting: list[Any] = list(pending)
-        while waiting:
-            finished, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else 0)
-            if not finished:
-                assert meanwhile is not None
-                meanwhile()
-                continue
-            (done,) = finished
-            results[pending[done]] = self._result(pending[done], method, done)
-        return [results[rank] for rank in range(len(self.actors))]
 
     def _result(self, rank: int, method: str, reference: Any) -> Any:
         """The rank's answer; its failure ends the group."""
@@ -163,11 +172,9 @@ class RLTrainer(TrainerGroup):
     ) -> tuple[IterationReport, list[TokenWeights]]:
         """Old log-probs and one optimizer step per mini-batch, on all ranks. See `RLRank.train_iteration`.
 
-        The batch is put into Ray's object store once. `meanwhile` is called repeatedly until all ranks are done.
+        `meanwhile` is called repeatedly until all ranks are done.
         """
-        method = RLRank.train_iteration.__name__
-        answers: list[tuple[IterationReport | None, list[TokenWeights]]]
-        answers = self._call(method, (ray.put(batch), lr, samples), meanwhile)
+        answers = self.call_while(meanwhile, RLRank.train_iteration, put_once(batch), lr, samples)
         report = next(report for report, _ in answers if report is not None)
         return report, [weights for _, part in answers for weights in part]
 
@@ -201,37 +208,46 @@ class RLTrainer(TrainerGroup):
 class SftTrainer(TrainerGroup):
     """The ranks of supervised training."""
 
-    def __init__(self, settings: "RankSettings", gpus_per_rank: int) -> None:
+    def __init__(self, settings: RankSettings, gpus_per_rank: int) -> None:
         super().__init__(sft_worker, settings.parallel.world_size, gpus_per_rank, settings=settings)
 
     def train_steps(
         self, batches: "list[list[list[list[Trajectory]]]]", rates: list[float], pad_token_id: int
     ) -> list[float]:
         """One optimizer step per batch, on all ranks; their losses. See `SftRank.train_steps`."""
-        answers: list[list[float] | None]
-        answers = self._call(SftRank.train_steps.__name__, (ray.put(batches), rates, pad_token_id))
+        answers = self.call(SftRank.train_steps, put_once(batches), rates, pad_token_id)
         return next(losses for losses in answers if losses is not None)
 
 
+def put_once(value: Value) -> Value:
+    """Store a large argument once for all ranks: a reference, which Ray replaces by the value on the rank."""
+    return cast(Value, ray.put(value))
+
+
 def rl_worker() -> type[RLRank]:
-    """Runs on the rank."""
+    """The worker class. Imports Megatron-Core: call it on the rank."""
     from megatron_fipo.trainer.rl_worker import RLWorker
 
     return RLWorker
 
 
 def sft_worker() -> type[SftRank]:
-    """Runs on the rank."""
+    """The worker class. Imports Megatron-Core: call it on the rank."""
     from megatron_fipo.trainer.sft_worker import SftWorker
 
     return SftWorker
 
 
+def _submit(actor: ActorHandle, method: str, *arguments: Any, **keywords: Any) -> ray.ObjectRef:
+    """Start a call. Its name shows the method instead of `call` in process titles and Ray's messages."""
+    return actor.call.options(name=f"{RankActor.__name__}.{method}").remote(method, *arguments, **keywords)
+
+
 def _describe(rank: int, method: str, error: ray.exceptions.RayError) -> TrainerLostError:
     if not isinstance(error, ray.exceptions.RayTaskError):
         return TrainerLostError(
-            f"trainer rank {rank} died in {method} ({first_line(error)}; see {RAY_LOGS}); run the same command to resume "
-            "from the last checkpoint"
+            f"trainer rank {rank} died in {method} ({first_line(error)}; see {RAY_LOGS}); run the same command "
+            "to resume from the last checkpoint"
         )
     cause = error.cause
     if isinstance(cause, UserError):

@@ -1,1 +1,1 @@
-"""One trainer rank: a Ray actor that holds its share of the model and optimizer."""
+"""One trainer rank: a Ray actor with its share of the model and optimizer. `protocol.py` is its interface."""

@@ -30,7 +30,7 @@ class IterationReport:
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """Influence weights of some tokens of one trajectory, from the rank that holds them."""
+    """Influence weights of some tokens of one trajectory, from the rank that has them."""
 
     trajectory: int
     """Index into the iteration's trajectories."""
@@ -87,7 +87,7 @@ class RLRank(TrainerRank, Protocol):
         """Compute old log-probs, then take one optimizer step per mini-batch.
 
         `samples` are indices into the batch whose influence weights (of the step that trains them) the report shows. The
-        report comes from the first rank of the last pipeline stage, the weights from the ranks that hold the tokens.
+        report comes from the first rank of the last pipeline stage, the weights from the ranks that have the tokens.
         """
 
     def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:

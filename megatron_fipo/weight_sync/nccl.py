@@ -173,8 +173,8 @@ class _Source:
         """One pass; with the check, checksums are computed in further threads while the tensors are sent.
 
         vLLM iterates under two CUDA streams in turn, and one step of the export makes several tensors: what one step
-        computed on one stream may be read on the other. So the stream that computed it is waited for, and the allocator is
-        told not to reuse the memory before the stream that reads it is done.
+        computed on one stream may be read on the other. So the stream that computed it is synchronized, and `record_stream`
+        keeps the allocator from reusing the memory before the stream that reads it is done.
         """
         self._pass = iter(self._export())
         computing: deque[Future[str]] = deque()  # the host holds no more tensors than are in here

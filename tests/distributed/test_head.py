@@ -221,7 +221,7 @@ def test_products_on_a_gpu_take_half_precision_and_give_float32():
 
 
 class Kernels(TorchDispatchMode):
-    """Names of all operators, and every tensor that one made, as (operator, bytes); results that lie in an argument are not made."""
+    """Names of all operators, and every tensor that one made, as (operator, bytes); views of an argument are not made."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """No split may change a number: loss, statistics, every parameter's gradient and the updated weights, over real ranks.
 
-The judge is the slow obvious path: transformers' own model in float64, one unpadded sequence at a time, full log-softmax, the
+The reference is the slow obvious path: transformers' model in float64, one unpadded sequence at a time, full log-softmax, the
 token-by-token loss of `tests/objective/oracle.py`, plain autograd. Against it stand tensor, sequence, pipeline, virtual
 pipeline, context and data parallelism and several micro-batchings, through Megatron-Core's own schedule and normalisation.
 

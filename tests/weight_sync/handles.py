@@ -10,7 +10,7 @@ import ray
 
 
 class Stored:
-    """What `ray.put` gives here: a pickled value whose large parts lie beside it, read-only, as in Ray's object store."""
+    """What `ray.put` gives here: a pickled value, its large parts out of band and read-only, as in Ray's object store."""
 
     def __init__(self, value: Any) -> None:
         buffers: list[pickle.PickleBuffer] = []
