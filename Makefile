@@ -89,5 +89,13 @@ test-slow: venv-triton
 	$(KERNELS) -m slow
 	$(BIN)/python -m pytest tests/system -m slow
 
+.PHONY: docs
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
 	rm -rf .venv .venv-oldest build *.egg-info
