@@ -365,7 +365,8 @@ MUTANTS = (
         "a rank without rows skips the scan's collective",
         FUTURE_KL,
         "    check_group(plan, group)\n    if takes",
-        "    check_group(plan, group)\n    if not plan.num_rows:\n        return x, extra_sums.new_zeros(plan.num_sequences, 2)\n    if takes",
+        "    check_group(plan, group)\n    if not plan.num_rows:\n"
+        "        return x, extra_sums.new_zeros(plan.num_sequences, 2)\n    if takes",
         (NO_ROWS,),
     ),
     Mutant(

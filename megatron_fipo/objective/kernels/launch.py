@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fipo.objective.config import LOG_RATIO_LIMIT, SAFE_INFLUENCE, ObjectiveConfig
+from megatron_fipo.objective.config import LOG_RATIO_LIMIT, ObjectiveConfig
 from megatron_fipo.objective.drop_rule import KeptSequences, apply_drop_rule
 from megatron_fipo.objective.kernels import triton_loss
 from megatron_fipo.objective.kernels import triton_scan as scan
@@ -142,7 +142,7 @@ def _launch(
         **dict(zip(names, _scan_tables(plan, aggregate, gathered), strict=True)),
         **_sequence_inputs(sequences),
         **outputs,
-        **_loss_constants(objective),
+        **triton_loss.loss_constants(objective),
         **(_scan_constants(plan, rate) | shared),
     )
     return outputs, sequences.reference_weight
@@ -169,24 +169,6 @@ def _scan_constants(plan: ScanPlan, rate: float) -> dict[str, Any]:
     sources = 1 << (ranks * chunks - 1).bit_length()
     constants = {"GAMMA": 2.0**-rate, "RATE": rate, "CP": ranks, "C": chunks, "SOURCES": sources}
     return constants | {"BLOCK": BLOCK, "TILE": TILE, "num_warps": 1}
-
-
-def _loss_constants(objective: ObjectiveConfig) -> dict[str, Any]:
-    return {
-        "LOW": objective.ratio_bounds[0],
-        "HIGH": objective.ratio_bounds[1],
-        "WEIGHTED": objective.weights_tokens,
-        "INFLUENCE_LOW": float(objective.influence_bounds[0]),
-        "INFLUENCE_HIGH": float(objective.influence_bounds[1]),
-        "SAFETY": objective.safety_threshold,
-        "SAFE_LOW": SAFE_INFLUENCE[0],
-        "SAFE_HIGH": SAFE_INFLUENCE[1],
-        "CORRECTION": objective.correction,
-        "CAP": objective.correction_cap,
-        "KL": objective.kl_coefficient,
-        "ENTROPY": objective.entropy_coefficient,
-        "UNIT": objective.unit,
-    }
 
 
 def _row_inputs(log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows) -> dict[str, Tensor | None]:

@@ -8,9 +8,12 @@ Sums and exponentials are float64; per-row values have the dtype of the log-prob
 atomics, so results are bitwise deterministic. Notation as in `triton_scan.py`.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from megatron_fipo.objective.config import SAFE_INFLUENCE, ObjectiveConfig
 from megatron_fipo.objective.kernels.triton_scan import block_rows, first_slot, future_kl_of_rows, suffix_scan
 from megatron_fipo.objective.metrics import MAXIMA, SUMS
 
@@ -52,6 +55,25 @@ SUM_IMPORTANCE_CAPPED = tl.constexpr(TOKEN_SUMS.index("importance_capped"))
 MAX_INFLUENCE_MAX = tl.constexpr(MAXIMA.index("influence_max"))
 MAX_INFLUENCE_NEGATIVE_MIN = tl.constexpr(MAXIMA.index("influence_negative_min"))
 MAX_ROLLOUT_DIFFERENCE_MAX = tl.constexpr(MAXIMA.index("rollout_difference_max"))
+
+
+def loss_constants(objective: ObjectiveConfig) -> dict[str, Any]:
+    """The settings that `loss_rows_kernel` is compiled for."""
+    return {
+        "LOW": objective.ratio_bounds[0],
+        "HIGH": objective.ratio_bounds[1],
+        "WEIGHTED": objective.weights_tokens,
+        "INFLUENCE_LOW": float(objective.influence_bounds[0]),
+        "INFLUENCE_HIGH": float(objective.influence_bounds[1]),
+        "SAFETY": objective.safety_threshold,
+        "SAFE_LOW": SAFE_INFLUENCE[0],
+        "SAFE_HIGH": SAFE_INFLUENCE[1],
+        "CORRECTION": objective.correction,
+        "CAP": objective.correction_cap,
+        "KL": objective.kl_coefficient,
+        "ENTROPY": objective.entropy_coefficient,
+        "UNIT": objective.unit,
+    }
 
 
 @triton.jit
