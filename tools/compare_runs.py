@@ -24,7 +24,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.report.run_data import Run, read_run
 
 _MAY_DIFFER = ("objective", "seed", "run_dir", "tracking", "ray_address")
-_COLOURS = {"fipo": "#2563c9", "dapo": "#d9730d", "grpo": "#0f9488"}
+_COLORS = {"fipo": "#2563c9", "dapo": "#d9730d", "grpo": "#0f9488"}
 _PANELS = (
     ("evaluation/avg_at_k", "Held-out accuracy, avg@k"),
     ("evaluation/length_mean", "Held-out response length, tokens"),
@@ -85,7 +85,7 @@ def group_runs(runs: Sequence[SeedRun]) -> dict[str, list[SeedRun]]:
     return dict(
         sorted(
             groups.items(),
-            key=lambda item: list(_COLOURS).index(item[0]) if item[0] in _COLOURS else len(_COLOURS),
+            key=lambda item: list(_COLORS).index(item[0]) if item[0] in _COLORS else len(_COLORS),
         )
     )
 
@@ -130,13 +130,13 @@ def plot(groups: Mapping[str, Sequence[SeedRun]]) -> Figure:
         for objective, runs in groups.items():
             iterations, mean, spread = curve(runs, metric)
             if iterations:
-                colour = _COLOURS.get(objective, "#6a7079")
+                color = _COLORS.get(objective, "#6a7079")
                 axes.plot(
-                    iterations, mean, color=colour, linewidth=1.6, label=f"{objective} ({len(runs)} seeds)"
+                    iterations, mean, color=color, linewidth=1.6, label=f"{objective} ({len(runs)} seeds)"
                 )
                 low = [m - s for m, s in zip(mean, spread, strict=True)]
                 high = [m + s for m, s in zip(mean, spread, strict=True)]
-                axes.fill_between(iterations, low, high, color=colour, alpha=0.16, linewidth=0)
+                axes.fill_between(iterations, low, high, color=color, alpha=0.16, linewidth=0)
         _style(axes, title)
     figure.axes[0].legend(frameon=False, loc="lower right")
     return figure

@@ -63,7 +63,7 @@ def normal(name: str) -> str:
 
 
 def installed() -> dict[str, str]:
-    """Versions by normalised name."""
+    """Versions by normalized name."""
     return {normal(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()}
 
 

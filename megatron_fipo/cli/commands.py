@@ -175,7 +175,7 @@ def add_report(commands: Subparsers) -> None:
 
 REPORT_HELP = """\
     Rebuild RUN_DIR/report.html from the metrics and samples that the run has logged: the figures of the paper
-    for this run, and responses with their tokens coloured by influence weight. The page needs no network.
+    for this run, and responses with their tokens colored by influence weight. The page needs no network.
     Works while the run is in progress.
 
     example:

@@ -1,6 +1,6 @@
-"""Draw a panel as an inline SVG with the page's colours and typeface.
+"""Draw a panel as an inline SVG with the page's colors and typeface.
 
-matplotlib supports fixed colours only. So each colour is drawn as a placeholder that no other part of the
+matplotlib supports fixed colors only. So each color is drawn as a placeholder that no other part of the
 drawing uses, and then replaced by a CSS variable: the same SVG is readable on light and dark pages. Text
 remains text, in the page's typeface.
 """
@@ -96,7 +96,7 @@ def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
             both,
             [low[i] for i in both],
             [high[i] for i in both],
-            color=_PLACEHOLDERS[band.colour],
+            color=_PLACEHOLDERS[band.color],
             alpha=0.18,
             linewidth=0,
         )
@@ -110,7 +110,7 @@ def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
             axes.plot(
                 list(values),
                 list(values.values()),
-                color=_PLACEHOLDERS[line.colour],
+                color=_PLACEHOLDERS[line.color],
                 linestyle=(0, (2, 2)) if line.dashed else "-",
                 marker="o" if len(values) <= _MARKED_POINTS and not line.dashed else None,
                 linewidth=1.5 if len(values) <= _BARS else 1.0,
@@ -123,13 +123,13 @@ def _draw_stack(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
     lines = [line for line in panel.lines if line.metric in series]
     iterations = sorted({iteration for line in lines for iteration in series[line.metric]})
     heights = [[max(_finite(series[line.metric].get(i, 0.0)), 0.0) for i in iterations] for line in lines]
-    colours = [_PLACEHOLDERS[line.colour] for line in lines]
+    colors = [_PLACEHOLDERS[line.color] for line in lines]
     if len(iterations) > _BARS:
-        axes.stackplot(iterations, heights, colors=colours, linewidth=0)
+        axes.stackplot(iterations, heights, colors=colors, linewidth=0)
         return
     bottom = [0.0] * len(iterations)
-    for layer, colour in zip(heights, colours, strict=True):
-        axes.bar(iterations, layer, bottom=bottom, color=colour, width=0.82, linewidth=0)
+    for layer, color in zip(heights, colors, strict=True):
+        axes.bar(iterations, layer, bottom=bottom, color=color, width=0.82, linewidth=0)
         bottom = [low + value for low, value in zip(bottom, layer, strict=True)]
 
 
@@ -163,7 +163,7 @@ def _finite(value: float) -> float:
 
 
 def _themed(svg: str, title: str) -> str:
-    """Only the `<svg>` element: colours as CSS variables, the page's typeface, no ids shared by figures."""
+    """Only the `<svg>` element: colors as CSS variables, the page's typeface, no ids shared by figures."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

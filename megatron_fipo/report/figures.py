@@ -5,7 +5,7 @@ from typing import Literal
 
 from megatron_fipo.objective.metrics import METRICS
 
-Colour = Literal["blue", "orange", "teal", "magenta", "grey"]
+Color = Literal["blue", "orange", "teal", "magenta", "grey"]
 Unit = Literal["number", "share"]
 """`share`: a fraction, shown as a percentage."""
 
@@ -16,7 +16,7 @@ class Line:
 
     metric: str
     label: str
-    colour: Colour = "blue"
+    color: Color = "blue"
     dashed: bool = False
 
 
@@ -27,7 +27,7 @@ class Band:
     low: str
     high: str
     label: str
-    colour: Colour = "blue"
+    color: Color = "blue"
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,13 @@ class Section:
     panels: tuple[Panel, ...]
 
 
-COLOURS: tuple[Colour, ...] = ("blue", "orange", "magenta", "teal", "grey")
+COLORS: tuple[Color, ...] = ("blue", "orange", "magenta", "teal", "grey")
 
 
 def loss_lines(panel: str) -> tuple[Line, ...]:
     """The metrics of the loss that name this panel in `objective/metrics.py`, in the order of the list."""
     found = [metric for metric in METRICS if metric.panel == panel]
-    return tuple(
-        Line(metric.name, metric.label, colour) for metric, colour in zip(found, COLOURS, strict=False)
-    )
+    return tuple(Line(metric.name, metric.label, color) for metric, color in zip(found, COLORS, strict=False))
 
 
 SECTIONS = (

@@ -129,17 +129,17 @@ def _figure(panel: Panel, svg: str, run: Run) -> str:
         if line.metric in series:
             last = [value for value in series[line.metric].values() if math.isfinite(value)][-1]
             mark = "area" if panel.stacked else ("dashes" if line.dashed else "line")
-            keys.append(_key(mark, line.colour, f"{escape(line.label)} <b>{_number(last, share)}</b>"))
+            keys.append(_key(mark, line.color, f"{escape(line.label)} <b>{_number(last, share)}</b>"))
     if panel.band and panel.band.low in series and panel.band.high in series:
-        keys.append(_key("band", panel.band.colour, escape(panel.band.label)))
+        keys.append(_key("band", panel.band.color, escape(panel.band.label)))
     return (
         f'<figure><h3>{escape(panel.title)}</h3><p class="keys">{"".join(keys)}</p>{svg}'
         f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
     )
 
 
-def _key(mark: str, colour: str, label: str) -> str:
-    return f'<span><i class="{mark}" style="--c:var(--{colour})"></i>{label}</span>'
+def _key(mark: str, color: str, label: str) -> str:
+    return f'<span><i class="{mark}" style="--c:var(--{color})"></i>{label}</span>'
 
 
 def _configuration(run: Run) -> str:

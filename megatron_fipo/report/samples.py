@@ -1,4 +1,4 @@
-"""Sample responses whose tokens are coloured by their influence weight."""
+"""Sample responses whose tokens are colored by their influence weight."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from megatron_fipo.run_dir.metrics_log import Sample, read_samples
 _SHOWN_HEAD, _SHOWN_TAIL = 600, 200
 """Tokens shown of a longer response: its first and its last ones."""
 _LEAST_REACH = 0.02
-"""The smallest reach: if all weights are near 1, colours remain faint instead of showing rounding."""
+"""The smallest reach: if all weights are near 1, colors remain faint instead of showing rounding."""
 _STRONGEST = 0.75
 """Opacity at the ends of the scale; text remains readable on it."""
 
@@ -31,8 +31,8 @@ def choose_samples(run_dir: Path) -> list[Sample]:
     return [chosen[key] for key in sorted(chosen)]
 
 
-def colour_reach(samples: Sequence[Sample]) -> float | None:
-    """The distance from 1 at which a weight has the full colour; None without any weight.
+def color_reach(samples: Sequence[Sample]) -> float | None:
+    """The distance from 1 at which a weight has the full color; None without any weight.
 
     The 98th percentile of the distances of all tokens.
     """
@@ -48,11 +48,11 @@ def render_samples(samples: Sequence[Sample]) -> str:
     """The section as HTML; all text of responses is escaped."""
     if not samples:
         return '<p class="absent">This run logged no sample responses.</p>'
-    reach = colour_reach(samples)
+    reach = color_reach(samples)
     legend = (
         _legend(reach)
         if reach is not None
-        else "<p>The objective of this run has no influence weights, so tokens have no colour.</p>"
+        else "<p>The objective of this run has no influence weights, so tokens have no color.</p>"
     )
     return (
         legend + f'<div class="samples">{"".join(_render_sample(sample, reach) for sample in samples)}</div>'
@@ -96,15 +96,15 @@ def _render_token(token: str, weight: float | None, reach: float | None) -> str:
     strength = min(abs(weight - 1.0) / reach, 1.0) * _STRONGEST
     if strength < 0.01:
         return f'<span title="{weight:.3f}">{text}</span>'
-    colour = f"rgba(var(--{'up' if weight > 1.0 else 'down'}),{strength:.2f})"
-    return f'<span style="background:{colour}" title="{weight:.3f}">{text}</span>'
+    color = f"rgba(var(--{'up' if weight > 1.0 else 'down'}),{strength:.2f})"
+    return f'<span style="background:{color}" title="{weight:.3f}">{text}</span>'
 
 
 def _legend(reach: float) -> str:
     digits = 2 if reach >= 0.05 else 3
     low, high = f"{max(1.0 - reach, 0.0):.{digits}f}", f"{1.0 + reach:.{digits}f}"
     return (
-        "<p>The colour of a token is its influence weight. Orange: the update made the tokens after it more "
+        "<p>The color of a token is its influence weight. Orange: the update made the tokens after it more "
         "likely, and its advantage is scaled up. Blue: the update made them less likely, and its advantage "
         "is scaled down. Point at a token to see its weight.</p>"
         f'<div class="scale"><span>≤ {low}</span><span class="bar"></span><span>≥ {high}</span>'

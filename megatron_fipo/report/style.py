@@ -1,4 +1,4 @@
-"""The CSS of the page: colours by theme, typography, the grid of figures.
+"""The CSS of the page: colors by theme, typography, the grid of figures.
 
 `--up` and `--down` are red, green, blue values for `rgba()`.
 """

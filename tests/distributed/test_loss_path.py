@@ -1,6 +1,6 @@
 """From hidden states to gradient: what the loss path sends, waits for and keeps, counted on real ranks.
 
-The grid in `test_policy_grid.py` shows that the numbers are right. This file shows the cost: no host synchronisation, the exact
+The grid in `test_policy_grid.py` shows that the numbers are right. This file shows the cost: no host synchronization, the exact
 collectives and their bytes, taking part without a single row, and the memory held for backward. The model is a table: a token's
 hidden state is its embedding plus its position's.
 """
@@ -182,7 +182,7 @@ class RankResult:
 def loss_on_rank(
     rank: int, world_size: int, parallel: ParallelConfig, batches: list[list[Trajectory]]
 ) -> list[RankResult]:
-    """Loss and gradients of each micro-batch, watched for host synchronisation and collectives from hidden states on."""
+    """Loss and gradients of each micro-batch, watched for host synchronization and collectives from hidden states on."""
     model_parallel.initialize(parallel, seed=1)
     tensor_group, context_group = (
         parallel_state.get_tensor_model_parallel_group(),

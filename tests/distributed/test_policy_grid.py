@@ -2,7 +2,7 @@
 
 The reference is the slow obvious path: transformers' model in float64, one unpadded sequence at a time, full log-softmax, the
 token-by-token loss of `tests/objective/oracle.py`, plain autograd. Against it stand tensor, sequence, pipeline, virtual
-pipeline, context and data parallelism and several micro-batchings, through Megatron-Core's own schedule and normalisation.
+pipeline, context and data parallelism and several micro-batchings, through Megatron-Core's own schedule and normalization.
 
 Gradients are compared complete: the normalized `main_grad` of every shard replaces its parameter and exported in Hugging
 Face names, so a shard that is wrong anywhere shows. What this does not exercise: bf16, Transformer Engine, NCCL.

@@ -43,7 +43,7 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
     assert all(character.isprintable() for line in lines for character in line)
 
 
-def test_colour_forced_by_the_environment_does_not_reach_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_forced_by_the_environment_does_not_reach_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
     with Console(1, file) as console:

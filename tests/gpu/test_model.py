@@ -1,4 +1,4 @@
-"""Attention, a training step and the absence of host synchronisation, on the device."""
+"""Attention, a training step and the absence of host synchronization, on the device."""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 

@@ -4,7 +4,7 @@
     python -m tests.mutation.check carry drop   # those whose name contains one of the words
 
 Every test named beside a fault has to fail with it, and pass on the unchanged copy. Exits with 1 if one does not. In the
-table, an ending `…]` stands for that case of a parametrised test; without one, some case fails.
+table, an ending `…]` stands for that case of a parametrized test; without one, some case fails.
 """
 
 import os

@@ -188,7 +188,7 @@ def test_no_split_changes_loss_or_gradient(cp, layout, expected) -> None:
 
 
 def test_the_grid_exercises_the_rules(expected) -> None:
-    """Responses are dropped under fipo and only there, and the reference's normalisation really differs by packing."""
+    """Responses are dropped under fipo and only there, and the reference's normalization really differs by packing."""
     kept = {name: oracle.result.kept for (name, _), oracle in zip(CASES, expected, strict=True)}
     assert kept["fipo"] == [i != 5 for i in range(8)]
     assert all(kept["dapo"])

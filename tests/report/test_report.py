@@ -15,7 +15,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.objective.metrics import METRICS
 from megatron_fipo.report import write_report
 from megatron_fipo.report.figures import SECTIONS
-from megatron_fipo.report.samples import choose_samples, colour_reach, render_samples
+from megatron_fipo.report.samples import choose_samples, color_reach, render_samples
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog
 from tests.report.synthetic_run import write_synthetic_run
 
@@ -83,7 +83,7 @@ def test_a_full_run_has_every_figure(full: Path) -> None:
         "samples.jsonl",
     ]
     assert "var(--blue)" in text
-    assert "#0101" not in text, "a placeholder colour remains in a figure"
+    assert "#0101" not in text, "a placeholder color remains in a figure"
 
 
 def test_the_page_needs_nothing_from_outside(full: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_run_without_influence_weights_says_what_is_left_out(tmp_path: Path, o
     assert re.search(
         r"Left out, because this run has no such data: Influence weight, mean, .*Mean of exp F", page.text
     )
-    assert "tokens have no colour" in page.text
+    assert "tokens have no color" in page.text
 
 
 def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_config_that_can_not_be_parsed_is_still_shown(tmp_path: Path) -> None:
     assert "objective: [unfinished" in page.text
 
 
-def test_tokens_are_coloured_by_direction_and_strength() -> None:
+def test_tokens_are_colored_by_direction_and_strength() -> None:
     samples = [_sample(1, 1.0, list("abcd"), [1.2, 1.1, 1.0, 0.8])]
-    assert colour_reach(samples) == pytest.approx(0.2)
+    assert color_reach(samples) == pytest.approx(0.2)
     spans = re.findall(
         r"<span (?:style=\"background:rgba\(var\(--(\w+)\),([\d.]+)\)\" )?title=\"(.*?)\">(.)</span>",
         render_samples(samples),
@@ -233,7 +233,7 @@ def test_tokens_are_coloured_by_direction_and_strength() -> None:
     ]
 
 
-def test_weights_that_are_all_one_stay_without_colour() -> None:
+def test_weights_that_are_all_one_stay_without_color() -> None:
     page = render_samples([_sample(1, 1.0, list("abc"), [1.0, 1.0 + 1e-5, 1.0 - 1e-5])])
     assert "style=" not in page
 
