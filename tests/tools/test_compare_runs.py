@@ -68,4 +68,4 @@ def test_runs_that_can_not_be_compared_are_refused(
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_runs.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no metrics" in capsys.readouterr().err
+    assert "has no metrics" in capsys.readouterr().err
