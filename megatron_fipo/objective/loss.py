@@ -137,7 +137,7 @@ def log_ratios(
 def without_outliers(tokens: Tokens, objective: ObjectiveConfig) -> Tensor:
     """Step 2: x = Δ·M with M = 1 if Δ ≤ ln c, else 0, for either sign of A. [R], without gradient."""
     inlier = tokens.log_ratio <= math.log(objective.dual_clip)
-    return torch.where(inlier, tokens.log_ratio, 0.0).detach()
+    return torch.where(inlier, tokens.log_ratio.detach(), 0.0)
 
 
 def influence_weights(future_kl: Tensor, objective: ObjectiveConfig) -> Tensor:

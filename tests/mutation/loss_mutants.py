@@ -114,7 +114,7 @@ MUTANTS = (
     Mutant(
         "dual-clipped tokens stay in FutureKL",
         LOSS_FILE,
-        "torch.where(inlier, tokens.log_ratio, 0.0).detach()",
+        "torch.where(inlier, tokens.log_ratio.detach(), 0.0)",
         "tokens.log_ratio.detach()",
         (GOLDEN, LOSS),
     ),
