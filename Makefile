@@ -1,7 +1,9 @@
 # make demo          train the bundled base model with FIPO on this machine's CPU; prints the path of its report (ENGINE=vllm: rollouts by vLLM)
 # make test          install what the tests need and run them
 # make test-oldest   run the tests of model, layouts and checkpoints, and one training run, on the oldest supported versions
-# Each makes its virtual environment first: .venv, or .venv-oldest for the last.
+# make lint          ruff, mypy and the import contracts
+# make docs          build the documentation as a site in site/
+# Each makes its virtual environment first: .venv, .venv-oldest or .venv-docs.
 
 # Megatron-Core 0.19 needs Python 3.12; with Python 3.11 the newest is 0.16.
 PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
@@ -90,12 +92,13 @@ test-slow: venv-triton
 	$(BIN)/python -m pytest tests/system -m slow
 
 .PHONY: docs
-docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+.venv-docs/.installed: mkdocs.yml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check 'mkdocs>=1.6,<2' 'mkdocs-material>=9,<10'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info
+	rm -rf .venv .venv-oldest .venv-docs site build *.egg-info

@@ -17,6 +17,9 @@ from megatron_fipo.errors import UserError
 if TYPE_CHECKING:
     from megatron_fipo.families.family import Architecture
 
+FILE_SOURCES = ("parquet", "jsonl")
+"""Data sources that read `data.train_path` and `data.evaluation_path`; others generate their problems."""
+
 
 def validate(
     config: Config, architecture: "Architecture | None" = None, machine: Machine | None = None
@@ -217,9 +220,9 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
 
 def _check_data(config: Config, training: bool) -> None:
     data = config.data
-    if data.source == "countdown":
-        if config.reward.name != "countdown":
-            raise UserError(f"data.source=countdown needs reward.name=countdown, not {config.reward.name}")
+    if data.source == "countdown" and config.reward.name != "countdown":
+        raise UserError(f"data.source=countdown needs reward.name=countdown, not {config.reward.name}")
+    if data.source not in FILE_SOURCES:
         return
     if training and not data.train_path:
         raise UserError(f"data.source={data.source} needs data.train_path, a file of training rows")

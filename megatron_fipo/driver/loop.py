@@ -19,8 +19,8 @@
     one_step_off         groups of iteration i+1 with the weights before i     after the groups are complete
     fully_asynchronous   groups of later iterations, without a stop            at once; unfinished responses continue
 
-The driver waits for the trainer in `train_iteration` and for engines in `groups`; with the asynchronous modes it polls the
-collector while it waits for the trainer. Nothing else blocks, and only the driver decides what happens next.
+The driver waits for ranks in `TrainerGroup` and for engines in `EnginePool`; with the asynchronous modes it polls the
+collector while it waits for the ranks. Only the driver decides what happens next.
 """
 
 import json

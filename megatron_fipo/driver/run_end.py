@@ -42,8 +42,8 @@ def summarize(run_dir: Path, console: Console) -> None:
             for name in ("used", "filtered")
         )
         console.note(
-            f"of the sampled tokens {used:.1%} were trained on and {filtered:.1%} belonged to groups all right or all wrong; "
-            f"{iterations[-1]['rollout/unused_share']:.1%} of the informative responses went unused"
+            f"{used:.1%} of the sampled tokens were trained on, {filtered:.1%} were in groups whose responses were all "
+            f"correct or all wrong; {iterations[-1]['rollout/unused_share']:.1%} of the informative responses were unused"
         )
     evaluations = {record.iteration: record.values for record in records if record.kind == "evaluation"}
     before, after = evaluations.get(0), evaluations.get(max(evaluations)) if evaluations else None

@@ -57,7 +57,7 @@ class ObjectiveConfig:
             bounds = self.influence_clip
             if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < float("inf"):
                 raise ValueError(
-                    f"influence_clip must be two rising numbers from 0 on, such as [1.0,1.2], or null, not {bounds}"
+                    f"influence_clip must be two non-decreasing numbers from 0 on, such as [1.0,1.2], or null, not {bounds}"
                 )
         if not self.dual_clip > self.ratio_bounds[1]:
             key = "clip_low" if self.name == "grpo" else "clip_high"
@@ -83,7 +83,7 @@ class ObjectiveConfig:
 
     @property
     def weights_tokens(self) -> bool:
-        """Whether influence weights differ from 1."""
+        """Whether influence weights may differ from 1."""
         return self.name == "fipo"
 
     @property

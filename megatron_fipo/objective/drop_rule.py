@@ -39,9 +39,8 @@ def apply_drop_rule(counts: Tensor, rows: PolicyRows, objective: ObjectiveConfig
     dropped = ~non_finite & (counts[:, 1] > 1) & objective.drops
     kept = ~(non_finite | dropped)
     length = rows.response_length
-    reference_weight = (length > 0).sum() / (length * kept).sum().clamp(
-        min=1
-    )  # dropped sequences count as sequences
+    # Dropped sequences count as sequences.
+    reference_weight = (length > 0).sum() / (length * kept).sum().clamp(min=1)
     if objective.unit == "kept_sequences":
         weight = 1.0 / length.clamp(min=1)
     elif objective.unit == "kept_tokens":

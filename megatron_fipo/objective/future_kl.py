@@ -4,23 +4,24 @@ Definition (the paper's FutureKL), with x_k = 0 for positions that do not count:
 
     F_t = Σ_{k≥t} γ^(k−t)·x_k = x_t + γ·F_{t+1},    γ = 2^(−1/half_life)
 
-Pair rule. A run of n positions acts on everything before it through one pair (n, A): A is F at its first position if
-nothing comes after it. Pairs compose associatively:
+Pair rule. A run of n positions acts on everything before it through one pair (n, G): its aggregate G is F at its first
+position if nothing comes after it. Pairs compose associatively:
 
-    (n₁, A₁) ∘ (n₂, A₂) = (n₁ + n₂, A₁ + γ^n₁·A₂)
+    (n₁, G₁) ∘ (n₂, G₂) = (n₁ + n₂, G₁ + γ^n₁·G₂)
 
 so a sequence may be cut anywhere and its pieces may be on any rank. The rule is applied at three sizes: blocks of 128
 positions (a product with a triangular matrix), blocks of blocks (the same product one level up, until one block is left),
-and the chunks of the context-parallel ranks (an all-gather of their A).
+and the chunks of the context-parallel ranks (an all-gather of their G).
 
 Worked example: 2 sequences of 8 and 4 positions, all of them rows with x = 1; half life 1, so γ = ½; cp = 2, zigzag:
 
     sequence 0, chunks of 2   rank 0: positions 0 1 | 6 7     rank 1: positions 2 3 | 4 5
     sequence 1, chunks of 1   rank 0: position  0   | 3       rank 1: position  1   | 2
 
-  1. Each chunk alone. Sequence 0: F = (1.5, 1) in every chunk, so A = 1.5. Sequence 1: A = 1.
-  2. All-gather: every rank has A of all 8 chunks.
-  3. Carry of a chunk = F at the position after its end = Σ over later chunks of γ^(their start − its end)·A.
+  1. Each chunk alone. Sequence 0: F = (1.5, 1) in every chunk, so G = 1.5. Sequence 1: G = 1.
+     (If a chunk starts with positions without a row, G is that of its first row times γ^first_row_offset.)
+  2. All-gather: every rank has G of all 8 chunks.
+  3. Carry of a chunk = F at the position after its end = Σ over later chunks of γ^(their start − its end)·G.
      Sequence 0, rank 1, chunk 2 3 (ends at 4): chunk 4 5 starts at 4, chunk 6 7 at 6: γ^0·1.5 + γ^2·1.5 = 1.875.
      Sequence 1, rank 0, chunk 0 (ends at 1): γ^0·1 + γ^1·1 + γ^2·1 = 1.75.
   4. Each row adds γ^(chunk end − its position)·carry. Sequence 0, position 3: 1 + ½·1.875 = 1.9375.
@@ -75,7 +76,8 @@ def scan_future_kl(
     _check_scan(x, extra_sums, plan)
     check_group(plan, group)
     if takes_triton(kernels, x, DTYPES):
-        from megatron_fipo.objective.kernels.launch import triton_scan  # imports Triton, which may be absent
+        # Imported here: the module imports Triton, which may be absent.
+        from megatron_fipo.objective.kernels.launch import triton_scan
 
         return triton_scan(x, extra_sums, plan, rate, group)
     return torch_scan(x, extra_sums, plan, rate, group)
@@ -94,9 +96,8 @@ def torch_scan(
     gathered = all_gather(torch.cat([at_chunk_start, sums], dim=1), group)  # [cp, S, C + k]
     aggregates, totals = gathered.split([plan.chunks_per_rank, extra_sums.shape[1]], dim=2)
     weights = _power(plan.chunk_distance, rate) * plan.is_later
-    later_chunks = torch.einsum(
-        "rsq,rsqc->sc", aggregates, weights
-    )  # F at the first position after each chunk
+    # F at the first position after each chunk.
+    later_chunks = torch.einsum("rsq,rsqc->sc", aggregates, weights)
 
     future_kl = (
         x64 + 2.0**-rate * carry + _power(plan.row_distance, rate) * later_chunks.view(-1)[plan.row_segment]
@@ -105,7 +106,7 @@ def torch_scan(
 
 
 def _scan_segments(x: Tensor, levels: tuple[Level, ...], rate: float) -> tuple[Tensor, Tensor]:
-    """(discounted sum of all later elements of its segment for each element, seen from the next one; each segment's A).
+    """carry [elements]: F at the next element of the same segment; aggregate [segments]: F at a segment's first element.
 
     An element of this level decays by 2^(−rate). Elements are in a [blocks, 128] grid; the carry of a block comes from
     the level above, where blocks are the elements.

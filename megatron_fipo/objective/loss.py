@@ -43,16 +43,15 @@ def policy_loss(
     `triton`, `torch`.
 
     Collectives: one all-gather over `cp_group` of [S, chunks + 2] float64, with zigzag 32 bytes per sequence and rank;
-    every rank of the group must call. Raises ValueError, before it, for shapes that disagree, for inputs that the
+    every rank of the group must call. Before it, raises ValueError for shapes that disagree, for inputs that the
     objective lacks, and for `triton` if it cannot run.
     """
     check_inputs(log_probs, entropy, rows, objective)
     use_triton = takes_triton(kernels, log_probs, DTYPES)
     check_group(rows.plan, cp_group)
     if use_triton:
-        from megatron_fipo.objective.kernels.launch import (
-            triton_policy_loss,  # imports Triton, which may be absent
-        )
+        # Imported here: the module imports Triton, which may be absent.
+        from megatron_fipo.objective.kernels.launch import triton_policy_loss
 
         return triton_policy_loss(log_probs, entropy, rows, objective, cp_group)
     tokens = log_ratios(log_probs, entropy, rows, objective)  # 1
@@ -119,7 +118,9 @@ def log_ratios(
         return torch.where(usable, value, 0.0)
 
     log_ratio = contained(log_probs - rows.old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    zero = torch.zeros_like(log_probs)
+    zero, reference_kl = torch.zeros_like(log_probs), torch.zeros_like(log_probs)
+    if rows.reference_log_probs is not None:
+        reference_kl = _k3(contained(rows.reference_log_probs - log_probs))
     return Tokens(
         mask=mask,
         finite=finite,
@@ -127,9 +128,7 @@ def log_ratios(
         log_ratio=log_ratio,
         ratio=log_ratio.exp(),
         entropy=zero if entropy is None else contained(entropy),
-        reference_kl=zero
-        if rows.reference_log_probs is None
-        else _k3(contained(rows.reference_log_probs - log_probs)),
+        reference_kl=reference_kl,
         mismatch=compare(rows.old_log_probs, rows.rollout_log_probs, usable),
     )
 

@@ -3,7 +3,8 @@
 Every metric is a ratio of sums, a minimum or a maximum, so micro-batches, context-parallel and data-parallel ranks merge
 by addition and maximum, and no number depends on how tokens were distributed. A new metric takes one entry in `SUMS`, one
 in `METRICS`, its sum in the torch path (`loss.py`) and in the Triton path (`kernels/triton_loss.py`). Statistics, kernel
-indices, the reduction over mini-steps, the report's panels and the table in docs/algorithm.md derive from here.
+indices, the reduction over mini-steps and the report's panels derive from here; `python -m tools.metrics_table` writes
+the table in docs/algorithm.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ class Totals:
         return self[name].where(self[over] > 0, 0.0)
 
     def variance(self, name: str) -> Any:
-        """Of a per-token value whose square is summed too."""
+        """Variance of a per-token value whose square is summed too."""
         return self.mean(f"{name}_squared") - self.mean(name).square()
 
 
@@ -73,16 +74,18 @@ def ratio(numerator: Any, denominator: Any) -> Any:
 
 
 def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean over the mini-steps."""
     return sum(values) / len(values)
 
 
 def first(values: Sequence[float]) -> float:
+    """The first mini-step's value."""
     return values[0]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of the log."""
+    """One logged number."""
 
     name: str
     meaning: str
@@ -94,7 +97,7 @@ class Metric:
     panel: str = ""
     """Title of the report panel (`report/figures.py`) that draws it as a line; empty for none."""
     label: str = ""
-    """Of that line."""
+    """Label of that line."""
 
 
 def _normalization_gap(t: Totals) -> Any:

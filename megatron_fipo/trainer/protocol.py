@@ -3,7 +3,8 @@
     driver/trainer_group.py  RLTrainer.train_iteration  →  RLRank.train_iteration  =  rl_worker.py  RLWorker.train_iteration
                              one call, one result           this file                 on every rank, together
 
-Each method runs on all ranks at once, because most of them are collective. Arguments and results are pickled by Ray.
+Each method but `rendezvous` (rank 0) runs on all ranks at once, because most of them are collective. Arguments and
+results are pickled by Ray.
 """
 
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class PushFailure:
 
 @dataclass(frozen=True)
 class RankSettings:
-    """The part of a configuration that building a rank's model and optimizer needs."""
+    """The settings needed to build a rank's model and optimizer."""
 
     model: ModelConfig
     parallel: ParallelConfig

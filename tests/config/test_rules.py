@@ -98,7 +98,7 @@ class TestValidate:
             ("rollout.max_response_length=500", "516 tokens exceed the model's max_position_embeddings=512"),
             ("objective.half_life=0", "objective.half_life must be above 0"),
             ("objective.half_life=.nan", "objective.half_life must be above 0"),
-            ("objective.influence_clip=[1.2,1.0]", "two rising numbers"),
+            ("objective.influence_clip=[1.2,1.0]", "two non-decreasing numbers"),
             ("objective.influence_clip=[1.0]", "1 value given, but it takes 2"),
             ("objective.dual_clip=1.2", "must be above 1 + clip_high = 1.28"),
             ("objective.clip_low=1.0", "objective.clip_low must be at least 0 and below 1"),
@@ -328,6 +328,11 @@ class TestValidate:
             validate_evaluation(
                 load_config(None, [*VALID, *rows, "evaluation.every=0", "evaluation.before_training=false"])
             )
+
+    def test_a_source_that_generates_its_problems_needs_no_file(self):
+        config = load_config(None, VALID)
+        config.data.source, config.reward.name = "generated", "generated"  # as a task of the user's would be
+        validate(config, ARCHITECTURE, Machine(cpus=2, gpus=0))
 
     def test_supervised(self):
         def sft(*overrides):

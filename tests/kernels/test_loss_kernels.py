@@ -35,6 +35,7 @@ from tests.objective.test_loss import (
     count_collectives,
     mini_batch,
     responses,
+    unsafe_token,
 )
 from tests.ranks import run_ranks
 
@@ -255,3 +256,7 @@ def test_the_ratio_at_its_bounds_has_the_gradient_of_torch() -> None:
     objective = ObjectiveConfig(clip_low=0.5, clip_high=1.0, dual_clip=4.0, drop_dual_clipped=False)
     (_, grad_a, _), (_, grad_b, _) = _both(rows, objective, log_probs, None)
     torch.testing.assert_close(grad_b, grad_a, rtol=1e-6, atol=1e-7)
+
+
+def test_the_safety_rule_has_a_low_bound() -> None:
+    unsafe_token("triton")

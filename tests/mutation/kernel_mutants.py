@@ -77,6 +77,13 @@ KERNEL_MUTANTS = (
         (LOSS, OUTPUTS),
     ),
     Mutant(
+        "kernels: safety rule without its low bound",
+        FILE,
+        "_clamp(weight, SAFE_LOW, SAFE_HIGH)",
+        "_clamp(weight, 0.0, SAFE_HIGH)",
+        (f"{TESTS}::test_the_safety_rule_has_a_low_bound",),
+    ),
+    Mutant(
         "kernels: a NaN reaches the loss",
         FILE,
         "finite = _is_finite(log_prob) & _is_finite(old) & _is_finite(advantage)",

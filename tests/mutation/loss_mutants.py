@@ -119,6 +119,13 @@ MUTANTS = (
         (GOLDEN, LOSS),
     ),
     Mutant(
+        "safety rule without its low bound",
+        LOSS_FILE,
+        "influence.clamp(*SAFE_INFLUENCE)",
+        "influence.clamp(max=SAFE_INFLUENCE[1])",
+        ("objective/test_loss.py::test_the_safety_rule_has_a_low_bound",),
+    ),
+    Mutant(
         "decay counts rows, not positions (holes)",
         PLAN,
         "levels = _build_levels(segment, position - span_start[segment], width)",

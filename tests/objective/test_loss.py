@@ -322,6 +322,28 @@ def test_equal_log_probs_make_fipo_dapo() -> None:
     assert torch.equal(gradients[0], gradients[1])
 
 
+def unsafe_token(kernels: str) -> None:
+    """One token of negative advantage with ratio 4, then tokens that became less likely: e^F is far below 0.8."""
+    (member,) = random_responses(2, [3])
+    member.mask[:] = 1
+    with torch.no_grad():
+        member.log_probs.copy_(member.old_log_probs + torch.tensor([math.log(4), -3.0, -3.0]))
+    member.advantages = -torch.ones_like(member.advantages)
+    rows, _ = packed_rows([member], [0], zigzag([3], 1), 0)
+    log_probs = rows.old_log_probs + torch.tensor([math.log(4), -3.0, -3.0], dtype=torch.float64)
+    objective = ObjectiveConfig(influence_clip=None, safety_threshold=3.0)
+    expected = oracle_loss([member], objective)
+    result = policy_loss(log_probs.requires_grad_(), None, rows, objective, kernels=kernels)
+    assert result.influence_weights[0] == pytest.approx(0.8)  # the low bound of the safety rule
+    assert result.influence_weights[1] < 0.1  # its ratio is safe
+    assert result.influence_weights.tolist() == pytest.approx(expected.influence_weights[0].tolist())
+    assert (result.loss_sum / result.normalizer).item() == pytest.approx(expected.loss.item())
+
+
+def test_the_safety_rule_has_a_low_bound() -> None:
+    unsafe_token("torch")
+
+
 def test_log_ratios_beyond_twenty_have_no_gradient() -> None:
     members = random_responses(2, [4], drift=0.0, outliers=0.0)
     members[0].mask[:] = 1

@@ -25,7 +25,7 @@ from megatron_fipo.driver.rollout.engine_actors import EngineActors
 from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
 from megatron_fipo.driver.rollout.pending_calls import PendingCall, PendingCalls
 from megatron_fipo.driver.rollout.replies import malformed
-from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from megatron_fipo.errors import RAY_LOGS, UserError
 
 logger = logging.getLogger(__name__)
@@ -155,14 +155,14 @@ class EnginePool:
         self._aborting = True
         until, abort_at = time.monotonic() + timeout_s, 0.0
         self._withdraw()
-        while self._dispatcher.outstanding or self._pending.engines("abort"):
+        while self._dispatcher.outstanding or self._pending.engines(RolloutEngine.abort.__name__):
             if (now := time.monotonic()) >= abort_at:
                 abort_at = now + ABORT_EVERY_S
                 for number in self._dispatcher.busy:
-                    self._send(number, "abort")
+                    self._send(number, RolloutEngine.abort)
             self._advance(abort_at)
             if time.monotonic() >= until:
-                for number in {*self._dispatcher.busy, *self._pending.engines("abort")}:
+                for number in {*self._dispatcher.busy, *self._pending.engines(RolloutEngine.abort.__name__)}:
                     self._lose(
                         number, f"did not stop within rollout.health_timeout_s = {timeout_s:g} s", "hangs"
                     )
@@ -241,12 +241,12 @@ class EnginePool:
         No request may be outstanding; the engines are stale after `wake`.
         """
         self.loaded(wait=True)
-        self._call_all("sleep")
+        self._call_all(RolloutEngine.sleep)
         self._fleet.forgot_weights()
 
     def wake(self) -> None:
         """Make the engines allocate their device memory again."""
-        self._call_all("wake")
+        self._call_all(RolloutEngine.wake)
 
     def shutdown(self) -> None:
         """Kill the engines and release their resources."""
@@ -258,12 +258,12 @@ class EnginePool:
 
     def _start(self, number: int) -> None:
         self._actors.start(number)
-        self._send(number, "ready")
+        self._send(number, RolloutEngine.ready)
 
-    def _call_all(self, method: str) -> None:
+    def _call_all(self, method: Callable[..., Any]) -> None:
         for number in self._fleet.numbers(State.STALE, State.SERVING, State.SUSPECT):
             self._send(number, method, in_time=True)
-        self._advance_while(lambda: self._pending.engines(method))
+        self._advance_while(lambda: self._pending.engines(method.__name__))
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class EnginePool:
         """Send what is due, wait for an answer or a deadline up to `until`, and process all answers."""
         now = time.monotonic()
         for number in self._fleet.probes_due(now):
-            self._send(number, "ping")
+            self._send(number, RolloutEngine.ping)
         self._dispatch()
         wake_at = min(until, self._fleet.next_event(), self._pending.next_deadline)
         for reference, pending in self._pending.answered(max(0.0, wake_at - now)):
@@ -295,18 +295,26 @@ class EnginePool:
         if self._aborting:
             return
         for call in self._dispatcher.start_calls(self._fleet.numbers(State.SERVING)):
-            self._send(call.engine, "generate", call.requests, call.sampling, in_time=True, call=call)
+            self._send(
+                call.engine, RolloutEngine.generate, call.requests, call.sampling, in_time=True, call=call
+            )
 
     def _send(
-        self, number: int, method: str, *arguments: Any, in_time: bool = False, call: Call | None = None
+        self,
+        number: int,
+        method: Callable[..., Any],
+        *arguments: Any,
+        in_time: bool = False,
+        call: Call | None = None,
     ) -> None:
-        """Call a method of an engine.
+        """Call a method of an engine, given as `RolloutEngine` declares it.
 
         With `in_time`, an engine that does not answer within `timeout_s` is lost.
         """
         deadline = time.monotonic() + self._rollout.timeout_s if in_time else math.inf
-        reference = getattr(self._actors[number], method).remote(*arguments)
-        self._pending.add(reference, PendingCall(number, method, deadline, call, self._fleet.version))
+        name = method.__name__
+        reference = getattr(self._actors[number], name).remote(*arguments)
+        self._pending.add(reference, PendingCall(number, name, deadline, call, self._fleet.version))
 
     def _receive(self, reference: Any, pending: PendingCall) -> None:
         try:
@@ -316,9 +324,9 @@ class EnginePool:
         except ray.exceptions.RayError as error:
             self._lose(pending.engine, f"died ({type(error).__name__})", "deaths")
         else:
-            if pending.method == "ready":
+            if pending.method == RolloutEngine.ready.__name__:
                 self._fleet.loaded(pending.engine, time.monotonic())
-            elif pending.method == "ping":
+            elif pending.method == RolloutEngine.ping.__name__:
                 self._fleet.answered_probe(pending.engine, time.monotonic())
             elif pending.call is not None:
                 self._replied(pending.call, answer, pending.version)
@@ -356,7 +364,7 @@ class EnginePool:
         elif (
             isinstance(error, UserError)
             and self._fleet.restarts(pending.engine) == 0
-            and pending.method == "ready"
+            and pending.method == RolloutEngine.ready.__name__
         ):
             self._refusal = error
         else:
