@@ -24,18 +24,20 @@ class Range:
     below: float | None = None
     finite: bool = True
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return (
-            (self.least is None or value >= self.least)
+            isinstance(value, (int, float))
+            and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
             and (math.isfinite(value) if self.finite else not math.isnan(value))
         )
 
-    def refusal(self, value: float) -> str:
+    def refusal(self, value: Any) -> str:
         """What is wrong with a value outside the range."""
-        rule = "finite" if self.finite and math.isinf(value) else str(self)
+        infinite = isinstance(value, float) and math.isinf(value)
+        rule = "finite" if self.finite and infinite else str(self)
         return f"must be {rule}, not {value}"
 
     def __str__(self) -> str:
@@ -50,13 +52,13 @@ class Choices:
 
     names: tuple[str, ...]
 
-    def __contains__(self, value: str) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return value in self.names
 
-    def refusal(self, value: str) -> str:
-        """What is wrong with another string, with the nearest choice."""
-        nearest = difflib.get_close_matches(value, self.names, n=1)
-        return f"must be {self}, not '{value}'" + (f" (did you mean '{nearest[0]}'?)" if nearest else "")
+    def refusal(self, value: Any) -> str:
+        """What is wrong with another value, with the nearest choice."""
+        nearest = difflib.get_close_matches(str(value), self.names, n=1)
+        return f"must be {self}, not {value!r}" + (f" (did you mean '{nearest[0]}'?)" if nearest else "")
 
     def __str__(self) -> str:
         return "one of " + ", ".join(self.names)
@@ -88,14 +90,14 @@ def rule_of(item: Any) -> Range | Choices | None:
 def first_violation(settings: Any, prefix: str = "") -> str | None:
     """The first setting outside its range or choices as a sentence with its dotted key; None if there is none.
 
-    Sections are followed; None is inside every range.
+    Sections are followed. None is accepted only if it is the default.
     """
     for item in fields(settings):
         key, value, rule = f"{prefix}{item.name}", getattr(settings, item.name), rule_of(item)
         if is_dataclass(value):
             if (found := first_violation(value, f"{key}.")) is not None:
                 return found
-        elif rule is not None and value is not None and value not in rule:
+        elif rule is not None and value not in rule and not (value is None and item.default is None):
             return f"{key} {rule.refusal(value)}"
     return None
 

@@ -125,7 +125,10 @@ def _named(name: str) -> Section:
     for section in SECTIONS:
         if section.name == name.strip():
             return section
-    raise SystemExit(f"no section {name!r}; there are {', '.join(section.name for section in SECTIONS)}")
+    print(
+        f"no section {name!r}; there are {', '.join(section.name for section in SECTIONS)}", file=sys.stderr
+    )
+    raise SystemExit(2)
 
 
 def _run(chosen: list[Section], output: Path, rehearsal: bool) -> Report:

@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None) -> Any:
         # Up to Python 3.11 the intermixed parse calls this method for each of its two passes.
-        if self._intermixed or self._subparsers is not None:
+        # Words after "--" are positional, which the intermixed parse forgets.
+        if self._intermixed or self._subparsers is not None or "--" in (args or ()):
             return super().parse_known_args(args, namespace)
         self._intermixed = True
         try:
@@ -54,7 +55,9 @@ def add_overrides(command: Parser, example: str) -> None:
 
 def _override(text: str) -> str:
     if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must look like section.key=value, for example optimizer.lr=1e-5"
+        )
     return text
 
 

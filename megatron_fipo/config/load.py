@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -37,7 +36,10 @@ def load_config(path: str | Path | None, overrides: list[str], schema: type = Co
         _refuse_unknown_keys(values, schema, source)
         try:
             merged = OmegaConf.merge(merged, values)
-        except OmegaConfBaseException as error:
+        except (
+            OmegaConfBaseException,
+            TypeError,
+        ) as error:  # a TypeError for a mapping in the place of a list
             raise UserError(_explain(error, source)) from None
     name = str(path or "the configuration")
     try:
@@ -102,9 +104,14 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _read_yaml(path: Path) -> dict:
     import yaml
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         values = OmegaConf.load(path)
+        if isinstance(values, DictConfig):
+            return OmegaConf.to_container(values, resolve=False)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, str(path))) from None
     except FileNotFoundError:
         raise UserError(f"no configuration file {path}; ready-made ones are in examples/") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -115,11 +122,9 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(
             f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}"
         ) from None
-    if not isinstance(values, DictConfig):
-        raise UserError(
-            f"{path} must be a mapping of sections such as 'model:' and 'objective:', not a list or a single value"
-        )
-    return OmegaConf.to_container(values, resolve=False)  # type: ignore[return-value]
+    raise UserError(
+        f"{path} must be a mapping of sections such as 'model:' and 'objective:', not a list or a single value"
+    )
 
 
 def _read_override(override: str) -> dict:
@@ -184,9 +189,6 @@ def _to_object(merged: Any, section: str, source: str) -> Any:
 def _explain(error: Any, source: str) -> str:
     """OmegaConf's message is its first line; the lines after it repeat the key and internals."""
     reason = first_line(error)
-    if lengths := re.search(r"TupleConfig length (\d+) does not match type hint length (\d+)", reason):
-        given, taken = lengths.groups()
-        reason = f"{given} value{'' if given == '1' else 's'} given, but it takes {taken}"
     return (
         f"{source}: {error.full_key}: {reason}" if getattr(error, "full_key", None) else f"{source}: {reason}"
     )

@@ -46,7 +46,7 @@ def validate(
 
 
 def validate_evaluation(config: Config, architecture: "Architecture | None" = None) -> None:
-    """Check the settings that evaluation uses; those of training are ignored. Raises UserError."""
+    """Check what evaluation needs; checks across training settings are skipped. Raises UserError."""
     _check_data(config, training=False)
     _check_positions(config.rollout, architecture)
 

@@ -4,7 +4,7 @@
 `FIPOConfig`, the argument of `fipo_loss`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_fipo.fields import check, choice, number
 
@@ -16,7 +16,7 @@ SAFE_INFLUENCE = (0.8, 1.0)
 """Range of the influence weight if the safety rule applies."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The policy loss. `docs/algorithm.md` derives each term. Defaults are the 32B recipe."""
 
@@ -25,7 +25,7 @@ class ObjectiveConfig:
     `grpo` averages per response and clips symmetrically at clip_low."""
     half_life: float = number(32.0, above=0, finite=False)
     """Tokens after which a future log-ratio counts half (the paper's tau); .inf for no decay."""
-    influence_clip: tuple[float, float] | None = (1.0, 1.2)
+    influence_clip: list[float] | None = field(default_factory=lambda: [1.0, 1.2])
     """Lowest and highest influence weight; null is the authors' `no clip`, which is [0, 10]."""
     safety_threshold: float = number(10.0, above=0)
     """If the advantage is negative and the ratio is above this, the influence weight is kept within [0.8, 1]."""
@@ -53,8 +53,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.influence_clip is not None:
-            object.__setattr__(self, "influence_clip", tuple(self.influence_clip))
-            bounds = self.influence_clip
+            bounds = tuple(self.influence_clip)
+            object.__setattr__(self, "influence_clip", bounds)  # immutable and hashable
             if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < float("inf"):
                 raise ValueError(
                     f"influence_clip must be two non-decreasing numbers from 0 on, such as [1.0,1.2], or null, not {bounds}"
@@ -74,7 +74,10 @@ class ObjectiveConfig:
     @property
     def influence_bounds(self) -> tuple[float, float]:
         """Lowest and highest influence weight, `influence_clip=None` resolved."""
-        return NO_CLIP if self.influence_clip is None else self.influence_clip
+        if self.influence_clip is None:
+            return NO_CLIP
+        low, high = self.influence_clip
+        return low, high
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:

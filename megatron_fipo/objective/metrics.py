@@ -210,7 +210,7 @@ METRICS = (
     Metric(
         "influence/min",
         "lowest f of any token",
-        lambda t: -t.maximum("influence_negative_min"),
+        lambda t: 0.0 - t.maximum("influence_negative_min"),  # not −0 over nothing
         min,
         panel="Influence weight, range",
         label="lowest",

@@ -94,8 +94,9 @@ def fipo_loss(
 @lru_cache(maxsize=8)
 def _rectangle(batch: int, length: int, device: torch.device) -> ScanPlan:
     """The plan of B complete sequences of L positions, all of them rows."""
-    table = ChunkTable(torch.zeros(1, batch, 1, dtype=torch.int64), torch.full((1, batch, 1), length))
-    index = torch.arange(batch * length)
+    first = torch.zeros(1, batch, 1, dtype=torch.int64, device="cpu")
+    table = ChunkTable(first, torch.full_like(first, length))
+    index = torch.arange(batch * length, device="cpu")
     return build_scan_plan(table, 0, index // max(length, 1), index % max(length, 1), device)
 
 

@@ -34,12 +34,10 @@ class ChunkTable:
 
     def __post_init__(self) -> None:
         for name in ("first", "length"):
-            table = torch.as_tensor(getattr(self, name))
-            if table.ndim != 3 or table.is_floating_point() or table.dtype == torch.bool:
-                raise ValueError(
-                    f"chunk table: {name} must be integers [cp, S, C], not {table.dtype} {list(table.shape)}"
-                )
-            object.__setattr__(self, name, table.to("cpu", torch.int64).contiguous())
+            table = _host_integers(getattr(self, name), f"chunk table: {name}")
+            if table.ndim != 3:
+                raise ValueError(f"chunk table: {name} must be integers [cp, S, C], not {list(table.shape)}")
+            object.__setattr__(self, name, table)
         if self.first.shape != self.length.shape:
             raise ValueError(
                 f"chunk table: first is {list(self.first.shape)} but length is {list(self.length.shape)}"
@@ -171,8 +169,8 @@ def build_scan_plan(
     levels = _build_levels(segment, position - span_start[segment], width)
     _refuse_repeats(levels[0].slot, sequence, position)
     blocks = _blocks_of(width)
-    slot_row = torch.full((int(blocks.sum()) * BLOCK,), -1)
-    slot_row[levels[0].slot] = torch.arange(len(sequence))
+    slot_row = torch.full((int(blocks.sum()) * BLOCK,), -1, device="cpu")
+    slot_row[levels[0].slot] = torch.arange(len(sequence), device="cpu")
 
     distance = table.first[:, :, :, None] - (first + length)[None, :, None, :]
     is_later = (distance >= 0) & (table.length[:, :, :, None] > 0)
@@ -185,8 +183,8 @@ def build_scan_plan(
         is_later=is_later.double().contiguous(),
         levels=levels,
         slot_row=slot_row.int(),
-        first_block=torch.cat([torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)]).int(),
-        block_segment=torch.arange(len(blocks)).repeat_interleave(blocks).int(),
+        first_block=torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), blocks.cumsum(0)]).int(),
+        block_segment=torch.arange(len(blocks), device="cpu").repeat_interleave(blocks).int(),
     ).to(device)
 
 
@@ -215,9 +213,23 @@ def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered.view(group.size(), *local.shape)
 
 
+def _host_integers(value: Any, name: str) -> Tensor:
+    """A contiguous int64 copy on the host of a tensor, an array or nested lists. ValueError for anything but integers."""
+    try:
+        value = (
+            value.copy() if hasattr(value, "copy") else value
+        )  # an array may be read-only or have negative strides
+        tensor = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be integers, not {type(value).__name__} ({error})") from None
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise ValueError(f"{name} must be integers, not {tensor.dtype}")
+    return tensor.to(torch.int64, copy=True).contiguous()
+
+
 def _checked_rows(table: ChunkTable, row_sequence: Any, row_position: Any) -> tuple[Tensor, Tensor]:
-    sequence = torch.as_tensor(row_sequence).to("cpu", torch.int64)
-    position = torch.as_tensor(row_position).to("cpu", torch.int64)
+    sequence = _host_integers(row_sequence, "rows: sequences")
+    position = _host_integers(row_position, "rows: positions")
     if sequence.ndim != 1 or sequence.shape != position.shape:
         raise ValueError(
             f"rows: sequences {list(sequence.shape)} and positions {list(position.shape)} must both be [R]"
@@ -258,8 +270,8 @@ def _build_levels(segment: Tensor, index: Tensor, width: Tensor) -> tuple[Level,
         levels.append(Level(offset[segment] * BLOCK + index, int(blocks.sum())))
         if (blocks <= 1).all():
             return tuple(levels)
-        segment = torch.arange(len(width)).repeat_interleave(blocks)
-        index, width = torch.arange(len(segment)) - offset[segment], blocks
+        segment = torch.arange(len(width), device="cpu").repeat_interleave(blocks)
+        index, width = torch.arange(len(segment), device="cpu") - offset[segment], blocks
 
 
 def _refuse_repeats(slot: Tensor, sequence: Tensor, position: Tensor) -> None:

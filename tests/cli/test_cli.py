@@ -213,3 +213,11 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("qwen2: 64 layers")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["--", COUNTDOWN[0], "--dry-run"], ["--", "--dry-run", COUNTDOWN[0]]])
+def test_words_after_two_dashes_are_no_options(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["train", *words])
+    assert error.value.code == 2
+    assert "--dry-run" in capsys.readouterr().err

@@ -119,6 +119,8 @@ class TestLoad:
             ("iterations", "must look like section.key=value"),
             ("=3", "must look like section.key=value"),
             ("objective.influence_clip=[1", "not valid YAML"),
+            ("objective.influence_clip=[a,b]", "objective.influence_clip[0]: Value 'a'"),
+            ("objective.influence_clip={a: 1}", "override 'objective.influence_clip={a: 1}'"),
             ("run_dir=${nowhere}", "nowhere"),
         ],
     )

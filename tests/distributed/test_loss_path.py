@@ -37,10 +37,10 @@ FIPO = ObjectiveConfig(half_life=8.0, influence_clip=(0.8, 1.2))
 OBJECTIVES = {
     "fipo": FIPO,
     "fipo-reference-bonus": ObjectiveConfig(normalization="reference_micro_batch", entropy_coefficient=0.1),
-    "dapo": ObjectiveConfig("dapo"),
-    "grpo-bonus": ObjectiveConfig("grpo", entropy_coefficient=0.1),
-    "fipo-tis": ObjectiveConfig("fipo", correction="tis"),
-    "fipo-mis": ObjectiveConfig("fipo", correction="mis"),
+    "dapo": ObjectiveConfig(name="dapo"),
+    "grpo-bonus": ObjectiveConfig(name="grpo", entropy_coefficient=0.1),
+    "fipo-tis": ObjectiveConfig(name="fipo", correction="tis"),
+    "fipo-mis": ObjectiveConfig(name="fipo", correction="mis"),
 }
 
 

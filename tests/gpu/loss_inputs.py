@@ -23,8 +23,8 @@ OBJECTIVES = {
         normalization="reference_micro_batch", entropy_coefficient=0.01, correction="tis"
     ),
     "fipo, no clip, half life 500": ObjectiveConfig(half_life=500.0, influence_clip=None),
-    "dapo": ObjectiveConfig("dapo"),
-    "grpo, KL, mis": ObjectiveConfig("grpo", kl_coefficient=0.1, correction="mis"),
+    "dapo": ObjectiveConfig(name="dapo"),
+    "grpo, KL, mis": ObjectiveConfig(name="grpo", kl_coefficient=0.1, correction="mis"),
 }
 GRID = 2.0**14
 MARGIN = 1e-3

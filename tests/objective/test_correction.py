@@ -59,7 +59,7 @@ def test_by_hand(correction) -> None:
     rows = one_response([-math.log(2), 0.0, math.log(2) - 1e-12, math.log(3)])
     rows = replace(rows, advantages=torch.ones(4, dtype=torch.float64))
     result, gradient = step(
-        rows, ObjectiveConfig("dapo", correction=correction, correction_cap=2.0), shift=0.0
+        rows, ObjectiveConfig(name="dapo", correction=correction, correction_cap=2.0), shift=0.0
     )
     beyond = {"tis": 2.0, "mis": 0.0}[correction]
     assert gradient.tolist() == pytest.approx([-0.5, -1.0, -2.0, -beyond])

@@ -180,6 +180,21 @@ def test_bad_rows_are_named() -> None:
         ChunkTable(np.zeros((1, 1, 1), int), np.ones((1, 2, 1), int))
 
 
+def test_index_arrays_may_be_read_only_or_strided_and_are_copied() -> None:
+    first, length = np.zeros((1, 1, 1), dtype=np.int64), np.full((1, 1, 1), 4)
+    length.flags.writeable = False
+    table = ChunkTable(first[::-1], length)
+    first[:] = 9
+    assert table.first.tolist() == [[[0]]]
+    pairs = np.array([[0, 3], [0, 2], [0, 1]])
+    plan = build_scan_plan(table, 0, pairs[:, 0], pairs[:, 1])
+    assert plan.row_sequence.is_contiguous()
+    assert plan.row_distance.tolist() == [1, 2, 3]
+    for wrong in (np.full((1, 1, 1), 1j), np.full((1, 1, 1), 0.5), np.array([[["a"]]]), [[[None]]]):
+        with pytest.raises(ValueError, match="chunk table: first must be integers"):
+            ChunkTable(wrong, length)
+
+
 def test_misuse_of_the_scan_is_refused_before_any_collective() -> None:
     plan = build_scan_plan(one_rank([4]), 0, np.zeros(4, int), np.arange(4))
     x, extra_sums = torch.zeros(4), torch.zeros(4, 1)

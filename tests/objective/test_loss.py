@@ -22,14 +22,14 @@ OBJECTIVES = {
     "fipo_entropy_bonus": ObjectiveConfig(half_life=math.inf, entropy_coefficient=0.01),
     "fipo_no_clip_keeps_all": ObjectiveConfig(influence_clip=None, drop_dual_clipped=False, half_life=4.0),
     "fipo_reference": replace(SAFE_7B, name="fipo", normalization="reference_micro_batch"),
-    "dapo": ObjectiveConfig("dapo"),
+    "dapo": ObjectiveConfig(name="dapo"),
     "dapo_reference": ObjectiveConfig(name="dapo", normalization="reference_micro_batch"),
-    "grpo_kl": ObjectiveConfig("grpo", kl_coefficient=0.05, entropy_coefficient=0.01),
+    "grpo_kl": ObjectiveConfig(name="grpo", kl_coefficient=0.05, entropy_coefficient=0.01),
     "fipo_tis": replace(SAFE_7B, name="fipo", correction="tis", correction_cap=1.5, entropy_coefficient=0.01),
     "fipo_reference_mis": replace(
         SAFE_7B, name="fipo", normalization="reference_micro_batch", correction="mis", correction_cap=1.5
     ),
-    "grpo_kl_tis": ObjectiveConfig("grpo", kl_coefficient=0.05, correction="tis"),
+    "grpo_kl_tis": ObjectiveConfig(name="grpo", kl_coefficient=0.05, correction="tis"),
 }
 LENGTHS = [1, 5, 37, 64, 3, 130, 90, 2]
 """One token; fewer tokens than chunks; not multiples of 2·cp; more than one block."""
@@ -313,7 +313,7 @@ def test_equal_log_probs_make_fipo_dapo() -> None:
     gradients = []
     for name in ("fipo", "dapo"):
         log_probs = rows.old_log_probs.clone().requires_grad_()
-        result = policy_loss(log_probs, None, rows, ObjectiveConfig(name))
+        result = policy_loss(log_probs, None, rows, ObjectiveConfig(name=name))
         result.loss_sum.backward()
         assert not result.future_kl.any()
         assert (result.influence_weights == 1).all()
@@ -350,7 +350,7 @@ def test_log_ratios_beyond_twenty_have_no_gradient() -> None:
     rows, _ = packed_rows(members, [0], zigzag([4], 1), 0)
     log_probs = (rows.old_log_probs + torch.tensor([21.0, -21.0, 0.1, 0.0])).requires_grad_()
     rows = replace(rows, advantages=torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
-    policy_loss(log_probs, None, rows, ObjectiveConfig("dapo")).loss_sum.backward()
+    policy_loss(log_probs, None, rows, ObjectiveConfig(name="dapo")).loss_sum.backward()
     assert log_probs.grad is not None
     assert log_probs.grad.bool().tolist() == [False, False, True, True]
 
@@ -399,7 +399,7 @@ def test_bad_inputs_are_named() -> None:
             log_probs,
             None,
             replace(rows, reference_log_probs=None),
-            ObjectiveConfig("grpo", kl_coefficient=0.1),
+            ObjectiveConfig(name="grpo", kl_coefficient=0.1),
         ),
         "entropy_coefficient is 0.1, but no entropy": (
             log_probs,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_fipo import FIPOConfig, fipo_loss, future_kl
+from megatron_fipo.objective import padded
 from megatron_fipo.objective.config import ObjectiveConfig
 from tests.objective.oracle import future_kl_by_definition, oracle_loss
 from tests.objective.packed import random_responses
@@ -117,6 +118,10 @@ BAD_SETTINGS = [
     (FIPOConfig, {"clip_high": -0.1}),
     (FIPOConfig, {"dual_clip": 0.5}),
     (FIPOConfig, {"normalization": "mean"}),
+    (FIPOConfig, {"normalization": None}),
+    (FIPOConfig, {"normalization": 1}),
+    (FIPOConfig, {"half_life": None}),
+    (FIPOConfig, {"name": None}),
     (ObjectiveConfig, {"name": "ppo"}),
     (ObjectiveConfig, {"name": "grpo", "kl_coefficient": -0.1}),
     (ObjectiveConfig, {"name": "fipo", "kl_coefficient": 0.1}),
@@ -134,6 +139,22 @@ def test_impossible_settings_are_named(kind, values) -> None:
         kind(**values)
     assert str(value) in str(caught.value)
     assert field.split("_coefficient")[0] in f"{caught.value} name"
+
+
+def test_the_default_device_does_not_matter() -> None:
+    _, (log_probs, old, advantages, mask) = batch()
+    expected = fipo_loss(log_probs, old, advantages, mask).loss
+    padded._rectangle.cache_clear()
+    with torch.device("meta"):
+        found = fipo_loss(log_probs, old, advantages, mask)
+    assert torch.equal(found.loss, expected)
+
+
+def test_without_tokens_the_lowest_weight_is_a_plain_zero() -> None:
+    nothing = torch.zeros(2, 3)
+    statistics = fipo_loss(nothing, nothing, nothing, nothing).statistics
+    assert str(float(statistics["influence/min"])) == "0.0"
+    assert not any(statistics.values())
 
 
 TORCH_ONLY = """
