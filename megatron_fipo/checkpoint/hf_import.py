@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
+from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, require_exactly
 from megatron_fipo.checkpoint.shard_layouts import map_model, shard
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Architecture, Weight
@@ -55,12 +55,7 @@ def check_tensors(weights: Sequence[Weight], architecture: Architecture, source:
     found = {name for name in source.tensors if not name.endswith(IGNORED_SUFFIXES)}
     if architecture.share_embeddings_and_output_weights:
         found.discard("lm_head.weight")
-    missing, unexpected = expected.keys() - found, found - expected.keys()
-    if missing or unexpected:
-        problems = [f"lacks {listing(missing)}"] if missing else []
-        if unexpected:
-            problems.append(f"has {listing(unexpected)}, not expected by its config.json")
-        raise UserError(f"model folder {source.folder} {' and '.join(problems)}")
+    require_exactly(f"model folder {source.folder}", found, expected.keys(), "config.json")
     for name, shape in expected.items():
         stored = source.tensors[name].shape
         if stored != shape:

@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder of safetensors, one slice at a time."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,3 +99,13 @@ def listing(names: Iterable[str], limit: int = 20) -> str:
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def require_exactly(place: str, found: Set[str], expected: Set[str], config_file: str) -> None:
+    """UserError unless the tensor names `found` in `place` are those `expected` by `config_file`."""
+    missing, unexpected = expected - found, found - expected
+    problems = [f"lacks {listing(missing)}"] if missing else []
+    if unexpected:
+        problems.append(f"has {listing(unexpected)}, not expected by its {config_file}")
+    if problems:
+        raise UserError(f"{place} {' and '.join(problems)}")

@@ -43,7 +43,7 @@ from megatron_fipo.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, listing
+from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, require_exactly
 from megatron_fipo.checkpoint.shard_layouts import join, shard
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.families.family import Architecture, Layout, Weight
@@ -194,12 +194,7 @@ def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader:
     """UserError unless the checkpoint has exactly the model's tensors; an optimizer's tensors are ignored."""
     found = {key for key in reader.tensors if not key.startswith("optimizer.")}
     expected = {stacked_key(weight): weight for weight in weights}
-    missing, unexpected = expected.keys() - found, found - expected.keys()
-    if missing or unexpected:
-        problems = [f"lacks {listing(missing)}"] if missing else []
-        if unexpected:
-            problems.append(f"has {listing(unexpected)}, not expected by its hf/config.json")
-        raise UserError(f"checkpoint {reader.folder} {' and '.join(problems)}")
+    require_exactly(f"checkpoint {reader.folder}", found, expected.keys(), "hf/config.json")
     for key, weight in expected.items():
         stored, full = tuple(reader.tensors[key].size), megatron_shape(weight)
         wanted = full if weight.layer is None else (architecture.num_layers, *full)
