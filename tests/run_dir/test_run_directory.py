@@ -11,49 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
-from megatron_fipo.config import Config, load_config
-from megatron_fipo.driver.loop import learning_rate
+from megatron_fipo.checkpoint.manifest import check_files, read_manifest
+from megatron_fipo.config import load_config
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import run_directory
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.run_dir.run_directory import (
     LoopState,
-    PendingSave,
     RunDirectory,
     checkpoints_to_remove,
 )
-
-MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
-
-
-def config(run_dir: Path, *overrides: str) -> Config:
-    return load_config(None, [f"model.path={MODEL}", f"run_dir={run_dir}", *overrides])
-
-
-def claimed(run_dir: Path, *overrides: str) -> RunDirectory:
-    directory = RunDirectory(run_dir)
-    directory.claim(config(run_dir, *overrides))
-    return directory
-
-
-def write_ranks(pending: PendingSave) -> dict[str, FileRecord]:
-    """What two ranks do between `begin_save` and `commit`."""
-    for rank in range(2):
-        (pending.partial / f"weights/__{rank}_0.distcp").write_bytes(os.urandom(100))
-        (pending.partial / f"rng/rank_{rank:05d}.safetensors").write_bytes(b"state")
-    return {
-        name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()
-    }
-
-
-def save(directory: RunDirectory, iteration: int) -> Path:
-    pending = directory.begin_save(LoopState(iteration=iteration, weight_version=iteration))
-    return directory.commit(pending, write_ranks(pending))
-
-
-def names(directory: RunDirectory) -> list[str]:
-    return sorted(path.name for path in directory.checkpoints.iterdir())
+from tests.run_dir.claimed_run import MODEL, claimed, config, names, save, write_ranks
 
 
 def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
@@ -238,52 +206,6 @@ def test_the_previous_checkpoint_is_the_newest_complete_older_one(tmp_path):
     assert directory.previous(saved[0]) is None
 
 
-def test_a_folder_belongs_to_its_settings(tmp_path):
-    directory = claimed(tmp_path, "seed=1")
-    save(directory, 1)
-    stored = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(UserError) as caught:
-        directory.claim(config(tmp_path, "seed=2", "optimizer.lr=1e-5"))
-    assert "optimizer.lr was 1e-06 and is 1e-05; seed was 1 and is 2" in str(caught.value)
-    assert "--allow-change optimizer.lr,seed" in str(caught.value)
-    assert (tmp_path / "config.yaml").read_bytes() == stored
-
-
-def test_named_settings_may_change_and_only_those(tmp_path):
-    directory = claimed(tmp_path, "seed=1")
-    save(directory, 1)
-    changed = config(tmp_path, "seed=2", "optimizer.lr=1e-5")
-    with pytest.raises(UserError, match=r"other settings \(seed was 1 and is 2\)"):
-        directory.claim(changed, ["optimizer.lr"])
-    assert directory.claim(changed, ["optimizer.lr", "seed", "objective.clip_low"]) == [
-        "optimizer.lr was 1e-06 and is 1e-05",
-        "seed was 1 and is 2",
-    ]
-    save(directory, 2)
-    assert directory.claim(changed) == []
-    with pytest.raises(UserError, match="seed was 2 and is 1"):
-        directory.claim(config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"), [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")]
-)
-def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
-    with pytest.raises(
-        UserError, match=f"--allow-change {key}: there is no such setting; did you mean '.*{nearest}"
-    ):
-        RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), [key])
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
-    directory = claimed(tmp_path)
-    directory.claim(config(tmp_path, "seed=2"))
-    MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5})
-    with pytest.raises(UserError, match=r"other settings \(seed"):
-        directory.claim(config(tmp_path, "seed=3"))
-
-
 def test_two_processes_do_not_share_a_folder(tmp_path):
     first = claimed(tmp_path)
     with pytest.raises(UserError, match="another process"):
@@ -295,82 +217,6 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         RunDirectory(tmp_path / "file").claim(config(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        ([], ["iterations=900", "parallel.tensor_model_parallel_size=2", "run_dir=elsewhere"]),
-        (
-            [],
-            [
-                "checkpoint.keep_best=3",
-                "max_walltime_minutes=30",
-                "deterministic=true",
-                "rollout.dump_every=1",
-            ],
-        ),
-        (
-            [],
-            [
-                "rollout.num_engines=4",
-                "rollout.placement=colocated",
-                "rollout.max_restarts=0",
-                "rollout.check_weight_sync=9",
-            ],
-        ),
-        ([], ["batch.max_tokens_per_micro_batch=30000"]),
-        (["rollout.unfinished=drop"], ["rollout.prompts_in_flight=7"]),
-    ],
-)
-def test_what_a_run_may_change(tmp_path, first, then):
-    directory = claimed(tmp_path, *first)
-    save(directory, 1)
-    assert directory.claim(config(tmp_path, *first, *then)) == []
-
-
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        ([], "rollout.temperature=0.9"),
-        ([], "rollout.max_staleness=3"),
-        ([], "rollout.engine=vllm"),
-        ([], "model.path=elsewhere"),
-        (["objective.normalization=reference_micro_batch"], "batch.max_tokens_per_micro_batch=30000"),
-        (["objective.normalization=reference_micro_batch"], "parallel.data_parallel_size=2"),
-        (["objective.normalization=reference_micro_batch"], "parallel.context_parallel_size=2"),
-        (["rollout.unfinished=continue"], "rollout.prompts_in_flight=7"),
-    ],
-)
-def test_what_a_run_may_not_change(tmp_path, first, then):
-    directory = claimed(tmp_path, *first)
-    save(directory, 1)
-    with pytest.raises(UserError, match=then.partition("=")[0]):
-        directory.claim(config(tmp_path, *first, then))
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path, order):
-    normalization = [f"objective.normalization={name}" for name in ("token_mean", "reference_micro_batch")]
-    directory = claimed(tmp_path, normalization[order[0]])
-    save(directory, 1)
-    with pytest.raises(UserError, match=r"parallel\.data_parallel_size was 1 and is 2"):
-        directory.claim(
-            config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"),
-            ["objective.normalization"],
-        )
-
-
-def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
-    """Not those of config.yaml, which a run may have written that was refused, or that changed settings and
-    never saved.
-    """
-    directory = claimed(tmp_path, "checkpoint.keep_last=2")
-    save(directory, 1)
-    directory.claim(config(tmp_path, "seed=2"), ["seed"])
-    directory.claim(config(tmp_path, "seed=1"))
-    with pytest.raises(UserError, match="seed was 1 and is 2"):
-        directory.claim(config(tmp_path, "seed=2"))
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
@@ -444,8 +290,3 @@ def test_loop_state_survives_json_exactly(tmp_path):
     pending = directory.begin_save(state)
     assert json.loads((pending.partial / "loop.json").read_text())["rollout"]["log_probs"][2] == 1 / 3
     assert directory.load_state(directory.commit(pending, write_ranks(pending))) == state
-
-
-def test_the_learning_rate_rises_over_the_warm_up_and_then_stays():
-    assert [learning_rate(1.0, iteration, 4) for iteration in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(3e-4, 0, 0) == 3e-4

@@ -1,0 +1,39 @@
+"""A run directory of the bundled model, claimed, with checkpoints as two ranks write them."""
+
+import os
+from pathlib import Path
+
+from megatron_fipo.checkpoint.manifest import FileRecord, hash_files
+from megatron_fipo.config import Config, load_config
+from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+
+MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
+
+
+def config(run_dir: Path, *overrides: str) -> Config:
+    return load_config(None, [f"model.path={MODEL}", f"run_dir={run_dir}", *overrides])
+
+
+def claimed(run_dir: Path, *overrides: str) -> RunDirectory:
+    directory = RunDirectory(run_dir)
+    directory.claim(config(run_dir, *overrides))
+    return directory
+
+
+def write_ranks(pending: PendingSave) -> dict[str, FileRecord]:
+    """What two ranks do between `begin_save` and `commit`."""
+    for rank in range(2):
+        (pending.partial / f"weights/__{rank}_0.distcp").write_bytes(os.urandom(100))
+        (pending.partial / f"rng/rank_{rank:05d}.safetensors").write_bytes(b"state")
+    return {
+        name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()
+    }
+
+
+def save(directory: RunDirectory, iteration: int) -> Path:
+    pending = directory.begin_save(LoopState(iteration=iteration, weight_version=iteration))
+    return directory.commit(pending, write_ranks(pending))
+
+
+def names(directory: RunDirectory) -> list[str]:
+    return sorted(path.name for path in directory.checkpoints.iterdir())

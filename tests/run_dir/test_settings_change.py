@@ -1,0 +1,130 @@
+"""Which settings a run may change when it resumes."""
+
+import pytest
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir.metrics_log import MetricsLog
+from megatron_fipo.run_dir.run_directory import RunDirectory
+from tests.run_dir.claimed_run import claimed, config, save
+
+
+def test_a_folder_belongs_to_its_settings(tmp_path):
+    directory = claimed(tmp_path, "seed=1")
+    save(directory, 1)
+    stored = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(UserError) as caught:
+        directory.claim(config(tmp_path, "seed=2", "optimizer.lr=1e-5"))
+    assert "optimizer.lr was 1e-06 and is 1e-05; seed was 1 and is 2" in str(caught.value)
+    assert "--allow-change optimizer.lr,seed" in str(caught.value)
+    assert (tmp_path / "config.yaml").read_bytes() == stored
+
+
+def test_named_settings_may_change_and_only_those(tmp_path):
+    directory = claimed(tmp_path, "seed=1")
+    save(directory, 1)
+    changed = config(tmp_path, "seed=2", "optimizer.lr=1e-5")
+    with pytest.raises(UserError, match=r"other settings \(seed was 1 and is 2\)"):
+        directory.claim(changed, ["optimizer.lr"])
+    assert directory.claim(changed, ["optimizer.lr", "seed", "objective.clip_low"]) == [
+        "optimizer.lr was 1e-06 and is 1e-05",
+        "seed was 1 and is 2",
+    ]
+    save(directory, 2)
+    assert directory.claim(changed) == []
+    with pytest.raises(UserError, match="seed was 2 and is 1"):
+        directory.claim(config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")]
+)
+def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
+    with pytest.raises(
+        UserError, match=f"--allow-change {key}: there is no such setting; did you mean '.*{nearest}"
+    ):
+        RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), [key])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
+    directory = claimed(tmp_path)
+    directory.claim(config(tmp_path, "seed=2"))
+    MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5})
+    with pytest.raises(UserError, match=r"other settings \(seed"):
+        directory.claim(config(tmp_path, "seed=3"))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([], ["iterations=900", "parallel.tensor_model_parallel_size=2", "run_dir=elsewhere"]),
+        (
+            [],
+            [
+                "checkpoint.keep_best=3",
+                "max_walltime_minutes=30",
+                "deterministic=true",
+                "rollout.dump_every=1",
+            ],
+        ),
+        (
+            [],
+            [
+                "rollout.num_engines=4",
+                "rollout.placement=colocated",
+                "rollout.max_restarts=0",
+                "rollout.check_weight_sync=9",
+            ],
+        ),
+        ([], ["batch.max_tokens_per_micro_batch=30000"]),
+        (["rollout.unfinished=drop"], ["rollout.prompts_in_flight=7"]),
+    ],
+)
+def test_what_a_run_may_change(tmp_path, first, then):
+    directory = claimed(tmp_path, *first)
+    save(directory, 1)
+    assert directory.claim(config(tmp_path, *first, *then)) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([], "rollout.temperature=0.9"),
+        ([], "rollout.max_staleness=3"),
+        ([], "rollout.engine=vllm"),
+        ([], "model.path=elsewhere"),
+        (["objective.normalization=reference_micro_batch"], "batch.max_tokens_per_micro_batch=30000"),
+        (["objective.normalization=reference_micro_batch"], "parallel.data_parallel_size=2"),
+        (["objective.normalization=reference_micro_batch"], "parallel.context_parallel_size=2"),
+        (["rollout.unfinished=continue"], "rollout.prompts_in_flight=7"),
+    ],
+)
+def test_what_a_run_may_not_change(tmp_path, first, then):
+    directory = claimed(tmp_path, *first)
+    save(directory, 1)
+    with pytest.raises(UserError, match=then.partition("=")[0]):
+        directory.claim(config(tmp_path, *first, then))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path, order):
+    normalization = [f"objective.normalization={name}" for name in ("token_mean", "reference_micro_batch")]
+    directory = claimed(tmp_path, normalization[order[0]])
+    save(directory, 1)
+    with pytest.raises(UserError, match=r"parallel\.data_parallel_size was 1 and is 2"):
+        directory.claim(
+            config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"),
+            ["objective.normalization"],
+        )
+
+
+def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
+    """Not those of config.yaml, which a run may have written that was refused, or that changed settings and
+    never saved.
+    """
+    directory = claimed(tmp_path, "checkpoint.keep_last=2")
+    save(directory, 1)
+    directory.claim(config(tmp_path, "seed=2"), ["seed"])
+    directory.claim(config(tmp_path, "seed=1"))
+    with pytest.raises(UserError, match="seed was 1 and is 2"):
+        directory.claim(config(tmp_path, "seed=2"))
