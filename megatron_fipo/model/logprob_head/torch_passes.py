@@ -6,7 +6,7 @@ from megatron_fipo.model.logprob_head.slab import PADDED_LOGIT, KeptLogits, RowG
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """Peak bytes per element of a slab for weights of `dtype`, kept logits not counted.
+    """As `SlabPasses`.
 
     Forward: the logits and their exponentials. Backward: the probabilities and their slopes, in place of the
     logits if the gradient has the logits' dtype, else in addition to the logits and the gradient. In half
@@ -38,10 +38,7 @@ def add_to_statistics(
     statistics: torch.Tensor,
     kept: KeptLogits | None,
 ) -> None:
-    """Add a slab to the `statistics` [4, R] of the previous slabs, in place, and fill `kept`.
-
-    logits: [R, w] fp32 (fp64), before the temperature; overwritten. labels: [R] int64.
-    """
+    """As `SlabPasses`; `logits` are overwritten."""
     logits *= inverse_temperature
     logits[:, slab.words :] = PADDED_LOGIT
     column, owned = _label_columns(labels, slab)
@@ -71,11 +68,7 @@ def write_gradient(
     slab: Slab,
     out: torch.Tensor,
 ) -> None:
-    """Write the gradient with respect to the slab's logits (before the temperature) to `out` [R, w].
-
-    `out` may be `logits` itself. logits: [R, w], such that logits · scale + shift is the log-probability;
-    shift: [R]. A row with zero gradients gets exact zeros, even if its logits are NaN.
-    """
+    """As `SlabPasses`."""
     log_p = torch.add(shift.unsqueeze(1), logits, alpha=scale, out=out if out.dtype == shift.dtype else None)
     log_p[:, slab.words :] = PADDED_LOGIT
     row = gradient.log_probs.unsqueeze(1)
