@@ -37,6 +37,8 @@ _SUMMARY_ROWS = (
     ("truncated", "evaluation/truncated", "{:.1%}"),
 )
 _ABSENT = "-"
+FIRST_PROGRESS_S = 60.0
+"""Seconds in a phase after which a console without a terminal prints its progress for the first time."""
 _RECENT_ITERATIONS = 10
 """Iterations whose mean duration predicts the time left: responses grow, so older ones predict less."""
 
@@ -55,6 +57,7 @@ class Console:
         self._phase = "starting"
         self._detail = ""
         self._phase_start = time.monotonic()
+        self._progress_after = FIRST_PROGRESS_S
         self._last_iteration_end: float | None = None
         self._durations: deque[float] = deque(maxlen=_RECENT_ITERATIONS)
 
@@ -75,9 +78,18 @@ class Console:
         """Set the current phase; shown on a terminal only. The first rollout starts the clock of the time left."""
         if name != self._phase:
             self._phase_start = time.monotonic()
+            self._progress_after = FIRST_PROGRESS_S
         self._phase, self._detail = name, detail
         if self._last_iteration_end is None and name == "rollout":  # earlier phases belong to no iteration
             self._last_iteration_end = time.monotonic()
+
+    def progress(self, detail: str) -> None:
+        """How far the current phase is. Elsewhere than on a terminal it is printed after 1, 2, 4, ... minutes."""
+        self._detail = detail
+        elapsed = time.monotonic() - self._phase_start
+        if not self._terminal and elapsed >= self._progress_after:
+            self._progress_after *= 2
+            self._print(f"{self._phase} for {_duration(elapsed)}: {detail}")
 
     def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
         """Iteration `iteration` (from 1) ended with `values`, by metric name; missing ones are shown as a dash."""

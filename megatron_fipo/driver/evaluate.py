@@ -1,6 +1,7 @@
 """`megatron-fipo evaluate`: engines on a Hugging Face folder, held-out problems, no trainer."""
 
 import contextlib
+from datetime import datetime
 from pathlib import Path
 
 from megatron_fipo.config import Config
@@ -8,18 +9,19 @@ from megatron_fipo.driver.cluster import run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
 from megatron_fipo.driver.loop import write_table
-from megatron_fipo.driver.tokenizer import decoder, load_tokenizer
+from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, prints_date
 from megatron_fipo.families.registry import read_architecture
-from megatron_fipo.tasks.registry import load_evaluation, scorer
+from megatron_fipo.tasks.registry import load_evaluation, reward
 
 
 def evaluate(model_dir: str, config: Config, output: Path) -> None:
     """Print the held-out accuracy of a Hugging Face folder and write every response to `output`."""
     tokenizer = load_tokenizer(model_dir, config.model.trust_remote_code)
     with Console(0) as console:
-        held_out = load_evaluation(
-            config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note
-        )
+        now = datetime.now()
+        if prints_date(tokenizer):
+            console.note(f"the chat template prints the date, {now:%Y-%m-%d}, which changes from day to day")
+        held_out = load_evaluation(config, tokenizer, now, console.note)
         console.phase("evaluation")
         with (
             run_cluster(config, read_architecture(Path(model_dir))) as machine,
@@ -30,12 +32,14 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
             evaluation = evaluate_problems(
                 pool.generate,
                 held_out,
-                scorer(config.reward.name),
+                reward(config.reward.name).score,
                 decoder(tokenizer),
                 config.evaluation,
                 max_new_tokens=config.rollout.max_response_length,
                 seed=config.seed,
             )
         console.evaluation(0, evaluation.values)
+        if evaluation.all_wrong is not None:
+            console.note(evaluation.all_wrong)
         write_table(output, evaluation.table)
         console.note(f"every response and its score: {output}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fipo.config import EvaluationConfig
+from megatron_fipo.driver.all_wrong import WrongResponse
 from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, evaluation_values
 from megatron_fipo.driver.rollout.prompt_group import request_seed
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
@@ -21,6 +22,21 @@ class Evaluation:
     """`evaluation/...` metrics."""
     table: list[dict[str, Any]]
     """One row per response: problem, answer, ground truth, accuracy, length, text."""
+
+    @property
+    def all_wrong(self) -> str | None:
+        """A sentence with an example if no response is right; None if one is."""
+        if any(row["accuracy"] > 0 for row in self.table):
+            return None
+        last = self.table[-1]
+        example = WrongResponse(
+            last["problem_id"],
+            last["ground_truth"],
+            last["response"],
+            last["answer"],
+            last["finish_reason"] == "length",
+        )
+        return f"none of the {len(self.table)} held-out responses is right; {example}"
 
 
 def evaluate(

@@ -204,6 +204,8 @@ class Loop:
         )
         self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
         components.console.evaluation(self.state.iteration, evaluation.values)
+        if evaluation.all_wrong is not None:
+            components.console.note(evaluation.all_wrong)
         write_table(
             self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl",
             evaluation.table,

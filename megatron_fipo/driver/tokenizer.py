@@ -25,6 +25,11 @@ def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
+def prints_date(tokenizer: Any) -> bool:
+    """Whether the chat template prints the date or the time."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Token ids to text without special tokens."""
     return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -1,12 +1,14 @@
 """`megatron-fipo train`: assemble a run (Ray, trainer ranks, engines, data, logs), run it, take it apart."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config import Config, validate
+from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.cluster import run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.loop import Loop, LoopComponents, check_stop
@@ -18,16 +20,17 @@ from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer
 from megatron_fipo.driver.run_end import export_model, summarize, write_report_of
 from megatron_fipo.driver.stop import Stop
-from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, pad_id
+from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, pad_id, prints_date
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
+from megatron_fipo.run_dir.inputs import RunInputs, model_files
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.registry import load_datasets, scorer
+from megatron_fipo.tasks.dataset import Dataset, fingerprint
+from megatron_fipo.tasks.registry import load_datasets, reward
 
 
 def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None = None) -> int:
@@ -41,11 +44,20 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
         engine_type(config.rollout.engine).load()  # fails before anything is written
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
-        train_set, held_out = load_datasets(
-            config.data, config.rollout.max_prompt_length, tokenizer, config.seed, console.note
-        )
         directory = RunDirectory(Path(config.run_dir).resolve())
-        for change in directory.claim(config, allow_change):
+        prompt_time = directory.prompt_time() or datetime.now().replace(microsecond=0)
+        train_set, held_out = load_datasets(config, tokenizer, prompt_time, console.note)
+        if prints_date(tokenizer):
+            console.note(
+                f"the chat template prints the date, which stays {prompt_time:%Y-%m-%d} for this run"
+            )
+        inputs = RunInputs(
+            model_files(Path(config.model.path)),
+            train_set.fingerprint,
+            fingerprint(held_out),
+            prompt_time.isoformat(),
+        )
+        for change in directory.claim(config, inputs, allow_change):
             console.note(change)
         console.phase("starting")
         with run_cluster(config, architecture) as machine, contextlib.ExitStack() as stack:
@@ -66,7 +78,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             else:
                 pool = start_engines(config, config.model.path, machine, console.note, trainer.placement)
                 stack.callback(pool.shutdown)
-                collector = make_collector(config, train_set, pool, tokenizer)
+                collector = make_collector(config, train_set, pool, tokenizer, console.note)
                 rollouts = LiveGroups(config, collector, pool, trainer, console, lambda: check_stop(stop))
                 if not held_out:
                     console.note(
@@ -77,7 +89,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             )
             stack.callback(trackers.close)
             stack.callback(write_report_of, directory.path, console)
-            score, text = scorer(config.reward.name), decoder(tokenizer)
+            score, text = reward(config.reward.name).score, decoder(tokenizer)
             components = LoopComponents(
                 trainer, rollouts, held_out, score, text, pad_id(tokenizer), console, trackers, stop
             )
@@ -98,11 +110,14 @@ def start_trainer(config: Config, machine: Machine) -> RLTrainer:
     return RLTrainer(with_absolute_paths(config), int(machine.gpus > 0), share)
 
 
-def make_collector(config: Config, train_set: Dataset, pool: EnginePool, tokenizer: Any) -> Collector:
+def make_collector(
+    config: Config, train_set: Dataset, pool: EnginePool, tokenizer: Any, log: Callable[[str], None]
+) -> Collector:
     """Dynamic sampling of the training problems, scored by the configured reward."""
+    decode = decoder(tokenizer)
     score_group = GroupScorer(
-        scorer(config.reward.name),
-        decoder(tokenizer),
+        reward(config.reward.name).score,
+        decode,
         config.rollout.max_response_length,
         config.reward.overlong_buffer,
         config.reward.overlong_factor,
@@ -111,6 +126,7 @@ def make_collector(config: Config, train_set: Dataset, pool: EnginePool, tokeniz
         train_set,
         pool,
         score_group,
+        AllWrongWatch(decode, log),
         config.rollout,
         target_groups=config.batch.prompts_per_iteration,
         responses_per_prompt=config.batch.responses_per_prompt,

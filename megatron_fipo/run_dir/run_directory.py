@@ -1,12 +1,13 @@
 """The folder of a run: its checkpoints, and the state of the training loop at each.
 
-    run_dir/config.yaml                       the resolved configuration
+    run_dir/config.yaml, inputs.json          the resolved configuration, and what its paths contained
     run_dir/checkpoints/iteration_000005/     one checkpoint
         manifest.json                         every file's size and sha256, written last
         weights/                              model and optimizer (Megatron-Core's distributed checkpoint)
         rng/                                  random states of each rank
         hf/                                   config.json and tokenizer of the model
-        config.yaml, loop.json                the settings, and the state of the loop
+        config.yaml, inputs.json              the settings, and what their paths contained
+        loop.json                             the state of the loop
     run_dir/checkpoints/latest                link to the newest
     run_dir/metrics.jsonl, samples.jsonl      the logs
     run_dir/model/                            the trained model in Hugging Face format
@@ -25,6 +26,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +44,7 @@ from megatron_fipo.checkpoint.manifest import (
 from megatron_fipo.config import Config, load_config, save_config
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.run_dir import CONFIG_FILE
+from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, read_inputs, write_inputs
 from megatron_fipo.run_dir.metrics_log import read_metrics
 from megatron_fipo.run_dir.settings_change import refuse_changes, refuse_unknown
 
@@ -49,7 +52,7 @@ LATEST = "latest"
 LOCK = ".lock"
 LOOP_STATE = "loop.json"
 NAME = re.compile(r"iteration_(\d{6,})")
-DRIVER_FILES = (LOOP_STATE, CONFIG_FILE, "hf/")
+DRIVER_FILES = (LOOP_STATE, CONFIG_FILE, INPUTS_FILE, "hf/")
 """The files of a checkpoint that the driver writes; the ranks write the others."""
 
 
@@ -89,13 +92,21 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self._lock_file: IO[str] | None = None
         self._config: Config | None = None
+        self._inputs: RunInputs | None = None
 
-    def claim(self, config: Config, allow_change: Sequence[str] = ()) -> list[str]:
+    def prompt_time(self) -> datetime | None:
+        """When the run that a `claim` would resume first started; None for a new run and an old record."""
+        owner = self._owner()
+        stored = None if owner is None else read_inputs(owner).prompt_time
+        return None if stored is None else datetime.fromisoformat(stored)
+
+    def claim(self, config: Config, inputs: RunInputs, allow_change: Sequence[str] = ()) -> list[str]:
         """Lock the folder for this run until the process ends, and create it if it does not exist.
 
         Returns one line for each setting that differs from the newest checkpoint's and is permitted by
-        `allow_change`. Raises `UserError` if the folder belongs to a run with other settings, is in use by
-        another process, or contains other files, and if its newest checkpoint is not complete.
+        `allow_change`; settings that name files are compared by content. Raises `UserError` if the folder
+        belongs to a run with other settings or inputs, is in use by another process, or contains other files,
+        and if its newest checkpoint is not complete.
         """
         refuse_unknown(allow_change)
         stored = self.path / CONFIG_FILE
@@ -104,15 +115,19 @@ class RunDirectory:
                 raise UserError(f"{self.path} is not empty and has no {CONFIG_FILE}; choose another run_dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
+            self._refuse_copied_link()
             owner = self._owner()
             allowed: list[str] = []
             if owner:
-                allowed = refuse_changes(owner, load_config(owner / CONFIG_FILE, []), config, allow_change)
+                changes = input_changes(read_inputs(owner), inputs)
+                before = load_config(owner / CONFIG_FILE, [])
+                allowed = refuse_changes(owner, before, config, allow_change, changes)
             save_config(config, stored)  # before anything else, because this file marks the folder as a run's
+            write_inputs(self.path, inputs)
             self.checkpoints.mkdir(exist_ok=True)
             self._remove_leftovers()
             self._point_to_latest()
-        self._config = config
+        self._config, self._inputs = config, inputs
         return allowed
 
     def latest(self) -> Path | None:
@@ -177,7 +192,7 @@ class RunDirectory:
         `has(state.iteration)` must be false. Raises `UserError` if writing fails; then the hidden folder is
         removed.
         """
-        config = self._claimed()
+        config, inputs = self._claimed()
         target = self.checkpoints / _name(state.iteration)
         pending = PendingSave(target, target.with_name(f".{target.name}.{secrets.token_hex(4)}"))
         try:
@@ -187,6 +202,7 @@ class RunDirectory:
                 copy_companions(Path(config.model.path), pending.partial / "hf")
                 (pending.partial / LOOP_STATE).write_text(json.dumps(asdict(state)) + "\n")
                 save_config(config, pending.partial / CONFIG_FILE)
+                write_inputs(pending.partial, inputs)
         except BaseException:
             self.abandon(pending)
             raise
@@ -199,7 +215,8 @@ class RunDirectory:
         if writing fails, or if the files on disk differ from the records; then this checkpoint is removed,
         and the others are unchanged.
         """
-        config, target, partial = self._claimed(), pending.target, pending.partial
+        config, _ = self._claimed()
+        target, partial = pending.target, pending.partial
         try:
             with writing(target):
                 own = [name for name in list_files(partial) if name.startswith(DRIVER_FILES)]
@@ -224,10 +241,10 @@ class RunDirectory:
         """Remove the files of a checkpoint that will not be completed."""
         shutil.rmtree(pending.partial, ignore_errors=True)
 
-    def _claimed(self) -> Config:
-        if self._config is None:
+    def _claimed(self) -> tuple[Config, RunInputs]:
+        if self._config is None or self._inputs is None:
             raise RuntimeError("call claim() before saving")
-        return self._config
+        return self._config, self._inputs
 
     def _lock(self) -> None:
         if self._lock_file is not None:
@@ -249,8 +266,10 @@ class RunDirectory:
         if checkpoint is None:
             trained = any(record.kind == "iteration" for record in read_metrics(self.path))
             return self.path if trained else None
-        problem = check_file(checkpoint / CONFIG_FILE, read_manifest(checkpoint).files.get(CONFIG_FILE))
-        self.refuse_damaged(checkpoint, [problem] if problem else [])
+        records = read_manifest(checkpoint).files
+        files = [CONFIG_FILE, *(name for name in records if name == INPUTS_FILE)]  # before 0.2 there was none
+        problems = [check_file(checkpoint / name, records.get(name)) for name in files]
+        self.refuse_damaged(checkpoint, [problem for problem in problems if problem])
         return checkpoint
 
     def _visible(self) -> list[Path]:
@@ -266,6 +285,18 @@ class RunDirectory:
         """
         for path in self.checkpoints.glob(".iteration_*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _refuse_copied_link(self) -> None:
+        """Raise `UserError` if `latest` is a folder: the run was copied with links followed."""
+        latest, found = self.checkpoints / LATEST, self._visible()
+        if latest.is_symlink() or not latest.exists():
+            return
+        fix = (
+            f"remove it, because {found[-1].name} is beside it"
+            if found
+            else "rename it to iteration_NNNNNN, with the iteration of its loop.json"
+        )
+        raise UserError(f"{latest} is not a link but a copy (the run was copied with links followed); {fix}")
 
     def _point_to_latest(self) -> None:
         """Point `latest` to the newest checkpoint, atomically."""
@@ -328,7 +359,7 @@ def _is_aborted_start(run_dir: Path) -> bool:
 
     def left_by_a_start(path: Path) -> bool:
         empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
-        return empty or path.name == LOCK or path.name.startswith(CONFIG_FILE)
+        return empty or path.name in (LOCK, INPUTS_FILE) or path.name.startswith(CONFIG_FILE)
 
     return all(left_by_a_start(path) for path in run_dir.iterdir())
 

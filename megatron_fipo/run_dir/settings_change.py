@@ -1,7 +1,7 @@
 """The settings that a run may change when it resumes, and the refusal of all other changes."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_fipo.config import Config, differences
@@ -46,16 +46,28 @@ flight. With `continue` it decides the age of the responses that are trained on.
 
 
 def refuse_changes(
-    owner: Path, stored: Config, config: Config, allow_change: Sequence[str] = ()
+    owner: Path,
+    stored: Config,
+    config: Config,
+    allow_change: Sequence[str] = (),
+    inputs: Mapping[str, str | None] | None = None,
 ) -> list[str]:
     """Compare a run's settings with the stored ones of `owner`, its folder or its newest checkpoint.
 
+    `inputs` has the changes of settings that name files and are compared by content (`input_changes`).
     Returns one line for each change that needs and has the permission of `allow_change`. Raises `UserError`
     that lists all other changes with both values.
     """
     before, after = dict(leaves(stored)), dict(leaves(config))
-    changed = [key for key in differences(stored, config) if not key.startswith(_free_keys(stored, config))]
-    lines = {key: f"{key} was {before[key]} and is {after[key]}" for key in changed}
+    by_content = dict(inputs or {})
+    free = (*_free_keys(stored, config), *by_content)
+    lines = {
+        key: f"{key} was {before[key]} and is {after[key]}"
+        for key in differences(stored, config)
+        if not key.startswith(free)
+    }
+    lines |= {key: change for key, change in by_content.items() if change is not None}
+    changed = list(lines)
     refused = [key for key in changed if key not in allow_change]
     if refused:
         raise UserError(

@@ -70,6 +70,23 @@ def score_dapo_math(response_text: str, problem: Problem, finish_reason: str) ->
     return Score(reward=1.0 if correct else -1.0, accuracy=float(correct), answer=answer)
 
 
+def dapo_math_obstacle(ground_truth: str) -> str | None:
+    """Why no response can be right for this ground truth; None if one can."""
+    answer = ground_truth.strip()
+    if "\n" in answer:
+        return "has several lines, but an answer is one line; store the final answer alone"
+    if len(answer) > SEARCHED_CHARACTERS - len("Answer: "):
+        return (
+            f"has {len(answer):,} characters, but answers are searched in the last {SEARCHED_CHARACTERS} of a "
+            "response; remove the problem"
+        )
+    if _ANSWER.search(answer) or "####" in answer:
+        return "contains the mark of an answer (`Answer:` or `####`); store what comes after it"
+    if not normalize_answer(answer):
+        return "is empty after normalization (only units or notation); store the value"
+    return None
+
+
 def normalize_answer(text: str) -> str:
     """The canonical string of a final answer.
 

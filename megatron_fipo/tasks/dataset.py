@@ -1,7 +1,7 @@
 """The order in which training takes its problems: seeded, endless, and resumable at any problem."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_fipo.errors import UserError
@@ -10,6 +10,25 @@ from megatron_fipo.tasks.task import Problem
 
 def _digest(*parts: object) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """Identifies problems by their ids and rows: prompts and answers as they are stored.
+
+    It does not depend on the tokenizer, its chat template or the date that a template prints.
+    """
+    return _joint_digest((problem.problem_id, problem.row_digest) for problem in problems)
+
+
+def _by_prompts(problems: Sequence[Problem]) -> str:
+    return _joint_digest((problem.problem_id, problem.prompt_text) for problem in problems)
+
+
+def _joint_digest(parts: Iterable[tuple[str, str]]) -> str:
+    joint = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        joint.update(_digest(*part))
+    return joint.hexdigest()
 
 
 class Dataset:
@@ -26,10 +45,8 @@ class Dataset:
         self.seed = seed
         self.epoch = 0
         self.position = 0
-        fingerprint = hashlib.blake2b(digest_size=16)
-        for problem in self.problems:
-            fingerprint.update(_digest(problem.problem_id, problem.prompt_text))
-        self._fingerprint = fingerprint.hexdigest()
+        self.fingerprint = fingerprint(self.problems)
+        """Identifies the problems by content."""
         self._order = self._shuffled()
 
     def __len__(self) -> int:
@@ -65,13 +82,13 @@ class Dataset:
     def state(self) -> dict[str, Any]:
         """The position as JSON values: `epoch` and `position` in it.
 
-        `seed` and `fingerprint` identify the order and the problems that the position refers to.
+        `seed` and `rows` identify the order and the problems that the position refers to.
         """
         return {
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
-            "fingerprint": self._fingerprint,
+            "rows": self.fingerprint,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -81,7 +98,13 @@ class Dataset:
                 f"the checkpoint's data order has seed {state['seed']} but this run has seed {self.seed}; "
                 f"set seed={state['seed']}"
             )
-        if state["fingerprint"] != self._fingerprint:
+        # Before 0.2 the state identified problems by their formatted prompts.
+        same = (
+            state["rows"] == self.fingerprint
+            if "rows" in state
+            else state["fingerprint"] == _by_prompts(self.problems)
+        )
+        if not same:
             raise UserError(
                 "the training set is not the one of the checkpoint, so the run cannot resume at its "
                 "position; restore the data or start in a new run_dir"

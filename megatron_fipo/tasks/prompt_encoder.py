@@ -1,15 +1,17 @@
 """A prompt to text and token ids."""
 
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-import jinja2
-
-from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.task import Prompt
+from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.tasks.task import Prompt, PromptTooLongError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TIME_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -18,39 +20,70 @@ class PromptEncoder:
 
     tokenizer: "PreTrainedTokenizerBase"
     max_prompt_length: int
+    now: datetime
+    """The time that a chat template may print (Llama 3.1's prints the date), fixed so that a resumed run has
+    the same prompts."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
 
     def __call__(self, where: str, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """The prompt's text, and its token ids.
 
-        Messages are formatted by the tokenizer's chat template; without one their contents are joined by
-        newlines. A template adds its own special tokens; other texts get those that the tokenizer adds by
-        default. Raises `UserError` that names `where` for a prompt without tokens, above the limit, or
-        refused by the template.
+        Messages are formatted by the tokenizer's chat template, which adds its own special tokens; other
+        texts get those that the tokenizer adds by default. Without a template a single message of the user
+        is its content. Raises `UserError` that names `where` for other messages without a template, and for a
+        prompt without tokens or refused by the template, and `PromptTooLongError` for one above the limit.
         """
-        templated = not isinstance(prompt, str) and self.tokenizer.chat_template is not None
         if isinstance(prompt, str):
-            text = prompt
-        elif templated:
-            text = self._apply_template(where, prompt)
+            text, templated = prompt, False
+        elif self.has_chat_template:
+            text, templated = self._apply_template(where, prompt), True
         else:
-            text = "\n".join(content for _, content in prompt)
+            text, templated = _only_content(where, prompt), False
         prompt_ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
         if not prompt_ids:
             raise UserError(f"{where} has a prompt without tokens; give it text")
         if len(prompt_ids) > self.max_prompt_length:
-            raise UserError(
-                f"{where} has a prompt of {len(prompt_ids)} tokens, above rollout.max_prompt_length = "
-                f"{self.max_prompt_length}; raise the limit or remove the prompt"
-            )
+            raise PromptTooLongError(where, len(prompt_ids), self.max_prompt_length)
         return text, prompt_ids
 
-    def _apply_template(self, where: str, prompt: list[tuple[str, str]]) -> str:
+    def _apply_template(self, where: str, prompt: tuple[tuple[str, str], ...]) -> str:
         messages = [{"role": role, "content": content} for role, content in prompt]
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    chat_template=with_fixed_time(self.tokenizer.get_chat_template(), self.now),
+                )
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template may raise anything, by itself or by a wrong operation
             raise UserError(
-                f"{where}: the chat template refuses the prompt ({error}); fix its roles"
+                f"{where}: the chat template refuses the prompt ({first_line(error)}); fix its roles or the "
+                "template"
             ) from error
+
+
+def with_fixed_time(template: str, now: datetime) -> str:
+    """A chat template with its calls of `strftime_now` replaced by their result at `now`.
+
+    transformers gives templates the current time and no other. Raises `ValueError` for a call whose format is
+    not a constant.
+    """
+    fixed = _TIME_CALL.sub(lambda call: repr(now.strftime(call[2])), template)
+    if "strftime_now(" in fixed:
+        raise ValueError("it prints the time in a format that is not a constant text")
+    return fixed
+
+
+def _only_content(where: str, prompt: tuple[tuple[str, str], ...]) -> str:
+    roles = [role for role, _ in prompt]
+    if roles != ["user"]:
+        raise UserError(
+            f"{where} has messages of the roles {', '.join(roles)}, but the tokenizer has no chat template that "
+            "gives them a form; write the prompt as one text, or add chat_template.jinja to the model folder"
+        )
+    return prompt[0][1]

@@ -8,89 +8,19 @@ thousand prompts about a hundred times.
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
 
 from megatron_fipo.config import DataConfig
-from megatron_fipo.errors import UserError, first_line
-from megatron_fipo.tasks.task import EncodePrompt, Log, Problem, Prompt
+from megatron_fipo.errors import UserError
+from megatron_fipo.tasks.row import Row, parse_row
+from megatron_fipo.tasks.row_reader import ROW_UNITS, read_rows
+from megatron_fipo.tasks.task import EncodePrompt, Log, Problem, PromptTooLongError
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("prompt", "reward_model", "data_source", "extra_info")
-PARQUET_BATCH_ROWS = 4096
-
-NumberedRows = Iterator[tuple[int, dict[str, Any]]]
-
-
-@contextmanager
-def _access_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system (permission, a failing disk) into a `UserError`.
-
-    pyarrow's own OSErrors have no errno and pass.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise UserError(
-            f"cannot read {path} ({os.strerror(error.errno)}); check its permissions and its disk"
-        ) from error
-
-
-def read_parquet(path: Path) -> NumberedRows:
-    """Yield (row number from 0, row) of a parquet file, with a few thousand rows in memory at a time."""
-    number = 0
-    try:
-        with _access_errors(path), pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of these
-        fault = f"cannot be read from row {number} on" if number else "is not a readable parquet file"
-        raise UserError(f"{path} {fault} ({first_line(error)}); check data.source and the file") from error
-
-
-def read_jsonl(path: Path) -> NumberedRows:
-    """Yield (line number from 1, row) for each line of a JSON lines file that is not blank."""
-    with _access_errors(path), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); fix the line"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                # A number of thousands of digits, or thousands of nested brackets.
-                raise UserError(
-                    f"{path} line {number} is beyond what can be read ({error}); fix the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number} is not a JSON object; write one object per line")
-            yield number, row
-
-
-READERS: dict[str, tuple[str, Callable[[Path], NumberedRows]]] = {
-    "parquet": ("row", read_parquet),
-    "jsonl": ("line", read_jsonl),
-}
-"""By file format: what its row numbers count, and the reader."""
+NAMED_ROWS = 5
+"""Rows that a message names; it counts the others."""
 
 
 def file_problems(
@@ -114,66 +44,117 @@ def read_problems(
 ) -> list[Problem]:
     """All problems of a file, in file order.
 
-    With `deduplicate`, only the first of the rows with the same prompt is used; `log` receives the number of
-    rows dropped. A problem's id is its `extra_info.index`, or its row number if it has none, or both if the
-    index is a repeated one. Raises `UserError` that names the file if it cannot be read, and the row or line
-    if it has no prompt or answer, or a prompt above the limit.
+    With `deduplicate`, only the first of the rows with the same prompt is used. A problem's id is its
+    `extra_info.index`, or its row number if it has none, or both if the index is a repeated one. `log`
+    receives the number of rows dropped, the rows with the same prompt and different answers, and how prompts
+    were read where a file leaves that open. Raises `UserError` that names the file if it cannot be read, and
+    the row or line if it has no usable prompt or answer; it names the rows with a prompt above the limit
+    together.
     """
-    with _access_errors(path):
-        if not path.is_file():
-            raise UserError(
-                f"the data file {path} does not exist; check data.train_path and data.evaluation_path"
-            )
-    unit, reader = READERS[file_format]
+    unit = ROW_UNITS[file_format]
     problems: dict[str, Problem] = {}
-    seen: set[bytes] = set()
-    duplicates = 0
-    for number, row in reader(path):
-        if deduplicate:
-            key = hashlib.blake2b(repr(row.get("prompt")).encode(), digest_size=16).digest()
-            if key in seen:
-                duplicates += 1
-                continue
-            seen.add(key)
+    notes = _Notes(path, unit)
+    for number, values in read_rows(path, file_format):
         where = f"{path} {unit} {number}"
-        prompt = _prompt(where, row)
-        ground_truth = _ground_truth(where, row)
-        text, prompt_ids = encode(where, prompt)
-        extra = _mapping(where, row, "extra_info")
-        name = str(number) if extra.get("index") is None else str(extra["index"])
+        row = parse_row(where, values)
+        if notes.repeats(number, row) and deduplicate:
+            continue
+        try:
+            text, prompt_ids = encode(where, row.prompt)
+        except PromptTooLongError as error:
+            notes.too_long[number] = error
+            continue
+        name = str(number) if row.index is None else row.index
         if name in problems:
             name = f"{name}@{number}"
         problems[name] = Problem(
-            name, prompt_ids, text, ground_truth, str(row.get("data_source") or ""), extra
+            name, prompt_ids, text, row.ground_truth, row.data_source, row.extra, _digest(row)
         )
+    notes.refuse_too_long()
     if not problems:
         raise UserError(f"{path} has no rows; give a file with at least one problem")
-    if duplicates:
-        log(f"{path}: dropped {duplicates:,} of {duplicates + len(problems):,} rows with a duplicate prompt")
+    notes.report(log, deduplicate, encode.has_chat_template)
     return list(problems.values())
 
 
-def _prompt(where: str, row: dict[str, Any]) -> Prompt:
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return prompt
-    messages = prompt if isinstance(prompt, list) else []
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise UserError(
-            f"{where} has no usable `prompt`; give a text or a list of messages with role and content"
-        )
-    return [(str(message.get("role") or "user"), message["content"]) for message in messages]
+def _digest(row: Row) -> str:
+    """Identifies a row by its content, independent of the order of its keys."""
+    extra = json.dumps(row.extra, sort_keys=True, default=repr)
+    content = repr((row.prompt, row.ground_truth, row.data_source, extra))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def _ground_truth(where: str, row: dict[str, Any]) -> str:
-    answer = _mapping(where, row, "reward_model").get("ground_truth")
-    if answer is None or str(answer) == "":
-        raise UserError(f"{where} has no `reward_model.ground_truth`; give every row an answer")
-    return str(answer)
+@dataclass
+class _Notes:
+    """What to report about the rows of a file once it has been read."""
+
+    path: Path
+    unit: str
+    first: dict[bytes, tuple[int, str]] = field(default_factory=dict)
+    """Number and answer of the first row with each prompt, by the prompt's digest."""
+    rows: int = 0
+    as_messages: int = 0
+    """Rows whose prompt is a list of messages."""
+    as_json: int = 0
+    """Rows whose prompt is JSON text of messages."""
+    repeated: int = 0
+    contradictions: int = 0
+    """Rows whose answer differs from that of the first row with the same prompt."""
+    contradicting: list[str] = field(default_factory=list)
+    """The first of them, for the message."""
+    too_long: dict[int, PromptTooLongError] = field(default_factory=dict)
+    """By row number."""
+
+    def repeats(self, number: int, row: Row) -> bool:
+        """Count the row; whether an earlier row has the same prompt."""
+        self.rows += 1
+        self.as_messages += not isinstance(row.prompt, str)
+        self.as_json += row.prompt_was_json
+        key = hashlib.blake2b(repr(row.prompt).encode(), digest_size=16).digest()
+        if key not in self.first:
+            self.first[key] = (number, row.ground_truth)
+            return False
+        self.repeated += 1
+        first, answer = self.first[key]
+        if answer != row.ground_truth:
+            self.contradictions += 1
+            if self.contradictions <= NAMED_ROWS:
+                self.contradicting.append(f"{first} ({answer!r:.40}) and {number} ({row.ground_truth!r:.40})")
+        return True
+
+    def refuse_too_long(self) -> None:
+        """Raise `UserError` that names the rows with a prompt above the limit, if there are any."""
+        errors = list(self.too_long.values())
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            longest = max(error.tokens for error in errors)
+            raise UserError(
+                f"{self.path}: {len(errors):,} of {self.rows:,} rows have a prompt above rollout.max_prompt_length, "
+                f"the longest with {longest} tokens ({self.unit}s {_listing(list(map(str, self.too_long)), len(errors))}); "
+                "raise the limit or remove these rows"
+            )
+
+    def report(self, log: Log, deduplicate: bool, has_chat_template: bool) -> None:
+        """One sentence for each thing that a user should know of the file."""
+        if deduplicate and self.repeated:
+            log(f"{self.path}: dropped {self.repeated:,} of {self.rows:,} rows with a duplicate prompt")
+        if self.contradictions:
+            used = "the first answer is used" if deduplicate else "all are used"
+            log(
+                f"{self.path}: rows with the same prompt have different answers, {used}: {self.unit}s "
+                f"{_listing(self.contradicting, self.contradictions)}; correct the file if that is not intended"
+            )
+        if self.as_json:
+            log(f"{self.path}: {self.as_json:,} prompts are JSON text of messages and are read as messages")
+        if self.as_messages and not has_chat_template:
+            log(
+                f"{self.path}: the tokenizer has no chat template, so the {self.as_messages:,} prompts stored as a "
+                "message of the user are its content alone"
+            )
 
 
-def _mapping(where: str, row: dict[str, Any], key: str) -> dict[str, Any]:
-    value = row.get(key) or {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where} has a `{key}` that is not an object; write it as named fields")
-    return value
+def _listing(items: list[str], total: int) -> str:
+    """The first items of a list, and how many others there are."""
+    more = f" and {total - NAMED_ROWS:,} more" if total > NAMED_ROWS else ""
+    return ", ".join(items[:NAMED_ROWS]) + more

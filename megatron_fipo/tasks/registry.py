@@ -1,20 +1,21 @@
-"""Data sources and scorers by the names that `data.source` and `reward.name` use.
+"""Data sources and rewards by the names that `data.source` and `reward.name` use.
 
-A new task is a function with the signature of `DataSource` or `Scorer` and a line here.
+A new task is a `DataSource`, or a `Scorer` with the check of its answers, and a line here.
 """
 
 import logging
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from megatron_fipo.config import DataConfig
+from megatron_fipo.config import Config
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.problems import countdown_problems
-from megatron_fipo.tasks.countdown.scorer import score_countdown
-from megatron_fipo.tasks.dapo_math import score_dapo_math
+from megatron_fipo.tasks.countdown.scorer import countdown_obstacle, score_countdown
+from megatron_fipo.tasks.dapo_math import dapo_math_obstacle, score_dapo_math
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.prompt_encoder import PromptEncoder
 from megatron_fipo.tasks.prompt_file import file_problems
-from megatron_fipo.tasks.task import DataSource, Log, Problem, Scorer
+from megatron_fipo.tasks.task import DataSource, Log, Problem, Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,64 +25,66 @@ DATA_SOURCES: dict[str, DataSource] = {
     "jsonl": file_problems,
     "countdown": countdown_problems,
 }
-SCORERS: dict[str, Scorer] = {
-    "countdown": score_countdown,
-    "dapo_math": score_dapo_math,
+REWARDS: dict[str, Reward] = {
+    "countdown": Reward(score_countdown, countdown_obstacle),
+    "dapo_math": Reward(score_dapo_math, dapo_math_obstacle),
 }
 
 logger = logging.getLogger(__name__)
 
 
-def scorer(name: str) -> Scorer:
-    """The scorer called `name`. Raises `UserError` with the known names if there is none."""
-    if name not in SCORERS:
-        raise UserError(f"reward.name is {name!r}; choose one of {', '.join(sorted(SCORERS))}")
-    return SCORERS[name]
+def reward(name: str) -> Reward:
+    """The reward called `name`. Raises `UserError` with the known names if there is none."""
+    if name not in REWARDS:
+        raise UserError(f"reward.name is {name!r}; choose one of {', '.join(sorted(REWARDS))}")
+    return REWARDS[name]
 
 
 def load_datasets(
-    config: DataConfig,
-    max_prompt_length: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    seed: int,
-    log: Log = logger.info,
+    config: Config, tokenizer: "PreTrainedTokenizerBase", now: datetime, log: Log = logger.info
 ) -> tuple[Dataset, list[Problem]]:
     """The training set in its seeded order, and the held-out problems (none without `data.evaluation_path`).
 
-    `log` receives one sentence for each file with duplicate prompts, with the number of rows dropped. Raises
-    `UserError` for an unknown source, an unusable file or row, or a tokenizer without an end-of-sequence
-    token.
+    `now` is the time that chat templates may print. `log` receives what a user should know of the files, such
+    as the number of duplicate prompts. Raises `UserError` for an unknown source, an unusable file or row, an
+    answer that the reward cannot compare with, or a tokenizer without an end-of-sequence token.
     """
-    train = _load(config, max_prompt_length, tokenizer, seed, log, held_out=False)
-    return Dataset(train, seed), load_evaluation(config, max_prompt_length, tokenizer, seed, log)
+    train = _load(config, tokenizer, now, log, held_out=False)
+    return Dataset(train, config.seed), load_evaluation(config, tokenizer, now, log)
 
 
 def load_evaluation(
-    config: DataConfig,
-    max_prompt_length: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    seed: int,
-    log: Log = logger.info,
+    config: Config, tokenizer: "PreTrainedTokenizerBase", now: datetime, log: Log = logger.info
 ) -> list[Problem]:
-    """The held-out problems, to evaluate without training data. `log` and errors as in `load_datasets`."""
-    return _load(config, max_prompt_length, tokenizer, seed, log, held_out=True)
+    """The held-out problems, to evaluate without training data. Arguments and errors as in `load_datasets`."""
+    return _load(config, tokenizer, now, log, held_out=True)
 
 
 def _load(
-    config: DataConfig,
-    max_prompt_length: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    seed: int,
-    log: Log,
-    *,
-    held_out: bool,
+    config: Config, tokenizer: "PreTrainedTokenizerBase", now: datetime, log: Log, *, held_out: bool
 ) -> list[Problem]:
-    if config.source not in DATA_SOURCES:
-        raise UserError(f"data.source is {config.source!r}; choose one of {', '.join(DATA_SOURCES)}")
+    data = config.data
+    if data.source not in DATA_SOURCES:
+        raise UserError(f"data.source is {data.source!r}; choose one of {', '.join(DATA_SOURCES)}")
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-sequence token, so no response could end; "
             "set eos_token in its config"
         )
-    encode = PromptEncoder(tokenizer, max_prompt_length)
-    return DATA_SOURCES[config.source](config, encode, held_out=held_out, seed=seed, log=log)
+    encode = PromptEncoder(tokenizer, config.rollout.max_prompt_length, now)
+    problems = DATA_SOURCES[data.source](data, encode, held_out=held_out, seed=config.seed, log=log)
+    _refuse_unusable_answers(config, problems)
+    return problems
+
+
+def _refuse_unusable_answers(config: Config, problems: list[Problem]) -> None:
+    """Raise `UserError` if the reward finds no response right for some problem, whatever the model answers."""
+    obstacle = reward(config.reward.name).obstacle
+    found = [(problem, why) for problem in problems if (why := obstacle(problem.ground_truth)) is not None]
+    if found:
+        problem, why = found[0]
+        others = f" and {len(found) - 1:,} others" if len(found) > 1 else ""
+        raise UserError(
+            f"problem {problem.problem_id}{others} of {config.data.source} cannot be scored by "
+            f"reward.name={config.reward.name}: its ground truth {problem.ground_truth!r:.60} {why}"
+        )

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_fipo.config import DataConfig
+from megatron_fipo.errors import UserError
 
 NO_ANSWER = "[INVALID]"
 """`Score.answer` of a response from which no answer could be extracted; it has no vote in cons@k."""
 
-Prompt = str | list[tuple[str, str]]
+Prompt = str | tuple[tuple[str, str], ...]
 """A text that is used without changes, or (role, content) messages."""
 Log = Callable[[str], None]
 """Receives one sentence for the user."""
@@ -28,6 +29,8 @@ class Problem:
     ground_truth: str
     data_source: str
     extra: dict[str, Any] = field(default_factory=dict)
+    row_digest: str = ""
+    """Identifies the row of its file by content; empty for a generated problem, which its id identifies."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,32 @@ class Scorer(Protocol):
     def __call__(self, response_text: str, problem: Problem, finish_reason: str) -> Score: ...
 
 
+@dataclass(frozen=True)
+class Reward:
+    """A scorer, and the answers that it can compare with."""
+
+    score: Scorer
+    obstacle: Callable[[str], str | None]
+    """Why no response can be right for a ground truth, as the end of a sentence; None if one can."""
+
+
+class PromptTooLongError(UserError):
+    """A prompt of `tokens` tokens is above the limit."""
+
+    def __init__(self, where: str, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"{where} has a prompt of {tokens} tokens, above rollout.max_prompt_length = {limit}; raise the "
+            "limit or remove the prompt"
+        )
+        self.tokens = tokens
+
+
 class EncodePrompt(Protocol):
     """Returns a prompt's text and token ids. `where` names the prompt in errors."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages keep their roles; if not, a message of the user is its content."""
 
     def __call__(self, where: str, prompt: Prompt) -> tuple[str, tuple[int, ...]]: ...
 

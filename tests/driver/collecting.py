@@ -1,20 +1,28 @@
 """A collector on a `ToyPool`, called as the training loop calls it."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.collector import Collected, Collector
 from tests.driver.toy_pool import MAX_LENGTH, SCORE_GROUP, ToyPool, dataset
 
 N = 3
 
 
-def make(pool: ToyPool, target: int = 3, **options: Any) -> Collector:
+def make(pool: ToyPool, target: int = 3, log: Callable[[str], None] = print, **options: Any) -> Collector:
     config = RolloutConfig(**{"prompts_in_flight": 4, "max_response_length": MAX_LENGTH, **options})
     return Collector(
-        dataset(), pool, SCORE_GROUP, config, target_groups=target, responses_per_prompt=N, seed=1
+        dataset(),
+        pool,
+        SCORE_GROUP,
+        AllWrongWatch(SCORE_GROUP.decode, log),
+        config,
+        target_groups=target,
+        responses_per_prompt=N,
+        seed=1,
     )
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.collector import Collector
 from megatron_fipo.errors import UserError
 from tests.driver.collecting import N, make, run, serials, until_enough
@@ -132,7 +133,14 @@ def test_calls_out_of_turn_are_refused():
 def test_other_data_are_refused():
     collector = make(ToyPool(["mixed"]))
     other = Collector(
-        dataset(7), ToyPool([]), SCORE_GROUP, RolloutConfig(), target_groups=1, responses_per_prompt=N, seed=1
+        dataset(7),
+        ToyPool([]),
+        SCORE_GROUP,
+        AllWrongWatch(str, print),
+        RolloutConfig(),
+        target_groups=1,
+        responses_per_prompt=N,
+        seed=1,
     )
     with pytest.raises(UserError, match="training set"):
         other.load_state(collector.state())

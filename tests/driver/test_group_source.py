@@ -70,6 +70,8 @@ class Collector:
         self.steps = steps
         self.paused = False
 
+    progress = "0 of 1 groups"
+
     @property
     def enough(self) -> bool:
         return self.steps == 0
@@ -88,6 +90,8 @@ class Collector:
 
 class Console:
     def phase(self, *_: Any, **__: Any) -> None: ...
+
+    def progress(self, detail: str) -> None: ...
 
 
 def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveGroups:

@@ -1,22 +1,31 @@
 """A run directory of the bundled model, claimed, with checkpoints as two ranks write them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fipo.checkpoint.manifest import FileRecord, hash_files
 from megatron_fipo.config import Config, load_config
+from megatron_fipo.run_dir.inputs import RunInputs, model_files
 from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
 
 MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
+
+
+INPUTS = RunInputs(model_files(MODEL), "train", "held-out", "2026-11-28T09:30:00")
 
 
 def config(run_dir: Path, *overrides: str) -> Config:
     return load_config(None, [f"model.path={MODEL}", f"run_dir={run_dir}", *overrides])
 
 
+def claim(directory: RunDirectory, config: Config, allow_change: Sequence[str] = ()) -> list[str]:
+    return directory.claim(config, INPUTS, allow_change)
+
+
 def claimed(run_dir: Path, *overrides: str) -> RunDirectory:
     directory = RunDirectory(run_dir)
-    directory.claim(config(run_dir, *overrides))
+    claim(directory, config(run_dir, *overrides))
     return directory
 
 

@@ -18,6 +18,7 @@ from tests.distributed.test_distributed_checkpoint import new_policy
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, exported
 from tests.distributed.tiny import write_model
 from tests.ranks import run_ranks
+from tests.run_dir.claimed_run import claim
 
 LAYOUT = LAYOUTS["tp2"]
 RANKS = 2
@@ -52,7 +53,7 @@ def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
     """The checks of a run before it loads anything; afterwards the lock is released."""
     directory = RunDirectory(run_dir)
     try:
-        directory.claim(settings(model, run_dir))
+        claim(directory, settings(model, run_dir))
         checkpoint = directory.latest()
         assert checkpoint is not None
         manifest = read_manifest(checkpoint)
@@ -89,7 +90,7 @@ def make_run(folder: Path) -> SavedRun:
     model = write_model(folder / "model", layers=2)
     (model / "tokenizer.json").write_text("{}")
     directory = RunDirectory(folder / "run")
-    directory.claim(settings(model, folder / "run"))
+    claim(directory, settings(model, folder / "run"))
     return SavedRun(
         model, folder / "run", {iteration: save(directory, model, iteration) for iteration in (1, 2)}
     )

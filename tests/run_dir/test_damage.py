@@ -16,6 +16,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import COMMON_STATE_FILE
 from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
 from tests.ranks import run_ranks
+from tests.run_dir.claimed_run import claim
 from tests.run_dir.saved_run import NEWEST, OLDER, RANKS, contents, load_into_ranks, resume, settings
 
 COMMON_STATE = COMMON_STATE_FILE or "metadata.json"
@@ -238,12 +239,12 @@ def test_a_file_where_the_checkpoints_belong_is_refused(saved_run, run_dir):
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
-        RunDirectory(run_dir).claim(settings(saved_run.model, run_dir))
+        claim(RunDirectory(run_dir), settings(saved_run.model, run_dir))
 
 
 def test_a_folder_that_appears_while_saving_is_left_alone(saved_run, run_dir):
     directory = RunDirectory(run_dir)
-    directory.claim(settings(saved_run.model, run_dir))
+    claim(directory, settings(saved_run.model, run_dir))
     pending = directory.begin_save(LoopState(3, 3))
     (pending.target).mkdir()
     (pending.target / "notes").write_text("precious")

@@ -13,6 +13,7 @@ from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_file
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
 from tests.ranks import run_ranks
+from tests.run_dir.claimed_run import claim
 from tests.run_dir.saved_run import (
     NEWEST,
     OLDER,
@@ -74,7 +75,7 @@ def assert_intact(directory: RunDirectory) -> None:
 @pytest.mark.parametrize("moment", ["begin", "ranks", "manifest"])
 def test_a_full_disk_costs_the_new_checkpoint_only(saved_run, small_disk, moment):
     directory = RunDirectory(small_disk / "run")
-    directory.claim(settings(saved_run.model, small_disk / "run"))
+    claim(directory, settings(saved_run.model, small_disk / "run"))
     if moment == "begin":
         filler = fill(small_disk, 0)
         with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
@@ -101,7 +102,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(saved_run, small_disk, moment
 
 def test_a_read_only_disk_is_one_sentence(saved_run, small_disk):
     directory = RunDirectory(small_disk / "run")
-    directory.claim(settings(saved_run.model, small_disk / "run"))
+    claim(directory, settings(saved_run.model, small_disk / "run"))
     unlock(directory)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     before = contents(small_disk)
@@ -118,7 +119,7 @@ def test_a_read_only_disk_is_one_sentence(saved_run, small_disk):
 def save_under_a_limit(rank: int, world_size: int, model: Path, run_dir: Path, step: str, limit: int) -> str:
     """With a limit of `limit` bytes per file, set by the operating system, from `step` on."""
     directory = RunDirectory(run_dir)
-    directory.claim(settings(model, run_dir))
+    claim(directory, settings(model, run_dir))
     pending = directory.begin_save(LoopState(3, 3)) if step == "commit" else None
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -135,5 +136,5 @@ def test_a_file_that_cannot_grow_costs_the_new_checkpoint_only(saved_run, run_di
     assert message.startswith(f"cannot write {run_dir}")
     assert "File too large" in message
     directory = RunDirectory(run_dir)
-    directory.claim(settings(saved_run.model, run_dir))
+    claim(directory, settings(saved_run.model, run_dir))
     assert_intact(directory)

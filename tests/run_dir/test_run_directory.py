@@ -21,7 +21,7 @@ from megatron_fipo.run_dir.run_directory import (
     RunDirectory,
     checkpoints_to_remove,
 )
-from tests.run_dir.claimed_run import MODEL, claimed, config, names, save, write_ranks
+from tests.run_dir.claimed_run import MODEL, claim, claimed, config, names, save, write_ranks
 
 
 def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
@@ -209,20 +209,20 @@ def test_the_previous_checkpoint_is_the_newest_complete_older_one(tmp_path):
 def test_two_processes_do_not_share_a_folder(tmp_path):
     first = claimed(tmp_path)
     with pytest.raises(UserError, match="another process"):
-        RunDirectory(tmp_path).claim(config(tmp_path))
+        claim(RunDirectory(tmp_path), config(tmp_path))
     assert first.path == tmp_path
 
 
 def test_a_file_in_the_way_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
-        RunDirectory(tmp_path / "file").claim(config(tmp_path))
+        claim(RunDirectory(tmp_path / "file"), config(tmp_path))
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
-        RunDirectory(tmp_path).claim(config(tmp_path))
+        claim(RunDirectory(tmp_path), config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -249,7 +249,7 @@ def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, ste
             ),
         )
     with pytest.raises(UserError, match="No space left"):
-        directory.claim(config(tmp_path))
+        claim(directory, config(tmp_path))
     monkeypatch.undo()
     assert list(tmp_path.glob("config.yaml*"))
     directory._lock_file.close()
@@ -263,7 +263,7 @@ def test_an_empty_folder_for_checkpoints_is_in_nobody_s_way_and_one_with_files_i
     (other / "checkpoints").mkdir(parents=True)
     (other / "checkpoints/weights.bin").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
-        RunDirectory(other).claim(config(other))
+        claim(RunDirectory(other), config(other))
 
 
 def test_a_model_folder_that_vanished_costs_the_checkpoint_and_not_the_older_one(tmp_path):
@@ -271,7 +271,7 @@ def test_a_model_folder_that_vanished_costs_the_checkpoint_and_not_the_older_one
     model.mkdir()
     (model / "config.json").write_text("{}")
     directory = RunDirectory(tmp_path / "run")
-    directory.claim(load_config(None, [f"model.path={model}", f"run_dir={tmp_path / 'run'}"]))
+    claim(directory, load_config(None, [f"model.path={model}", f"run_dir={tmp_path / 'run'}"]))
     save(directory, 1)
     (model / "config.json").unlink()
     with pytest.raises(UserError, match=r"model folder .*model is gone or has no config\.json"):

@@ -5,7 +5,7 @@ import pytest
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from tests.run_dir.claimed_run import claimed, config, save
+from tests.run_dir.claimed_run import claim, claimed, config, save
 
 
 def test_a_folder_belongs_to_its_settings(tmp_path):
@@ -13,7 +13,7 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     save(directory, 1)
     stored = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError) as caught:
-        directory.claim(config(tmp_path, "seed=2", "optimizer.lr=1e-5"))
+        claim(directory, config(tmp_path, "seed=2", "optimizer.lr=1e-5"))
     assert "optimizer.lr was 1e-06 and is 1e-05; seed was 1 and is 2" in str(caught.value)
     assert "--allow-change optimizer.lr,seed" in str(caught.value)
     assert (tmp_path / "config.yaml").read_bytes() == stored
@@ -24,15 +24,15 @@ def test_named_settings_may_change_and_only_those(tmp_path):
     save(directory, 1)
     changed = config(tmp_path, "seed=2", "optimizer.lr=1e-5")
     with pytest.raises(UserError, match=r"other settings \(seed was 1 and is 2\)"):
-        directory.claim(changed, ["optimizer.lr"])
-    assert directory.claim(changed, ["optimizer.lr", "seed", "objective.clip_low"]) == [
+        claim(directory, changed, ["optimizer.lr"])
+    assert claim(directory, changed, ["optimizer.lr", "seed", "objective.clip_low"]) == [
         "optimizer.lr was 1e-06 and is 1e-05",
         "seed was 1 and is 2",
     ]
     save(directory, 2)
-    assert directory.claim(changed) == []
+    assert claim(directory, changed) == []
     with pytest.raises(UserError, match="seed was 2 and is 1"):
-        directory.claim(config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
+        claim(directory, config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
 
 
 @pytest.mark.parametrize(
@@ -42,16 +42,16 @@ def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
     with pytest.raises(
         UserError, match=f"--allow-change {key}: there is no such setting; did you mean '.*{nearest}"
     ):
-        RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), [key])
+        claim(RunDirectory(tmp_path / "new"), config(tmp_path / "new"), [key])
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
     directory = claimed(tmp_path)
-    directory.claim(config(tmp_path, "seed=2"))
+    claim(directory, config(tmp_path, "seed=2"))
     MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5})
     with pytest.raises(UserError, match=r"other settings \(seed"):
-        directory.claim(config(tmp_path, "seed=3"))
+        claim(directory, config(tmp_path, "seed=3"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
 def test_what_a_run_may_change(tmp_path, first, then):
     directory = claimed(tmp_path, *first)
     save(directory, 1)
-    assert directory.claim(config(tmp_path, *first, *then)) == []
+    assert claim(directory, config(tmp_path, *first, *then)) == []
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_a_run_may_not_change(tmp_path, first, then):
     directory = claimed(tmp_path, *first)
     save(directory, 1)
     with pytest.raises(UserError, match=then.partition("=")[0]):
-        directory.claim(config(tmp_path, *first, then))
+        claim(directory, config(tmp_path, *first, then))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -112,7 +112,8 @@ def test_the_packing_is_fixed_while_either_normalization_depends_on_it(tmp_path,
     directory = claimed(tmp_path, normalization[order[0]])
     save(directory, 1)
     with pytest.raises(UserError, match=r"parallel\.data_parallel_size was 1 and is 2"):
-        directory.claim(
+        claim(
+            directory,
             config(tmp_path, normalization[order[1]], "parallel.data_parallel_size=2"),
             ["objective.normalization"],
         )
@@ -124,7 +125,7 @@ def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
     """
     directory = claimed(tmp_path, "checkpoint.keep_last=2")
     save(directory, 1)
-    directory.claim(config(tmp_path, "seed=2"), ["seed"])
-    directory.claim(config(tmp_path, "seed=1"))
+    claim(directory, config(tmp_path, "seed=2"), ["seed"])
+    claim(directory, config(tmp_path, "seed=1"))
     with pytest.raises(UserError, match="seed was 1 and is 2"):
-        directory.claim(config(tmp_path, "seed=2"))
+        claim(directory, config(tmp_path, "seed=2"))

@@ -23,7 +23,7 @@ from megatron_fipo.tasks.countdown.problems import (
 )
 from megatron_fipo.tasks.countdown.tokenizer import CHARACTERS, build_tokenizer, save_tokenizer
 from megatron_fipo.tasks.countdown.traces import supervised_trace
-from megatron_fipo.tasks.registry import scorer
+from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.task import Problem
 
 TRAIN = generate_problems(4000, held_out=False, seed=1)
@@ -31,7 +31,7 @@ HELD_OUT = generate_problems(150, held_out=True, seed=1)
 
 
 def accuracy(problem: CountdownProblem, response: str) -> float:
-    return scorer("countdown")(response, Problem("", (), "", str(problem), ""), "stop").accuracy
+    return reward("countdown").score(response, Problem("", (), "", str(problem), ""), "stop").accuracy
 
 
 def parsed(text: str) -> Expression:

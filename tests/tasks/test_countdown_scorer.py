@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.registry import scorer
+from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
-score = scorer("countdown")
+score = reward("countdown").score
 
 
 def problem(ground_truth: str = "3,7,5=26") -> Problem:
@@ -66,11 +66,11 @@ def test_it_never_raises(response, finish_reason):
 
 
 @pytest.mark.parametrize("ground_truth", ["26", "", "3,7,5=0", "3,7=21", "3,7,5=126", "10,7,5=26"])
-def test_a_problem_that_is_no_countdown_is_named(ground_truth):
-    with pytest.raises(UserError, match="problem p has the ground truth"):
-        score("#3*7+5", problem(ground_truth), "stop")
+def test_a_ground_truth_that_is_no_countdown_problem_has_an_obstacle(ground_truth):
+    assert "3,7,5=26" in reward("countdown").obstacle(ground_truth)
+    assert reward("countdown").obstacle("3,7,5=26") is None
 
 
 def test_an_unknown_reward_names_the_known_ones():
     with pytest.raises(UserError, match="'chess'; choose one of countdown, dapo_math"):
-        scorer("chess")
+        reward("chess")

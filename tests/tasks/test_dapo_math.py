@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.tasks.registry import scorer
+from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.task import NO_ANSWER, Problem
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "dapo_scorer.jsonl").open()]
-score = scorer("dapo_math")
+score = reward("dapo_math").score
 
 
 def problem(ground_truth: str) -> Problem:

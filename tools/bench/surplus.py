@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.iteration_metrics import staleness_values
 from megatron_fipo.driver.rollout.collector import Collector
 from megatron_fipo.driver.rollout.pool import RequestResult
@@ -200,6 +201,7 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
             Dataset(problems, 1),
             engines,
             score,
+            AllWrongWatch(str, print),
             config,
             target_groups=TARGET,
             responses_per_prompt=RESPONSES,

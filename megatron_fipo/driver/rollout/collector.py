@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.admission import admission_for
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, ScoredGroup, parse_request_id
@@ -24,6 +25,7 @@ from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.errors import RAY_LOGS, UserError
 from megatron_fipo.objective.advantages import is_informative
 from megatron_fipo.tasks.dataset import Dataset
+from megatron_fipo.tasks.task import NO_ANSWER
 
 if TYPE_CHECKING:
     from megatron_fipo.driver.rollout.pool import RequestResult
@@ -65,6 +67,7 @@ class Collector:
         dataset: Dataset,
         pool: Pool,
         score_group: Callable[[PromptGroup], ScoredGroup],
+        watch: AllWrongWatch,
         rollout: RolloutConfig,
         *,
         target_groups: int,
@@ -76,6 +79,7 @@ class Collector:
         self._dataset = dataset
         self._pool = pool
         self._score_group = score_group
+        self._watch = watch
         self._rollout = rollout
         self._admission = admission_for(rollout, target_groups)
         self._target = target_groups
@@ -99,6 +103,15 @@ class Collector:
         `pop_batch`."""
         self._informative = 0
         self._informative_dropped = 0
+
+    @property
+    def progress(self) -> str:
+        """How far the next batch is, for the user."""
+        counts = self.counts
+        return (
+            f"{self.waiting} of {self._target} groups; {counts.prompts} prompts, of which {counts.all_right} all right, "
+            f"{counts.all_wrong} all wrong, {self.unfinished} unfinished"
+        )
 
     @property
     def waiting(self) -> int:
@@ -162,7 +175,7 @@ class Collector:
         if not self._waiting:
             counts, self.counts, self._first_serial = self.counts, CollectCounts(), self._serial
             self._begin_at(self._serial)
-            raise UserError(_nothing_informative(counts))
+            raise UserError(self._nothing_informative(counts))
         serials, end = self._ready()[: self._target], self._batch_end()
         batch = [self._waiting.pop(serial) for serial in serials]
         counts = self.counts
@@ -259,6 +272,7 @@ class Collector:
         """Score a finished group. It is buffered if it is informative and not stale, else dropped."""
         del self._unfinished[group.serial]
         trajectories = self._score_group(group)
+        self._show(group, trajectories)
         if is_informative([trajectory.accuracy for trajectory in trajectories]):
             self.counts.informative += 1
             self._informative += 1
@@ -266,6 +280,20 @@ class Collector:
             self._drop_stale(self._update_version, [group])
             return
         self._filter_out(group, "all_right" if trajectories[0].accuracy > 0 else "all_wrong")
+
+    def _show(self, group: PromptGroup, trajectories: ScoredGroup) -> None:
+        """Pass a finished group to the watch."""
+        if any(trajectory.accuracy > 0 for trajectory in trajectories):
+            self._watch.some_right()
+            return
+        last, problem = trajectories[-1], group.problem
+        self._watch.all_wrong(
+            problem.problem_id,
+            problem.ground_truth,
+            last.response_ids,
+            last.extra.get("answer", NO_ANSWER),
+            last.finish_reason,
+        )
 
     def _filter_out(self, group: PromptGroup, why: Unused) -> None:
         """Record that a group is finished and not used."""
@@ -333,17 +361,19 @@ class Collector:
         groups = [*(group for group, _ in self._waiting.values()), *self._unfinished.values()]
         return sorted(groups, key=lambda group: group.serial)
 
+    def _nothing_informative(self, counts: CollectCounts) -> str:
+        filtered = counts.all_right + counts.all_wrong
+        if not filtered and counts.failed:
+            return f"the requests of all {counts.failed} prompts failed; see {RAY_LOGS}"
+        found = (
+            f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
+            f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing "
+            "to train on: choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
+            "rollout.max_prompts"
+        )
+        if counts.all_wrong and not counts.all_right and self._watch.example is not None:
+            return f"{found}; {self._watch.example}"
+        return found
+
     def _new_responses(self) -> list[Response]:
         return [Response() for _ in range(self._responses_per_prompt)]
-
-
-def _nothing_informative(counts: CollectCounts) -> str:
-    filtered = counts.all_right + counts.all_wrong
-    if not filtered and counts.failed:
-        return f"the requests of all {counts.failed} prompts failed; see {RAY_LOGS}"
-    return (
-        f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
-        f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing "
-        "to train on: choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
-        "rollout.max_prompts"
-    )

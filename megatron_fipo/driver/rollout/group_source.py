@@ -199,6 +199,7 @@ class LiveGroups:
     def _until_enough(self, version: int) -> None:
         while not self.collector.enough:
             self.collector.step(POLL_S)
+            self.console.progress(self.collector.progress)
             self._push(self.pool.stale(), version)
             self.check_stop()
 
@@ -221,6 +222,7 @@ class LiveGroups:
                     )
                 return
             self.collector.step(POLL_S)
+            self.console.progress(self.collector.progress)
             if not self.config.deterministic:
                 self.check_stop()
 

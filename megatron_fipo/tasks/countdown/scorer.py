@@ -1,6 +1,5 @@
 """The scorer `countdown`: an exact verifier."""
 
-from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.problems import CountdownProblem, evaluate, parse_expression
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
@@ -11,14 +10,11 @@ def score_countdown(response_text: str, problem: Problem, finish_reason: str) ->
     An expression `a?b?c`, ? one of + - *, is right if it has the problem's numbers in their order and its
     value, left to right, is the target. Attempts before the `#` are not checked. The answer for the majority
     vote is the value of a well-formed expression of these numbers, so different expressions with the same
-    value vote together. Raises `UserError` only for a problem whose ground truth is not a countdown problem.
+    value vote together. Raises `ValueError` for a ground truth with a `countdown_obstacle`.
     """
     target = CountdownProblem.parse(problem.ground_truth)
     if target is None:
-        raise UserError(
-            f"problem {problem.problem_id} has the ground truth {problem.ground_truth!r}; "
-            "reward.name=countdown needs the form 3,7,5=26"
-        )
+        raise ValueError(f"problem {problem.problem_id}: {problem.ground_truth!r} is not a countdown problem")
     _, separator, answer = response_text.partition("#")
     expression = parse_expression(answer) if separator and finish_reason == "stop" else None
     if expression is None or expression.numbers != target.numbers:
@@ -26,3 +22,10 @@ def score_countdown(response_text: str, problem: Problem, finish_reason: str) ->
     value = evaluate(expression)
     correct = float(value == target.target)
     return Score(reward=correct, accuracy=correct, answer=str(value))
+
+
+def countdown_obstacle(ground_truth: str) -> str | None:
+    """Why no response can be right for this ground truth; None if one can."""
+    if CountdownProblem.parse(ground_truth) is None:
+        return "is not of the form 3,7,5=26; use data.source=countdown or another reward"
+    return None

@@ -1,0 +1,90 @@
+"""What a run reads besides its settings, identified by content: the files of its model, and its data.
+
+A path in the settings is only a name. A folder may be moved, written in another way, or hold other files the
+next day. So a resumed run is compared with the stored one by what its paths contain.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from megatron_fipo.checkpoint.companions import COMPANIONS
+from megatron_fipo.errors import UserError
+
+INPUTS_FILE = "inputs.json"
+"""The inputs of a run, in its folder and in each of its checkpoints."""
+
+_NO_INPUT = ("LICENSE*",)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """None stands for an input that the run did not record (before version 0.2)."""
+
+    model: dict[str, str] | None
+    """Digest of each file that decides how the model is built and its text is tokenized, by file name. The
+    weights are not among them: a resumed run has those of its checkpoint."""
+    train: str | None
+    """Fingerprint of the training problems."""
+    held_out: str | None
+    """Fingerprint of the held-out problems."""
+    prompt_time: str | None
+    """When the run first started, in ISO 8601: the time that a chat template may print."""
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """`RunInputs.model` of a model folder."""
+    matches = {path for pattern in COMPANIONS if pattern not in _NO_INPUT for path in folder.glob(pattern)}
+    files = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(files)
+        if file.is_file()
+    }
+
+
+def read_inputs(owner: Path) -> RunInputs:
+    """The inputs that a run folder or a checkpoint recorded. Raises `UserError` if the record is damaged."""
+    path = owner / INPUTS_FILE
+    if not path.is_file():
+        copies = owner / "hf"
+        return RunInputs(model_files(copies) if copies.is_dir() else None, None, None, None)
+    try:
+        inputs = RunInputs(**json.loads(path.read_text()))
+        datetime.fromisoformat(inputs.prompt_time or "")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a record of a run's inputs ({error}); restore it from a copy, or choose another run_dir"
+        ) from None
+    return inputs
+
+
+def write_inputs(owner: Path, inputs: RunInputs) -> None:
+    """Write the record; raises OSError."""
+    (owner / INPUTS_FILE).write_text(json.dumps(asdict(inputs), indent=1) + "\n")
+
+
+def input_changes(stored: RunInputs, inputs: RunInputs) -> dict[str, str | None]:
+    """What changed under each setting that names a recorded input: a sentence, or None if nothing did.
+
+    Settings whose content the stored run did not record are absent.
+    """
+    changes: dict[str, str | None] = {}
+    if stored.model is not None:
+        changes["model.path"] = _changed_files(stored.model, inputs.model or {})
+    for key, problems, before, after in (
+        ("data.train_path", "training problems", stored.train, inputs.train),
+        ("data.evaluation_path", "held-out problems", stored.held_out, inputs.held_out),
+    ):
+        if before is not None:
+            changes[key] = None if before == after else f"{key} has other {problems} than the run"
+    return changes
+
+
+def _changed_files(before: dict[str, str], after: dict[str, str]) -> str | None:
+    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if not different:
+        return None
+    return f"model.path has other content than the run in {', '.join(different)}"

@@ -1,0 +1,93 @@
+"""A file of another format than configured is named as what it is; harmless differences are read."""
+
+import bz2
+import gzip
+import json
+import lzma
+import zipfile
+
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.tasks.row_reader import read_rows
+from tests.tasks.files import row, write
+
+LINE = (json.dumps(row()) + "\n").encode()
+
+
+def contents(tmp_path):
+    """What people give as a data file: (content, what it is)."""
+    parquet = write(tmp_path / "rows.parquet", [row()]).read_bytes()
+    archive = tmp_path / "rows.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("rows.jsonl", LINE)
+    pyarrow.feather.write_feather(pyarrow.Table.from_pylist([row()]), tmp_path / "rows.arrow")
+    return {
+        "parquet": (parquet, "is a parquet file; set data.source=parquet"),
+        "jsonl": (LINE, "looks like JSON lines; set data.source=jsonl"),
+        "gzip": (gzip.compress(LINE), "is compressed by gzip"),
+        "gzip of parquet": (gzip.compress(parquet), "is compressed by gzip"),
+        "bzip2": (bz2.compress(LINE), "is compressed by bzip2"),
+        "xz": (lzma.compress(LINE), "is compressed by xz"),
+        "zstd": (pyarrow.compress(LINE, "zstd", asbytes=True), "is compressed by zstd"),
+        "zip": (archive.read_bytes(), "is a zip archive"),
+        "arrow": ((tmp_path / "rows.arrow").read_bytes(), "is an Arrow file"),
+        "utf-16": (LINE.decode().encode("utf-16"), "is text in UTF-16"),
+        "lfs": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "is a Git LFS pointer",
+        ),
+        "html": (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+        "list": (b"[" + LINE + b"]", "is one JSON list"),
+    }
+
+
+@pytest.mark.parametrize("configured", ["parquet", "jsonl"])
+def test_another_format_is_named(tmp_path, configured):
+    for name, (content, message) in contents(tmp_path).items():
+        path = tmp_path / "data"
+        path.write_bytes(content)
+        if name == configured:
+            assert len(list(read_rows(path, configured))) == 1
+            continue
+        with pytest.raises(UserError) as error:
+            list(read_rows(path, configured))
+        assert f"data.source is {configured}, but {path} {message}" in str(error.value), name
+
+
+@pytest.mark.parametrize("configured", ["parquet", "jsonl"])
+def test_a_folder_of_parts_is_named(tmp_path, configured):
+    for part in range(3):
+        write(tmp_path / f"part-{part}.parquet", [row()])
+    with pytest.raises(UserError, match=r"is a folder \(with 3 files\); merge its rows into one file"):
+        read_rows(tmp_path, configured)
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") + b"\r\n" + LINE)
+    assert [number for number, _ in read_rows(path, "jsonl")] == [1, 3]
+
+
+def test_a_repeated_key_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for line in (
+        '{"prompt": "1", "prompt": "2"}',
+        '{"reward_model": {"ground_truth": "1", "ground_truth": "2"}}',
+    ):
+        path.write_text(line)
+        with pytest.raises(UserError, match=r"line 1 has the key `(prompt|ground_truth)` twice"):
+            list(read_rows(path, "jsonl"))
+
+
+def test_a_parquet_file_without_the_columns_is_named_with_those_it_has(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1"], "answer": ["2"]}), path)
+    with pytest.raises(UserError, match=r"has no column `prompt`; its columns are problem, answer"):
+        list(read_rows(path, "parquet"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1"], "answer": ["2"]}), path)
+    with pytest.raises(UserError, match=r"has no column `reward_model`; its columns are prompt, answer"):
+        list(read_rows(path, "parquet"))
