@@ -292,11 +292,13 @@ class RunDirectory:
         if latest.is_symlink() or not latest.exists():
             return
         fix = (
-            f"remove it, because {found[-1].name} is beside it"
+            f"remove it if it is a copy of {found[-1].name}"
             if found
             else "rename it to iteration_NNNNNN, with the iteration of its loop.json"
         )
-        raise UserError(f"{latest} is not a link but a copy (the run was copied with links followed); {fix}")
+        raise UserError(
+            f"{latest} is a folder and not a link, as in a run that was copied with links followed; {fix}"
+        )
 
     def _point_to_latest(self) -> None:
         """Point `latest` to the newest checkpoint, atomically."""

@@ -135,3 +135,23 @@ with Console(7) as console:
     assert "3 micro-batches" in text
     assert "reward +0.500" in text
     assert "\x1b[?25h" in text  # the cursor is given back
+
+
+def test_a_log_gets_the_progress_of_a_long_phase_at_growing_intervals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    file = io.StringIO()
+    console = Console(100, file)
+    for _ in range(2):
+        console.phase("rollout")
+        for second in range(600):
+            now += 1
+            console.progress(f"{second} of 600")
+        console.phase("update")
+    lines = file.getvalue().splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        f"rollout for {minutes} min 00 s" for minutes in (1, 2, 4, 8)
+    ] * 2
+    assert lines[0].endswith(": 59 of 600")

@@ -227,12 +227,24 @@ def test_a_folder_in_the_way_is_refused_and_nothing_lost(saved_run, run_dir, nam
     (run_dir / name).mkdir()
     (run_dir / name / "file").write_text("precious")
     before = contents(run_dir)
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(
+        UserError, match="is a folder and not a link" if name.endswith("/latest") else "cannot write"
+    ):
         resume(saved_run.model, run_dir)
     after = contents(run_dir)
     assert before.items() <= after.items()
     shutil.rmtree(run_dir / name)
     assert resume(saved_run.model, run_dir)[1].iteration == 2
+
+
+def test_a_run_copied_with_links_followed_resumes_once_the_copy_of_its_link_is_gone(saved_run, tmp_path):
+    copied = shutil.copytree(saved_run.run_dir, tmp_path / "copied", symlinks=False)
+    before = contents(copied)
+    with pytest.raises(UserError, match=rf"latest is a folder .* remove it if it is a copy of {NEWEST}"):
+        resume(saved_run.model, copied)
+    assert contents(copied).items() >= before.items()
+    shutil.rmtree(copied / "checkpoints/latest")
+    assert resume(saved_run.model, copied)[1].iteration == 2
 
 
 def test_a_file_where_the_checkpoints_belong_is_refused(saved_run, run_dir):

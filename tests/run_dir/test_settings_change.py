@@ -92,7 +92,6 @@ def test_what_a_run_may_change(tmp_path, first, then):
         ([], "rollout.temperature=0.9"),
         ([], "rollout.max_staleness=3"),
         ([], "rollout.engine=vllm"),
-        ([], "model.path=elsewhere"),
         (["objective.normalization=reference_micro_batch"], "batch.max_tokens_per_micro_batch=30000"),
         (["objective.normalization=reference_micro_batch"], "parallel.data_parallel_size=2"),
         (["objective.normalization=reference_micro_batch"], "parallel.context_parallel_size=2"),

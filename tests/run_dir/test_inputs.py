@@ -1,0 +1,128 @@
+"""A run is identified by what its paths contain, not by how they are written."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.checkpoint.manifest import hash_files, write_manifest
+from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, model_files
+from megatron_fipo.run_dir.run_directory import RunDirectory
+from tests.run_dir.claimed_run import INPUTS, MODEL, claimed, config, save
+
+PATHS = ("data.train_path=train.parquet", "data.evaluation_path=test.parquet")
+
+
+def saved(run_dir: Path) -> RunDirectory:
+    directory = claimed(run_dir, *PATHS)
+    save(directory, 1)
+    return directory
+
+
+def copied_model(folder: Path) -> Path:
+    return shutil.copytree(MODEL, folder)
+
+
+def inputs_of(model: Path) -> RunInputs:
+    return replace(INPUTS, model=model_files(model))
+
+
+def test_the_same_content_under_other_paths_is_the_same_run(tmp_path):
+    directory = saved(tmp_path / "run")
+    model = copied_model(tmp_path / "moved")
+    for path in (model, os.path.relpath(model), f"{model}/"):
+        changed = config(
+            tmp_path / "run",
+            "data.train_path=/data/t.parquet",
+            "data.evaluation_path=/data/e.parquet",
+            f"model.path={path}",
+        )
+        assert directory.claim(changed, inputs_of(Path(path))) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", lambda text: text.replace("0", "1", 1)),
+        ("tokenizer_config.json", lambda text: text + " "),
+        ("chat_template.jinja", lambda text: "{{ messages[0].content }}"),
+        ("generation_config.json", lambda text: '{"eos_token_id": 7}'),
+        ("config.json", lambda text: text.replace("1", "2", 1)),
+        ("tokenizer.model", lambda text: "pieces"),
+        ("config.json", None),
+    ],
+)
+def test_other_content_under_the_same_path_is_another_run(tmp_path, file, change):
+    directory = saved(tmp_path / "run")
+    model = copied_model(tmp_path / "model")
+    path = model / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text() if path.exists() else ""))
+    with pytest.raises(
+        UserError, match=rf"model.path has other content than the run in {file}.*--allow-change model.path"
+    ):
+        directory.claim(config(tmp_path / "run", *PATHS), inputs_of(model))
+    assert directory.claim(config(tmp_path / "run", *PATHS), inputs_of(model), ["model.path"]) == [
+        f"model.path has other content than the run in {file}"
+    ]
+
+
+def test_weights_and_licences_do_not_identify_a_model(tmp_path):
+    directory = saved(tmp_path / "run")
+    model = copied_model(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    (model / "LICENSE").write_text("other")
+    assert directory.claim(config(tmp_path / "run", *PATHS), inputs_of(model)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("train", "data.train_path"), ("held_out", "data.evaluation_path")]
+)
+def test_other_problems_under_the_same_path_are_another_run(tmp_path, name, key):
+    directory = saved(tmp_path)
+    with pytest.raises(UserError, match=rf"{key} has other .* problems than the run"):
+        directory.claim(config(tmp_path, *PATHS), replace(INPUTS, **{name: "other"}))
+
+
+def test_prompts_keep_the_time_of_the_first_start(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert directory.prompt_time() is None
+    directory = claimed(tmp_path)
+    assert directory.prompt_time() is None  # nothing to resume: the next start is the first
+    save(directory, 1)
+    assert RunDirectory(tmp_path).prompt_time().isoformat() == INPUTS.prompt_time
+
+
+def test_a_run_before_the_record_is_compared_by_its_copied_files_and_its_paths(tmp_path):
+    directory = saved(tmp_path / "run")
+    checkpoint = directory.latest()
+    (checkpoint / INPUTS_FILE).unlink()
+    write_manifest(checkpoint, hash_files(checkpoint), {})
+    assert directory.prompt_time() is None
+    assert directory.claim(config(tmp_path / "run", *PATHS, f"model.path={MODEL}/"), INPUTS) == []
+    with pytest.raises(UserError, match=r"data\.train_path was train\.parquet and is other\.parquet"):
+        directory.claim(config(tmp_path / "run", PATHS[1], "data.train_path=other.parquet"), INPUTS)
+    model = copied_model(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other content than the run in tokenizer\.json"):
+        directory.claim(config(tmp_path / "run", *PATHS), inputs_of(model))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"model": {}}', json.dumps(INPUTS.__dict__ | {"prompt_time": "x"})]
+)
+def test_a_damaged_record_is_named(tmp_path, content):
+    directory = saved(tmp_path)
+    record = directory.latest() / INPUTS_FILE
+    record.write_text(content)
+    with pytest.raises(UserError, match=r"iteration_000001 is damaged: .*inputs\.json"):
+        directory.claim(config(tmp_path, *PATHS), INPUTS)
+    write_manifest(directory.latest(), hash_files(directory.latest()), {})
+    with pytest.raises(UserError, match=r"inputs\.json is not a record of a run's inputs"):
+        directory.claim(config(tmp_path, *PATHS), INPUTS)
