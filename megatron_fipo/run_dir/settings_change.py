@@ -39,6 +39,8 @@ Any other change makes a different run.
 """
 PACKING_KEYS = ("batch.max_tokens_per_micro_batch", "parallel.")
 """They decide which responses share a micro-batch. Also free, unless the normalization depends on that."""
+TRAINING_DATA = "data.train_path"
+"""Other training problems are refused always: the position in the data and the waiting groups refer to them."""
 IN_FLIGHT_KEY = "rollout.prompts_in_flight"
 """Also free with rollout.unfinished=drop, which trains on the same prompts regardless of how many are in
 flight. With `continue` it decides the age of the responses that are trained on.
@@ -67,14 +69,17 @@ def refuse_changes(
         if not key.startswith(free)
     }
     lines |= {key: change for key, change in by_content.items() if change is not None}
-    changed = list(lines)
-    refused = [key for key in changed if key not in allow_change]
+    fixed = {TRAINING_DATA} if by_content.get(TRAINING_DATA) else set()
+    refused = [key for key in lines if key not in allow_change or key in fixed]
     if refused:
-        raise UserError(
-            f"{owner} belongs to a run with other settings ({'; '.join(lines[key] for key in refused)}): "
-            "restore them, choose another run_dir, or resume with the changed settings by "
-            f"--allow-change {','.join(changed)}"
-        )
+        changes = "; ".join(lines[key] for key in refused)
+        advice = "restore them, or choose another run_dir"
+        if not fixed:
+            advice = (
+                "restore them, choose another run_dir, or resume with the changed settings by "
+                f"--allow-change {','.join(lines)}"
+            )
+        raise UserError(f"{owner} belongs to a run with other settings ({changes}): {advice}")
     return list(lines.values())
 
 

@@ -5,6 +5,8 @@
     dataset.py          the order in which training takes its problems
     prompt_encoder.py   a prompt to text and token ids
     prompt_file.py      the data sources `parquet` and `jsonl`
+    row_reader.py       their files as a stream of rows
+    row.py              one row as a prompt with its answer
     dapo_math.py        the scorer `dapo_math`
     countdown/          the built-in demo task, complete: problems, traces, tokenizer, scorer
 

@@ -90,6 +90,16 @@ def test_other_problems_under_the_same_path_are_another_run(tmp_path, name, key)
         directory.claim(config(tmp_path, *PATHS), replace(INPUTS, **{name: "other"}))
 
 
+def test_other_held_out_problems_may_be_allowed_and_other_training_problems_may_not(tmp_path):
+    directory = saved(tmp_path)
+    settings = config(tmp_path, *PATHS, "seed=2")
+    allowed = ["seed", "data.train_path", "data.evaluation_path"]
+    assert len(directory.claim(settings, replace(INPUTS, held_out="other"), allowed)) == 2
+    with pytest.raises(UserError) as error:
+        directory.claim(settings, replace(INPUTS, train="other"), allowed)
+    assert str(error.value).endswith("than the run): restore them, or choose another run_dir")
+
+
 def test_prompts_keep_the_time_of_the_first_start(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.prompt_time() is None
