@@ -31,6 +31,7 @@ from megatron_fipo.run_dir.inputs import RunInputs, model_files
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from megatron_fipo.tasks.dataset import Dataset, fingerprint
 from megatron_fipo.tasks.registry import load_datasets, reward
+from megatron_fipo.tasks.task import Problem
 
 
 def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None = None) -> int:
@@ -45,18 +46,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
         directory = RunDirectory(Path(config.run_dir).resolve())
-        prompt_time = directory.prompt_time() or datetime.now().replace(microsecond=0)
-        train_set, held_out = load_datasets(config, tokenizer, prompt_time, console.note)
-        if prints_date(tokenizer):
-            console.note(
-                f"the chat template prints the date, which stays {prompt_time:%Y-%m-%d} for this run"
-            )
-        inputs = RunInputs(
-            model_files(Path(config.model.path)),
-            train_set.fingerprint,
-            fingerprint(held_out),
-            prompt_time.isoformat(),
-        )
+        train_set, held_out, inputs = load_inputs(config, directory, tokenizer, console.note)
         for change in directory.claim(config, inputs, allow_change):
             console.note(change)
         console.phase("starting")
@@ -102,6 +92,22 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             export_model(trainer, Path(config.model.path).resolve(), directory.path / "model")
         summarize(directory.path, console)
     return 0
+
+
+def load_inputs(
+    config: Config, directory: RunDirectory, tokenizer: Any, log: Callable[[str], None]
+) -> tuple[Dataset, list[Problem], RunInputs]:
+    """Training and held-out problems, and what identifies the run's inputs when it resumes.
+
+    A chat template prints the time of the first start in every resumed run.
+    """
+    prompt_time = directory.prompt_time() or datetime.now().replace(microsecond=0)
+    if prints_date(tokenizer):
+        log(f"the chat template prints the date, which stays {prompt_time:%Y-%m-%d} for this run")
+    train_set, held_out = load_datasets(config, tokenizer, prompt_time, log)
+    files = model_files(Path(config.model.path))
+    inputs = RunInputs(files, train_set.fingerprint, fingerprint(held_out), prompt_time.isoformat())
+    return train_set, held_out, inputs
 
 
 def start_trainer(config: Config, machine: Machine) -> RLTrainer:

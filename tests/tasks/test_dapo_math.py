@@ -59,3 +59,32 @@ def test_the_value_is_compared_as_a_string_only():
 def test_it_never_raises(response, ground_truth):
     result = score(response, problem(ground_truth), "stop")
     assert (result.reward, result.accuracy) in {(1.0, 1.0), (-1.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "why"),
+    [
+        ("First 12.\nThen 34", "several lines"),
+        ("1" * 293, "has 293 characters"),
+        ("\\text{" * 20_000, "has 120,000 characters"),
+        ("#### 34", "mark of an answer"),
+        ("So it is 12 #### 34", "mark of an answer"),
+        ("Answer: 34", "mark of an answer"),
+        ("answer : 34", "mark of an answer"),
+        ("$", "empty after normalization"),
+        ("km", "empty after normalization"),
+        ("\\text{}^2", "empty after normalization"),
+    ],
+)
+def test_a_ground_truth_that_no_response_can_match_is_named(ground_truth, why):
+    assert why in reward("dapo_math").obstacle(ground_truth)
+
+
+@pytest.mark.parametrize(
+    "ground_truth",
+    ["34", " 34\n", "\\boxed{34}", "\\frac{1}{2}", "(1, 2]", "x=5", "3,000", "1" * 292, "-7", "A"],
+)
+def test_a_ground_truth_without_an_obstacle_is_matched_by_itself(ground_truth):
+    assert reward("dapo_math").obstacle(ground_truth) is None
+    problem = Problem("p", (1,), "", ground_truth, "math")
+    assert score(f"So it is.\nAnswer: {ground_truth.strip()}", problem, "stop").accuracy == 1

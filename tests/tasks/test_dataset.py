@@ -3,6 +3,7 @@ differ.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -71,6 +72,26 @@ def test_a_state_of_other_data_or_another_seed_is_refused():
     for other in (problems(6), problems(5, "q"), problems(5)[::-1]):
         with pytest.raises(UserError, match="not the one of the checkpoint"):
             Dataset(other, seed=1).load_state(state)
+
+
+def test_a_changed_row_is_other_data_and_a_changed_template_is_not():
+    first = problems(3)
+    state = Dataset(first, seed=1).state()
+    formatted = [replace(problem, prompt_text="<user>", prompt_ids=(9,)) for problem in first]
+    Dataset(formatted, seed=1).load_state(state)
+    with pytest.raises(UserError, match="not the one of the checkpoint"):
+        Dataset([*first[:2], replace(first[2], row_digest="other")], seed=1).load_state(state)
+
+
+def test_a_state_of_version_0_1_is_compared_by_its_formatted_prompts():
+    state = Dataset(problems(3), seed=1).state() | {"fingerprint": "0f3f3a4ee4f0ab1ef3a2ef5ef3a6b3b9"}
+    del state["rows"]
+    with pytest.raises(UserError, match="not the one of the checkpoint"):
+        Dataset(problems(3), seed=1).load_state(state)
+    state["fingerprint"] = "c26eb20444a84ef521e0e9a58f737788"  # as that version wrote it
+    dataset = Dataset(problems(3), seed=1)
+    dataset.load_state(state | {"position": 2})
+    assert dataset.position == 2
 
 
 def test_no_problems_is_a_users_mistake():
