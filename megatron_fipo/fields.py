@@ -1,17 +1,26 @@
-"""Settings as dataclass fields that carry their own range or choices, and the check of both.
+"""Settings as dataclass fields that carry the rule for their values (range, choices, path), and the check of it.
 
     half_life: float = number(32.0, above=0, finite=False)
     name: str = choice("fipo", "dapo", "grpo")
+    run_dir: str = file_path(REQUIRED)
 
 Loading, validation, `megatron-fipo config` and the loss read the same metadata. Standard library only.
 """
 
 import difflib
 import math
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+REQUIRED = "???"
+"""The default of a setting that has none: a value must be given."""
 _KEY = "setting"
+
+
+def quoted(value: Any) -> str:
+    """A value as Python writes it, on one line, shortened if it is long text."""
+    return repr(f"{value[:77]}..." if isinstance(value, str) and len(value) > 80 else value)
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,30 @@ class Choices:
     def refusal(self, value: Any) -> str:
         """What is wrong with another value, with the nearest choice."""
         nearest = difflib.get_close_matches(str(value), self.names, n=1)
-        return f"must be {self}, not {value!r}" + (f" (did you mean '{nearest[0]}'?)" if nearest else "")
+        return f"must be {self}, not {quoted(value)}" + (
+            f" (did you mean '{nearest[0]}'?)" if nearest else ""
+        )
 
     def __str__(self) -> str:
         return "one of " + ", ".join(self.names)
+
+
+@dataclass(frozen=True)
+class FilePath:
+    """Text that names a file or folder. Loading replaces a leading `~` by the home folder."""
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+    def refusal(self, value: Any) -> str:
+        """What is wrong with a value that names no file."""
+        return f"must be the path of a file or folder, not {quoted(value)}"
+
+    def __str__(self) -> str:
+        return "a path; a leading ~ is the home folder"
+
+
+Rule = Range | Choices | FilePath
 
 
 def number(
@@ -82,13 +111,27 @@ def choice(default: str, *others: str) -> Any:
     return field(default=default, metadata={_KEY: Choices((default, *others))})
 
 
-def rule_of(item: Any) -> Range | Choices | None:
-    """The range or choices of a dataclass field, None if it has neither."""
+def file_path(default: str | None) -> Any:
+    """A field that holds the path of a file or folder."""
+    return field(default=default, metadata={_KEY: FilePath()})
+
+
+def rule_of(item: Any) -> Rule | None:
+    """The rule for the values of a dataclass field, None if it has none."""
     return item.metadata.get(_KEY)
 
 
+def expand_home(path: str) -> str:
+    """Replace a leading `~` or `~user` by that home folder. Raises ValueError if there is none."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise ValueError(f"there is no home folder {user}; write ./{path} for a folder of that name")
+    return expanded
+
+
 def first_violation(settings: Any, prefix: str = "") -> str | None:
-    """The first setting outside its range or choices as a sentence with its dotted key; None if there is none.
+    """The first setting that breaks its rule as a sentence with its dotted key; None if there is none.
 
     Sections are followed. None is accepted only if it is the default.
     """
@@ -103,6 +146,6 @@ def first_violation(settings: Any, prefix: str = "") -> str | None:
 
 
 def check(settings: Any) -> None:
-    """Raise ValueError, naming setting and value, for the first one outside its range or choices."""
+    """Raise ValueError, naming setting and value, for the first one that breaks its rule."""
     if (violation := first_violation(settings)) is not None:
         raise ValueError(violation)

@@ -1,9 +1,12 @@
-"""Helpers to declare the arguments of a command. Imports argparse only, so that `--help` is fast."""
+"""Helpers to declare the arguments of a command. Imports nothing heavy, so that `--help` is fast."""
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from textwrap import dedent
 from typing import Any
+
+from megatron_fipo.fields import expand_home
 
 Handler = Callable[[argparse.Namespace], int]
 """Runs a command and returns its exit code."""
@@ -48,6 +51,7 @@ def add_overrides(command: Parser, example: str) -> None:
         "overrides",
         metavar="key=value",
         nargs="*",
+        default=[],  # without it, argparse's usage errors call it required
         type=_override,
         help=f"settings that override the file, for example {example}",
     )
@@ -59,6 +63,14 @@ def _override(text: str) -> str:
             f"{text!r} must look like section.key=value, for example optimizer.lr=1e-5"
         )
     return text
+
+
+def path(text: str) -> Path:
+    """The path of a file or folder; a leading `~` that the shell has left is replaced."""
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

@@ -1,11 +1,11 @@
 """The commands `train`, `evaluate`, `sft`, `report`, `doctor` and `config`: their arguments and handlers."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-from megatron_fipo.cli.arguments import Subparsers, add_command, add_overrides
+from megatron_fipo.cli.arguments import Subparsers, add_command, add_overrides, path
+from megatron_fipo.cli.streams import say
 
 
 def add_train(commands: Subparsers) -> None:
@@ -27,7 +27,7 @@ def add_train(commands: Subparsers) -> None:
     command.add_argument(
         "--replay",
         metavar="DIR",
-        type=Path,
+        type=path,
         help="train on the responses dumped in DIR (rollout.dump_every), without engines",
     )
     command.set_defaults(handler=run_train)
@@ -38,7 +38,8 @@ TRAIN_HELP = """\
     evaluate.
 
     The settings come from a YAML file and key=value overrides; `megatron-fipo config` explains each of them.
-    Invalid combinations are refused before anything starts. Paths are relative to the current directory.
+    Invalid combinations are refused before anything starts. Paths are relative to the current directory; a
+    leading ~ is the home folder.
 
     Results are written to the run_dir of the configuration: metrics, checkpoints, report.html, and the
     trained model in Hugging Face format. Ctrl-C saves the state; the same command resumes from it. SIGTERM,
@@ -57,7 +58,7 @@ TRAIN_HELP = """\
 def run_train(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, note=say)
     from megatron_fipo.families.registry import read_model_config
 
     family, architecture = read_model_config(config.model.path)
@@ -87,7 +88,7 @@ def add_evaluate(commands: Subparsers) -> None:
     command.add_argument(
         "--output",
         metavar="FILE",
-        type=Path,
+        type=path,
         help="file for the table, as JSON lines (default: runs/evaluation/<name of HF_DIR>.jsonl)",
     )
     command.set_defaults(handler=run_evaluate)
@@ -114,21 +115,21 @@ EVALUATE_HELP = """\
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate_evaluation
 
-    path, overrides = arguments.config, list(arguments.overrides)
-    if path is not None and "=" in path:  # no CONFIG: its position has the first override
-        path, overrides = None, [path, *overrides]
-    if path is None:
+    file, overrides = arguments.config, list(arguments.overrides)
+    if file is not None and "=" in file:  # no CONFIG: its position has the first override
+        file, overrides = None, [file, *overrides]
+    if file is None:
         # The schema requires a run_dir; evaluation writes nothing there.
         overrides.insert(0, "run_dir=runs/evaluation")
-    overrides.append(f"model.path={json.dumps(arguments.model_dir, ensure_ascii=False)}")
-    config = load_config(path, overrides)
+    overrides.append(f"model.path={arguments.model_dir}")
+    config = load_config(file, overrides, note=say)
     from megatron_fipo.families.registry import read_architecture
 
     validate_evaluation(config, read_architecture(config.model.path))
     from megatron_fipo.driver.evaluate import evaluate
 
-    model_name = Path(os.path.abspath(arguments.model_dir)).name
-    evaluate(arguments.model_dir, config, arguments.output or Path("runs/evaluation") / f"{model_name}.jsonl")
+    model_name = Path(os.path.abspath(config.model.path)).name
+    evaluate(config.model.path, config, arguments.output or Path("runs/evaluation") / f"{model_name}.jsonl")
     return 0
 
 
@@ -155,7 +156,7 @@ SFT_HELP = """\
 def run_sft(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import SftConfig, load_config, validate_sft
 
-    config = load_config(arguments.config, arguments.overrides, schema=SftConfig)
+    config = load_config(arguments.config, arguments.overrides, SftConfig, note=say)
     from megatron_fipo.families.registry import read_architecture
 
     validate_sft(config, read_architecture(config.model_config_path))
@@ -168,7 +169,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
 def add_report(commands: Subparsers) -> None:
     command = add_command(commands, "report", "rebuild the report of a run", REPORT_HELP)
     command.add_argument(
-        "run_dir", metavar="RUN_DIR", help="the run_dir of a training run, finished or in progress"
+        "run_dir", metavar="RUN_DIR", type=path, help="the run_dir of a training run, finished or in progress"
     )
     command.set_defaults(handler=run_report)
 
@@ -186,7 +187,7 @@ REPORT_HELP = """\
 def run_report(arguments: argparse.Namespace) -> int:
     from megatron_fipo.report import write_report
 
-    print(f"wrote {write_report(Path(arguments.run_dir))}")
+    print(f"wrote {write_report(arguments.run_dir)}")
     return 0
 
 

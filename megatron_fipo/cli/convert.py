@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.cli.arguments import Subparsers, add_command, positive
+from megatron_fipo.cli.arguments import Subparsers, add_command, path, positive
 from megatron_fipo.errors import UserError
+from megatron_fipo.outputs import check_new_folder
 
 if TYPE_CHECKING:
     from megatron_fipo.checkpoint.convert.convert import Progress, Summary
@@ -66,8 +67,8 @@ def _add_direction(
 ) -> None:
     command = add_command(directions, name, summary, CONVERT_HELP)
     command.set_defaults(handler=handler)
-    command.add_argument("source", metavar="SRC", type=Path, help=source_help)
-    command.add_argument("target", metavar="DST", type=Path, nargs="?", help="folder to make; must not exist")
+    command.add_argument("source", metavar="SRC", type=path, help=source_help)
+    command.add_argument("target", metavar="DST", type=path, nargs="?", help="folder to make; must not exist")
     command.add_argument(
         "--dtype",
         choices=("keep", "bfloat16", "float32"),
@@ -126,6 +127,7 @@ def run_to_hf(arguments: argparse.Namespace) -> int:
 def _target(arguments: argparse.Namespace) -> Path:
     if arguments.target is None:
         raise UserError("convert needs DST, the folder to make (only --dry-run works without)")
+    check_new_folder(arguments.target, "DST")
     return arguments.target
 
 

@@ -46,7 +46,7 @@ COMPONENTS = (
         "no model can be read",
     ),
     Component("ray", "ray", True, "runs trainer ranks and rollout engines", "nothing trains"),
-    Component("omegaconf", "omegaconf", True, "reads configurations", "no configuration can be read"),
+    Component("pyyaml", "yaml", True, "reads configurations", "no configuration can be read"),
     Component(
         "transformer-engine",
         "transformer_engine",

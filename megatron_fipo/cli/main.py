@@ -3,8 +3,6 @@
 Each command imports heavy packages only once its settings are valid, so errors in them appear at once.
 """
 
-import os
-import sys
 from collections.abc import Sequence
 
 from megatron_fipo.cli.arguments import Parser
@@ -17,6 +15,7 @@ from megatron_fipo.cli.commands import (
     add_train,
 )
 from megatron_fipo.cli.convert import add_convert
+from megatron_fipo.cli.streams import ReaderGone, checked_output, say
 from megatron_fipo.errors import UserError
 
 
@@ -26,17 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: an error that the user can fix, one sentence on stderr. 85: stopped by SIGTERM, SIGUSR1 or the
     time limit with the state saved; run the same command to resume. 130: stopped by Ctrl-C.
     """
-    arguments = build_parser().parse_args(argv)
     try:
-        return arguments.handler(arguments)
+        with checked_output():
+            arguments = build_parser().parse_args(argv)
+            return arguments.handler(arguments)
     except UserError as error:
-        print(f"megatron-fipo: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # As in `... --dry-run | head`. Otherwise Python reports the error again when flushing stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGone:
         return 0
 
 

@@ -3,13 +3,13 @@
 The dataclasses below are the documentation: one per section, each field followed by its meaning. Ranges and choices are
 on the fields (`fields.py`). Names of parallel settings are Megatron-Core's own. `megatron-fipo config` prints all of it.
 
-`"???"` marks a required value. Paths are relative to the current directory, not to the YAML file.
+`REQUIRED` (`???`) marks a required value. Paths are relative to the current directory, not to the YAML file.
 """
 
 import math
 from dataclasses import dataclass, field
 
-from megatron_fipo.fields import choice, number
+from megatron_fipo.fields import REQUIRED, choice, file_path, number
 from megatron_fipo.objective.config import ObjectiveConfig
 
 
@@ -17,7 +17,7 @@ from megatron_fipo.objective.config import ObjectiveConfig
 class ModelConfig:
     """The model that is trained."""
 
-    path: str = "???"
+    path: str = file_path(REQUIRED)
     """Folder in Hugging Face format: config.json, safetensors, tokenizer. Training starts from these weights."""
     dtype: str = choice("bfloat16", "float32")
     """Dtype of parameters and activations. Gradients, master weights and everything per token are float32."""
@@ -214,9 +214,9 @@ class DataConfig:
 
     source: str = choice("parquet", "jsonl", "countdown")
     """`parquet` and `jsonl` read rows of prompt, reward_model.ground_truth, data_source; `countdown` generates problems."""
-    train_path: str | None = None
+    train_path: str | None = file_path(None)
     """File of training rows (parquet, jsonl)."""
-    evaluation_path: str | None = None
+    evaluation_path: str | None = file_path(None)
     """File of held-out rows (parquet, jsonl)."""
     deduplicate: bool = True
     """Keep the first of rows with the same prompt, and log how many were dropped."""
@@ -299,7 +299,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run_dir: str = "???"
+    run_dir: str = file_path(REQUIRED)
     """Folder of the run's state, metrics, report and model. An existing run of the same config is resumed."""
     iterations: int = number(500, least=1)
     """Iterations of rollout and update."""
@@ -343,10 +343,10 @@ class SftOptimizerSettings:
 class SftConfig:
     """Supervised training from random weights: how the base model of a small task is made."""
 
-    model_config_path: str = "???"
+    model_config_path: str = file_path(REQUIRED)
     """Folder with config.json and tokenizer in Hugging Face format. No weights are needed: they are initialized from
     `seed`."""
-    output_dir: str = "???"
+    output_dir: str = file_path(REQUIRED)
     """Folder of the trained model, in Hugging Face format."""
     dtype: str = choice("float32", "bfloat16")
     """Dtype of parameters and activations."""

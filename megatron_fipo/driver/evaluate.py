@@ -1,6 +1,7 @@
 """`megatron-fipo evaluate`: engines on a Hugging Face folder, held-out problems, no trainer."""
 
 import contextlib
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -8,14 +9,18 @@ from megatron_fipo.config import Config
 from megatron_fipo.driver.cluster import run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
-from megatron_fipo.driver.loop import write_table
 from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, prints_date
 from megatron_fipo.families.registry import read_architecture
+from megatron_fipo.outputs import check_output_file, write_output
 from megatron_fipo.tasks.registry import load_evaluation, reward
 
 
 def evaluate(model_dir: str, config: Config, output: Path) -> None:
-    """Print the held-out accuracy of a Hugging Face folder and write every response to `output`."""
+    """Print the held-out accuracy of a Hugging Face folder and write every response to `output`, one JSON object per line.
+
+    Raises UserError before anything starts if `output` cannot be written.
+    """
+    check_output_file(output, "--output")
     tokenizer = load_tokenizer(model_dir, config.model.trust_remote_code)
     with Console(0) as console:
         now = datetime.now()
@@ -41,5 +46,5 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
         console.evaluation(0, evaluation.values)
         if evaluation.all_wrong is not None:
             console.note(evaluation.all_wrong)
-        write_table(output, evaluation.table)
+        write_output(output, "".join(json.dumps(row) + "\n" for row in evaluation.table))
         console.note(f"every response and its score: {output}")

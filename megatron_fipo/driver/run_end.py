@@ -9,6 +9,18 @@ from megatron_fipo.errors import UserError, writing
 from megatron_fipo.report import write_report
 from megatron_fipo.run_dir.metrics_log import read_metrics
 
+MODEL = "model"
+"""The folder of the trained model in a run's folder."""
+
+
+def check_export(target: Path) -> None:
+    """Raise UserError if `export_model` could not replace `target`, which may be a folder or absent."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(
+            f"{target} is {'a link' if target.is_symlink() else 'a file'}, but the trained model is written there as a folder; "
+            "move it away"
+        )
+
 
 def export_model(trainer: RLTrainer, source: Path, target: Path) -> None:
     """Write the weights beside an older export, then replace it."""
@@ -47,4 +59,4 @@ def summarize(run_dir: Path, console: Console) -> None:
         )
     evaluations = {record.iteration: record.values for record in records if record.kind == "evaluation"}
     before, after = evaluations.get(0), evaluations.get(max(evaluations)) if evaluations else None
-    console.summary(before, after, run_dir / "report.html", run_dir / "model")
+    console.summary(before, after, run_dir / "report.html", run_dir / MODEL)

@@ -26,6 +26,7 @@ from megatron_fipo.driver.trainer_group import SftTrainer
 from megatron_fipo.environment import this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
+from megatron_fipo.outputs import check_new_folder
 from megatron_fipo.tasks.countdown.problems import generate_problems
 from megatron_fipo.tasks.countdown.traces import supervised_trace
 from megatron_fipo.trainer.protocol import RankSettings
@@ -41,8 +42,7 @@ def train(config: SftConfig) -> None:
     architecture = read_architecture(source)
     validate_sft(config, architecture, machine)
     target = Path(config.output_dir)
-    if target.exists():
-        raise UserError(f"output_dir {target} already exists; remove it or choose another.")
+    check_new_folder(target, "output_dir")
     tokenizer = load_tokenizer(str(source), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(

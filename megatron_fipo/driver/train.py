@@ -18,7 +18,7 @@ from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE
 from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, LiveGroups, ReplayGroups
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer
-from megatron_fipo.driver.run_end import export_model, summarize, write_report_of
+from megatron_fipo.driver.run_end import MODEL, check_export, export_model, summarize, write_report_of
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, pad_id, prints_date
 from megatron_fipo.driver.tracking import Trackers
@@ -49,6 +49,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
         train_set, held_out, inputs = load_inputs(config, directory, tokenizer, console.note)
         for change in directory.claim(config, inputs, allow_change):
             console.note(change)
+        check_export(directory.path / MODEL)
         console.phase("starting")
         with run_cluster(config, architecture) as machine, contextlib.ExitStack() as stack:
             validate(config, architecture, machine)
@@ -89,7 +90,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
                 if isinstance(interrupted.__cause__, UserError):
                     raise interrupted.__cause__ from None
                 return stop.exit_code
-            export_model(trainer, Path(config.model.path).resolve(), directory.path / "model")
+            export_model(trainer, Path(config.model.path).resolve(), directory.path / MODEL)
         summarize(directory.path, console)
     return 0
 

@@ -4,7 +4,7 @@
 `FIPOConfig`, the argument of `fipo_loss`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_fipo.fields import check, choice, number
 
@@ -25,7 +25,7 @@ class ObjectiveConfig:
     `grpo` averages per response and clips symmetrically at clip_low."""
     half_life: float = number(32.0, above=0, finite=False)
     """Tokens after which a future log-ratio counts half (the paper's tau); .inf for no decay."""
-    influence_clip: list[float] | None = field(default_factory=lambda: [1.0, 1.2])
+    influence_clip: tuple[float, float] | None = (1.0, 1.2)
     """Lowest and highest influence weight; null is the authors' `no clip`, which is [0, 10]."""
     safety_threshold: float = number(10.0, above=0)
     """If the advantage is negative and the ratio is above this, the influence weight is kept within [0.8, 1]."""
@@ -54,7 +54,7 @@ class ObjectiveConfig:
         check(self)
         if self.influence_clip is not None:
             bounds = tuple(self.influence_clip)
-            object.__setattr__(self, "influence_clip", bounds)  # immutable and hashable
+            object.__setattr__(self, "influence_clip", bounds)  # hashable if a list was given
             if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < float("inf"):
                 raise ValueError(
                     f"influence_clip must be two non-decreasing numbers from 0 on, such as [1.0,1.2], or null, not {bounds}"
@@ -76,8 +76,7 @@ class ObjectiveConfig:
         """Lowest and highest influence weight, `influence_clip=None` resolved."""
         if self.influence_clip is None:
             return NO_CLIP
-        low, high = self.influence_clip
-        return low, high
+        return self.influence_clip
 
     @property
     def ratio_bounds(self) -> tuple[float, float]:

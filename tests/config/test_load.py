@@ -36,10 +36,11 @@ class TestSchema:
 
     @pytest.mark.parametrize("schema", [Config, SftConfig])
     def test_the_description_is_a_file_with_the_defaults(self, schema, tmp_path):
-        (tmp_path / "all.yaml").write_text(describe(schema), encoding="utf-8")
+        text = describe(schema)
+        (tmp_path / "all.yaml").write_text(text, encoding="utf-8")
         needed = REQUIRED if schema is Config else ["model_config_path=m", "output_dir=o"]
         assert load_config(tmp_path / "all.yaml", needed, schema) == load_config(None, needed, schema)
-        assert all(f"{key.rpartition('.')[2]}: " in describe(schema) for key, _ in leaves(schema))
+        assert all(f"{key.rpartition('.')[2]}: " in text for key, _ in leaves(schema))
 
     @pytest.mark.parametrize(
         ("cp", "tp", "sequence_parallel", "multiple"),
@@ -83,9 +84,7 @@ class TestSchema:
 class TestLoad:
     def test_overrides_win_in_order_and_give_plain_instances(self, tmp_path):
         path = tmp_path / "c.yaml"
-        path.write_text(
-            "model: {path: here}\nrun_dir: ${model.path}/run\noptimizer: {lr: 1e-5}\n", encoding="utf-8"
-        )
+        path.write_text("model: {path: here}\nrun_dir: here/run\noptimizer: {lr: 1e-5}\n", encoding="utf-8")
         overrides = [
             "optimizer.lr=2e-5",
             "optimizer.lr=3e-5",
@@ -109,8 +108,8 @@ class TestLoad:
             ("tensor_model_parallel=2", "did you mean 'parallel.tensor_model_parallel_size'?"),
             ("optimiser.weight=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
             ("batch.qqq=3", "keys here are: batch.prompts_per_iteration"),
-            ("optimizer.lr=fast", "optimizer.lr: Value 'fast' of type 'str' could not be converted to Float"),
-            ("iterations=1.5", "could not be converted to Integer"),
+            ("optimizer.lr=fast", "override 'optimizer.lr=fast': optimizer.lr must be a number, not 'fast'"),
+            ("iterations=1.5", "iterations must be an integer, not '1.5'"),
             ("model=path", "'model' is a section and must have keys such as model.path"),
             (
                 "objective.name=fippo",
@@ -119,9 +118,22 @@ class TestLoad:
             ("iterations", "must look like section.key=value"),
             ("=3", "must look like section.key=value"),
             ("objective.influence_clip=[1", "not valid YAML"),
-            ("objective.influence_clip=[a,b]", "objective.influence_clip[0]: Value 'a'"),
+            ("objective.influence_clip=[a,b]", "objective.influence_clip must be a number, not 'a'"),
             ("objective.influence_clip={a: 1}", "override 'objective.influence_clip={a: 1}'"),
-            ("run_dir=${nowhere}", "nowhere"),
+            ("model={pth: x}", "unknown key 'model.pth'"),
+            ("model=[path]", "'model' is a section and must have keys such as model.path"),
+            ("seed.x=1", "seed must be an integer, not a section"),
+            ("run_dir=", "run_dir must be text, not null"),
+            ("run_dir=???", "no value for run_dir"),
+            ("objective.influence_clip=???", "influence_clip must be a list of 2 values"),
+            (
+                "tracking.wandb_project=???",
+                "wandb_project must be text; ??? marks a value that is still to be given",
+            ),
+            ("max_walltime_minutes=???", "max_walltime_minutes must be a number or null"),
+            ("iterations=???", "iterations must be an integer"),
+            ("deterministic=???", "deterministic must be true or false"),
+            ("run_dir=${model.path}/x", "run_dir must not refer to other values as '${model.path}/x' does"),
         ],
     )
     def test_a_wrong_override_is_named(self, override, message):
@@ -135,13 +147,13 @@ class TestLoad:
         [
             (
                 "objective: {half_lif: 3}",
-                "c.yaml: unknown key 'objective.half_lif'; did you mean 'objective.half_life'?",
+                "c.yaml, line 1: unknown key 'objective.half_lif'; did you mean 'objective.half_life'?",
             ),
             ("objective:\n", "'objective' is a section"),
             ("a: b: c", "c.yaml, line 1 is not valid YAML"),
             ("seed: 1\nseed: 2", "c.yaml, line 2"),
             ("- 1", "must be a mapping"),
-            ("seed: x", "c.yaml: seed: Value 'x'"),
+            ("model: {path: m}\nseed: x", "c.yaml, line 2: seed must be an integer, not 'x'"),
             ("seed: 2", "no value for model.path, run_dir"),
             ("", "no value for model.path, run_dir"),
         ],

@@ -99,7 +99,7 @@ class TestValidate:
             ("objective.half_life=0", "objective.half_life must be above 0"),
             ("objective.half_life=.nan", "objective.half_life must be above 0"),
             ("objective.influence_clip=[1.2,1.0]", "two non-decreasing numbers"),
-            ("objective.influence_clip=[1.0]", "two non-decreasing numbers"),
+            ("objective.influence_clip=[1.0]", "must be a list of 2 values, each a number"),
             ("objective.dual_clip=1.2", "must be above 1 + clip_high = 1.28"),
             ("objective.clip_low=1.0", "objective.clip_low must be at least 0 and below 1"),
             ("objective.kl_coefficient=0.1", "is for grpo only"),

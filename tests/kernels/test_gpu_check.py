@@ -26,7 +26,6 @@ from tools.gpu_check import PYTEST, Section, run_section
 
 ROOT = Path(__file__).parents[2]
 ABSENT = [
-    "omegaconf",
     "ray",
     "wandb",
     "vllm",

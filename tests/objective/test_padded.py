@@ -178,7 +178,7 @@ mask = torch.arange(300) < torch.tensor([[300], [140]])
 result = fipo_loss(log_probs, log_probs.detach() - 0.1, torch.ones(2, 300), mask, FIPOConfig(half_life=8.0))
 result.loss.backward()
 assert log_probs.grad.abs().sum() > 0 and future_kl(log_probs, mask, 32.0).shape == (2, 300)
-print("imported", sorted({name.split(".")[0] for name in sys.modules} & {"numpy", "megatron", "ray", "omegaconf"}))
+print("imported", sorted({name.split(".")[0] for name in sys.modules} & {"numpy", "megatron", "ray", "yaml"}))
 """
 
 

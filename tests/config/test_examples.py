@@ -1,0 +1,29 @@
+"""The examples keep their values: `examples.json` lists those that differ from the defaults."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config import Config, SftConfig, load_config
+from megatron_fipo.config.load import leaves
+
+ROOT = Path(__file__).parents[2]
+EXPECTED = json.loads((Path(__file__).parent / "examples.json").read_text(encoding="utf-8"))
+
+
+def test_every_example_is_listed():
+    assert EXPECTED.keys() == {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*/*.yaml")}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_example_has_these_values(name):
+    schema = SftConfig if name.endswith("sft.yaml") else Config
+    default = dict(leaves(schema()))
+    found = dict(leaves(load_config(ROOT / name, [], schema)))
+    changed = {key: value for key, value in found.items() if value != default[key]}
+    assert json.loads(json.dumps(changed)) == EXPECTED[name]
+    assert all(
+        type(value) is type(json.loads(json.dumps(value))) or isinstance(value, tuple)
+        for value in changed.values()
+    )
