@@ -1,9 +1,10 @@
 # make demo          train the bundled base model with FIPO on this machine's CPU; prints the path of its report (ENGINE=vllm: rollouts by vLLM)
 # make test          install what the tests need and run them
 # make test-oldest   run the tests of model, layouts and checkpoints, and one training run, on the oldest supported versions
+# make test-adapters run the code of docs/use-in-trl.md and docs/use-in-verl.md under TRL and verl; TRL=1.8.0 VERL=0.8.0 choose versions
 # make lint          ruff, mypy and the import contracts
 # make docs          build the documentation as a site in site/
-# Each makes its virtual environment first: .venv, .venv-oldest or .venv-docs.
+# Each makes its virtual environment first: .venv, .venv-oldest, .venv-adapters or .venv-docs.
 
 # Megatron-Core 0.19 needs Python 3.12; with Python 3.11 the newest is 0.16.
 PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
@@ -91,6 +92,28 @@ test-slow: venv-triton
 	$(KERNELS) -m slow
 	$(BIN)/python -m pytest tests/system -m slow
 
+# The newest versions together with a transformers that both accept. verl without its requirements, which bring CUDA and more, but
+# with those that its losses import. The first conftest.py imports Megatron-Core, which this environment lacks.
+TRL ?= 1.16.0
+VERL ?= 0.9.1
+TRANSFORMERS ?= 5.9.0
+ADAPTERS := .venv-adapters/.trl-$(TRL)-verl-$(VERL)-transformers-$(TRANSFORMERS)
+ADAPTERS_PIP := .venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: test-adapters
+test-adapters: $(ADAPTERS)
+	OMP_NUM_THREADS=1 .venv-adapters/bin/python -m pytest --confcutdir=tests/adapters tests/adapters
+
+$(ADAPTERS):
+	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
+	$(ADAPTERS_PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(ADAPTERS_PIP) trl==$(TRL) transformers==$(TRANSFORMERS) pytest pytest-timeout \
+		'tensordict>=0.8,<=0.10,!=0.9.0' ray omegaconf codetiming orjson pillow
+	$(ADAPTERS_PIP) --no-deps verl==$(VERL)
+	$(ADAPTERS_PIP) --no-deps -e .
+	rm -f .venv-adapters/.trl-*
+	touch $@
+
 .PHONY: docs
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
@@ -101,4 +124,4 @@ docs: .venv-docs/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-docs site build *.egg-info
+	rm -rf .venv .venv-oldest .venv-docs .venv-adapters site build *.egg-info

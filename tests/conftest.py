@@ -13,8 +13,8 @@ import megatron_fipo.model  # noqa: F401  (the CPU platform, before any test imp
 
 torch.set_num_threads(1)
 
-OWN_PROCESS = ("system", "vllm", "kernels")
-"""Folders whose tests start threads, so that the same process cannot fork ranks, or need Triton's interpreter."""
+OWN_PROCESS = ("system", "vllm", "kernels", "adapters")
+"""Folders whose tests start threads, so that the same process cannot fork ranks, or need Triton's interpreter or other libraries."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -1,31 +1,25 @@
-"""The adapters in the documentation run as printed."""
+"""The adapters in the documentation, on plain tensors. `tests/adapters` runs them under the real TRL and verl."""
 
-import re
-from pathlib import Path
-from types import SimpleNamespace
+import sys
+from collections import defaultdict
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_fipo import fipo_loss
+from tests.pages import code_blocks, run_blocks
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def run_adapter(page: str) -> dict:
-    """The names that the first code block of a page defines; the others, which import verl or trl, only have to compile."""
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
-    for block in blocks:
-        compile(block, page, "exec")
-    names: dict = {}
-    exec(blocks[0], names)
-    return names
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""log_probs with gradient, old log_probs, advantages, mask: [B, L]."""
 
 
-def micro_batches() -> list[tuple[torch.Tensor, ...]]:
-    """Two micro-batches of unequal size: log_probs, old log_probs, advantages, mask."""
+def micro_batches() -> list[Batch]:
+    """Two micro-batches of unequal size."""
     generator = torch.Generator().manual_seed(0)
-    batches: list[tuple[torch.Tensor, ...]] = []
+    batches: list[Batch] = []
     for rows, length in ((3, 20), (2, 50)):
         old = -torch.rand(rows, length, generator=generator)
         new = (old + 0.2 * torch.randn(rows, length, generator=generator)).requires_grad_()
@@ -34,7 +28,7 @@ def micro_batches() -> list[tuple[torch.Tensor, ...]]:
     return batches
 
 
-def whole_gradient(batches: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+def joint_gradient(batches: list[Batch]) -> list[Tensor]:
     """The gradient of the mean over all tokens, computed in one piece."""
     pad = 50
     joined = [
@@ -47,48 +41,149 @@ def whole_gradient(batches: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor
     return [log_probs.grad[:3, :20], log_probs.grad[3:]]
 
 
-def assert_gradients(batches: list[tuple[torch.Tensor, ...]]) -> None:
-    for (new, *_), expected in zip(batches, whole_gradient(batches), strict=True):
+def assert_gradients(batches: list[Batch]) -> None:
+    for (new, *_), expected in zip(batches, joint_gradient(batches), strict=True):
         torch.testing.assert_close(new.grad, expected)
 
 
-def test_verl_adapter_gives_the_mini_batch_mean() -> None:
-    """verl adds the micro-batches of a rank and averages over ranks; here each of two ranks has one."""
-    loss_function = run_adapter("use-in-verl.md")["fipo_policy_loss"]
+def ppo_sum(new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """The loss of TRL (dapo with delta) and of verl (vanilla) before the division, with the bounds of the recipe."""
+    ratio = (new - old).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+    return (torch.where(advantages < 0, torch.minimum(loss, -10 * advantages), loss) * mask).sum()
+
+
+def test_both_pages_compute_the_same_weights() -> None:
+    assert code_blocks("use-in-trl.md")[0] == code_blocks("use-in-verl.md")[0]
+
+
+def test_all_blocks_compile() -> None:
+    for page in ("use-in-trl.md", "use-in-verl.md"):
+        for block in code_blocks(page):
+            compile(block, page, "exec")
+
+
+def load_trl_adapter(monkeypatch: pytest.MonkeyPatch, outputs: int) -> Any:
+    """The page's trainer on a class with the interface of GRPOTrainer that it uses. `outputs` log-probs, entropies, ..."""
+
+    class Trainer:
+        accumulated, per_generation = 1, 2
+        epsilon_low, epsilon_high, args = 0.2, 0.28, SimpleNamespace(delta=10.0)
+
+        def __init__(self) -> None:
+            self.model = torch.nn.Identity()
+            self._metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+        def _get_per_token_logps_and_entropies(self, model: Any, log_probs: Tensor) -> tuple:
+            return (log_probs, torch.zeros_like(log_probs), None)[:outputs]
+
+        def compute_loss(
+            self, model: Any, inputs: dict, return_outputs: bool, num_items_in_batch: Any
+        ) -> Tensor:
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            advantages = inputs["advantages"]  # before the log-probs, unlike TRL: the order does not matter
+            values = self._get_per_token_logps_and_entropies(model, inputs["log_probs"])
+            assert len(values) == outputs
+            old = inputs.get("old_per_token_logps")
+            old = values[0].detach() if old is None else old
+            tokens = inputs["num_items_in_batch"] / 2 * self.accumulated / self.per_generation
+            return ppo_sum(values[0], old, advantages, mask) / tokens
+
+    module = ModuleType("trl")
+    module.GRPOTrainer, module.GRPOConfig = Trainer, None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl", module)
+    return run_blocks("use-in-trl.md", 0, 1)["FIPOTrainer"]()
+
+
+@pytest.mark.parametrize("outputs", [2, 3])
+@pytest.mark.parametrize("tools", [False, True])
+def test_trl_adapter_gives_the_mean_over_a_step(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, tools: bool
+) -> None:
+    """Two processes with one micro-batch each. TRL counts the tokens of the two steps that were generated at once."""
+    trainer = load_trl_adapter(monkeypatch, outputs)
     batches = micro_batches()
     tokens = sum(int(mask.sum()) for *_, mask in batches)
-    config = SimpleNamespace(global_batch_info={"batch_num_tokens": tokens, "dp_size": 2})
     for new, old, advantages, mask in batches:
-        loss, metrics = loss_function(old, new, advantages, mask, "token-mean", config)
-        (loss / 2).backward()
-        assert metrics["actor/policy/tokens"] == mask.sum()
-    assert_gradients(batches)
-
-
-def test_verl_adapter_without_global_counts_is_the_micro_batch_mean() -> None:
-    loss_function = run_adapter("use-in-verl.md")["fipo_policy_loss"]
-    new, old, advantages, mask = micro_batches()[0]
-    assert torch.equal(
-        loss_function(old, new, advantages, mask)[0], fipo_loss(new, old, advantages, mask).loss
-    )
-    with pytest.raises(ValueError, match="rollout correction"):
-        loss_function(old, new, advantages, mask, rollout_is_weights=torch.ones(3, 20))
-
-
-def test_trl_adapter_gives_the_batch_mean() -> None:
-    """DDP averages over processes; here each of two processes has one micro-batch."""
-    loss_function = run_adapter("use-in-trl.md")["fipo_loss_for_trl"]
-    batches = micro_batches()
-    tokens = sum(int(mask.sum()) for *_, mask in batches)
-    for new, old, advantages, mask in batches:
+        masks = (
+            {"completion_mask": torch.ones_like(mask), "tool_mask": mask}
+            if tools
+            else {"completion_mask": mask}
+        )
         inputs = {
+            "log_probs": new,
             "old_per_token_logps": old,
             "advantages": advantages[:, 0],
-            "completion_mask": torch.ones_like(mask).long(),
-            "tool_mask": mask.long(),
-            "num_items_in_batch": torch.tensor(tokens),
+            "num_items_in_batch": torch.tensor(2 * tokens),
+            **masks,
         }
-        loss, _ = loss_function(new, inputs, num_processes=2)
-        (loss / 2).backward()
+        (trainer.compute_loss(trainer.model, inputs) / 2).backward()
+        assert inputs["advantages"] is not advantages
+        assert inputs["advantages"].shape == new.shape[:1]
     assert_gradients(batches)
-    assert loss_function(new, {**inputs, "old_per_token_logps": None})[1].future_kl.abs().max() == 0
+    assert len(trainer._metrics["train"]["influence/mean"]) == 2
+
+
+def test_trl_adapter_without_old_log_probs_has_weights_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = load_trl_adapter(monkeypatch, 3)
+    new, _, advantages, mask = micro_batches()[0]
+    inputs = {
+        "log_probs": new,
+        "old_per_token_logps": None,
+        "advantages": advantages[:, 0],
+        "completion_mask": mask,
+        "num_items_in_batch": 4 * mask.sum(),
+    }
+    loss = trainer.compute_loss(trainer.model, inputs)
+    torch.testing.assert_close(loss, -(advantages * mask).sum() / mask.sum())
+    assert trainer._metrics["train"]["influence/max"] == [1]
+    trainer._get_per_token_logps_and_entropies(trainer.model, new)  # outside the loss: nothing to weight
+
+
+def load_verl_adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The page's function, registered in a module with the interface of verl's that it uses."""
+    registry: dict[str, Any] = {}
+
+    def vanilla(
+        *, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights
+    ):  # type: ignore[no-untyped-def]
+        assert (loss_agg_mode, rollout_is_weights) == ("token-mean", None)
+        batch = config.global_batch_info
+        total = ppo_sum(log_prob, old_log_prob, advantages, response_mask)
+        return total / batch["batch_num_tokens"] * batch["dp_size"], {"actor/ppo_kl": 0.0}
+
+    registry["vanilla"] = vanilla
+    module = ModuleType("verl.trainer.ppo.core_algos")
+    module.get_policy_loss_fn = registry.__getitem__  # type: ignore[attr-defined]
+    module.register_policy_loss = lambda name: lambda f: registry.setdefault(name, f)  # type: ignore[attr-defined]
+    for name in ("verl", "verl.trainer", "verl.trainer.ppo", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    run_blocks("use-in-verl.md", 0, 1)
+    return registry["fipo"]
+
+
+def test_verl_adapter_gives_the_mini_batch_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl adds the micro-batches of a rank and averages over ranks; here each of two ranks has one."""
+    loss_function = load_verl_adapter(monkeypatch)
+    batches = micro_batches()
+    tokens = sum(int(mask.sum()) for *_, mask in batches)
+    config = SimpleNamespace(
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_c=10.0,
+        global_batch_info={"batch_num_tokens": tokens, "dp_size": 2},
+    )
+    for new, old, advantages, mask in batches:
+        loss, metrics = loss_function(
+            old_log_prob=old,
+            log_prob=new,
+            advantages=advantages,
+            response_mask=mask,
+            loss_agg_mode="token-mean",
+            config=config,
+            rollout_is_weights=None,
+        )
+        (loss / 2).backward()
+        assert metrics["actor/policy/dropped_sequences"] == 0
+        assert "actor/ppo_kl" in metrics
+    assert_gradients(batches)
