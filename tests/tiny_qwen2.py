@@ -30,7 +30,7 @@ def save_qwen2(folder: Path, seed: int, *, end_token: bool = True, **config: Any
 
 def save_tokenizer(folder: Path, symbols: Sequence[str] = SYMBOLS, end_token: bool = True) -> None:
     vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    names = {"pad_token": "<pad>"} | ({"eos_token": "<eos>"} if end_token else {})
+    names = {"pad_token": "<pad>", "unk_token": "<pad>"} | ({"eos_token": "<eos>"} if end_token else {})
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 

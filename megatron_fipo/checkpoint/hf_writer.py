@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_fipo.checkpoint.companions import copy_companions
+from megatron_fipo.checkpoint.model_folder import describe_export
 from megatron_fipo.checkpoint.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_hf_config
@@ -61,7 +62,12 @@ class HFWriter:
         try:
             self.partial.mkdir(parents=True)
             copy_companions(source, self.partial)
-            self._set_dtype(config, set(dtypes.values()))
+            widest_first = sorted(set(dtypes.values()), key=lambda kind: (-kind.itemsize, str(kind)))
+            written = describe_export(
+                config, shapes, [str(kind).removeprefix("torch.") for kind in widest_first]
+            )
+            if written != config:
+                (self.partial / "config.json").write_text(json.dumps(written, indent=2) + "\n")
             self._locations = self._write_headers(
                 {name: (dtypes[name], tuple(shape)) for name, shape in shapes.items()}
             )
@@ -103,16 +109,6 @@ class HFWriter:
     def discard(self) -> None:
         """Remove the files written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _set_dtype(self, config: dict, dtypes: set[torch.dtype]) -> None:
-        """Set the dtype in which transformers loads weights: `dtype`, or `torch_dtype` in older configs."""
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        if len(dtypes) == 1:
-            stored = str(dtypes.pop()).removeprefix("torch.")
-            if config.get(key) != stored:
-                (self.partial / "config.json").write_text(
-                    json.dumps({**config, key: stored}, indent=2) + "\n"
-                )
 
     def _write_headers(
         self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

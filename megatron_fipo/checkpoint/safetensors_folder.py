@@ -1,7 +1,12 @@
-"""Reads a Hugging Face folder of safetensors, one slice at a time."""
+"""The weights of a Hugging Face folder: which files hold them, and one slice at a time.
+
+transformers reads `model.safetensors` before an index and takes every tensor of the files that it reads; vLLM
+reads the files of the index, or all safetensors without one. A folder that they would read differently is
+refused here, so all readers of an accepted folder see the same tensors.
+"""
 
 import json
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,8 @@ from megatron_fipo.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+COMPARED_BYTES = 2**24
+"""Bytes of each tensor in memory while two tensors are compared."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,17 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """Name in the safetensors format, such as `BF16` or `F32`."""
+    begin: int
+    end: int
+    """Its bytes in the file."""
 
 
 class SafetensorsFolder:
     """The tensors of a folder by name: one `model.safetensors`, or shards with an index.
 
-    The constructor reads the headers of all files. UserError for a missing folder, index or shard, for
-    tensors that are in the index but not in the files, and for a file that is not readable safetensors.
+    The constructor reads the headers of all files, without torch. UserError for a missing folder, index or
+    shard, for an index that differs from the files, for a tensor in two files, for other safetensors that
+    vLLM would read, and for a file that is not readable safetensors.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -37,21 +48,24 @@ class SafetensorsFolder:
         if not self.folder.is_dir():
             raise UserError(f"model folder {self.folder} does not exist")
         index = self._read_index()
-        files = sorted({*index.values()}) if index is not None else [SINGLE_NAME]
+        files = [SINGLE_NAME] if index is None else sorted({*index.values()})
+        self._refuse_other_files(files, index is not None)
         absent = [file for file in files if not (self.folder / file).is_file()]
         if absent:
             raise UserError(
                 f"model folder {self.folder} lacks {listing(absent)}, which its index lists; copy it again"
             )
-        found = {name: tensor for file in files for name, tensor in self._read_header(file).items()}
+        found: dict[str, StoredTensor] = {}
+        for file in files:
+            for name, tensor in self._read_header(file).items():
+                if name in found:
+                    raise UserError(
+                        f"{name} is in two files of {self.folder}, {found[name].file} and {file}; remove it "
+                        "from one of them"
+                    )
+                found[name] = tensor
         if index is not None:
-            lost = [name for name, file in index.items() if name not in found or found[name].file != file]
-            if lost:
-                raise UserError(
-                    f"the files in {self.folder} lack {listing(lost)}, which {INDEX_NAME} lists; copy them "
-                    "again"
-                )
-            found = {name: found[name] for name in index}
+            found = self._in_order_of(index, found)
         self.tensors: dict[str, StoredTensor] = found
         """By name, in the order of the index (or of the single file)."""
 
@@ -60,38 +74,113 @@ class SafetensorsFolder:
 
         The file is mapped into memory only while the slice exists, so pages that were read do not accumulate.
         """
-        return self._open(self.tensors[name].file).get_slice(name)
+        return self._open(self.tensors[name].file, "pt").get_slice(name)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and bits. Reads both, in parts, without torch."""
+        first, second = self.tensors[one], self.tensors[other]
+        if (first.shape, first.dtype) != (second.shape, second.dtype):
+            return False
+        return all(a == b for a, b in zip(self._bytes(first), self._bytes(second), strict=True))
+
+    def _bytes(self, tensor: StoredTensor) -> Iterator[bytes]:
+        path = self.folder / tensor.file
+        try:
+            with path.open("rb") as file:
+                file.seek(tensor.begin)
+                for start in range(tensor.begin, tensor.end, COMPARED_BYTES):
+                    yield file.read(min(COMPARED_BYTES, tensor.end - start))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; copy it again") from None
 
     def _read_index(self) -> dict[str, str] | None:
         """The file of each tensor from the index, or None if there is a single file without an index."""
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{index} is not a readable index of safetensors: {error!r}") from None
-        if not (self.folder / SINGLE_NAME).is_file():
+        path = self.folder / INDEX_NAME
+        has_single = (self.folder / SINGLE_NAME).is_file()
+        if not path.is_file():
+            if not has_single:
+                raise UserError(
+                    f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only "
+                    "safetensors are supported"
+                )
+            return None
+        index = _parse_index(path)
+        others = {*index.values()} - {SINGLE_NAME}
+        if has_single and others:
             raise UserError(
-                f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors "
-                "are supported"
+                f"model folder {self.folder} can be read in two ways: {SINGLE_NAME}, or {listing(others)} of "
+                f"{INDEX_NAME}; remove the ones that are not the model"
             )
-        return None
+        return index
+
+    def _refuse_other_files(self, files: list[str], indexed: bool) -> None:
+        """UserError for safetensors besides `files` that another reader takes for the model."""
+        others = sorted(path.name for path in self.folder.glob("*.safetensors") if path.name not in files)
+        # vLLM prefers these to all others, wherever they are, and transformers files named `shard-...`.
+        preferred = [
+            str(path.relative_to(self.folder)) for path in self.folder.rglob("consolidated*.safetensors")
+        ]
+        preferred += [name for name in others if name.startswith("shard-")]
+        read = preferred if indexed else sorted({*preferred, *others})
+        if read:
+            raise UserError(
+                f"model folder {self.folder} can be read in two ways: {listing(files, 3)}, or also {listing(read)}; "
+                "move the ones that are not the model out of the folder"
+            )
+
+    def _in_order_of(self, index: dict[str, str], found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """`found` in the order of the index. UserError unless both have the same tensors in the same files."""
+        lost = [name for name, file in index.items() if name not in found or found[name].file != file]
+        if lost:
+            raise UserError(
+                f"the files in {self.folder} lack {listing(lost)}, which {INDEX_NAME} lists; copy them again"
+            )
+        unlisted = found.keys() - index.keys()
+        if unlisted:
+            files = {found[name].file for name in unlisted}
+            raise UserError(
+                f"{INDEX_NAME} in {self.folder} does not list {listing(unlisted)}, which {listing(files, 3)} has; "
+                "copy the folder again"
+            )
+        return {name: found[name] for name in index}
 
     def _read_header(self, file: str) -> dict[str, StoredTensor]:
-        with self._open(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            return {
-                name: StoredTensor(file, tuple(tensor.get_shape()), tensor.get_dtype())
-                for name, tensor in slices.items()
-            }
+        opened = self._open(file, "numpy")  # it checks the header against the file
+        with opened, (self.folder / file).open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length))
+            tensors = {}
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                entry = header[name]
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                tensors[name] = StoredTensor(file, tuple(entry["shape"]), entry["dtype"], begin, end)
+            return tensors
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str, framework: str) -> Any:
         try:
-            return safe_open(self.folder / file, framework="pt")
+            return safe_open(self.folder / file, framework=framework)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self.folder / file} is not a readable safetensors file (damaged or truncated?): {error}"
             ) from None
+
+
+def _parse_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. UserError unless it is an index that transformers and vLLM can read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = content["weight_map"]
+        if not (isinstance(content["metadata"], dict) and isinstance(files, dict) and files):
+            raise TypeError("weight_map and metadata have to be objects, the first not empty")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable index of safetensors ({error!r}); copy it again") from None
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{path} has {name} in {file!r}, which is not a safetensors file of the same folder; move the "
+                "file there and correct the index"
+            )
+    return files
 
 
 def listing(names: Iterable[str], limit: int = 20) -> str:

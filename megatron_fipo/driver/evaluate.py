@@ -9,7 +9,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.driver.cluster import run_cluster, start_engines
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
-from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, prints_date
+from megatron_fipo.driver.tokenizer import checked_tokenizer, decoder, prints_date
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.outputs import check_output_file, write_output
 from megatron_fipo.tasks.registry import load_evaluation, reward
@@ -21,7 +21,7 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
     Raises UserError before anything starts if `output` cannot be written.
     """
     check_output_file(output, "--output")
-    tokenizer = load_tokenizer(model_dir, config.model.trust_remote_code)
+    tokenizer = checked_tokenizer(model_dir, config.model.trust_remote_code)
     with Console(0) as console:
         now = datetime.now()
         if prints_date(tokenizer):

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.config import (
     HeadConfig,
     ModelConfig,
@@ -21,7 +22,7 @@ from megatron_fipo.config import (
     validate_sft,
 )
 from megatron_fipo.driver.cluster import ray_cluster
-from megatron_fipo.driver.tokenizer import load_tokenizer, pad_id
+from megatron_fipo.driver.tokenizer import pad_id
 from megatron_fipo.driver.trainer_group import SftTrainer
 from megatron_fipo.environment import this_machine
 from megatron_fipo.errors import UserError
@@ -43,7 +44,7 @@ def train(config: SftConfig) -> None:
     validate_sft(config, architecture, machine)
     target = Path(config.output_dir)
     check_new_folder(target, "output_dir")
-    tokenizer = load_tokenizer(str(source), trust_remote_code=False)
+    tokenizer, _ = load_tokenizer(source, trust_remote_code=False, vocab_size=architecture.vocab_size)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json."

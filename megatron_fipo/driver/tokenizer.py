@@ -1,28 +1,22 @@
 """The tokenizer of a model folder, and what the driver needs of it."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.checkpoint.hf_config import load_hf_config
+from megatron_fipo.checkpoint.model_folder import open_model_folder
+from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 
 
-def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a Hugging Face folder. Raises `UserError` if it cannot be read."""
-    from transformers import AutoTokenizer
+def checked_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder, after every check of the folder that needs no values of weights.
 
-    if not Path(folder).is_dir():
-        raise UserError(
-            f"model folder {folder} does not exist; give model.path a folder in Hugging Face format."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # the error of a damaged tokenizer.json depends on the damage
-        raise UserError(
-            f"cannot read the tokenizer in {folder} ({first_line(error)}); restore tokenizer.json and tokenizer_config.json"
-        ) from error
+    UserError as `open_model_folder`, `load_hf_config` and `load_tokenizer`.
+    """
+    architecture = open_model_folder(folder).architecture
+    tokenizer, _ = load_tokenizer(folder, trust_remote_code, architecture.vocab_size)
+    load_hf_config(folder, trust_remote_code)
+    return tokenizer
 
 
 def prints_date(tokenizer: Any) -> bool:

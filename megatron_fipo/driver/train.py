@@ -20,7 +20,7 @@ from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.rollout.prompt_group import GroupScorer
 from megatron_fipo.driver.run_end import MODEL, check_export, export_model, summarize, write_report_of
 from megatron_fipo.driver.stop import Stop
-from megatron_fipo.driver.tokenizer import decoder, load_tokenizer, pad_id, prints_date
+from megatron_fipo.driver.tokenizer import checked_tokenizer, decoder, pad_id, prints_date
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.engine.registry import engine_type
@@ -43,7 +43,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     )
     if source is None:
         engine_type(config.rollout.engine).load()  # fails before anything is written
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    tokenizer = checked_tokenizer(config.model.path, config.model.trust_remote_code)
     with Console(config.iterations) as console:
         directory = RunDirectory(Path(config.run_dir).resolve())
         train_set, held_out, inputs = load_inputs(config, directory, tokenizer, console.note)

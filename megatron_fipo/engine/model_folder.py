@@ -1,8 +1,10 @@
-"""Load a Hugging Face model folder for a rollout engine."""
+"""Load a Hugging Face model folder for a rollout engine, or refuse it."""
 
-from pathlib import Path
 from typing import Any
 
+from megatron_fipo.checkpoint.hf_config import load_hf_config
+from megatron_fipo.checkpoint.model_folder import open_model_folder, read_description
+from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.errors import UserError, first_line
 
 
@@ -11,51 +13,48 @@ def load_model(
 ) -> tuple[Any, frozenset[int]]:
     """The model on the current device, and the ids of the tokens that end a response.
 
-    Without `load_weights` the weights in the folder are not read and those of the model are undefined. Raises
-    `UserError` if the folder is unreadable, has an architecture unknown to `transformers`, or names no
-    end-of-sequence token.
-    """
-    if not Path(path, "config.json").is_file():
-        raise UserError(
-            f"model.path {path} is not a folder with a config.json; give a model folder in Hugging Face "
-            "format"
-        )
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.initialization import no_init_weights
+    Without `load_weights` the weights in the folder are not read and those of the model are undefined. With
+    it they are checked in memory after loading (some 10 s for 64 GB).
 
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    UserError as `open_model_folder` (with `load_weights`), `load_hf_config` and `load_tokenizer`; if
+    transformers cannot build or load the model or builds one of other sizes; for NaN or infinite weights.
+    """
+    from megatron_fipo.checkpoint.finite import refuse_not_finite
+
+    family, architecture = read_description(path)
+    if load_weights:
+        open_model_folder(path)
+    _, end_ids = load_tokenizer(path, trust_remote_code, architecture.vocab_size)
+    config = load_hf_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        if load_weights:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=getattr(torch, dtype), **options
-            )
-        else:
-            with no_init_weights():
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-                )
-            model.tie_weights()
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        has_own = Path(path, "generation_config.json").is_file()
-        defaults = GenerationConfig.from_pretrained(path, **options) if has_own else model.generation_config
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model = _from_transformers(path, config, dtype, trust_remote_code, load_weights)
+    except Exception as error:  # the error of a damaged folder depends on the damage
         raise UserError(f"the rollout engine can't read model.path {path}: {first_line(error)}") from error
-    named = _ids(defaults.eos_token_id) | _ids(tokenizer.eos_token_id)
-    # Some tokenizer classes add an end token that the folder does not name: its id is outside the model's
-    # vocabulary.
-    end_ids = frozenset(token for token in named if token < config.get_text_config().vocab_size)
-    if not end_ids:
-        raise UserError(
-            f"neither tokenizer nor generation_config.json in {path} names an end-of-sequence token; set "
-            "eos_token"
-        )
+    tensors = model.state_dict()
+    for weight in family.weights(architecture):
+        for name, shape in zip(weight.names, weight.shapes, strict=True):
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != shape:
+                raise UserError(
+                    f"config.json in {path} is read in two ways: transformers builds {name} in shape {found}, "
+                    f"not {shape}; state its sizes as transformers saves them"
+                )
+    if load_weights:
+        refuse_not_finite(path, tensors.items())
     return model, end_ids
 
 
-def _ids(named: int | list[int] | None) -> set[int]:
-    if named is None:
-        return set()
-    return {named} if isinstance(named, int) else set(named)
+def _from_transformers(
+    path: str, config: Any, dtype: str, trust_remote_code: bool, load_weights: bool
+) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if load_weights:
+        return AutoModelForCausalLM.from_pretrained(path, config=config, local_files_only=True, **options)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()
+    return model

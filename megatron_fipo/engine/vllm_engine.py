@@ -18,6 +18,7 @@ from megatron_fipo.engine.vllm_start import (
     VLLMSettings,
     check_model,
     check_vllm,
+    check_weights,
     engine_arguments,
     error_reason,
     prepare_environment,
@@ -86,8 +87,9 @@ class VLLMEngine:
     async def ready(self) -> None:
         """Start vLLM and load the model (once), in a thread, so that `ping` returns meanwhile.
 
-        Raises `UserError` if vLLM is missing or its version is not supported, the folder is unreadable, vLLM
-        does not know the architecture, or the sizes do not fit (tensor parallelism, memory, length).
+        Raises `UserError` if vLLM is missing or its version is not supported, the folder is refused (see
+        `load_model` and `check_weights`), vLLM does not know the architecture, or the sizes do not fit (tensor
+        parallelism, memory, length).
         """
         async with self._loading:
             if self._llm is None:
@@ -108,6 +110,7 @@ class VLLMEngine:
         check_model(
             self._settings, self._model, current_platform.get_device_total_memory() if self._gpu else None
         )
+        check_weights(self._settings)
         path = self._settings.model_path
         try:
             config = AsyncEngineArgs(**engine_arguments(self._settings, self._gpu)).create_engine_config()

@@ -12,6 +12,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
+from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.engine.model_folder import load_model
 from megatron_fipo.errors import UserError, first_line
 
@@ -133,6 +134,21 @@ def read_model(settings: VLLMSettings) -> ModelFacts:
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         element_bytes=getattr(torch, settings.dtype).itemsize,
     )
+
+
+def check_weights(settings: VLLMSettings) -> None:
+    """UserError if vLLM would serve other weights of the folder than training starts from, or NaN.
+
+    Does nothing unless vLLM loads the folder's weights. Errors as `open_model_folder` and
+    `check_stored_values`, which reads every byte once; vLLM then finds them in the page cache.
+    """
+    import torch
+
+    from megatron_fipo.checkpoint.finite import check_stored_values
+
+    if settings.load_weights:
+        folder = open_model_folder(settings.model_path)
+        check_stored_values(folder.source, getattr(torch, settings.dtype))
 
 
 def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None) -> None:

@@ -3,6 +3,7 @@
 A family adds its optional weights and names the variants that it does not support (see `qwen3.py`).
 """
 
+from math import inf
 from typing import Any
 
 from megatron_fipo.errors import UserError
@@ -13,6 +14,8 @@ from megatron_fipo.families.family import (
     HfTensor,
     Layout,
     Rule,
+    read_flag,
+    read_number,
     read_size,
 )
 
@@ -124,16 +127,17 @@ def dense_architecture(
             else hidden_size // heads,
             vocab_size=read_size(config, "vocab_size"),
             max_position_embeddings=read_size(config, "max_position_embeddings"),
-            layernorm_epsilon=config["rms_norm_eps"],
+            layernorm_epsilon=read_number(config, "rms_norm_eps"),
             rotary_base=rotary_base,
             rope_scaling_factor=rope_scaling_factor,
-            share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
+            share_embeddings_and_output_weights=read_flag(config, "tie_word_embeddings"),
             add_qkv_bias=add_qkv_bias,
             qk_layernorm=qk_layernorm,
-            initializer_range=config.get("initializer_range", 0.02),
+            initializer_range=read_number({"initializer_range": 0.02} | config, "initializer_range"),
         )
     except KeyError as missing:
         raise UserError(f"{missing} is missing; every model of this family needs it") from None
+    refuse_other_layers(config)
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(
             f"hidden_act={config['hidden_act']!r} is not supported; models of this family need 'silu'"
@@ -145,11 +149,21 @@ def read_rotary(config: dict[str, Any]) -> tuple[float, float]:
     """(rotary base, factor of Llama 3's scaling). The factor is 1.0 without scaling.
 
     Read from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier). UserError for
-    any other scaling, and for values of Llama 3's scaling that Megatron-Core does not support.
+    any other scaling, for values of Llama 3's scaling that Megatron-Core does not support, and for rotations
+    of a part of the channels.
     """
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise UserError(f"rope_parameters or rope_scaling has to be an object, not {parameters!r}")
+    if nested := [key for key in parameters if key.endswith("_attention")]:
+        raise UserError(
+            f"rope_parameters for {', '.join(nested)} are not supported; state one for all layers"
+        )
+    base = read_number({"rope_theta": config.get("rope_theta", 10000.0)} | parameters, "rope_theta")
+    for values in (config, parameters):
+        if values.get("partial_rotary_factor") not in (None, 1):
+            raise UserError(f"partial_rotary_factor={values['partial_rotary_factor']!r} is not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    base = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
     if kind == "default":
         return base, 1.0
     if kind != "llama3":
@@ -164,9 +178,18 @@ def read_rotary(config: dict[str, Any]) -> tuple[float, float]:
                 f"Megatron-Core has {value}"
             )
     factor = parameters.get("factor")
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 1 <= factor < inf:
         raise UserError(f"rotary scaling 'llama3' needs a factor of at least 1, not {factor!r}")
     return base, float(factor)
+
+
+def refuse_other_layers(config: dict[str, Any]) -> None:
+    """UserError if `layer_types` has anything but full attention for each layer."""
+    kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        raise UserError(
+            f"layer_types={kinds!r} is not supported; models need {layers} times 'full_attention'"
+        )
 
 
 def refuse_true(config: dict[str, Any], *keys: str) -> None:

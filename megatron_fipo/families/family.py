@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from megatron_fipo.errors import UserError
@@ -152,6 +152,7 @@ class Family:
     """A set of models with the same config keys and the same weights."""
 
     name: str
+    """The `model_type` in config.json."""
     architectures: tuple[str, ...]
     """Names in the `architectures` field of config.json that belong to this family."""
     translate: Callable[[dict[str, Any]], Architecture]
@@ -187,6 +188,22 @@ def read_size(config: dict[str, Any], key: str) -> int:
     value = config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{key} has to be a positive integer, not {value!r}")
+    return value
+
+
+def read_number(config: dict[str, Any], key: str) -> float:
+    """`config[key]`, a positive finite number. Errors as `read_size`."""
+    value = config[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
+        raise UserError(f"{key} has to be a positive number, not {value!r}")
+    return float(value)
+
+
+def read_flag(config: dict[str, Any], key: str) -> bool:
+    """`config[key]`, false if it is missing. UserError naming the key if it is neither true nor false."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{key} has to be true or false, not {value!r}")
     return value
 
 

@@ -59,20 +59,20 @@ def set_config(**values):
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
-                json.dumps(
-                    {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
-                )
+                json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}})
             ),
-            "lacks model-00001-of-00002.safetensors, which its index lists",
+            "read in two ways: model.safetensors, or model-00001-of-00002.safetensors of "
+            "model.safetensors.index.json",
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
                 json.dumps(
                     {
+                        "metadata": {},
                         "weight_map": {
                             "model.gone": "model.safetensors",
                             "model.norm.weight": "model.safetensors",
-                        }
+                        },
                     }
                 )
             ),
@@ -141,7 +141,7 @@ def call_something(folder: Path) -> None:
             "has output_layer.weight, not expected by its hf/config.json",
         ),
         (
-            lambda folder: set_config(num_hidden_layers=5)(folder / "hf"),
+            lambda folder: set_config(num_hidden_layers=5, layer_types=None)(folder / "hf"),
             r"has shape \[4, 64\]; hf/config.json requires \[5, 64\]",
         ),
         (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,16 @@ def test_a_cut_file_is_named(untied):
 
 
 def test_a_missing_shard_is_named(untied, tmp_path):
+    shutil.copyfile(untied / "config.json", tmp_path / "config.json")
     (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+        json.dumps({"metadata": {}, "weight_map": {"a": "model-00002-of-00002.safetensors"}})
     )
     with pytest.raises(AssertionError, match=r"UserError: .*lacks model-00002-of-00002.safetensors"):
         load_on_one_rank(untied, tmp_path)
 
 
 def test_a_folder_without_safetensors_is_refused(untied, tmp_path):
+    shutil.copyfile(untied / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_text("pickle")
     with pytest.raises(AssertionError, match="only safetensors are supported"):
         load_on_one_rank(untied, tmp_path)

@@ -1,7 +1,7 @@
 """What a run reads when it starts and when it resumes: the same prompts on another day, other rows noticed."""
 
 from megatron_fipo.config import Config, DataConfig, ModelConfig
-from megatron_fipo.driver.tokenizer import load_tokenizer
+from megatron_fipo.driver.tokenizer import checked_tokenizer
 from megatron_fipo.driver.train import load_inputs
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from tests.run_dir.claimed_run import INPUTS, MODEL, claimed, save
@@ -11,7 +11,7 @@ from tests.tasks.files import row, write
 def load(tmp_path, run_dir, answer="2", template="{{ messages[0].content }} {{ strftime_now('%d.%m.%Y') }}"):
     """(prompt texts, inputs, log)"""
     path = str(write(tmp_path / "rows.jsonl", [row(answer=answer)]))
-    tokenizer = load_tokenizer(str(MODEL), False)
+    tokenizer = checked_tokenizer(str(MODEL), False)
     tokenizer.chat_template = template
     data = DataConfig(source="jsonl", train_path=path, evaluation_path=path)
     logged = []

@@ -7,8 +7,25 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_fipo.engine import vllm_start
-from megatron_fipo.engine.vllm_start import ModelFacts, VLLMSettings, check_model, check_vllm, read_model
+from megatron_fipo.engine.vllm_start import (
+    ModelFacts,
+    VLLMSettings,
+    check_model,
+    check_vllm,
+    check_weights,
+    read_model,
+)
 from megatron_fipo.errors import UserError
+from tests.checkpoint.editing import (
+    drop,
+    other_weights,
+    put,
+    set_config,
+    set_json,
+    set_text,
+    spoil,
+    stale_index,
+)
 from tests.engine.tiny import save_model
 from tests.tiny_qwen2 import END
 
@@ -122,6 +139,47 @@ def test_what_a_folder_says(tmp_path, tied):
     )
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            spoil("model.norm.weight", float("nan")),
+            "model.norm.weight in .* has NaN or infinite values in float32",
+        ),
+        (
+            put("lm_head.weight", lambda tensors: tensors["model.embed_tokens.weight"] + 1),
+            "lm_head.weight differs from model.embed_tokens.weight",
+        ),
+        (other_weights("consolidated.safetensors"), "or also consolidated.safetensors"),
+        (other_weights("model-00002-of-00002.safetensors"), "or also model-00002-of-00002.safetensors"),
+        (stale_index, "can be read in two ways"),
+        (drop("model.norm.weight"), "lacks model.norm.weight"),
+    ],
+)
+def test_weights_that_vllm_would_load_are_checked_before_it_starts(tmp_path, edit, message):
+    edit(save_model(tmp_path))
+    settings = replace(SETTINGS, model_path=str(tmp_path), dtype="float32", load_weights=True)
+    with pytest.raises(UserError, match=message):
+        check_weights(settings)
+    check_weights(replace(settings, load_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_config(quantization_config={"quant_method": "fp8"}), "has quantization_config"),
+        (set_text("hf_quant_config.json"), "has hf_quant_config.json"),
+        (set_config(model_type="llama"), "model_type='llama'"),
+        (set_json("tokenizer_config.json", pad_token="<new>"), "'<new>' of the tokenizer in .* has id 32"),
+        (set_json("generation_config.json", eos_token_id=32), "has eos_token_id=32"),
+    ],
+)
+def test_a_description_is_checked_without_weights_too(tmp_path, edit, message):
+    edit(save_model(tmp_path))
+    with pytest.raises(UserError, match=message):
+        read_model(replace(SETTINGS, model_path=str(tmp_path), dtype="float32", load_weights=False))
+
+
 def test_a_folder_without_end_token(tmp_path):
-    with pytest.raises(UserError, match="names an end-of-sequence token"):
+    with pytest.raises(UserError, match=r"set eos_token in tokenizer_config\.json"):
         read_model(replace(SETTINGS, model_path=str(save_model(tmp_path, end_token=False))))

@@ -342,7 +342,7 @@ def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
         LocalEngine, kwargs, RolloutConfig(num_engines=1), gpus_per_engine=0, keep_batches=False
     )
     try:
-        with pytest.raises(UserError, match=r"not a folder with a config\.json"):
+        with pytest.raises(UserError, match=r"has no config\.json"):
             pool.loaded(wait=True)
     finally:
         pool.shutdown()

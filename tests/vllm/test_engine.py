@@ -1,19 +1,23 @@
 """The engine on the real vLLM compared with a teacher-forced pass of `transformers`, and with itself."""
 
 import asyncio
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine, _seed
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.object_store import tensor_checksum
+from tests.checkpoint.editing import other_weights, put, set_text, shard
 from tests.tiny_qwen2 import END
-from tests.vllm.model import largest_difference, save_model, some_requests, weights
+from tests.vllm.model import MAX_MODEL_LEN, largest_difference, save_model, some_requests, weights
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
 LONG = replace(PLAIN, max_new_tokens=150)
@@ -279,7 +283,7 @@ def test_weights_that_do_not_fit(engine, model_folder, run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_path": "/nowhere"}, "not a folder with a config.json"),
+        ({"model_path": "/nowhere"}, "no model folder /nowhere"),
         ({"tensor_parallel_size": 3}, "engine_tensor_parallel_size=3 does not divide the 4 attention heads"),
         ({"max_model_len": 257}, r"max_prompt_length \+ rollout.max_response_length.*256"),
     ],
@@ -294,5 +298,59 @@ def test_an_unknown_architecture(tmp_path, run):
     folder = save_model(tmp_path, seed=0)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"qwen2"', '"quux"'))
-    with pytest.raises(UserError, match=r"can't read model\.path .*quux"):
+    with pytest.raises(UserError, match="model_type='quux'"):
         run(VLLMEngine(str(folder), "float32", max_model_len=64).ready())
+
+
+def spoiled(folder: Path) -> None:
+    tensors = weights(folder)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_head(folder: Path) -> None:
+    tensors = weights(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (spoiled, "model.norm.weight in .* has NaN or infinite values in float32"),
+        (other_head, "lm_head.weight differs from model.embed_tokens.weight"),
+        (
+            lambda folder: shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors"),
+            "or also consolidated.safetensors",
+        ),
+        (
+            lambda folder: shutil.copy(folder / "model.safetensors", folder / "old.safetensors"),
+            "or also old.safetensors",
+        ),
+        (lambda folder: (folder / "hf_quant_config.json").write_text("{}"), "has hf_quant_config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+    ],
+)
+def test_a_folder_is_refused_before_vllm_starts(tmp_path, run, monkeypatch, edit, message):
+    folder = save_model(tmp_path, seed=0)
+    edit(folder)
+    monkeypatch.setattr(
+        "vllm.AsyncLLMEngine.from_vllm_config", lambda *args, **kwargs: pytest.fail("started")
+    )
+    with pytest.raises(UserError, match=message):
+        run(VLLMEngine(str(folder), "float32", max_model_len=64).ready())
+
+
+def test_an_accepted_folder_is_read_as_transformers_reads_it(tmp_path, run):
+    """Two shards with a copy of the tied embedding as head; beside them files that the index does not list."""
+    folder = save_model(tmp_path, seed=0)
+    put("lm_head.weight", lambda tensors: tensors["model.embed_tokens.weight"])(folder)
+    shard(folder)
+    other_weights("adapter_model.safetensors")(folder)
+    set_text("pytorch_model.bin", "not read")(folder)
+    engine = VLLMEngine(str(folder), "float32", max_model_len=MAX_MODEL_LEN)
+    run(engine.ready())
+    requests = some_requests(4)
+    generations = run(engine.generate(requests, PLAIN))
+    engine._llm.shutdown()
+    assert largest_difference(folder, requests, generations, 1.0) < 1e-4

@@ -42,7 +42,7 @@ GB = 1e9
 def write_model(folder: Path) -> Path:
     """A folder with 0.39 billion random parameters, tied embeddings, and a tokenizer with an end token."""
     torch.set_default_dtype(torch.bfloat16)
-    save_tokenizer(folder, ["<pad>", "<eos>"])
+    save_tokenizer(folder)
     return save_qwen2(
         folder,
         0,

@@ -31,7 +31,6 @@ from megatron_fipo.checkpoint.convert.torch_dist import (
     stacked_key,
     write_weights,
 )
-from megatron_fipo.checkpoint.hf_import import check_tensors
 from megatron_fipo.checkpoint.hf_writer import HFWriter, hidden_name
 from megatron_fipo.checkpoint.manifest import NAME as MANIFEST
 from megatron_fipo.checkpoint.manifest import (
@@ -43,6 +42,7 @@ from megatron_fipo.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, require_exactly
 from megatron_fipo.checkpoint.shard_layouts import join, shard
 from megatron_fipo.errors import UserError, writing
@@ -74,15 +74,13 @@ class Summary:
 def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> Summary:
     """Convert a Hugging Face folder to a checkpoint folder. `target` appears only when it is complete.
 
-    UserError: unknown architecture; shards, tensors or shapes that do not match config.json; a dtype that
-    cannot be kept; `source` of another kind; `target` exists or cannot be written.
+    UserError: as `open_model_folder`; a dtype that cannot be kept; `source` of another kind; `target` exists
+    or cannot be written.
     """
     _refuse_other_kind(source, "to-megatron")
     _refuse_existing(target)
-    family, architecture = read_model_config(source)
-    folder = SafetensorsFolder(source)
-    weights = list(family.weights(architecture))
-    check_tensors(weights, architecture, folder)
+    opened = open_model_folder(source)
+    architecture, weights, folder = opened.architecture, opened.weights, opened.source
     dtypes = dtypes_in_megatron(weights, folder, dtype)
     steps = {
         step.piece: step
@@ -109,7 +107,9 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
         extra_states = extra_state_keys(weights, architecture.num_layers)
         write_weights(partial / WEIGHTS, wanted, extra_states, {"architecture": asdict(architecture)}, read)
         files = _hash(partial, progress)
-        write_manifest(partial, files, {"converted_from": source.absolute().name, "family": family.name})
+        write_manifest(
+            partial, files, {"converted_from": source.absolute().name, "family": opened.family.name}
+        )
     return summary
 
 

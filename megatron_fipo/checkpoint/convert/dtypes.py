@@ -33,13 +33,7 @@ def dtypes_in_megatron(
     for weight in weights:
         key = stacked_key(weight)
         for name in weight.names:
-            stored = folder.tensors[name].dtype
-            if stored not in STORED:
-                raise UserError(
-                    f"{name} in {folder.folder} is stored as {stored}; convert it to bfloat16 or float32 "
-                    "first"
-                )
-            dtype = target_dtype(STORED[stored], wanted, name)
+            dtype = target_dtype(STORED[folder.tensors[name].dtype], wanted, name)
             if dtypes.setdefault(key, dtype) is not dtype:
                 raise UserError(
                     f"{name} in {folder.folder} is stored as {name_of(dtype)} and {first[key]} as "
