@@ -172,7 +172,7 @@ def commands(target: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", ["file/table", "n" * 300, "/proc/table"])
 @pytest.mark.parametrize("command", ["evaluate", "sft", "to-megatron", "to-hf"])
 def test_a_command_looks_at_its_output_first(command, name, places, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_fipo.driver.evaluate.load_tokenizer", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("megatron_fipo.driver.evaluate.checked_tokenizer", lambda *_: pytest.fail("too late"))
     monkeypatch.setattr("megatron_fipo.driver.sft.load_tokenizer", lambda *_: pytest.fail("too late"))
     before = tree(places)
     assert cli.main(commands(places / name)[command]) == 2
