@@ -1,11 +1,12 @@
 """The exception that the command line prints as one sentence instead of a traceback."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-RAY_LOGS = "/tmp/ray/session_latest/logs"
-"""Where Ray keeps the output of its processes, unless its temporary folder was moved. Messages refer to it."""
+RAY_LOGS_VARIABLE = "MEGATRON_FIPO_RAY_LOGS"
+"""Environment variable of driver, ranks and engines with the folder of Ray's logs, if it is not Ray's default."""
 
 
 class UserError(Exception):
@@ -14,6 +15,11 @@ class UserError(Exception):
     The message is one sentence that names the key, row, file or rank, and how to fix it. The command line
     prints it and exits with code 2. All other exceptions propagate with their traceback.
     """
+
+
+def ray_logs() -> str:
+    """The folder in which Ray keeps the output of its processes. Messages refer to it."""
+    return os.environ.get(RAY_LOGS_VARIABLE, "/tmp/ray/session_latest/logs")
 
 
 def first_line(error: BaseException) -> str:

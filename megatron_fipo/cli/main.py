@@ -16,6 +16,7 @@ from megatron_fipo.cli.commands import (
 )
 from megatron_fipo.cli.convert import add_convert
 from megatron_fipo.cli.streams import ReaderGone, checked_output, say
+from megatron_fipo.driver.cluster_loss import leave_if_lost
 from megatron_fipo.errors import UserError
 
 
@@ -25,6 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: an error that the user can fix, one sentence on stderr. 85: stopped by SIGTERM, SIGUSR1 or the
     time limit with the state saved; run the same command to resume. 130: stopped by Ctrl-C.
     """
+    code = run(argv)
+    leave_if_lost(code)
+    return code
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """As `main`, without the end of the process."""
     try:
         with checked_output():
             arguments = build_parser().parse_args(argv)

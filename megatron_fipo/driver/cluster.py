@@ -1,8 +1,11 @@
 """The Ray cluster of a run, and the rollout engines on it."""
 
 import contextlib
+import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,9 +13,13 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from megatron_fipo.config import Config
+from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster, is_lost
+from megatron_fipo.driver.own_cluster import OwnCluster
+from megatron_fipo.driver.ray_storage import check_shared_memory, make_session_folder, remove_session_folder
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
+from megatron_fipo.errors import RAY_LOGS_VARIABLE, UserError, first_line
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
 
@@ -49,11 +56,15 @@ def start_engines(
     )
 
 
-def run_cluster(config: Config, architecture: Architecture) -> contextlib.AbstractContextManager[Machine]:
+def run_cluster(
+    config: Config, architecture: Architecture, log: Callable[[str], None]
+) -> contextlib.AbstractContextManager[Machine]:
     """The Ray cluster that a run of `config` needs."""
-    workers = config.parallel.world_size + config.rollout.num_engines
     return ray_cluster(
-        config.ray_address, workers=workers, store_bytes=object_store_bytes(config, architecture)
+        config.ray_address,
+        workers=config.parallel.world_size + config.rollout.num_engines,
+        log=log,
+        store_bytes=object_store_bytes(config, architecture),
     )
 
 
@@ -75,35 +86,100 @@ def object_store_bytes(config: Config, architecture: Architecture) -> int:
 
 @contextlib.contextmanager
 def ray_cluster(
-    address: str | None, *, workers: int, store_bytes: int = OBJECT_STORE_BASE_BYTES
+    address: str | None,
+    *,
+    workers: int,
+    log: Callable[[str], None],
+    store_bytes: int = OBJECT_STORE_BASE_BYTES,
 ) -> Iterator[Machine]:
     """Join the cluster at `address`, or start one on this machine with just enough CPUs that ends with the run.
 
-    Yields what ranks and engines may use: the complete cluster in the first case, this machine in the second.
+    Yields what ranks and engines may use: the complete cluster in the first case, this machine in the second. Raises
+    `UserError` if Ray cannot start or be joined, or (`ClusterLostError`) if the started cluster ends before the run does.
     """
     machine = this_machine()
     # One connection keeps the launch order that Megatron-Core needs to overlap tensor-parallel communication with GEMMs.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {
-        "runtime_env": {"env_vars": environment},
-        "log_to_driver": False,
-        "logging_level": "error",
-    }
-    if address:
-        ray.init(address=address, **options)
-        resources = ray.cluster_resources()
-        machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
-    else:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # "local": without an address Ray would join RAY_ADDRESS or a cluster that runs on this machine.
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            include_dashboard=False,
-            object_store_memory=store_bytes,
-            **options,
-        )
+    with contextlib.ExitStack() as stack:
+        if address:
+            stack.enter_context(logs_in(connect(address, environment)))
+            resources = ray.cluster_resources()
+            machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+        else:
+            connect(stack.enter_context(own_cluster(workers, store_bytes, log)), environment)
+        try:
+            yield machine
+        except UserError:
+            raise
+        except Exception:
+            check_cluster(ERROR_DELAY_S)  # whatever fails without Ray fails for that reason
+            raise
+        finally:
+            if not is_lost():
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def own_cluster(workers: int, store_bytes: int, log: Callable[[str], None]) -> Iterator[str]:
+    """The address of a cluster on this machine that ends with the context.
+
+    Its files are removed at the end; only its logs stay if the error that leaves the context names them.
+    """
+    check_shared_memory(store_bytes, log)
+    folder = make_session_folder(os.environ, log)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    keep_logs = False
     try:
-        yield machine
+        with logs_in(folder / "session_latest/logs"):
+            cluster = OwnCluster(
+                folder,
+                num_cpus=workers,
+                include_dashboard=False,
+                object_store_memory=store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            try:
+                yield cluster.address
+            finally:
+                cluster.end()
+    except Exception as error:
+        keep_logs = str(folder) in str(error) or not isinstance(error, UserError)
+        raise
     finally:
-        ray.shutdown()
+        remove_session_folder(folder, keep_logs=keep_logs)
+
+
+@contextlib.contextmanager
+def logs_in(folder: Path) -> Iterator[None]:
+    """Messages of this process, and of processes that it starts, refer to Ray's logs in `folder`."""
+    before = os.environ.get(RAY_LOGS_VARIABLE)
+    os.environ[RAY_LOGS_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[RAY_LOGS_VARIABLE]
+        if before is not None:
+            os.environ[RAY_LOGS_VARIABLE] = before
+
+
+def connect(address: str, environment: dict[str, str]) -> Path:
+    """Connect this process to a cluster; `environment` is that of ranks and engines. Returns the folder of Ray's logs.
+
+    A handler of SIGTERM stays as it is.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        context: Any = ray.init(
+            address=address,
+            runtime_env={"env_vars": environment},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot connect to the Ray cluster at {address}: {first_line(error)}; check ray_address"
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray installs its own
+    return Path(context.address_info["session_dir"], "logs")

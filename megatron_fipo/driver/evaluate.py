@@ -29,7 +29,7 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
         held_out = load_evaluation(config, tokenizer, now, console.note)
         console.phase("evaluation")
         with (
-            run_cluster(config, read_architecture(Path(model_dir))) as machine,
+            run_cluster(config, read_architecture(Path(model_dir)), console.note) as machine,
             contextlib.ExitStack() as stack,
         ):
             pool = start_engines(config, model_dir, machine, console.note)

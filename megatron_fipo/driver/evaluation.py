@@ -9,7 +9,7 @@ from megatron_fipo.driver.all_wrong import WrongResponse
 from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, evaluation_values
 from megatron_fipo.driver.rollout.prompt_group import request_seed
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.errors import RAY_LOGS, UserError
+from megatron_fipo.errors import UserError, ray_logs
 from megatron_fipo.tasks.task import Problem, Scorer
 
 Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Generation | None]]
@@ -93,7 +93,7 @@ def evaluate(
         responses.append(answered)
     if not responses:
         raise UserError(
-            f"every one of the {len(problems)} evaluation problems had a request that failed; see {RAY_LOGS}"
+            f"every one of the {len(problems)} evaluation problems had a request that failed; see {ray_logs()}"
         )
     values = {f"evaluation/{name}": value for name, value in evaluation_values(responses).items()}
     return Evaluation({**values, "evaluation/failed": float(len(problems) - len(responses))}, table)

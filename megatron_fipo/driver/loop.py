@@ -39,7 +39,7 @@ from megatron_fipo.driver.evaluation import evaluate
 from megatron_fipo.driver.iteration_metrics import rollout_values
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.dump import write_dump
-from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted
+from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, interrupting
 from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
@@ -184,10 +184,8 @@ class Loop:
             return
         records = read_metrics(self.directory.path)
         if not any(record.kind == "evaluation" and record.iteration == done for record in records):
-            try:
+            with interrupting():
                 self._evaluate()
-            except UserError as error:
-                raise Interrupted from error
 
     def _evaluate(self) -> None:
         config, components, version = self.config, self.components, self.state.weight_version

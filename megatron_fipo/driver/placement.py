@@ -1,6 +1,5 @@
 """Ray placement of actors that belong together: the trainer's ranks, or the rollout engines."""
 
-import ray
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -8,6 +7,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from megatron_fipo.driver.ray_wait import wait_for_one
 from megatron_fipo.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 60.0
@@ -17,13 +17,11 @@ PLACEMENT_TIMEOUT_S = 60.0
 def reserve(bundle: dict[str, int], size: int, actors: str, fix: str) -> PlacementGroup:
     """Reserve `size` bundles, on as few nodes as possible. Raises `UserError`, with `actors` and `fix`, if none are free."""
     placement = placement_group([bundle] * size, strategy="PACK")
-    try:
-        ray.get(placement.ready(), timeout=PLACEMENT_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError:
+    if not wait_for_one([placement.ready()], PLACEMENT_TIMEOUT_S):
         remove_placement_group(placement)
         raise UserError(
             f"Ray has no free resources for {size} {actors} ({bundle} each) within {PLACEMENT_TIMEOUT_S:g} s; {fix} or add nodes"
-        ) from None
+        )
     return placement
 
 

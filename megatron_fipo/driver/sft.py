@@ -52,9 +52,9 @@ def train(config: SftConfig) -> None:
     traces = countdown_traces(config, tokenizer)
     rates = [learning_rate(config, step) for step in range(config.steps)]
     with (
-        tempfile.TemporaryDirectory() as folder,
-        ray_cluster(None, workers=config.parallel.world_size),
         Progress() as progress,
+        ray_cluster(None, workers=config.parallel.world_size, log=progress.console.print),
+        tempfile.TemporaryDirectory() as folder,
     ):
         initial = Path(folder) / "initial"
         _write_initial_model(config, initial)

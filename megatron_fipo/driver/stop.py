@@ -3,7 +3,7 @@
     exit code   meaning
     0           done
     1           a bug in the driver; its traceback is printed (a bug in a rank ends with 2, its traceback in the log)
-    2           an error that the user can fix, or a disk or engine that failed; one sentence is printed
+    2           an error that the user can fix, or a disk, an engine or Ray that failed; one sentence is printed
     85          SIGTERM, SIGUSR1 or `max_walltime_minutes`: state saved, run the same command again
     130         Ctrl-C (SIGINT): state saved; or Ctrl-C twice: stopped at once, with the state of the last checkpoint
 

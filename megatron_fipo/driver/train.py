@@ -51,11 +51,12 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             console.note(change)
         check_export(directory.path / MODEL)
         console.phase("starting")
-        with run_cluster(config, architecture) as machine, contextlib.ExitStack() as stack:
+        with (
+            Stop(config.max_walltime_minutes, console.note) as stop,
+            run_cluster(config, architecture, console.note) as machine,
+            contextlib.ExitStack() as stack,
+        ):
             validate(config, architecture, machine)
-            stop = stack.enter_context(
-                Stop(config.max_walltime_minutes, console.note)
-            )  # after Ray, which installs handlers too
             trainer = start_trainer(config, machine)
             stack.callback(trainer.shutdown)
             for line in trainer.describe():

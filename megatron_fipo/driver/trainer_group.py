@@ -5,6 +5,7 @@ the answers of the ranks into one result.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
@@ -14,8 +15,11 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_fipo.driver.actor_logs import why_it_died
+from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster, is_lost
 from megatron_fipo.driver.placement import node_by_node, reserve
-from megatron_fipo.errors import RAY_LOGS, UserError, first_line
+from megatron_fipo.driver.ray_wait import wait_for_one
+from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.trainer.protocol import (
     IterationReport,
     PushFailure,
@@ -45,12 +49,19 @@ class TrainerLostError(UserError):
 class RankActor:
     """The Ray actor of one rank. Imports the worker on the rank: the driver never imports Megatron-Core."""
 
-    def __init__(self, load_worker: Callable[[], type[TrainerRank]], **arguments: Any) -> None:
+    _worker: TrainerRank
+
+    def start(self, load_worker: Callable[[], type[TrainerRank]], **arguments: Any) -> None:
+        """Make the worker. Not in `__init__`, whose exceptions reach the driver only as text."""
         self._worker = load_worker()(**arguments)
 
     def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         """Run a method of the worker, by the name that `TrainerGroup.call` takes from the rank's protocol."""
         return getattr(self._worker, method)(*arguments, **keywords)
+
+
+START_METHODS = (RankActor.start.__name__, TrainerRank.rendezvous.__name__, TrainerRank.setup.__name__)
+"""A rank that dies in one of these has lost nothing."""
 
 
 class TrainerGroup:
@@ -88,10 +99,16 @@ class TrainerGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.placement, placement_group_bundle_index=bundle_index
                 ),
-            ).remote(load_worker, rank=rank, world_size=world_size, **worker_arguments)
-            for rank, bundle_index in enumerate(node_by_node(self.placement))
+            ).remote()
+            for bundle_index in node_by_node(self.placement)
         ]
-        rendezvous = self._result(0, "rendezvous", _submit(self.actors[0], TrainerRank.rendezvous.__name__))
+        starts = [
+            actor.start.remote(load_worker, rank=rank, world_size=world_size, **worker_arguments)
+            for rank, actor in enumerate(self.actors)
+        ]
+        self._results(starts, RankActor.start.__name__)
+        method = TrainerRank.rendezvous.__name__
+        (rendezvous,) = self._results([_submit(self.actors[0], method)], method)
         self.call(TrainerRank.setup, rendezvous)
 
     def call(
@@ -118,20 +135,8 @@ class TrainerGroup:
         if self._failure is not None:
             raise self._failure
         name = method.__name__
-        pending: dict[Any, int] = {
-            _submit(actor, name, *arguments, **keywords): rank for rank, actor in enumerate(self.actors)
-        }
-        results: dict[int, Result] = {}
-        waiting: list[Any] = list(pending)
-        while waiting:
-            finished, waiting = ray.wait(waiting, num_returns=1, timeout=None if meanwhile is None else 0)
-            if not finished:
-                assert meanwhile is not None
-                meanwhile()
-                continue
-            (done,) = finished
-            results[pending[done]] = self._result(pending[done], name, done)
-        return [results[rank] for rank in range(len(self.actors))]
+        calls = [_submit(actor, name, *arguments, **keywords) for actor in self.actors]
+        return self._results(calls, name, meanwhile)
 
     def describe(self) -> list[str]:
         """What rank 0 runs on, a line for each part."""
@@ -143,16 +148,44 @@ class TrainerGroup:
 
     def shutdown(self) -> None:
         """End all ranks and release their reservation."""
+        if is_lost():
+            return
         for actor in self.actors:
             ray.kill(actor)
         remove_placement_group(self.placement)
+
+    def _results(
+        self, calls: list[Any], method: str, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """The answers of all ranks to a call of each, in order of the ranks; the first failure ends the group."""
+        results: dict[int, Any] = {}
+        waiting = {reference: rank for rank, reference in enumerate(calls)}
+        while waiting:
+            finished = wait_for_one(list(waiting), math.inf if meanwhile is None else 0.0)
+            if not finished:
+                assert meanwhile is not None
+                meanwhile()
+            for reference in finished:
+                rank = waiting.pop(reference)
+                results[rank] = self._result(rank, method, reference)
+        return [results[rank] for rank in range(len(calls))]
 
     def _result(self, rank: int, method: str, reference: Any) -> Any:
         """The rank's answer; its failure ends the group."""
         try:
             return ray.get(reference)
-        except ray.exceptions.RayError as error:
+        except ray.exceptions.RayTaskError as error:
             self._failure = _describe(rank, method, error)
+            self.shutdown()
+            raise self._failure from error
+        except ray.exceptions.RayError as error:
+            check_cluster(ERROR_DELAY_S)
+            advice = (
+                "" if method in START_METHODS else "; run the same command to resume from the last checkpoint"
+            )
+            self._failure = TrainerLostError(
+                f"trainer rank {rank} died in {method}: {why_it_died(error)}{advice}"
+            )
             self.shutdown()
             raise self._failure from error
 
@@ -243,12 +276,7 @@ def _submit(actor: ActorHandle, method: str, *arguments: Any, **keywords: Any) -
     return actor.call.options(name=f"{RankActor.__name__}.{method}").remote(method, *arguments, **keywords)
 
 
-def _describe(rank: int, method: str, error: ray.exceptions.RayError) -> TrainerLostError:
-    if not isinstance(error, ray.exceptions.RayTaskError):
-        return TrainerLostError(
-            f"trainer rank {rank} died in {method} ({first_line(error)}; see {RAY_LOGS}); run the same command "
-            "to resume from the last checkpoint"
-        )
+def _describe(rank: int, method: str, error: ray.exceptions.RayTaskError) -> TrainerLostError:
     cause = error.cause
     if isinstance(cause, UserError):
         return TrainerLostError(str(cause))

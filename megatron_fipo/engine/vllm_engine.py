@@ -24,7 +24,7 @@ from megatron_fipo.engine.vllm_start import (
     prepare_environment,
     read_model,
 )
-from megatron_fipo.errors import RAY_LOGS, UserError
+from megatron_fipo.errors import UserError, ray_logs
 from megatron_fipo.weight_sync.shared_memory import description, in_shared_memory
 
 
@@ -123,7 +123,7 @@ class VLLMEngine:
             return AsyncLLMEngine.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"vLLM could not load model.path {path}: {error_reason(error)}; its log is in {RAY_LOGS}"
+                f"vLLM could not load model.path {path}: {error_reason(error)}; its log is in {ray_logs()}"
             ) from error
 
     async def ping(self) -> int:

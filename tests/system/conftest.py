@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
+from megatron_fipo.driver.cluster import logs_in
 from tests.system.runs import ROOT, run_here, train_arguments
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster to which this process is connected, with 6 logical CPUs and 2 logical GPUs on any machine."""
-    ray.init(
+    context: Any = ray.init(
         address="local",  # also if a cluster runs on this machine
         num_cpus=6,
         num_gpus=2,
@@ -28,7 +30,8 @@ def cluster() -> Iterator[None]:
         log_to_driver=False,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}},
     )
-    yield
+    with logs_in(Path(context.address_info["session_dir"], "logs")):
+        yield
     ray.shutdown()
 
 

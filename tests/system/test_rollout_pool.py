@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver import placement as placement_module
 from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE, EngineActors
-from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts, RequestResult
+from megatron_fipo.driver.rollout.losses import PoolCounts
+from megatron_fipo.driver.rollout.pool import EnginePool, RequestResult
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
@@ -326,7 +327,7 @@ def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_
         assert texts(result) == list(tokens(answers[1]).values())
         os.kill(pid(pool, 0), signal.SIGKILL)
         pool.submit(some_requests(), SAMPLING)
-        with pytest.raises(UserError, match=r"no rollout engine is left .* engine 0 died \(ActorDiedError\)"):
+        with pytest.raises(UserError, match=r"no rollout engine is left .* engine 0 died: "):
             rest(pool)
         with pytest.raises(UserError, match="no rollout engine is left"):
             pool.loaded(wait=True)
@@ -346,6 +347,47 @@ def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
             pool.loaded(wait=True)
     finally:
         pool.shutdown()
+
+
+class DyingEngine(LocalEngine):
+    """Dies while it loads, after a message as a library prints it."""
+
+    def __init__(self, *, message: str) -> None:
+        self.message = message
+
+    def ready(self) -> None:
+        os.write(2, f"loading\n{self.message}\n".encode())
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory.", "torch.OutOfMemoryError: CUDA out of memory; see /"),
+        (
+            "(EngineCore pid=7) ERROR [core.py:1] ValueError: no space for the KV cache",
+            "ValueError: no space for the KV cache; see /",
+        ),
+        (
+            "terminate called without an active exception",
+            "terminate called without an active exception; see /",
+        ),
+        ("Fatal Python error: Bus error", "Fatal Python error: Bus error; see /"),
+        ("all is well", "unexpectedly before finishing this task; see /"),
+    ],
+)
+def test_an_engine_that_dies_at_its_start_says_why(cluster, message, reason):
+    rollout = RolloutConfig(num_engines=1, max_restarts=0)
+    pool = EnginePool(DyingEngine, {"message": message}, rollout, gpus_per_engine=0, keep_batches=False)
+    try:
+        with pytest.raises(UserError) as ended:
+            pool.loaded(wait=True)
+    finally:
+        pool.shutdown()
+    assert str(ended.value).startswith("no rollout engine could start after rollout.max_restarts = 0")
+    assert reason in str(ended.value)
+    assert "resume" not in str(ended.value)
+    assert "\n" not in str(ended.value)
 
 
 def test_a_cluster_without_room_is_said(cluster, monkeypatch):

@@ -30,6 +30,10 @@ def rank_class(dies_in: str = "") -> Any:
 
         def __init__(self, rank: int, world_size: int) -> None:
             self.rank = rank
+            if rank == 1:
+                self._die("start")
+                if dies_in == "refuses":
+                    raise UserError("no such model; give another")
 
         def rendezvous(self) -> str:
             self._die("rendezvous")
@@ -40,6 +44,7 @@ def rank_class(dies_in: str = "") -> Any:
 
         def work(self, trouble: str) -> int:
             if self.rank == 1 and trouble == "die":
+                print("loading\nMemoryError: no more", file=sys.stderr, flush=True)
                 os._exit(1)
             if self.rank == 1 and trouble == "refuse":
                 raise UserError("the disk is full; free some space")
@@ -49,6 +54,7 @@ def rank_class(dies_in: str = "") -> Any:
 
         def _die(self, method: str) -> None:
             if method == dies_in:
+                print("Fatal Python error: Aborted", file=sys.stderr, flush=True)
                 os._exit(1)
 
     return Rank
@@ -59,7 +65,8 @@ def rank_class(dies_in: str = "") -> Any:
     [
         (
             "die",
-            r"trainer rank 1 died in work \(The actor died.*run the same command to resume from the last checkpoint",
+            r"^trainer rank 1 died in work: MemoryError: no more; see /.*/worker-.*\.err; run the same command to resume "
+            "from the last checkpoint$",
         ),
         ("refuse", "^the disk is full; free some space$"),
         ("fault", "^trainer rank 1 failed in work: ZeroDivisionError: no rows$"),
@@ -79,18 +86,25 @@ def test_the_first_failure_is_the_one_that_every_later_call_raises(trouble, mess
     assert placements() == []
 
 
-@pytest.mark.parametrize("method", ["rendezvous", "setup"])
-def test_a_rank_that_dies_at_the_start_leaves_nothing_reserved(method):
-    with pytest.raises(TrainerLostError, match=f"trainer rank . died in {method}"):
+@pytest.mark.parametrize("method", ["start", "rendezvous", "setup"])
+def test_a_rank_that_dies_at_the_start_says_why_and_leaves_nothing_reserved(method):
+    message = rf"^trainer rank . died in {method}: Fatal Python error: Aborted; see /\S+\.err$"
+    with pytest.raises(TrainerLostError, match=message):
         TrainerGroup(lambda: rank_class(dies_in=method), 2, 0)
+    assert placements() == []
+
+
+def test_a_rank_that_refuses_its_settings_ends_the_group_with_its_sentence():
+    with pytest.raises(TrainerLostError, match=r"^no such model; give another$"):
+        TrainerGroup(lambda: rank_class(dies_in="refuses"), 2, 0)
     assert placements() == []
 
 
 def test_without_an_address_a_cluster_is_started_whatever_runs_already():
     program = """
-        import ray
         from megatron_fipo.driver.cluster import ray_cluster
-        with ray_cluster(None, workers=1):
+        import ray
+        with ray_cluster(None, workers=1, log=print):
             print(ray.get_runtime_context().gcs_address, ray.cluster_resources()["CPU"])
     """
     running = ray.get_runtime_context().gcs_address

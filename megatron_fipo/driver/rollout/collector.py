@@ -22,7 +22,7 @@ from megatron_fipo.driver.rollout.admission import admission_for
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, ScoredGroup, parse_request_id
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
-from megatron_fipo.errors import RAY_LOGS, UserError
+from megatron_fipo.errors import UserError, ray_logs
 from megatron_fipo.objective.advantages import is_informative
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.task import NO_ANSWER
@@ -364,7 +364,7 @@ class Collector:
     def _nothing_informative(self, counts: CollectCounts) -> str:
         filtered = counts.all_right + counts.all_wrong
         if not filtered and counts.failed:
-            return f"the requests of all {counts.failed} prompts failed; see {RAY_LOGS}"
+            return f"the requests of all {counts.failed} prompts failed; see {ray_logs()}"
         found = (
             f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
             f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing "

@@ -7,6 +7,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_fipo.driver.cluster_loss import is_lost
 from megatron_fipo.driver.placement import node_by_node, reserve
 from megatron_fipo.errors import UserError
 
@@ -81,6 +82,8 @@ class EngineActors:
 
     def shutdown(self) -> None:
         """End all actors and release the bundles reserved here."""
+        if is_lost():
+            return
         for number in list(self._handles):
             self.kill(number)
         if self._own_placement is not None:

@@ -68,6 +68,11 @@ class Fleet:
         self._loaded_version = loaded_version
         self._engines = [_Engine(deadline=now + load_timeout_s) for _ in range(size)]
 
+    @property
+    def size(self) -> int:
+        """How many engines there are, retired ones included."""
+        return len(self._engines)
+
     def state(self, number: int) -> State:
         engine = self._engines[number]
         if engine.retired:

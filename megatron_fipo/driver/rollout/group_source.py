@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from megatron_fipo.config import Config
+from megatron_fipo.driver.cluster_loss import ClusterLostError
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.rollout.collector import Collected, Collector
 from megatron_fipo.driver.rollout.dump import DumpFolder
-from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts
+from megatron_fipo.driver.rollout.losses import PoolCounts
+from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
@@ -35,7 +37,7 @@ class StopUnsavedError(UserError):
     """The run must stop without saving: its last checkpoint, not its present state, is to be resumed."""
 
 
-UNSAVED = (TrainerLostError, StopUnsavedError)
+UNSAVED = (TrainerLostError, ClusterLostError, StopUnsavedError)
 """Errors after which there is no state to save."""
 
 

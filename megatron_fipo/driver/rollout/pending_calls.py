@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from megatron_fipo.driver.ray_wait import wait_for_one
 from megatron_fipo.driver.rollout.dispatch import Call
 
 
@@ -47,7 +48,7 @@ class PendingCalls:
         if not references:
             time.sleep(timeout_s)
             return
-        ray.wait(references, num_returns=1, timeout=None if math.isinf(timeout_s) else timeout_s)
+        wait_for_one(references, timeout_s)
         for reference in ray.wait(references, num_returns=len(references), timeout=0)[0]:
             if (call := self._calls.pop(reference, None)) is not None:
                 yield reference, call

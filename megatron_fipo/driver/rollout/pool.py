@@ -3,7 +3,7 @@
 An engine that dies, hangs or sends malformed replies loses only its work.
 
 `fleet` decides which engine may serve, `dispatch` which requests are sent together, `replies` which replies
-are valid, `engine_actors` starts processes, `pending_calls` waits for answers; the pool passes messages
+are valid, `engine_actors` starts processes, `pending_calls` waits for answers, `losses` counts what failed; the pool passes messages
 between them. There is no background thread: messages are sent and received, and engines restarted, only
 inside `poll`, `loaded`, `abort`, `sleep` and `wake`.
 """
@@ -20,13 +20,16 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.driver.actor_logs import why_it_died
+from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster
 from megatron_fipo.driver.rollout.dispatch import Call, Dispatcher
 from megatron_fipo.driver.rollout.engine_actors import EngineActors
 from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
+from megatron_fipo.driver.rollout.losses import Losses, PoolCounts
 from megatron_fipo.driver.rollout.pending_calls import PendingCall, PendingCalls
 from megatron_fipo.driver.rollout.replies import malformed
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, RolloutEngine, SamplingParams
-from megatron_fipo.errors import RAY_LOGS, UserError
+from megatron_fipo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +44,6 @@ class RequestResult:
     request_id: str
     generation: Generation | None
     """None: failed `max_retries + 1` times; never scored."""
-
-
-@dataclass
-class PoolCounts:
-    """What happened to engines and requests."""
-
-    retries: int = 0
-    """Requests sent again, counted each time."""
-    restarts: int = 0
-    """Engines started again, for any reason."""
-    deaths: int = 0
-    """Engines whose process ended."""
-    hangs: int = 0
-    """Engines that did not answer a call, a health probe or an abort in time."""
-    malformed: int = 0
-    """Malformed replies."""
 
 
 class EnginePool:
@@ -105,10 +92,8 @@ class EnginePool:
         )
         self._pending = PendingCalls()
         self._results: list[RequestResult] = []
-        self._counts = PoolCounts()
+        self._losses = Losses(rollout.max_restarts, resumable=not loaded_weights_serve)
         self._aborting = False
-        self._refusal: UserError | None = None
-        self._last_loss = ""
         self._actors = EngineActors(
             engine_class,
             engine_kwargs,
@@ -140,7 +125,7 @@ class EnginePool:
         until = time.monotonic() + timeout_s
         while True:
             self._advance(0.0 if self._results else until)
-            self._raise_failure()
+            self._losses.raise_failure(self._fleet)
             if self._results or time.monotonic() >= until:
                 self._dispatch()
                 return self._take_results()
@@ -208,7 +193,7 @@ class EnginePool:
             self._advance(0.0)
             self._advance_while(lambda: self._fleet.probing)
             wait = bool(self._fleet.numbers(State.STARTING))
-        self._raise_failure()
+        self._losses.raise_failure(self._fleet)
         return self._handles(State.STALE, State.SERVING, State.SUSPECT)
 
     @property
@@ -231,7 +216,7 @@ class EnginePool:
 
     def take_counts(self) -> PoolCounts:
         """What happened since the last call."""
-        counts, self._counts = self._counts, PoolCounts()
+        counts = self._losses.take_counts()
         counts.retries, self._dispatcher.retries = self._dispatcher.retries, 0
         return counts
 
@@ -289,7 +274,7 @@ class EnginePool:
     def _advance_while(self, unfinished: Callable[[], list[int]]) -> None:
         while unfinished():
             self._advance(math.inf)
-            self._raise_failure()
+            self._losses.raise_failure(self._fleet)
 
     def _dispatch(self) -> None:
         if self._aborting:
@@ -322,10 +307,12 @@ class EnginePool:
         except ray.exceptions.RayTaskError as error:
             self._raised(pending, error.cause)
         except ray.exceptions.RayError as error:
-            self._lose(pending.engine, f"died ({type(error).__name__})", "deaths")
+            check_cluster(ERROR_DELAY_S)
+            self._lose(pending.engine, f"died: {why_it_died(error)}", "deaths")
         else:
             if pending.method == RolloutEngine.ready.__name__:
                 self._fleet.loaded(pending.engine, time.monotonic())
+                self._losses.loaded = True
             elif pending.method == RolloutEngine.ping.__name__:
                 self._fleet.answered_probe(pending.engine, time.monotonic())
             elif pending.call is not None:
@@ -335,12 +322,12 @@ class EnginePool:
         """Process an answer to `generate`, valid or not."""
         problem = malformed(reply, call.requests, call.sampling, self._aborting)
         if problem is not None:
-            self._counts.malformed += 1
+            self._losses.counts.malformed += 1
             self._call_failed(call, f"gave a malformed reply: {problem}")
             return
         others = {generation.weight_version for generation in reply} - {version}
         if others:
-            self._counts.malformed += 1
+            self._losses.counts.malformed += 1
             self._lose(call.engine, f"answered with weight version {others.pop()}, not {version}")
             return
         self._dispatcher.answered(call)
@@ -357,16 +344,15 @@ class EnginePool:
         """
         if pending.call is not None:
             if isinstance(error, UserError):
-                self._refusal = error
+                self._losses.refusal = error
                 self._give_back(pending.call)
             else:
                 self._call_failed(pending.call, f"failed: {error!r}")
-        elif (
-            isinstance(error, UserError)
-            and self._fleet.restarts(pending.engine) == 0
-            and pending.method == RolloutEngine.ready.__name__
-        ):
-            self._refusal = error
+        elif isinstance(error, UserError) and pending.method == RolloutEngine.ready.__name__:
+            if self._fleet.restarts(pending.engine) == 0 or not self._losses.loaded:
+                self._losses.refusal = error
+            else:
+                self._lose(pending.engine, f"cannot load its model again: {error}", "deaths")
         else:
             self._lose(pending.engine, f"failed in {pending.method}(): {error!r}", "deaths")
 
@@ -385,19 +371,10 @@ class EnginePool:
         self._pending.discard(number)
         for call in self._dispatcher.at(number):
             self._give_back(call)
-        if count is not None:
-            setattr(self._counts, count, getattr(self._counts, count) + 1)
-        if self._fleet.lost(number, time.monotonic()):
-            self._counts.restarts += 1
-            next_step = (
-                f"is started again ({self._fleet.restarts(number)} of {self._rollout.max_restarts} times)"
-            )
+        again = self._fleet.lost(number, time.monotonic())
+        self._losses.lost(self._fleet, number, reason, count)
+        if again:
             self._start(number)
-        else:
-            others = self._rollout.num_engines - len(self._fleet.numbers(State.RETIRED))
-            next_step = f"is given up after {self._rollout.max_restarts} restarts; {others} left"
-        self._last_loss = f"engine {number} {reason}"
-        logger.warning("rollout engine %d %s and %s", number, reason, next_step)
 
     def _withdraw(self) -> None:
         """Return the waiting requests as aborted before they began."""
@@ -407,13 +384,3 @@ class EnginePool:
     def _take_results(self) -> list[RequestResult]:
         results, self._results = self._results, []
         return results
-
-    def _raise_failure(self) -> None:
-        if self._refusal is not None:
-            raise self._refusal
-        if len(self._fleet.numbers(State.RETIRED)) == self._rollout.num_engines:
-            raise UserError(
-                f"no rollout engine is left after rollout.max_restarts = {self._rollout.max_restarts} "
-                f"restarts of each; the last reason: {self._last_loss}; see {RAY_LOGS}, then run the same "
-                "command to resume"
-            )

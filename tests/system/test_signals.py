@@ -1,0 +1,144 @@
+"""Signals to a training run as schedulers and terminals send them, to its process group: it saves, and exits with the documented code.
+
+A stopped run is resumed on the cluster of the module, without the seconds that starting one takes.
+"""
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.system.runs import ROOT, command, iterations, train_arguments
+
+pytestmark = pytest.mark.timeout(1200)
+
+MARK = "FIPO_TEST_RUN"
+SETTINGS = ("evaluation.before_training=false", "checkpoint.every=0")
+LONGEST_END_S = 90.0
+"""From the signal to the end, on a loaded machine: an update, a checkpoint, the end of all processes."""
+
+
+class Run:
+    """A run in a session of its own, as a shell with job control starts it."""
+
+    def __init__(self, run_dir: Path, *overrides: str) -> None:
+        self.run_dir = run_dir
+        self.mark = uuid.uuid4().hex
+        self.output = run_dir.with_suffix(".log")
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(
+                command(*train_arguments(run_dir, *SETTINGS, "iterations=1000", *overrides)),
+                cwd=ROOT,
+                env={**os.environ, MARK: self.mark},
+                start_new_session=True,
+                stdout=output,
+                stderr=output,
+            )
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 400
+        while not condition():
+            assert self.process.poll() is None, self.output.read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def send(self, number: int, to_group: bool = True) -> None:
+        (os.killpg if to_group else os.kill)(self.process.pid, number)
+
+    def left(self) -> list[psutil.Process]:
+        """Processes that inherited the mark of this run."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        for process in self.left():
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+
+
+def trained(run: Run) -> bool:
+    return (run.run_dir / "metrics.jsonl").exists() and bool(iterations(run.run_dir))
+
+
+def saving(run: Run) -> bool:
+    """A checkpoint is being written under its hidden name."""
+    return any((run.run_dir / "checkpoints").glob(".iteration*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "to_group", "delay_s", "times"),
+    [
+        (signal.SIGTERM, 85, True, 0.0, 1),
+        (signal.SIGUSR1, 85, True, 0.4, 1),
+        (signal.SIGINT, 130, True, 0.8, 1),
+        (signal.SIGTERM, 85, True, 1.2, 2),
+        (signal.SIGTERM, 85, False, 0.2, 1),
+    ],
+)
+def test_a_signal_saves_and_leaves_nothing(train, tmp_path, number, code, to_group, delay_s, times):
+    run = Run(tmp_path / "run")
+    try:
+        run.wait_until(lambda: trained(run))
+        time.sleep(delay_s)  # another point of rollout, update and weight sync
+        for _ in range(times):
+            run.send(number, to_group)
+            time.sleep(0.2)
+        assert run.process.wait(LONGEST_END_S) == code, run.output.read_text()[-4000:]
+        done = len(iterations(run.run_dir))
+        assert f"stopped after iteration {done}, state saved" in run.output.read_text()
+        assert run.left() == []
+    finally:
+        run.end()
+    train(run.run_dir, *SETTINGS, f"iterations={done + 1}")
+    assert len(iterations(run.run_dir)) == done + 1
+
+
+def test_a_signal_while_the_state_is_saved_loses_nothing(train, tmp_path):
+    run = Run(tmp_path / "run")
+    try:
+        run.wait_until(lambda: trained(run))
+        run.send(signal.SIGUSR1)
+        run.wait_until(lambda: saving(run))
+        run.send(signal.SIGTERM)
+        assert run.process.wait(LONGEST_END_S) == 85, run.output.read_text()[-4000:]
+        done = len(iterations(run.run_dir))
+        assert run.left() == []
+    finally:
+        run.end()
+    train(run.run_dir, *SETTINGS, f"iterations={done + 1}")
+    assert len(iterations(run.run_dir)) == done + 1
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet/raylet"])
+def test_a_run_whose_ray_is_killed_ends_with_one_sentence_and_its_log(train, tmp_path, victim):
+    run = Run(tmp_path / "run", "checkpoint.every=1", "checkpoint.asynchronous=false")
+    try:
+        run.wait_until(lambda: (run.run_dir / "checkpoints/latest").exists())
+        next(process for process in run.left() if victim in " ".join(process.cmdline())).kill()
+        assert run.process.wait(LONGEST_END_S) == 2, run.output.read_text()[-4000:]
+        output = run.output.read_text()
+        assert "megatron-fipo: Ray's processes on this machine ended unexpectedly" in output
+        assert "Traceback" not in output
+        done = len(iterations(run.run_dir))
+    finally:
+        run.end()
+    train(
+        run.run_dir,
+        *SETTINGS,
+        "checkpoint.every=1",
+        "checkpoint.asynchronous=false",
+        f"iterations={done + 1}",
+    )
+    assert len(iterations(run.run_dir)) == done + 1
