@@ -15,7 +15,12 @@ from ray.util.placement_group import PlacementGroup
 from megatron_fipo.config import Config
 from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster, is_lost
 from megatron_fipo.driver.own_cluster import OwnCluster
-from megatron_fipo.driver.ray_storage import check_shared_memory, make_session_folder, remove_session_folder
+from megatron_fipo.driver.ray_storage import (
+    RAY_FOLDER,
+    check_shared_memory,
+    make_session_folder,
+    remove_session_folder,
+)
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
@@ -130,7 +135,7 @@ def own_cluster(workers: int, store_bytes: int, log: Callable[[str], None]) -> I
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     keep_logs = False
     try:
-        with logs_in(folder / "session_latest/logs"):
+        with logs_in(folder / RAY_FOLDER / "session_latest/logs"):
             cluster = OwnCluster(
                 folder,
                 num_cpus=workers,

@@ -2,9 +2,10 @@
 
     python -P cluster_process.py OPTIONS
 
-Starts Ray with OPTIONS (JSON, the arguments of `ray.init`), writes the address of the cluster as a line to standard
-output, and ends the cluster when standard input closes, so also when the process that started this one is killed. If a
-server of Ray ends before, this process ends at once with code 1, and with it the kernel kills what is left of Ray.
+Starts Ray with OPTIONS (JSON, the arguments of `ray.init`; the folder above `_temp_dir` is the run's own), writes the
+address of the cluster as a line to standard output, and ends the cluster when standard input closes, so also when the
+process that started this one is killed. If a server of Ray ends before, this process ends at once with code 1, and with
+it the kernel kills what is left of Ray.
 
 The driver gives it a process group of its own: a signal to the driver's group, as a terminal or a scheduler sends it, does not
 reach Ray, which is needed to save the state.
@@ -43,7 +44,7 @@ def main() -> None:
     closing.set()
     ray.shutdown()
     if os.getppid() != parent:  # else the driver decides whether the logs stay
-        shutil.rmtree(options["_temp_dir"], ignore_errors=True)
+        shutil.rmtree(os.path.dirname(options["_temp_dir"]), ignore_errors=True)
 
 
 def end_with(server: int, closing: threading.Event) -> None:

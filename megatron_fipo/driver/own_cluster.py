@@ -10,6 +10,7 @@ from typing import Any
 from megatron_fipo.driver import cluster_process
 from megatron_fipo.driver.actor_logs import first_error
 from megatron_fipo.driver.cluster_loss import cluster_lost, cluster_started
+from megatron_fipo.driver.ray_storage import RAY_FOLDER
 from megatron_fipo.errors import UserError
 
 END_TIMEOUT_S = 15.0
@@ -20,7 +21,7 @@ class OwnCluster:
     """Starts the cluster, in one to eight seconds, and watches it: if it ends before `end`, it is reported lost."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        """`options` of `ray.init`; Ray's files go to `folder`. Raises `UserError` with Ray's reason if it does not start."""
+        """`options` of `ray.init`; Ray's files go into `folder`. Raises `UserError` with Ray's reason if it does not start."""
         log = folder / "start.log"
         with open(log, "w") as output:
             self._process = subprocess.Popen(
@@ -28,7 +29,7 @@ class OwnCluster:
                     sys.executable,
                     "-P",
                     cluster_process.__file__,
-                    json.dumps({"address": "local", "_temp_dir": str(folder), **options}),
+                    json.dumps({"address": "local", "_temp_dir": str(folder / RAY_FOLDER), **options}),
                 ],
                 process_group=0,
                 stdin=subprocess.PIPE,

@@ -13,7 +13,9 @@ DEFAULT_BASE = "/tmp"
 VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 """The folder for temporary files, the first one that is set. Ray itself looks at these."""
 PREFIX = "fipo-"
-LONGEST_BASE = 107 - len("/fipo-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+RAY_FOLDER = "ray"
+"""In the private folder, because Ray lets all users write to its own."""
+LONGEST_BASE = 107 - len("/fipo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Bytes. The paths of Unix sockets have at most 107."""
 MIN_FREE_BYTES = 64 * 2**20
 """For sockets, logs and what Ray writes when it starts."""
@@ -65,7 +67,7 @@ def usable_for_sockets(base: str) -> bool:
 
 def remove_session_folder(folder: Path, *, keep_logs: bool) -> None:
     """Remove it, with `keep_logs` except for the logs of Ray's processes, which a message refers to."""
-    for path in folder.glob("session_*/*" if keep_logs else "*"):
+    for path in folder.glob(f"{RAY_FOLDER}/session_*/*" if keep_logs else "*"):
         if keep_logs and path.name == "logs":
             continue
         if path.is_dir() and not path.is_symlink():

@@ -57,7 +57,7 @@ def test_a_folder_whose_name_ray_cannot_use_is_replaced_by_tmp_and_that_is_logge
 
 
 def test_the_longest_name_leaves_space_for_the_longest_socket():
-    session = "fipo-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+    session = "fipo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
     assert len("x" * LONGEST_BASE + "/" + session) == 107
 
 
@@ -87,16 +87,16 @@ def test_a_full_disk_is_refused(monkeypatch, environment, fix):
 
 @pytest.mark.parametrize("keep_logs", [False, True])
 def test_only_logs_stay_and_only_if_they_are_to(tmp_path, keep_logs):
-    session = tmp_path / "fipo/session_2026"
+    session = tmp_path / "fipo/ray/session_2026"
     for name in ("logs", "sockets", "runtime_resources"):
         (session / name).mkdir(parents=True)
         (session / name / "file").touch()
     (session / "port").touch()
-    (tmp_path / "fipo/session_latest").symlink_to(session)
+    (tmp_path / "fipo/ray/session_latest").symlink_to(session)
     remove_session_folder(tmp_path / "fipo", keep_logs=keep_logs)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir())
-    assert left == (["fipo/session_2026/logs/file"] if keep_logs else [])
-    assert (tmp_path / "fipo/session_latest/logs/file").exists() == keep_logs
+    assert left == (["fipo/ray/session_2026/logs/file"] if keep_logs else [])
+    assert (tmp_path / "fipo/ray/session_latest/logs/file").exists() == keep_logs
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "/proc", "/etc/hostname"])

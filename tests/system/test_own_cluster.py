@@ -55,15 +55,23 @@ class Driver:
                     found.append(process)
         return found
 
+    @property
+    def folder(self) -> Path:
+        """The run's own folder for Ray's files."""
+        return Path(self.facts["logs"]).parents[2]
+
     def nothing_left(self) -> bool:
         """Within some seconds: neither processes nor files."""
-        folder = Path(self.facts["logs"]).parents[1]
+        folder = self.folder
         deadline = time.monotonic() + 30
         while (self.alive() or folder.exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return not self.alive() and not folder.exists()
 
     def end(self) -> None:
+        self.process.kill()
+        if self.facts:
+            self.nothing_left()
         for process in self.alive():
             with suppress(psutil.Error):
                 process.kill()
@@ -108,6 +116,11 @@ def test_a_lost_cluster_is_one_sentence_within_seconds(driver, victim):
     assert errors.strip().splitlines()[-1].startswith("Ray's processes on this machine ended unexpectedly")
     assert "Traceback" not in errors
     assert driver.nothing_left()
+
+
+def test_other_users_cannot_reach_ray_s_files(driver):
+    assert driver.folder.name.startswith("fipo-")
+    assert driver.folder.stat().st_mode & 0o777 == 0o700  # Ray opens its own folder, below, to all users
 
 
 def test_two_runs_and_a_running_cluster_leave_each_other_alone(driver):
