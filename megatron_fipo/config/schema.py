@@ -194,11 +194,15 @@ class RolloutConfig:
     max_retries: int = number(2, least=0)
     """Times a failed request is sent again before its group is dropped and counted."""
     timeout_s: float = number(3600.0, above=0)
-    """Seconds an engine may take to load, to answer one call, or to take new weights."""
+    """Seconds an engine may take to load or to take new weights."""
+    stall_timeout_s: float = number(600.0, above=0)
+    """Seconds an engine may hold requests without computing a token before it counts as hung. A call itself may take as long
+    as its tokens come."""
     health_timeout_s: float = number(60.0, above=0)
     """Seconds an engine may leave a health probe unanswered before it counts as hung."""
     max_restarts: int = number(3, least=0)
-    """Times an engine is restarted after it died, hung or sent malformed replies; then the others continue without it."""
+    """Times an engine is restarted after it died, hung or sent malformed replies; then the others continue without it. An
+    engine that has given 1,000 responses since its last restart has all of them again."""
     weight_bucket_mb: int = number(256, least=1)
     """Size of the buckets in which weights are sent to the engines."""
     check_weight_sync: int = number(1, least=0)

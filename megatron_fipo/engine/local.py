@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.engine.model_folder import load_model
-from megatron_fipo.engine.protocol import NO_WEIGHTS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import (
+    NO_WEIGHTS,
+    EngineStatus,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.object_store import tensor_checksum
 
@@ -44,7 +50,7 @@ class LocalEngine:
     distance of a CDF boundary (about one in a million in float32) may give another token.
 
     Methods may be called from several threads. One call of `generate` or one bucket of weights uses the model
-    at a time; `ping` and `abort` never wait.
+    at a time; `status` and `abort` never wait.
     """
 
     requests_per_call: ClassVar[int] = 512
@@ -68,10 +74,12 @@ class LocalEngine:
         self._version = NO_WEIGHTS
         self._received: set[str] | None = None
         self._check = False
+        self._tokens = 0
+        """Prompt and response tokens computed."""
         self._using_model = threading.Lock()
         self._abort = threading.Event()
 
-    def ready(self) -> None:
+    def ready(self) -> EngineStatus:
         """Load the model (once).
 
         Raises `UserError` if the folder is unreadable or names no end-of-sequence token.
@@ -85,10 +93,10 @@ class LocalEngine:
                 self._device = "cuda" if torch.cuda.is_available() else "cpu"
                 self._model = model.eval().requires_grad_(False).to(self._device)
                 self._version = 0 if self._load_weights else NO_WEIGHTS
+        return self.status()
 
-    def ping(self) -> int:
-        """The current weight version; -1 before there are weights."""
-        return self._version
+    def status(self) -> EngineStatus:
+        return EngineStatus(self._version, self._tokens)
 
     # -- generation ------------------------------------------------------------------------------------------
 
@@ -173,6 +181,7 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
         )
+        self._tokens += sum(map(len, unique))
         index = torch.tensor([unique[context] for context in contexts], device=self._device)
         cache.batch_select_indices(index)
         return output.logits[index, -1], cache, mask[index]
@@ -182,6 +191,7 @@ class LocalEngine:
     ) -> list[int]:
         """Add one token to each row; return the indices of the unfinished rows."""
         survivors = []
+        self._tokens += len(tokens)
         for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
             row.tokens.append(token)
             row.log_probs.append(log_prob)

@@ -54,6 +54,21 @@ class Generation:
     """Of all these tokens: weights never change within a call."""
 
 
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine reports to a health probe."""
+
+    weight_version: int
+    """`NO_WEIGHTS` before there are weights."""
+    tokens: int
+    """Prompt and response tokens computed since the process began. An engine that holds requests and computes
+    none hangs."""
+    waiting: int = 0
+    """Requests that the engine holds and does not run, for lack of space in its KV cache."""
+    kv_tokens: int | None = None
+    """Tokens that the KV cache holds; None if it grows as needed."""
+
+
 class RolloutEngine(Protocol):
     """An engine.
 
@@ -68,11 +83,11 @@ class RolloutEngine(Protocol):
     calls_at_once: ClassVar[int]
     """How many calls of `generate` keep the engine busy."""
 
-    def ready(self) -> None:
+    def ready(self) -> EngineStatus:
         """Return once the model is loaded. Raises `UserError` if it can't be."""
 
-    def ping(self) -> int:
-        """Health probe: return the current weight version at once, whatever else runs."""
+    def status(self) -> EngineStatus:
+        """Health probe: return at once, whatever else runs."""
 
     def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         """One generation per request, in the order of `requests`."""

@@ -12,7 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_fipo.engine.protocol import NO_WEIGHTS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import (
+    NO_WEIGHTS,
+    EngineStatus,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
 from megatron_fipo.engine.vllm_start import (
     ModelFacts,
     VLLMSettings,
@@ -74,6 +80,7 @@ class VLLMEngine:
         )
         self._gpu = False
         self._llm: Any = None
+        self._stats: Any = None
         self._model: ModelFacts
         self._version = NO_WEIGHTS
         self._update: _Update | None = None
@@ -84,8 +91,8 @@ class VLLMEngine:
         self._requests = 0
         self._aborts = 0
 
-    async def ready(self) -> None:
-        """Start vLLM and load the model (once), in a thread, so that `ping` returns meanwhile.
+    async def ready(self) -> EngineStatus:
+        """Start vLLM and load the model (once), in a thread, so that `status` returns meanwhile.
 
         Raises `UserError` if vLLM is missing or its version is not supported, the folder is refused (see
         `load_model` and `check_weights`), vLLM does not know the architecture, or the sizes do not fit (tensor
@@ -96,6 +103,7 @@ class VLLMEngine:
                 self._llm = await asyncio.to_thread(self._start)
                 await self._llm.get_supported_tasks()  # else the first request would do this, half registered
                 self._version = 0 if self._settings.load_weights else NO_WEIGHTS
+        return await self.status()
 
     def _start(self) -> Any:
         check_vllm()
@@ -120,20 +128,30 @@ class VLLMEngine:
                 f"rollout.max_response_length): {error_reason(error)}"
             ) from error
         try:
-            return AsyncLLMEngine.from_vllm_config(config, disable_log_stats=True)
+            return AsyncLLMEngine.from_vllm_config(
+                config, stat_loggers=[self._core_stats], disable_log_stats=True
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"vLLM could not load model.path {path}: {error_reason(error)}; its log is in {ray_logs()}"
             ) from error
 
-    async def ping(self) -> int:
-        """The current weight version; -1 before there are weights.
+    def _core_stats(self, config: Any, engine_index: int) -> Any:
+        from megatron_fipo.engine.vllm_stats import CoreStats
 
-        Raises `RuntimeError` if vLLM's engine process is dead.
-        """
-        if self._llm is not None and self._llm.errored:
+        self._stats = CoreStats(config, engine_index)
+        return self._stats
+
+    async def status(self) -> EngineStatus:
+        """Raises `RuntimeError` if vLLM's engine process is dead."""
+        if self._llm is None or self._stats is None:
+            return EngineStatus(self._version, 0)
+        if self._llm.errored:
             raise RuntimeError("vLLM's engine process is dead")
-        return self._version
+        cache = self._llm.vllm_config.cache_config
+        return EngineStatus(
+            self._version, self._stats.tokens, self._stats.waiting, cache.num_gpu_blocks * cache.block_size
+        )
 
     # -- generation ------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "rollout.gpu_memory_share",
     "rollout.max_retries",
     "rollout.timeout_s",
+    "rollout.stall_timeout_s",
     "rollout.health_timeout_s",
     "rollout.max_restarts",
     "rollout.weight_bucket_mb",

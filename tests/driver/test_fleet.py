@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from megatron_fipo.driver.rollout.dispatch import Call, Dispatcher
-from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
-from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, FORGIVEN_AFTER_ANSWERS, Fleet, State
+from megatron_fipo.engine.protocol import EngineStatus, GenerationRequest, SamplingParams
 
-LOAD_S, HEALTH_S = 100.0, 8.0
+LOAD_S, HEALTH_S, STALL_S = 100.0, 8.0, 50.0
+
+
+def status(tokens: int = 0, waiting: int = 0) -> EngineStatus:
+    return EngineStatus(0, tokens, waiting)
 
 
 class EnginesAndRequests(RuleBasedStateMachine):
@@ -43,6 +47,7 @@ class EnginesAndRequests(RuleBasedStateMachine):
             max_restarts=max_restarts,
             load_timeout_s=LOAD_S,
             health_timeout_s=HEALTH_S,
+            stall_timeout_s=STALL_S,
             loaded_version=self.loaded_version,
             now=0.0,
         )
@@ -60,11 +65,20 @@ class EnginesAndRequests(RuleBasedStateMachine):
         self.attempts: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.running: list[Call] = []
+        self.tokens: Counter[int] = Counter()
+        self.progressed: dict[int, float] = {}
+        """When each engine with a call last got its first call, answered one or had computed a token at a probe."""
+        self.answers: Counter[int] = Counter()
+        """Of each engine since its last start."""
 
     def lose(self, number):
         for call in self.dispatcher.at(number):
             self.give_back(call)
         self.weights.pop(number, None)
+        self.progressed.pop(number, None)
+        if self.answers[number] >= FORGIVEN_AFTER_ANSWERS:
+            self.starts[number] = 1
+        self.tokens[number] = self.answers[number] = 0
         if self.fleet.lost(number, self.now):
             self.starts[number] += 1
 
@@ -91,7 +105,9 @@ class EnginesAndRequests(RuleBasedStateMachine):
 
     @rule()
     def dispatch(self):
-        for call in self.dispatcher.start_calls(self.fleet.numbers(State.SERVING)):
+        for call in self.dispatcher.start_calls(dict.fromkeys(self.fleet.numbers(State.SERVING), math.inf)):
+            self.fleet.called(call.engine, self.now)
+            self.progressed.setdefault(call.engine, self.now)
             assert self.weights[call.engine] == self.current
             assert self.current is not None
             assert call.requests
@@ -110,7 +126,7 @@ class EnginesAndRequests(RuleBasedStateMachine):
     @rule(data=st.data())
     def load(self, data):
         number = self.pick(data, State.STARTING)
-        self.fleet.loaded(number, self.now)
+        self.fleet.loaded(number, status(), self.now)
         self.weights[number] = self.loaded_version
 
     @precondition(lambda self: hasattr(self, "fleet"))
@@ -133,28 +149,48 @@ class EnginesAndRequests(RuleBasedStateMachine):
             self.running.remove(call)
             self.dispatcher.answered(call)
             self.ended.update(request.request_id for request in call.requests)
-            self.fleet.answered_call(call.engine)
+            answers = data.draw(st.sampled_from([1, FORGIVEN_AFTER_ANSWERS]))
+            self.answers[call.engine] += answers
+            self.fleet.answered_call(call.engine, answers, self.now)
+            self.progress(call.engine)
         else:
             self.give_back(call)
-            if self.fleet.failed_call(call.engine):
+            self.progress(call.engine)
+            if self.fleet.failed_call(call.engine, self.now):
                 self.lose(call.engine)
+
+    def progress(self, number):
+        self.progressed.pop(number, None)
+        if self.dispatcher.at(number):
+            self.progressed[number] = self.now
 
     @precondition(lambda self: self.some(State.STARTING, State.STALE, State.SERVING, State.SUSPECT))
     @rule(data=st.data())
     def die(self, data):
         self.lose(self.pick(data, State.STARTING, State.STALE, State.SERVING, State.SUSPECT))
 
-    @rule(seconds=st.floats(0.0, 20.0), hanging=st.sets(st.integers(0, 2)))
-    def time_passes(self, seconds, hanging):
-        """Probes go out and are answered, except by engines that hang."""
+    @rule(
+        seconds=st.floats(0.0, 20.0),
+        hanging=st.sets(st.integers(0, 2)),
+        computing=st.sets(st.integers(0, 2)),
+    )
+    def time_passes(self, seconds, hanging, computing):
+        """Probes go out and are answered, except by engines that hang; some engines compute tokens."""
         self.now += seconds
         self.fleet.probes_due(self.now)
         for number in self.fleet.probing:
             if number not in hanging:
-                self.fleet.answered_probe(number, self.now)
+                if number in computing and self.dispatcher.at(number):
+                    self.tokens[number] += 1
+                    self.progress(number)
+                self.fleet.answered_probe(number, status(self.tokens[number]), self.now)
         for number, reason in self.fleet.overdue(self.now):
-            assert ("probe" in reason) == (number in self.weights)
+            if "computed no token" in reason:
+                assert self.now - self.progressed[number] >= STALL_S
+            else:
+                assert ("probe" in reason) == (number in self.weights)
             self.lose(number)
+        assert all(self.now - since < STALL_S for since in self.progressed.values())
         assert self.fleet.next_event() > self.now
 
     @rule()
@@ -184,10 +220,10 @@ class EnginesAndRequests(RuleBasedStateMachine):
         if not hasattr(self, "fleet") or len(self.fleet.numbers(State.RETIRED)) == self.size:
             return
         for number in self.fleet.numbers(State.STARTING):
-            self.fleet.loaded(number, self.now)
+            self.fleet.loaded(number, status(), self.now)
             self.weights[number] = self.loaded_version
         for number in self.fleet.probing:
-            self.fleet.answered_probe(number, self.now)
+            self.fleet.answered_probe(number, status(), self.now)
         self.current = (self.current or 0) + 1
         self.weights = dict.fromkeys(self.weights, self.current)
         self.fleet.updated(self.weights, self.current)
@@ -210,6 +246,7 @@ def fleet(size=1, max_restarts=1, loaded_version=None) -> Fleet:
         max_restarts=max_restarts,
         load_timeout_s=LOAD_S,
         health_timeout_s=HEALTH_S,
+        stall_timeout_s=STALL_S,
         loaded_version=loaded_version,
         now=0.0,
     )
@@ -218,11 +255,11 @@ def fleet(size=1, max_restarts=1, loaded_version=None) -> Fleet:
 def test_an_engine_serves_once_it_holds_the_current_weights():
     engines = fleet(2)
     assert engines.numbers(State.STARTING) == [0, 1]
-    engines.loaded(0, 1.0)
+    engines.loaded(0, status(), 1.0)
     assert engines.state(0) is State.STALE
     engines.updated([0, 1], 5)
     assert engines.numbers(State.SERVING) == [0]
-    engines.loaded(1, 2.0)
+    engines.loaded(1, status(), 2.0)
     assert engines.state(1) is State.STALE
     engines.updated([1], 6)
     assert (engines.numbers(State.STALE), engines.numbers(State.SERVING)) == ([0], [1])
@@ -232,19 +269,19 @@ def test_an_engine_serves_once_it_holds_the_current_weights():
 
 def test_loaded_weights_serve_only_until_others_are_current():
     engines = fleet(2, loaded_version=0)
-    engines.loaded(0, 1.0)
+    engines.loaded(0, status(), 1.0)
     assert engines.state(0) is State.SERVING
     assert engines.lost(0, 2.0)
-    engines.loaded(0, 3.0)
+    engines.loaded(0, status(), 3.0)
     assert engines.state(0) is State.SERVING
-    engines.loaded(1, 3.0)
+    engines.loaded(1, status(), 3.0)
     engines.updated([1], 1)
     assert engines.state(0) is State.STALE
 
 
 def test_an_unanswered_probe_makes_an_engine_suspect_then_overdue():
     engines = fleet(loaded_version=0)
-    engines.loaded(0, 0.0)
+    engines.loaded(0, status(), 0.0)
     assert engines.next_event() == HEALTH_S / 4
     assert engines.probes_due(1.0) == []
     assert engines.probes_due(2.0) == engines.probing == [0]
@@ -253,7 +290,7 @@ def test_an_unanswered_probe_makes_an_engine_suspect_then_overdue():
     assert engines.probes_due(2.0 + HEALTH_S / 4) == []
     assert engines.state(0) is State.SUSPECT
     assert engines.overdue(2.0 + HEALTH_S - 0.1) == []
-    engines.answered_probe(0, 9.0)
+    engines.answered_probe(0, status(), 9.0)
     assert engines.state(0) is State.SERVING
     assert engines.probing == []
     engines.probe_all()
@@ -278,9 +315,60 @@ def test_a_load_has_its_own_deadline_and_restarts_are_bounded():
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_failures_in_a_row_condemn_an_engine(interrupted):
     engines = fleet(loaded_version=0)
-    engines.loaded(0, 0.0)
+    engines.loaded(0, status(), 0.0)
+    for _ in range(FAILURES_IN_A_ROW + interrupted):
+        engines.called(0, 0.0)
     for _ in range(FAILURES_IN_A_ROW - 1):
-        assert not engines.failed_call(0)
+        assert not engines.failed_call(0, 0.0)
     if interrupted:
-        engines.answered_call(0)
-    assert engines.failed_call(0) is not interrupted
+        engines.answered_call(0, 1, 0.0)
+    assert engines.failed_call(0, 0.0) is not interrupted
+
+
+def busy(tokens: int = 0) -> Fleet:
+    engines = fleet(loaded_version=0, max_restarts=1)
+    engines.loaded(0, status(tokens), 0.0)
+    engines.called(0, 1.0)
+    return engines
+
+
+def test_a_call_may_last_as_long_as_its_tokens_come():
+    engines = busy()
+    for tokens in range(1, 100):
+        engines.answered_probe(0, status(tokens), tokens * (STALL_S - 1))
+        assert engines.overdue(tokens * (STALL_S - 1)) == []
+
+
+def test_an_engine_that_answers_probes_and_computes_nothing_hangs():
+    engines = busy(tokens=7)
+    for now in (10.0, 30.0, 50.9):
+        engines.answered_probe(0, status(7), now)
+    assert engines.overdue(50.9) == []
+    assert engines.next_event() == 1.0 + STALL_S
+    ((number, reason),) = engines.overdue(1.0 + STALL_S)
+    assert (number, reason) == (0, "computed no token of its 1 calls within rollout.stall_timeout_s = 50 s")
+
+
+def test_an_engine_without_calls_need_not_compute():
+    engines = busy()
+    engines.answered_call(0, 1, 2.0)
+    engines.answered_probe(0, status(), 5000.0)
+    assert engines.overdue(5000.0) == []
+    engines.called(0, 5000.0)
+    assert engines.overdue(5000.0 + STALL_S - 1) == []
+    engines.called(0, 5040.0)  # a further call is no progress
+    assert len(engines.overdue(5000.0 + STALL_S)) == 1
+
+
+def test_good_work_makes_up_for_restarts():
+    engines = fleet(loaded_version=0, max_restarts=1)
+    for start in range(5):
+        engines.loaded(0, status(), 0.0)
+        engines.called(0, 0.0)
+        engines.called(0, 0.0)
+        engines.answered_call(0, FORGIVEN_AFTER_ANSWERS - 1, 0.0)
+        assert engines.restarts(0) == min(start, 1)
+        engines.answered_call(0, 1, 0.0)
+        assert engines.restarts(0) == 0
+        assert engines.lost(0, 1.0)
+    assert not engines.lost(0, 2.0)

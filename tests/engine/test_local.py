@@ -153,9 +153,9 @@ def test_abort_returns_what_there_is_and_the_next_call_runs_to_the_end(shared_en
     ]
 
 
-def test_ping_and_abort_do_not_wait_for_a_call(shared_engine):
+def test_status_and_abort_do_not_wait_for_a_call(shared_engine):
     with shared_engine._using_model:
-        assert shared_engine.ping() == 0
+        assert shared_engine.status().weight_version == 0
         shared_engine.abort()
 
 
@@ -198,9 +198,9 @@ def test_updated_weights_generate_as_a_fresh_engine_does(tmp_path, tied):
     assert ("lm_head.weight" in dict(weights)) is not tied
     for name, tensor in weights:
         engine.load_weights({name: tensor})
-    assert engine.ping() == 0
+    assert engine.status().weight_version == 0
     assert engine.finish_weight_update(7) == {name: tensor_checksum(name, tensor) for name, tensor in weights}
-    assert engine.ping() == 7
+    assert engine.status().weight_version == 7
     assert engine.generate(requests, PLAIN) == [
         replace(generation, weight_version=7) for generation in wanted
     ]
@@ -225,7 +225,7 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
     (weightless / "model.safetensors").unlink()
     engine = LocalEngine(str(weightless), "float32", load_weights=False)
     engine.ready()
-    assert engine.ping() == -1
+    assert engine.status().weight_version == -1
     with pytest.raises(RuntimeError, match="before there were weights"):
         engine.generate(some_requests(1), PLAIN)
     engine.begin_weight_update(check=True)
@@ -288,3 +288,12 @@ def test_unusable_folders_are_refused_in_one_sentence(tmp_path):
     unknown = save_model(tmp_path / "unknown")
     (unknown / "config.json").write_text(json.dumps({"model_type": "no_such_family"}))
     assert "none named" in message(unknown)
+
+
+def test_status_counts_the_tokens_computed(shared_engine):
+    before = shared_engine.status().tokens
+    requests = some_requests()
+    generations = shared_engine.generate(requests, PLAIN)
+    prompts = {request.prompt_ids + request.prefix for request in requests}
+    computed = sum(map(len, prompts)) + sum(len(generation.response_ids) for generation in generations)
+    assert shared_engine.status().tokens - before == computed

@@ -27,7 +27,7 @@ from megatron_fipo.weight_sync.object_store import push_weights
 from tests.engine.tiny import save_model, some_requests
 
 SAMPLING = SamplingParams(1.0, 1.0, 24)
-HEALTH_S = 4.0
+HEALTH_S, STALL_S = 4.0, 10.0
 
 
 class TroubledEngine(LocalEngine):
@@ -56,6 +56,8 @@ class TroubledEngine(LocalEngine):
     def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         if self._strikes("slow"):
             time.sleep(1.5 * HEALTH_S)
+        if self._strikes("stuck"):
+            time.sleep(100 * STALL_S)
         if any("poison" in request.request_id for request in requests):
             raise ArithmeticError("never works")
         reply = super().generate(requests, sampling)
@@ -71,6 +73,8 @@ class TroubledEngine(LocalEngine):
     def _append(self, *args: Any) -> list[int]:
         if self._strikes("slow steps"):
             time.sleep(0.1)
+        if self._strikes("very slow steps"):
+            time.sleep(1.2 * STALL_S / SAMPLING.max_new_tokens)
         self.tokens += 1
         return super()._append(*args)
 
@@ -118,7 +122,12 @@ def trainer(cluster: None) -> Iterator[Any]:
 def shared_pool(cluster: None, folders: list[Path]) -> Iterator[EnginePool]:
     """Two engines for most tests, since starting one takes seconds. They start without weights."""
     rollout = RolloutConfig(
-        num_engines=2, max_retries=3, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=20
+        num_engines=2,
+        max_retries=3,
+        timeout_s=120.0,
+        stall_timeout_s=STALL_S,
+        health_timeout_s=HEALTH_S,
+        max_restarts=20,
     )
     kwargs = {"model_path": str(folders[0]), "dtype": "float32", "load_weights": False}
     pool = EnginePool(TroubledEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False)
@@ -226,6 +235,28 @@ def test_a_stopped_engine_is_taken_for_hung_and_a_busy_one_is_not(pool, answers)
     os.kill(victim, signal.SIGSTOP)
     assert tokens(rest(pool)) == tokens(answers[1])
     assert pool.take_counts() == PoolCounts(retries=12, restarts=1, hangs=1)
+
+
+def test_a_call_lasts_as_long_as_its_tokens_come(pool, answers):
+    """Longer than every time limit but that for a load."""
+    cause(pool, "very slow steps", 10_000)
+    submit_to_both(pool)
+    start = time.monotonic()
+    assert tokens(rest(pool)) == tokens(answers[1])
+    assert time.monotonic() - start > STALL_S
+    cause(pool, "very slow steps", 0)
+    assert pool.take_counts() == PoolCounts()
+
+
+def test_an_engine_that_answers_probes_and_computes_nothing_is_started_again(pool, answers, caplog):
+    ray.get(pool.loaded(wait=False)[0].cause.remote("stuck", 1))
+    submit_to_both(pool)
+    assert tokens(rest(pool)) == tokens(answers[1])
+    assert pool.take_counts() == PoolCounts(retries=12, restarts=1, hangs=1)
+    assert (
+        "rollout engine 0 computed no token of its 1 calls within rollout.stall_timeout_s = 10 s"
+        in caplog.text
+    )
 
 
 def test_abort_returns_unfinished_responses_which_go_on_as_if_nothing_had_been(pool, answers):

@@ -162,6 +162,30 @@ def test_abort_strikes_calls_that_have_just_begun(engine, run):
     assert {generation.finish_reason for generation in generations} == {"abort"}
 
 
+def test_status_reports_what_the_engine_core_computed_and_holds(engine, run):
+    before = run(engine.status())
+    assert before.kv_tokens >= MAX_MODEL_LEN
+    assert before.waiting == 0
+    requests = some_requests(20)
+
+    async def watched() -> tuple[list, list]:
+        call = asyncio.create_task(engine.generate(requests, PLAIN))
+        seen = []
+        while not call.done():
+            seen.append(await engine.status())
+            await asyncio.sleep(0.01)
+        return await call, seen
+
+    generations, seen = run(watched())
+    counts = [status.tokens for status in seen]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 5, "it must grow during a call"
+    prompts = sum(len(request.prompt_ids) for request in requests)
+    responses = sum(len(generation.response_ids) for generation in generations)
+    assert run(engine.status()).tokens - before.tokens == prompts + responses
+    assert run(engine.status()).tokens == run(engine.status()).tokens
+
+
 def test_a_prompt_beyond_the_length_limit(engine, run):
     with pytest.raises(
         UserError,
@@ -181,7 +205,7 @@ def test_pushed_weights_generate_as_transformers_does(engine, other_folder, mode
     assert run(push(engine, tensors, 7)) == {
         name: tensor_checksum(name, tensor) for name, tensor in tensors.items()
     }
-    assert run(engine.ping()) == 7
+    assert run(engine.status()).weight_version == 7
     after = run(engine.generate(requests, GREEDY))
     assert {generation.weight_version for generation in after} == {7}
     assert largest_difference(other_folder, requests, after, 1.0) < 1e-4

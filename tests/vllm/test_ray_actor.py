@@ -57,10 +57,12 @@ def actor(cluster, model_folder) -> Iterator[Any]:
             str(model_folder), "float32", max_model_len=MAX_MODEL_LEN, load_weights=False, deterministic=True
         )
     )
-    assert ray.get(handle.ping.remote(), timeout=120) == -1  # the actor is up
+    assert ray.get(handle.status.remote(), timeout=120).weight_version == -1  # the actor is up
     ready = handle.ready.remote()
     while not ray.wait([ready], timeout=1)[0]:
-        assert ray.get(handle.ping.remote(), timeout=20) == -1, "ping returns while vLLM starts"
+        assert ray.get(handle.status.remote(), timeout=20).weight_version == -1, (
+            "status returns while vLLM starts"
+        )
     ray.get(ready)
     yield handle
     ray.kill(handle)
@@ -86,7 +88,7 @@ def test_push_generate_and_die(actor, other_folder):
     running = actor.generate.remote(some_requests(500), PLAIN)
     while ray.get(actor.unfinished.remote(), timeout=20) == 0:
         assert not ray.wait([running], timeout=0)[0], "the call ended before it could be aborted"
-    assert ray.get(actor.ping.remote(), timeout=20) == 1
+    assert ray.get(actor.status.remote(), timeout=20).weight_version == 1
     ray.get(actor.abort.remote(), timeout=20)
     generations = ray.get(running, timeout=60)
     assert len(generations) == 500

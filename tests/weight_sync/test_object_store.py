@@ -92,7 +92,7 @@ def test_pushed_weights_serve_as_a_fresh_engine_does(engines, new_weights, tmp_p
     sampling = SamplingParams(1.0, 1.0, 12)
     expected = [generation.response_ids for generation in fresh.generate(some_requests(), sampling)]
     for engine in engines:
-        assert engine.ping() == 3
+        assert engine.status().weight_version == 3
         assert [
             generation.response_ids for generation in engine.generate(some_requests(), sampling)
         ] == expected

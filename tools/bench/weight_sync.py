@@ -224,7 +224,7 @@ def measure_starts(folder: Path) -> str:
 def _start(engine_class: Any, folder: Path, **arguments: Any) -> tuple[float, float]:
     start = time.perf_counter()
     engine = start_engine(engine_class, folder, **arguments)
-    ray.get(engine.ping.remote())
+    ray.get(engine.status.remote())
     process = time.perf_counter()
     ray.get(engine.ready.remote())
     end = time.perf_counter()

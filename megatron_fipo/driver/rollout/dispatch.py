@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
@@ -67,6 +67,10 @@ class Dispatcher:
         """The calls running at `engine`."""
         return list(self._running.get(engine, ()))
 
+    def requests_at(self, engine: int) -> int:
+        """Requests in the calls running at `engine`."""
+        return sum(len(call.items) for call in self.at(engine))
+
     @property
     def busy(self) -> list[int]:
         """Engines with a running call."""
@@ -84,21 +88,30 @@ class Dispatcher:
         else:
             self._loose.extend(items)
 
-    def start_calls(self, engines: Sequence[int]) -> list[Call]:
-        """Fill the free call slots of `engines`. The returned calls count as running from now on.
+    def start_calls(self, space: Mapping[int, float]) -> list[Call]:
+        """Fill the free call slots of engines. The returned calls count as running from now on.
 
-        If there are fewer requests than fit, they are divided into calls of about equal size.
+        `space` has the number of further requests for which each engine has space. An engine without a call
+        gets one in any case, and a call is not divided to fit. If there are fewer requests than slots, they
+        are divided into calls of about equal size.
         """
-        free = {engine: self._calls_at_once - len(self.at(engine)) for engine in engines}
+        free = {engine: self._calls_at_once - len(self.at(engine)) for engine in space}
+        left = dict(space)
         slots = sum(free.values())
         size = self._size(slots - len(self._batches))
         started = []
         for _ in range(slots):
-            items = self._batches.popleft() if self._batches else self._fill(size)
+            open_to = [
+                engine
+                for engine, calls in free.items()
+                if calls == self._calls_at_once or (calls and left[engine] >= 1)
+            ]
+            items = (self._batches.popleft() if self._batches else self._fill(size)) if open_to else []
             if not items:
                 break
-            engine = max(free, key=lambda number: free[number])
+            engine = max(open_to, key=lambda number: (min(free[number], left[number]), free[number]))
             free[engine] -= 1
+            left[engine] -= len(items)
             self.retries += sum(item.attempts > 0 for item in items)
             for item in items:
                 item.attempts += 1

@@ -13,6 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_fipo.engine.protocol import NO_WEIGHTS, EngineStatus
+
+FORGIVEN_AFTER_ANSWERS = 1000
+"""Responses that an engine gives after which its earlier restarts count no more."""
+PROBE_EVERY_S = 2.0
+"""Longest time between two health probes. They also report whether an engine has space for more requests."""
 FAILURES_IN_A_ROW = 3
 """Consecutive calls without a usable reply after which the engine counts as broken."""
 
@@ -38,6 +44,14 @@ class _Engine:
     version: int | None = None
     suspect: bool = False
     next_probe: float = math.inf
+    calls: int = 0
+    """Calls of `generate` that it has not answered."""
+    status: EngineStatus = EngineStatus(NO_WEIGHTS, tokens=0)  # noqa: RUF009 (frozen)
+    """As of its last answered probe."""
+    progress_due: float = math.inf
+    """When it counts as hung unless it has computed a token; inf without a call."""
+    answers: int = 0
+    """Responses since it was started."""
     failures: int = 0
     restarts: int = 0
     retired: bool = False
@@ -53,6 +67,7 @@ class Fleet:
         max_restarts: int,
         load_timeout_s: float,
         health_timeout_s: float,
+        stall_timeout_s: float,
         loaded_version: int | None,
         now: float,
     ) -> None:
@@ -65,6 +80,7 @@ class Fleet:
         self.max_restarts = max_restarts
         self._load_timeout_s = load_timeout_s
         self._health_timeout_s = health_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._loaded_version = loaded_version
         self._engines = [_Engine(deadline=now + load_timeout_s) for _ in range(size)]
 
@@ -87,14 +103,19 @@ class Fleet:
         """The engines in one of `states`, in order."""
         return [number for number in range(len(self._engines)) if self.state(number) in states]
 
+    def status(self, number: int) -> EngineStatus:
+        """What the engine reported last."""
+        return self._engines[number].status
+
     def restarts(self, number: int) -> int:
         return self._engines[number].restarts
 
     # -- events ------------------------------------------------------------------------------------------
 
-    def loaded(self, number: int, now: float) -> None:
+    def loaded(self, number: int, status: EngineStatus, now: float) -> None:
         engine = self._engines[number]
         engine.loaded, engine.version, engine.deadline = True, self._loaded_version, None
+        engine.status = status
         engine.next_probe = now + self._probe_interval_s
 
     def updated(self, numbers: Iterable[int], version: int) -> None:
@@ -112,17 +133,42 @@ class Fleet:
         for engine in self._engines:
             engine.version = None
 
-    def answered_probe(self, number: int, now: float) -> None:
+    def answered_probe(self, number: int, status: EngineStatus, now: float) -> None:
         engine = self._engines[number]
         engine.deadline, engine.suspect, engine.next_probe = None, False, now + self._probe_interval_s
+        if status.tokens != engine.status.tokens:
+            self._progressed(engine, now)
+        engine.status = status
 
-    def answered_call(self, number: int) -> None:
-        self._engines[number].failures = 0
+    def called(self, number: int, now: float) -> None:
+        """A call of `generate` was sent."""
+        engine = self._engines[number]
+        engine.calls += 1
+        if engine.calls == 1:
+            self._progressed(engine, now)
 
-    def failed_call(self, number: int) -> bool:
+    def answered_call(self, number: int, answers: int, now: float) -> None:
+        """A call brought `answers` responses."""
+        engine = self._engines[number]
+        engine.failures = 0
+        engine.answers += answers
+        if engine.answers >= FORGIVEN_AFTER_ANSWERS:
+            engine.restarts = 0
+        self._call_ended(engine, now)
+
+    def failed_call(self, number: int, now: float) -> bool:
         """A call brought an error or a malformed reply. True if the engine must be restarted (`lost`)."""
-        self._engines[number].failures += 1
-        return self._engines[number].failures >= FAILURES_IN_A_ROW
+        engine = self._engines[number]
+        engine.failures += 1
+        self._call_ended(engine, now)
+        return engine.failures >= FAILURES_IN_A_ROW
+
+    def _call_ended(self, engine: _Engine, now: float) -> None:
+        engine.calls -= 1
+        self._progressed(engine, now)
+
+    def _progressed(self, engine: _Engine, now: float) -> None:
+        engine.progress_due = now + self._stall_timeout_s if engine.calls else math.inf
 
     def lost(self, number: int, now: float) -> bool:
         """The engine died or was killed. True if it is to be started again; else it is retired."""
@@ -169,6 +215,14 @@ class Fleet:
         for number, engine in enumerate(self._engines):
             if engine.deadline is not None and engine.deadline <= now:
                 late.append((number, self._overdue_reason(engine)))
+            elif engine.calls and engine.progress_due <= now:
+                late.append(
+                    (
+                        number,
+                        f"computed no token of its {engine.calls} calls within rollout.stall_timeout_s = "
+                        f"{self._stall_timeout_s:g} s",
+                    )
+                )
         return late
 
     def _overdue_reason(self, engine: _Engine) -> str:
@@ -184,8 +238,9 @@ class Fleet:
         for number in self.numbers(State.STARTING, State.STALE, State.SERVING, State.SUSPECT):
             engine = self._engines[number]
             times.append(engine.next_probe if engine.deadline is None else engine.deadline)
+            times.append(engine.progress_due)
         return min(times)
 
     @property
     def _probe_interval_s(self) -> float:
-        return self._health_timeout_s / 4
+        return min(self._health_timeout_s / 4, PROBE_EVERY_S)

@@ -25,6 +25,7 @@ from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster
 from megatron_fipo.driver.rollout.dispatch import Call, Dispatcher
 from megatron_fipo.driver.rollout.engine_actors import EngineActors
 from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
+from megatron_fipo.driver.rollout.kv_budget import KVBudget
 from megatron_fipo.driver.rollout.losses import Losses, PoolCounts
 from megatron_fipo.driver.rollout.pending_calls import PendingCall, PendingCalls
 from megatron_fipo.driver.rollout.replies import malformed
@@ -76,8 +77,7 @@ class EnginePool:
         self._requests_per_call: int = engines.requests_per_call
         self._dispatcher = Dispatcher(
             requests_per_call=engines.requests_per_call,
-            # An engine runs kept batches one after another; waiting in a queue there would use up their
-            # deadlines.
+            # An engine runs kept batches one after another.
             calls_at_once=1 if keep_batches else engines.calls_at_once,
             max_retries=rollout.max_retries,
             keep_batches=keep_batches,
@@ -87,9 +87,11 @@ class EnginePool:
             max_restarts=rollout.max_restarts,
             load_timeout_s=rollout.timeout_s,
             health_timeout_s=rollout.health_timeout_s,
+            stall_timeout_s=rollout.stall_timeout_s,
             loaded_version=0 if loaded_weights_serve else None,
             now=time.monotonic(),
         )
+        self._budget = KVBudget(rollout.max_prompt_length + rollout.max_response_length)
         self._pending = PendingCalls()
         self._results: list[RequestResult] = []
         self._losses = Losses(rollout.max_restarts, resumable=not loaded_weights_serve)
@@ -256,7 +258,7 @@ class EnginePool:
         """Send what is due, wait for an answer or a deadline up to `until`, and process all answers."""
         now = time.monotonic()
         for number in self._fleet.probes_due(now):
-            self._send(number, RolloutEngine.ping)
+            self._send(number, RolloutEngine.status)
         self._dispatch()
         wake_at = min(until, self._fleet.next_event(), self._pending.next_deadline)
         for reference, pending in self._pending.answered(max(0.0, wake_at - now)):
@@ -279,10 +281,17 @@ class EnginePool:
     def _dispatch(self) -> None:
         if self._aborting:
             return
-        for call in self._dispatcher.start_calls(self._fleet.numbers(State.SERVING)):
-            self._send(
-                call.engine, RolloutEngine.generate, call.requests, call.sampling, in_time=True, call=call
-            )
+        space = {number: self._space(number) for number in self._fleet.numbers(State.SERVING)}
+        for call in self._dispatcher.start_calls(space):
+            self._fleet.called(call.engine, time.monotonic())
+            self._send(call.engine, RolloutEngine.generate, call.requests, call.sampling, call=call)
+
+    def _space(self, number: int) -> float:
+        """Further requests that an engine can run at once. The others wait here, and not in an engine's queue."""
+        status = self._fleet.status(number)
+        if status.waiting:
+            return 0.0
+        return self._budget.sequences(status.kv_tokens) - self._dispatcher.requests_at(number)
 
     def _send(
         self,
@@ -311,10 +320,10 @@ class EnginePool:
             self._lose(pending.engine, f"died: {why_it_died(error)}", "deaths")
         else:
             if pending.method == RolloutEngine.ready.__name__:
-                self._fleet.loaded(pending.engine, time.monotonic())
+                self._fleet.loaded(pending.engine, answer, time.monotonic())
                 self._losses.loaded = True
-            elif pending.method == RolloutEngine.ping.__name__:
-                self._fleet.answered_probe(pending.engine, time.monotonic())
+            elif pending.method == RolloutEngine.status.__name__:
+                self._fleet.answered_probe(pending.engine, answer, time.monotonic())
             elif pending.call is not None:
                 self._replied(pending.call, answer, pending.version)
 
@@ -331,7 +340,12 @@ class EnginePool:
             self._lose(call.engine, f"answered with weight version {others.pop()}, not {version}")
             return
         self._dispatcher.answered(call)
-        self._fleet.answered_call(call.engine)
+        for request, generation in zip(call.requests, reply, strict=True):
+            if generation.finish_reason != "abort":
+                self._budget.finished(
+                    len(request.prompt_ids), len(request.prefix) + len(generation.response_ids)
+                )
+        self._fleet.answered_call(call.engine, len(reply), time.monotonic())
         self._results += [
             RequestResult(request.request_id, answer)
             for request, answer in zip(call.requests, reply, strict=True)
@@ -359,7 +373,7 @@ class EnginePool:
     def _call_failed(self, call: Call, reason: str) -> None:
         logger.warning("rollout engine %d %s (%d requests)", call.engine, reason, len(call.items))
         self._give_back(call)
-        if self._fleet.failed_call(call.engine):
+        if self._fleet.failed_call(call.engine, time.monotonic()):
             self._lose(call.engine, f"failed {FAILURES_IN_A_ROW} calls in a row")
 
     def _give_back(self, call: Call) -> None:
