@@ -84,6 +84,7 @@ SECTIONS = (
     _tests("head", "tests/gpu/test_head.py", 60.0, 45.0),
     _tests("model", "tests/gpu/test_model.py", 120.0, 60.0),
     _tests("scores", "tests/gpu/test_scores.py", 90.0, 50.0),
+    _tests("checksum", "tests/gpu/test_checksum.py", 20.0, 20.0),
     Section("ceilings", ("tools.bench.gpu_ceilings",), 25.0, 25.0, False),
     Section("scan", ("tools.bench.gpu_scan",), 75.0, 50.0, False),
     Section("head-speed", ("tools.bench.gpu_head",), 75.0, 50.0, False),

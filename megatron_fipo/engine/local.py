@@ -25,7 +25,7 @@ from megatron_fipo.engine.protocol import (
     SamplingParams,
 )
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.checksum import Checksums
 
 
 @dataclass
@@ -260,11 +260,11 @@ class LocalEngine:
                     f"the weight update lacks {len(missing)} of the engine's tensors, the first is "
                     f"{missing[0]}"
                 )
-            checksums = (
-                {name: tensor_checksum(name, weights[name]) for name in self._received} if self._check else {}
-            )
+            checksums = Checksums()
+            for name in self._received if self._check else ():
+                checksums.add(name, weights[name])
             self._version, self._received = version, None
-            return checksums
+            return checksums.finish()
 
     def sleep(self) -> None:
         """Does nothing: only engines on vLLM share a GPU with the trainer."""

@@ -107,8 +107,8 @@ class RolloutEngine(Protocol):
     def finish_weight_update(self, version: int) -> dict[str, str]:
         """Adopt `version`.
 
-        If the update began with `check`, return the sha256 of each received tensor by name
-        (`weight_sync.tensor_checksum`), else {}.
+        If the update began with `check`, return the checksum of each received tensor by name
+        (`weight_sync/checksum.py`), else {}.
         """
 
     def sleep(self) -> None:

@@ -41,7 +41,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from megatron_fipo.engine.vllm_start import OWNER_VARIABLE
-from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.checksum import Checksums
 from megatron_fipo.weight_sync.shared_memory import read_bucket
 
 BACKEND = "megatron_fipo"
@@ -67,7 +67,7 @@ class BucketTransfer(NCCLWeightTransferEngine):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.checksums: dict[str, str] = {}
+        self.checksums = Checksums()
         """Of each tensor received in this update, computed from its receive buffer."""
         self._loading = False
 
@@ -82,7 +82,7 @@ class BucketTransfer(NCCLWeightTransferEngine):
         ):  # incomplete update: tensors that its layers received would count as received in this one
             super().finish_weight_update()
         super().start_weight_update()
-        self._loading, self.checksums = True, {}
+        self._loading, self.checksums = True, Checksums()
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
@@ -113,7 +113,7 @@ class BucketTransfer(NCCLWeightTransferEngine):
 class _ChecksumModel:
     """Wraps a model's `load_weights` to record the checksum of each tensor before the model loads it."""
 
-    def __init__(self, model: Any, checksums: dict[str, str]) -> None:
+    def __init__(self, model: Any, checksums: Checksums) -> None:
         self._model = model
         self._checksums = checksums
 
@@ -122,7 +122,7 @@ class _ChecksumModel:
 
     def _with_checksums(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            self._checksums[name] = tensor_checksum(name, tensor)
+            self._checksums.add(name, tensor)
             yield name, tensor
 
 
@@ -136,7 +136,7 @@ class WorkerExtension:
 
     def received_checksums(self) -> dict[str, str]:
         """Checksums of the current update."""
-        return self.weight_transfer_engine.checksums
+        return self.weight_transfer_engine.checksums.finish()
 
 
 class NormalizedLogits(LogitsProcessor):

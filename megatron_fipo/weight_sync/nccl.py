@@ -9,16 +9,16 @@ It has not run on several GPUs. The tests drive vLLM's trainer engine with every
 
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import CHECKSUM_THREADS, EngineCalls, tensor_checksum
+from megatron_fipo.weight_sync.checksum import Checksums
+from megatron_fipo.weight_sync.object_store import EngineCalls
 from megatron_fipo.weight_sync.transport import WeightSyncError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class NcclTransport:
             self.close()
             raise
         assert self._client is not None
-        self._client.calls.finish(version, self._source.checksums() if check else None)
+        self._client.calls.finish(version, self._source.checksums.finish() if check else None)
 
     def close(self) -> None:
         """Leave the communicator."""
@@ -160,47 +160,39 @@ class _Source:
         self._tensors = list(tensors)
         self._check = False
         self._pass: Iterator[tuple[str, Tensor | None]] | None = None
-        self._checksums: dict[str, Future[str]] = {}
+        self.checksums = Checksums()
+        """Of what was sent in this pass, if it began with the check."""
 
     def metadata(self) -> list["TensorInfo"]:
         """Attributes `name`, `dtype`, `shape`, as vLLM's `ParamMeta` has them."""
         return self._tensors
 
     def begin_pass(self, check: bool) -> None:
-        self._pass, self._check, self._checksums = None, check, {}
+        self._pass, self._check, self.checksums = None, check, Checksums()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """One pass; with the check, checksums are computed in further threads while the tensors are sent.
+        """One pass; with the check, each tensor is read once more on its GPU before it is sent.
 
         vLLM iterates under two CUDA streams in turn, and one step of the export makes several tensors: what one step
         computed on one stream may be read on the other. So the stream that computed it is synchronized, and `record_stream`
         keeps the allocator from reusing the memory before the stream that reads it is done.
         """
         self._pass = iter(self._export())
-        computing: deque[Future[str]] = deque()  # the host holds no more tensors than are in here
-        with ThreadPoolExecutor(CHECKSUM_THREADS, "weight-checksum") as hashers:
-            for name, tensor in self._pass:
-                assert tensor is not None, "rank 0 gets every tensor"
-                if tensor.is_cuda:
-                    stream = torch.cuda.current_stream(tensor.device)
-                    stream.synchronize()
-                    tensor.record_stream(stream)
-                if self._check:
-                    if len(computing) == CHECKSUM_THREADS:
-                        computing.popleft().result()
-                    self._checksums[name] = hashers.submit(tensor_checksum, name, tensor.cpu())
-                    computing.append(self._checksums[name])
-                yield name, tensor
+        for name, tensor in self._pass:
+            assert tensor is not None, "rank 0 gets every tensor"
+            if tensor.is_cuda:
+                stream = torch.cuda.current_stream(tensor.device)
+                stream.synchronize()
+                tensor.record_stream(stream)
+            if self._check:
+                self.checksums.add(name, tensor)
+            yield name, tensor
 
     def exhaust(self) -> None:
         """Finish the pass, or run a complete one if none was begun, so that the other ranks reach the end of the export."""
         for _ in self._pass or self._export():
             pass
         self._pass = None
-
-    def checksums(self) -> dict[str, str]:
-        """Checksums of what was sent, by name."""
-        return {name: checksum.result() for name, checksum in self._checksums.items()}
 
 
 class _Client:

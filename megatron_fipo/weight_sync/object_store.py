@@ -4,7 +4,6 @@ Serves every engine. Engines on vLLM with GPUs of their own use NCCL instead (`n
 complete path, its costs and what was left out.
 """
 
-import hashlib
 import os
 import time
 import warnings
@@ -18,20 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.weight_sync.checksum import as_bytes, tensor_checksum
 from megatron_fipo.weight_sync.transport import WeightSyncError
 
 CHECKSUM_THREADS = min(4, os.cpu_count() or 1)
-"""One thread hashes about 1.4 GB/s."""
-
-
-def tensor_checksum(name: str, tensor: Tensor) -> str:
-    """sha256, in hex, over name, dtype, shape and bytes, independent of memory layout and device.
-
-    Memory: one CPU copy of the tensor, none if it already is a contiguous CPU tensor.
-    """
-    digest = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(_as_bytes(tensor).data)
-    return digest.hexdigest()
+"""One thread reads about 6 GB/s."""
 
 
 class ObjectStoreTransport:
@@ -162,7 +152,7 @@ class _Update:
         self._check = check
         self._checksums: dict[str, Future[str]] = {}
         self._sender = ThreadPoolExecutor(1, "weight-sender")
-        self._hashers = ThreadPoolExecutor(CHECKSUM_THREADS, "weight-checksum")
+        self._readers = ThreadPoolExecutor(CHECKSUM_THREADS, "weight-checksum")
         self._taking: dict[int, Future] = {}
         self._pending: list[Future] = [self._sender.submit(self._begin)]
 
@@ -173,7 +163,7 @@ class _Update:
         self._pending = [self._sender.submit(self._send, bucket)]
         if self._check:
             checksums = {
-                name: self._hashers.submit(tensor_checksum, name, tensor) for name, tensor in bucket.items()
+                name: self._readers.submit(tensor_checksum, name, tensor) for name, tensor in bucket.items()
             }
             self._checksums |= checksums
             self._pending += checksums.values()
@@ -189,7 +179,7 @@ class _Update:
 
     def close(self) -> None:
         self._sender.shutdown()
-        self._hashers.shutdown()
+        self._readers.shutdown()
 
     def _begin(self) -> None:
         self._calls.wait(self._calls.start("begin_weight_update", self._check))
@@ -222,7 +212,7 @@ def _restore(parts: Sequence[tuple[str, torch.dtype, tuple[int, ...], np.ndarray
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes as uint8 [n]; a view if it is a contiguous CPU tensor."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return as_bytes(tensor.detach().cpu().contiguous()).numpy()
 
 
 def _buckets(tensors: Iterable[tuple[str, Tensor | None]], bucket_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_fipo.engine.local import LocalEngine, sample_tokens
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.checksum import tensor_checksum
 from tests.engine.conftest import loaded
 from tests.engine.tiny import save_model, some_requests
 from tests.tiny_qwen2 import END

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.checksum import tensor_checksum
 
 
 class WireEngine:

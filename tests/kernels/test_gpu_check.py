@@ -51,7 +51,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if absent(name) else find_spec(name, package)
 sys.meta_path.insert(0, Absent())
 """
-SECTIONS = ["loss", "head", "model", "scores", "ceilings", "scan", "head-speed", "step", "layers"]
+SECTIONS = ["loss", "head", "model", "scores", "checksum", "ceilings", "scan", "head-speed", "step", "layers"]
 
 
 @pytest.fixture(scope="module")

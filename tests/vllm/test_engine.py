@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine, _seed
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.checksum import tensor_checksum
 from tests.checkpoint.editing import other_weights, put, set_text, shard
 from tests.tiny_qwen2 import END
 from tests.vllm.model import MAX_MODEL_LEN, largest_difference, save_model, some_requests, weights

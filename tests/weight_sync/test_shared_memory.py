@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from megatron_fipo.weight_sync.object_store import tensor_checksum
+from megatron_fipo.weight_sync.checksum import tensor_checksum
 from megatron_fipo.weight_sync.shared_memory import in_shared_memory, read_bucket
 
 BUCKET = {
@@ -25,7 +25,7 @@ def test_another_process_reads_what_was_written():
     with in_shared_memory(BUCKET) as info:
         code = (
             "import sys, json, hashlib; from megatron_fipo.weight_sync.shared_memory import read_bucket\n"
-            "from megatron_fipo.weight_sync.object_store import tensor_checksum\n"
+            "from megatron_fipo.weight_sync.checksum import tensor_checksum\n"
             "for name, tensor in read_bucket(**json.loads(sys.argv[1])): print(tensor_checksum(name, tensor))"
         )
         output = subprocess.run(

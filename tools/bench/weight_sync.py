@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 
 from megatron_fipo.driver.rollout.engine_actors import CONTROL_CALLS
 from megatron_fipo.engine.local import LocalEngine
-from megatron_fipo.weight_sync.object_store import push_weights, tensor_checksum
+from megatron_fipo.weight_sync.checksum import Checksums
+from megatron_fipo.weight_sync.object_store import push_weights
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE
 from tests.tiny_qwen2 import save_qwen2, save_tokenizer
 from tools.bench.harness import ROOT, heading, parser, table
@@ -103,11 +104,13 @@ class Trainer:
             target[name].copy_(tensor)
         return time.perf_counter() - start
 
-    def hash(self) -> float:
+    def read(self) -> float:
         """Seconds of one thread's checksum of every tensor."""
         start = time.perf_counter()
+        checksums = Checksums()
         for name, tensor in self.weights.items():
-            tensor_checksum(name, tensor)
+            checksums.add(name, tensor)
+        checksums.finish()
         return time.perf_counter() - start
 
     def push(self, engines: dict[int, Any], version: int, check: bool) -> tuple[float, tuple[int, int]]:
@@ -156,9 +159,9 @@ def measure_pushes(folder: Path) -> str:
     size, count = ray.get(trainer.size.remote())
     found: dict[tuple[int, bool], Push] = {}
     copies: list[float] = []
-    hashes: list[float] = []
+    reads: list[float] = []
     for version in range(1, PUSHES + 1):
-        hashes.append(ray.get(trainer.hash.remote()))
+        reads.append(ray.get(trainer.read.remote()))
         for engine_count, check in [(1, False), (1, True), (2, False), (2, True)]:
             chosen = {number: engines[number] for number in range(engine_count)}
             copies.append(ray.get(trainer.copy.remote()))
@@ -170,13 +173,13 @@ def measure_pushes(folder: Path) -> str:
             found[engine_count, check] = new.with_extremes(found.get((engine_count, check), new))
     for actor in (trainer, *engines.values()):
         ray.kill(actor)
-    copy, sha256 = min(copies), min(hashes)
+    copy, read = min(copies), min(reads)
 
     def times(seconds: float) -> tuple[str, ...]:
         return f"{seconds:.2f} s", f"{seconds / size * GB:.2f} s", f"{seconds / copy:.1f}"
 
     rows = [("plain copy, one thread", *times(copy), "", "", "")]
-    rows.append(("sha256, one thread", *times(sha256), "", "", ""))
+    rows.append(("checksum, one thread", *times(read), "", "", ""))
     for (engine_count, check), push in found.items():
         name = (
             f"push to {engine_count} engine{'s' * (engine_count > 1)}, {'with' if check else 'without'} check"
