@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.int64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_the_device_computes_the_checksums_of_the_cpu(bench: Bench, dtype: torch.dtype):
     """Several blocks and an incomplete row; not contiguous, not aligned, empty and without dimensions; two streams."""
     height = bench.pick(9001, 31)
