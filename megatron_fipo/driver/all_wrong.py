@@ -28,7 +28,7 @@ class WrongResponse:
         end = self.response[-SHOWN_CHARACTERS:].strip()
         cut = ", cut at rollout.max_response_length," if self.truncated else ""
         found = (
-            "no answer was found in it"
+            "no valid answer was found in it"
             if self.answer == NO_ANSWER
             else f"the answer read is {self.answer!r:.80}"
         )

@@ -31,6 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_fipo.checkpoint import manifest
 from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.manifest import (
     FileRecord,
@@ -111,8 +112,8 @@ class RunDirectory:
         refuse_unknown(allow_change)
         stored = self.path / CONFIG_FILE
         with writing(self.path):
-            if self.path.exists() and not stored.exists() and not _is_aborted_start(self.path):
-                raise UserError(f"{self.path} is not empty and has no {CONFIG_FILE}; choose another run_dir")
+            if self.path.exists():
+                _refuse_other_folder(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             self._refuse_copied_link()
@@ -291,6 +292,8 @@ class RunDirectory:
         latest, found = self.checkpoints / LATEST, self._visible()
         if latest.is_symlink() or not latest.exists():
             return
+        if not latest.is_dir():
+            raise UserError(f"{latest} is a file and not a link; remove it")
         fix = (
             f"remove it if it is a copy of {found[-1].name}"
             if found
@@ -356,14 +359,23 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("iteration_"))
 
 
-def _is_aborted_start(run_dir: Path) -> bool:
-    """Whether the folder has only what a first start leaves if it fails before its settings are written."""
+def _refuse_other_folder(run_dir: Path) -> None:
+    """Raise `UserError` if an existing folder is neither a run's nor what a first start leaves that fails."""
+    if (run_dir / LOOP_STATE).exists() or (run_dir / manifest.NAME).exists():
+        raise UserError(
+            f"run_dir {run_dir} is a checkpoint; give the folder of its run, {run_dir.parent.parent}, to resume it"
+        )
+    locked = (run_dir / LOCK).exists()
+    if (run_dir / CONFIG_FILE).exists() and (locked or (run_dir / "checkpoints").is_dir()):
+        return
 
     def left_by_a_start(path: Path) -> bool:
-        empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
-        return empty or path.name in (LOCK, INPUTS_FILE) or path.name.startswith(CONFIG_FILE)
+        if path.name == "checkpoints":
+            return path.is_dir() and not any(path.iterdir())
+        return path.name == LOCK or (locked and path.name.startswith((CONFIG_FILE, INPUTS_FILE)))
 
-    return all(left_by_a_start(path) for path in run_dir.iterdir())
+    if not all(left_by_a_start(path) for path in run_dir.iterdir()):
+        raise UserError(f"run_dir {run_dir} has other files than those of a run; choose another folder")
 
 
 def _info(iteration: int, config: Config) -> dict[str, Any]:

@@ -40,6 +40,8 @@ Any other change makes a different run.
 """
 PACKING_KEYS = ("batch.max_tokens_per_micro_batch", "parallel.")
 """They decide which responses share a micro-batch. Also free, unless the normalization depends on that."""
+SEED = "seed"
+"""Another seed is refused always: the order of the training data follows from it."""
 TRAINING_DATA = "data.train_path"
 """Other training problems are refused always: the position in the data and the waiting groups refer to them."""
 IN_FLIGHT_KEY = "rollout.prompts_in_flight"
@@ -70,7 +72,7 @@ def refuse_changes(
         if not key.startswith(free)
     }
     lines |= {key: change for key, change in by_content.items() if change is not None}
-    fixed = {TRAINING_DATA} if by_content.get(TRAINING_DATA) else set()
+    fixed = {SEED} & lines.keys() | ({TRAINING_DATA} if by_content.get(TRAINING_DATA) else set())
     refused = [key for key in lines if key not in allow_change or key in fixed]
     if refused:
         changes = "; ".join(lines[key] for key in refused)

@@ -6,6 +6,7 @@ works on the result of the step before.
 """
 
 import re
+import unicodedata
 
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
@@ -82,9 +83,34 @@ def dapo_math_obstacle(ground_truth: str) -> str | None:
         )
     if _ANSWER.search(answer) or "####" in answer:
         return "contains the mark of an answer (`Answer:` or `####`); store what comes after it"
-    if not normalize_answer(answer):
+    if any(unicodedata.category(character) == "Cf" for character in answer):
+        return "contains invisible characters; remove them"
+    normalized = normalize_answer(ground_truth)
+    if not normalized:
         return "is empty after normalization (only units or notation); store the value"
+    if normalized == NO_ANSWER:
+        return f"is {NO_ANSWER}, which stands for a response without an answer; store another text"
+    if normalize_answer(answer) != normalized:
+        return "has another meaning with its blanks at the end; remove them"
     return None
+
+
+_DOUBTS = (
+    ("a zero at the front", re.compile(r"0\d")),
+    ("a full stop at the end", re.compile(r".*[^.]\.$")),
+    ("delimiters or markup", re.compile(r".*(\\\(|\\\[|\*\*|</?\w+>)")),
+    ("a sentence", re.compile(r"([^\\{}]*\b[A-Za-z]{2,}[ ,]+){4}")),
+    ("characters of another script than ASCII", re.compile(r".*[^\x00-\x7f]")),
+)
+
+
+def dapo_math_doubt(ground_truth: str) -> str | None:
+    """What a model that solves the problem would probably write differently; None if nothing.
+
+    Answers are compared as text after normalization: 073 is not 73, and `34.` is not 34.
+    """
+    answer = ground_truth.strip()
+    return next((doubt for doubt, pattern in _DOUBTS if pattern.match(answer)), None)
 
 
 def normalize_answer(text: str) -> str:

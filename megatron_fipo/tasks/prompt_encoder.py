@@ -1,17 +1,23 @@
 """A prompt to text and token ids."""
 
+import ast
 import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.tasks.row import is_blank
 from megatron_fipo.tasks.task import Prompt, PromptTooLongError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TIME_CALL = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
+_TIME_CALL = re.compile(
+    r"""strftime_now\s*\(\s*(?:format\s*=\s*)?("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')\s*\)"""
+)
+_OTHER_TIME = re.compile(r"strftime_now(?!\s+is\s+(?:not\s+)?defined)")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class PromptEncoder:
             text, templated = self._apply_template(where, prompt), True
         else:
             text, templated = _only_content(where, prompt), False
+        if is_blank(text):
+            raise UserError(f"{where}: the chat template makes a blank text of the prompt; fix the template")
         prompt_ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
         if not prompt_ids:
             raise UserError(f"{where} has a prompt without tokens; give it text")
@@ -73,8 +81,8 @@ def with_fixed_time(template: str, now: datetime) -> str:
     transformers gives templates the current time and no other. Raises `ValueError` for a call whose format is
     not a constant.
     """
-    fixed = _TIME_CALL.sub(lambda call: repr(now.strftime(call[2])), template)
-    if "strftime_now(" in fixed:
+    fixed = _TIME_CALL.sub(lambda call: repr(now.strftime(ast.literal_eval(call[1]))), template)
+    if _OTHER_TIME.search(_COMMENT.sub("", fixed)):
         raise ValueError("it prints the time in a format that is not a constant text")
     return fixed
 

@@ -6,7 +6,6 @@ thousand prompts about a hundred times.
 """
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,22 +64,25 @@ def read_problems(
             notes.too_long[number] = error
             continue
         name = str(number) if row.index is None else row.index
-        if name in problems:
+        while name in problems:
             name = f"{name}@{number}"
-        problems[name] = Problem(
-            name, prompt_ids, text, row.ground_truth, row.data_source, row.extra, _digest(row)
-        )
+        problems[name] = Problem(name, prompt_ids, text, row.ground_truth, row.data_source, _digest(row))
     notes.refuse_too_long()
     if not problems:
         raise UserError(f"{path} has no rows; give a file with at least one problem")
     notes.report(log, deduplicate, encode.has_chat_template)
+    same = len(notes.first) - len({problem.prompt_text for problem in problems.values()})
+    if same > 0:
+        log(
+            f"{path}: {same:,} of {len(notes.first):,} different prompts have the formatted text of another one; check "
+            "the chat template"
+        )
     return list(problems.values())
 
 
 def _digest(row: Row) -> str:
-    """Identifies a row by its content, independent of the order of its keys."""
-    extra = json.dumps(row.extra, sort_keys=True, default=repr)
-    content = repr((row.prompt, row.ground_truth, row.data_source, extra))
+    """Identifies a row by the content of the columns that are read."""
+    content = repr((row.prompt, row.ground_truth, row.data_source, row.index))
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 

@@ -11,7 +11,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.problems import countdown_problems
 from megatron_fipo.tasks.countdown.scorer import countdown_obstacle, score_countdown
-from megatron_fipo.tasks.dapo_math import dapo_math_obstacle, score_dapo_math
+from megatron_fipo.tasks.dapo_math import dapo_math_doubt, dapo_math_obstacle, score_dapo_math
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.prompt_encoder import PromptEncoder
 from megatron_fipo.tasks.prompt_file import file_problems
@@ -27,7 +27,7 @@ DATA_SOURCES: dict[str, DataSource] = {
 }
 REWARDS: dict[str, Reward] = {
     "countdown": Reward(score_countdown, countdown_obstacle),
-    "dapo_math": Reward(score_dapo_math, dapo_math_obstacle),
+    "dapo_math": Reward(score_dapo_math, dapo_math_obstacle, dapo_math_doubt),
 }
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,12 @@ def load_datasets(
     answer that the reward cannot compare with, or a tokenizer without an end-of-sequence token.
     """
     train = _load(config, tokenizer, now, log, held_out=False)
-    return Dataset(train, config.seed), load_evaluation(config, tokenizer, now, log)
+    held_out = load_evaluation(config, tokenizer, now, log)
+    trained = {problem.prompt_text for problem in train}
+    shared = sum(problem.prompt_text in trained for problem in held_out)
+    if shared:
+        log(f"{shared:,} of {len(held_out):,} held-out problems are also trained on")
+    return Dataset(train, config.seed), held_out
 
 
 def load_evaluation(
@@ -73,18 +78,37 @@ def _load(
         )
     encode = PromptEncoder(tokenizer, config.rollout.max_prompt_length, now)
     problems = DATA_SOURCES[data.source](data, encode, held_out=held_out, seed=config.seed, log=log)
-    _refuse_unusable_answers(config, problems)
+    path = data.evaluation_path if held_out else data.train_path
+    _check_answers(config.reward.name, path or data.source, problems, log)
     return problems
 
 
-def _refuse_unusable_answers(config: Config, problems: list[Problem]) -> None:
-    """Raise `UserError` if the reward finds no response right for some problem, whatever the model answers."""
-    obstacle = reward(config.reward.name).obstacle
-    found = [(problem, why) for problem in problems if (why := obstacle(problem.ground_truth)) is not None]
-    if found:
-        problem, why = found[0]
-        others = f" and {len(found) - 1:,} others" if len(found) > 1 else ""
+def _check_answers(name: str, source: str, problems: list[Problem], log: Log) -> None:
+    """Raise `UserError` if the reward finds no response right for some problem, whatever the model answers.
+
+    Reports answers that a right response would probably write differently.
+    """
+    chosen = reward(name)
+    unusable = [
+        (problem, why) for problem in problems if (why := chosen.obstacle(problem.ground_truth)) is not None
+    ]
+    if unusable:
+        problem, why = unusable[0]
+        number = (
+            f"{len(unusable):,} of {len(problems):,} answers cannot"
+            if len(unusable) > 1
+            else "an answer cannot"
+        )
         raise UserError(
-            f"problem {problem.problem_id}{others} of {config.data.source} cannot be scored by "
-            f"reward.name={config.reward.name}: its ground truth {problem.ground_truth!r:.60} {why}"
+            f"{source}: {number} be scored by reward.name={name}: the ground truth {problem.ground_truth!r:.60} of "
+            f"problem {problem.problem_id} {why}"
+        )
+    doubts: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if (doubt := chosen.doubt(problem.ground_truth)) is not None:
+            doubts.setdefault(doubt, []).append(problem)
+    for doubt, found in doubts.items():
+        log(
+            f"{source}: {len(found):,} of {len(problems):,} answers have {doubt}, as {found[0].ground_truth!r:.60} of "
+            f"problem {found[0].problem_id}; reward.name={name} compares text, so check that responses are written so"
         )

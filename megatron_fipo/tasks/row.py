@@ -4,19 +4,24 @@ Values are never turned into text by guessing: `34.0`, `['34']`, `b'34'` and `na
 right answer wrong without a trace.
 """
 
-import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.tasks import strict_json
+from megatron_fipo.tasks.row_reader import listed
 from megatron_fipo.tasks.task import Prompt
 
-LARGEST_WHOLE_FLOAT = 2**53
-"""Above it, floats do not represent every whole number."""
+LARGEST_WHOLE_FLOAT = 2**24
+"""Above it, floats of 32 bits do not represent every whole number."""
 
-_MESSAGES_AS_TEXT = re.compile(r"""\\?["']?\[?\s*\{.*?\\?["']role\\?["']\s*:""", re.DOTALL)
+_MESSAGES_AS_TEXT = re.compile(
+    r"""(?:array\()?\\?["']?\[?\s*\{(?=.*?\\?["'](?:role|from)\\?["']\s*:)(?=.*?\\?["'](?:content|value)\\?["']\s*:)""",
+    re.DOTALL,
+)
 """The start of messages that were turned into text, by JSON or by Python's `str`."""
 
 
@@ -32,8 +37,6 @@ class Row:
     """Empty if the row has none."""
     index: str | None
     """`extra_info.index`."""
-    extra: dict[str, Any]
-    """`extra_info` as it is stored."""
 
 
 def parse_row(where: str, row: dict[str, Any]) -> Row:
@@ -44,21 +47,22 @@ def parse_row(where: str, row: dict[str, Any]) -> Row:
     blank prompt or answer, and for text that is not valid Unicode.
     """
     if "prompt" not in row:
-        raise UserError(f"{where} has no `prompt`; its keys are {', '.join(row) or 'none'}")
+        raise UserError(f"{where} has no `prompt`; its keys are {listed(list(row)) or 'none'}")
     prompt, was_json = _prompt(where, row["prompt"])
     answer = _text(
         where, "reward_model.ground_truth", _section(where, row, "reward_model").get("ground_truth")
     )
-    if answer is None or not answer.strip():
-        raise UserError(f"{where} has no `reward_model.ground_truth`; give every row an answer")
-    extra = _section(where, row, "extra_info")
+    if answer is None or is_blank(answer):
+        raise UserError(
+            f"{where} has no `reward_model.ground_truth`; give every row an answer (its keys are "
+            f"{listed(list(row))})"
+        )
     return Row(
         prompt=prompt,
         prompt_was_json=was_json,
         ground_truth=answer,
         data_source=_text(where, "data_source", row.get("data_source")) or "",
-        index=_text(where, "extra_info.index", extra.get("index")),
-        extra=extra,
+        index=_text(where, "extra_info.index", _section(where, row, "extra_info").get("index")),
     )
 
 
@@ -66,12 +70,12 @@ def _prompt(where: str, value: Any) -> tuple[Prompt, bool]:
     """The prompt, and whether it was JSON text of messages."""
     if isinstance(value, list):
         return _messages(where, value), False
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and not is_blank(value):
         text = _text(where, "prompt", value) or ""
         if not _MESSAGES_AS_TEXT.match(text.strip()):
             return text, False
         try:
-            stored = json.loads(text)
+            stored = strict_json.loads(text)
         except ValueError:
             stored = None
         if not isinstance(stored, list):
@@ -94,9 +98,14 @@ def _messages(where: str, values: list[Any]) -> Prompt:
                 f"{where} has no usable `prompt`: its message {_shown(value)} needs role and content as text"
             )
         messages.append((_text(where, "role", value["role"]), _text(where, "content", value["content"])))
-    if not any(content.strip() for _, content in messages if content):
+    if all(is_blank(content or "") for _, content in messages):
         raise UserError(f"{where} has no usable `prompt`: its messages have no text; give them content")
     return tuple(messages)  # type: ignore[arg-type]
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def _section(where: str, row: dict[str, Any], key: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.tasks import strict_json
 
-COLUMNS = ("prompt", "reward_model", "data_source", "extra_info")
+COLUMNS = {"prompt": None, "reward_model": "ground_truth", "data_source": None, "extra_info": "index"}
+"""The columns that are read, and of an object its field."""
 PARQUET_BATCH_ROWS = 4096
 
 NumberedRows = Iterator[tuple[int, dict[str, Any]]]
@@ -72,18 +74,39 @@ def _read_parquet(path: Path) -> NumberedRows:
     number = 0
     try:
         with _access_errors(path), pyarrow.parquet.ParquetFile(path) as file:
-            present = file.schema_arrow.names
-            for column in ("prompt", "reward_model"):
-                if file.metadata.num_rows and column not in present:
-                    raise UserError(f"{path} has no column `{column}`; its columns are {', '.join(present)}")
-            columns = [name for name in COLUMNS if name in present]
+            columns = _columns(path, file.schema_arrow, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield number, row
                     number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page raises any of these
+    # A damaged page or a date beyond Python's raises any of these.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         fault = f"cannot be read from row {number} on" if number else "is not a readable parquet file"
         raise UserError(f"{path} {fault} ({first_line(error)}); check data.source and the file") from error
+
+
+def _columns(path: Path, schema: pyarrow.Schema, rows: int) -> list[str]:
+    """What to read of a parquet file; other fields of an object are left out, whatever their types."""
+    for column in COLUMNS:
+        count = schema.names.count(column)
+        if count > 1:
+            raise UserError(f"{path} has {count} columns `{column}`; remove all but one")
+        if not count and rows and column in ("prompt", "reward_model"):
+            raise UserError(f"{path} has no column `{column}`; its columns are {listed(schema.names)}")
+    found = []
+    for column, field in COLUMNS.items():
+        if column in schema.names:
+            kind = schema.field(column).type
+            has_field = field and pyarrow.types.is_struct(kind) and kind.get_field_index(field) >= 0
+            found.append(f"{column}.{field}" if has_field else column)
+    return found
+
+
+def listed(names: Sequence[str], limit: int = 12) -> str:
+    """Names for a message, on one line: the first ones, and how many others there are."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:limit]]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(shown) + more
 
 
 def _read_jsonl(path: Path) -> NumberedRows:
@@ -98,31 +121,19 @@ def _read_jsonl(path: Path) -> NumberedRows:
 
 def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        row = strict_json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}, column {error.colno}); fix the line") from error
-    except _RepeatedKeyError as error:
-        raise UserError(f"{where} has the key `{error}` twice in one object; remove one") from error
-    except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or thousands of nested brackets.
-        raise UserError(f"{where} is beyond what can be read ({error}); fix the line") from error
+        raise UserError(
+            f"{where} is not JSON ({error.msg}, column {error.colno}); write one complete object per line"
+        ) from error
+    except (
+        ValueError
+    ) as error:  # a repeated key, a number of thousands of digits, thousands of nested brackets
+        raise UserError(f"{where} cannot be read ({error}); fix the line") from error
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object; write one object per line")
-    return row
-
-
-class _RepeatedKeyError(Exception):
-    """The message is the key."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values. json would silently keep the last of two values with one key."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
     return row
 
 

@@ -28,7 +28,6 @@ class Problem:
     prompt_text: str
     ground_truth: str
     data_source: str
-    extra: dict[str, Any] = field(default_factory=dict)
     row_digest: str = ""
     """Identifies the row of its file by content; empty for a generated problem, which its id identifies."""
 
@@ -60,6 +59,8 @@ class Reward:
     score: Scorer
     obstacle: Callable[[str], str | None]
     """Why no response can be right for a ground truth, as the end of a sentence; None if one can."""
+    doubt: Callable[[str], str | None] = lambda _: None
+    """What in a ground truth makes a right response look wrong, as a noun; None if nothing does."""
 
 
 class PromptTooLongError(UserError):

@@ -42,7 +42,7 @@ def test_the_first_groups_all_wrong_are_reported_once_with_an_example():
 def test_an_example_states_a_missing_answer_and_a_cut_response():
     text = str(WrongResponse("p", "34.0", "x" * 500 + "\n\x1b[31m end", NO_ANSWER, truncated=True))
     assert "a response to problem p, cut at rollout.max_response_length, ends in 'xxx" in text
-    assert "no answer was found in it" in text
+    assert "no valid answer was found in it" in text
     assert len(text) < 500
     assert text.isprintable()
 

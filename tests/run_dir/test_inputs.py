@@ -92,8 +92,8 @@ def test_other_problems_under_the_same_path_are_another_run(tmp_path, name, key)
 
 def test_other_held_out_problems_may_be_allowed_and_other_training_problems_may_not(tmp_path):
     directory = saved(tmp_path)
-    settings = config(tmp_path, *PATHS, "seed=2")
-    allowed = ["seed", "data.train_path", "data.evaluation_path"]
+    settings = config(tmp_path, *PATHS, "rollout.temperature=0.9")
+    allowed = ["rollout.temperature", "data.train_path", "data.evaluation_path"]
     assert len(directory.claim(settings, replace(INPUTS, held_out="other"), allowed)) == 2
     with pytest.raises(UserError) as error:
         directory.claim(settings, replace(INPUTS, train="other"), allowed)

@@ -221,7 +221,7 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="has other files than those of a run"):
         claim(RunDirectory(tmp_path), config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -262,7 +262,7 @@ def test_an_empty_folder_for_checkpoints_is_in_nobody_s_way_and_one_with_files_i
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
     (other / "checkpoints/weights.bin").write_text("precious")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="has other files than those of a run"):
         claim(RunDirectory(other), config(other))
 
 
@@ -290,3 +290,24 @@ def test_loop_state_survives_json_exactly(tmp_path):
     pending = directory.begin_save(state)
     assert json.loads((pending.partial / "loop.json").read_text())["rollout"]["log_probs"][2] == 1 / 3
     assert directory.load_state(directory.commit(pending, write_ranks(pending))) == state
+
+
+@pytest.mark.parametrize("name", ["latest", "iteration_000001"])
+def test_a_checkpoint_is_no_run_directory(tmp_path, name):
+    directory = claimed(tmp_path / "run")
+    checkpoint = save(directory, 1)
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    given = (tmp_path / "run/checkpoints" / name).resolve()
+    with pytest.raises(UserError, match=rf"is a checkpoint; give the folder of its run, {tmp_path}/run,"):
+        claim(RunDirectory(given), config(given))
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("others", [(), ("notes.txt",)])
+def test_a_config_file_of_the_user_is_not_taken_for_a_runs(tmp_path, others):
+    (tmp_path / "config.yaml").write_text("# mine\nseed: 1\n")
+    for name in others:
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match="has other files than those of a run; choose another folder"):
+        claim(RunDirectory(tmp_path), config(tmp_path))
+    assert (tmp_path / "config.yaml").read_text() == "# mine\nseed: 1\n"

@@ -9,34 +9,35 @@ from tests.run_dir.claimed_run import claim, claimed, config, save
 
 
 def test_a_folder_belongs_to_its_settings(tmp_path):
-    directory = claimed(tmp_path, "seed=1")
+    directory = claimed(tmp_path, "rollout.temperature=0.7")
     save(directory, 1)
     stored = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(UserError) as caught:
-        claim(directory, config(tmp_path, "seed=2", "optimizer.lr=1e-5"))
-    assert "optimizer.lr was 1e-06 and is 1e-05; seed was 1 and is 2" in str(caught.value)
-    assert "--allow-change optimizer.lr,seed" in str(caught.value)
+        claim(directory, config(tmp_path, "rollout.temperature=0.8", "optimizer.lr=1e-5"))
+    assert "optimizer.lr was 1e-06 and is 1e-05; rollout.temperature was 0.7 and is 0.8" in str(caught.value)
+    assert "--allow-change optimizer.lr,rollout.temperature" in str(caught.value)
     assert (tmp_path / "config.yaml").read_bytes() == stored
 
 
 def test_named_settings_may_change_and_only_those(tmp_path):
-    directory = claimed(tmp_path, "seed=1")
+    directory = claimed(tmp_path, "rollout.temperature=0.7")
     save(directory, 1)
-    changed = config(tmp_path, "seed=2", "optimizer.lr=1e-5")
-    with pytest.raises(UserError, match=r"other settings \(seed was 1 and is 2\)"):
+    changed = config(tmp_path, "rollout.temperature=0.8", "optimizer.lr=1e-5")
+    with pytest.raises(UserError, match=r"other settings \(rollout.temperature was 0.7 and is 0.8\)"):
         claim(directory, changed, ["optimizer.lr"])
-    assert claim(directory, changed, ["optimizer.lr", "seed", "objective.clip_low"]) == [
+    assert claim(directory, changed, ["optimizer.lr", "rollout.temperature", "objective.clip_low"]) == [
         "optimizer.lr was 1e-06 and is 1e-05",
-        "seed was 1 and is 2",
+        "rollout.temperature was 0.7 and is 0.8",
     ]
     save(directory, 2)
     assert claim(directory, changed) == []
-    with pytest.raises(UserError, match="seed was 2 and is 1"):
-        claim(directory, config(tmp_path, "seed=1", "optimizer.lr=1e-5"))
+    with pytest.raises(UserError, match=r"rollout\.temperature was 0.8 and is 0.7"):
+        claim(directory, config(tmp_path, "rollout.temperature=0.7", "optimizer.lr=1e-5"))
 
 
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")]
+    ("key", "nearest"),
+    [("optimizer.lrr", "optimizer.lr"), ("sead", "seed"), ("objective", "")],
 )
 def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
     with pytest.raises(
@@ -48,10 +49,10 @@ def test_allow_change_of_no_setting_is_refused(tmp_path, key, nearest):
 
 def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
     directory = claimed(tmp_path)
-    claim(directory, config(tmp_path, "seed=2"))
+    claim(directory, config(tmp_path, "rollout.temperature=0.8"))
     MetricsLog(tmp_path).log("iteration", 1, {"reward/mean": 0.5})
-    with pytest.raises(UserError, match=r"other settings \(seed"):
-        claim(directory, config(tmp_path, "seed=3"))
+    with pytest.raises(UserError, match=r"other settings \(rollout.temperature"):
+        claim(directory, config(tmp_path, "rollout.temperature=0.9"))
 
 
 @pytest.mark.parametrize(
@@ -122,9 +123,17 @@ def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
     """Not those of config.yaml, which a run may have written that was refused, or that changed settings and
     never saved.
     """
-    directory = claimed(tmp_path, "checkpoint.keep_last=2")
+    directory = claimed(tmp_path, "checkpoint.keep_last=2", "rollout.temperature=0.7")
     save(directory, 1)
-    claim(directory, config(tmp_path, "seed=2"), ["seed"])
-    claim(directory, config(tmp_path, "seed=1"))
-    with pytest.raises(UserError, match="seed was 1 and is 2"):
-        claim(directory, config(tmp_path, "seed=2"))
+    claim(directory, config(tmp_path, "rollout.temperature=0.8"), ["rollout.temperature"])
+    claim(directory, config(tmp_path, "rollout.temperature=0.7"))
+    with pytest.raises(UserError, match=r"rollout\.temperature was 0.7 and is 0.8"):
+        claim(directory, config(tmp_path, "rollout.temperature=0.8"))
+
+
+def test_another_seed_is_refused_even_if_it_is_allowed(tmp_path):
+    """The order of the training data follows from it."""
+    directory = claimed(tmp_path)
+    save(directory, 1)
+    with pytest.raises(UserError, match=r"seed was 1 and is 2\): restore them, or choose another run_dir$"):
+        claim(directory, config(tmp_path, "seed=2"), ["seed"])

@@ -69,6 +69,7 @@ def test_it_never_raises(response, finish_reason):
 def test_a_ground_truth_that_is_no_countdown_problem_has_an_obstacle(ground_truth):
     assert "3,7,5=26" in reward("countdown").obstacle(ground_truth)
     assert reward("countdown").obstacle("3,7,5=26") is None
+    assert "no solution" in reward("countdown").obstacle("1,1,1=99")
 
 
 def test_an_unknown_reward_names_the_known_ones():

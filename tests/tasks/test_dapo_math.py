@@ -71,6 +71,11 @@ def test_it_never_raises(response, ground_truth):
         ("So it is 12 #### 34", "mark of an answer"),
         ("Answer: 34", "mark of an answer"),
         ("answer : 34", "mark of an answer"),
+        ("2a ", "its blanks at the end"),
+        ("x + a  ", "its blanks at the end"),
+        ("[INVALID]", "stands for a response without an answer"),
+        ("34\u200b", "invisible characters"),
+        ("\ufeff34", "invisible characters"),
         ("$", "empty after normalization"),
         ("km", "empty after normalization"),
         ("\\text{}^2", "empty after normalization"),
@@ -88,3 +93,28 @@ def test_a_ground_truth_without_an_obstacle_is_matched_by_itself(ground_truth):
     assert reward("dapo_math").obstacle(ground_truth) is None
     problem = Problem("p", (1,), "", ground_truth, "math")
     assert score(f"So it is.\nAnswer: {ground_truth.strip()}", problem, "stop").accuracy == 1
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "doubt"),
+    [
+        ("073", "zero"),
+        ("34.", "full stop"),
+        (r"\(34\)", "delimiters"),
+        ("**34**", "delimiters"),
+        ("<answer>34</answer>", "delimiters"),
+        ("We get two apples, so 34", "sentence"),
+        ("\u221234", "another script"),
+        ("\uff13\uff14", "another script"),
+    ],
+)
+def test_an_answer_that_a_model_writes_differently_has_a_doubt(ground_truth, doubt):
+    assert doubt in reward("dapo_math").doubt(ground_truth)
+
+
+@pytest.mark.parametrize(
+    "ground_truth",
+    ["0", "0.5", "34", "-7", r"\frac{1}{2}", "x<y", "(0, 1)", "A", r"\text{no real roots exist}", "..."],
+)
+def test_an_ordinary_answer_has_no_doubt(ground_truth):
+    assert reward("dapo_math").doubt(ground_truth) is None

@@ -34,7 +34,6 @@ def test_rows_become_problems(tmp_path, name):
         "2",
         "math",
     )
-    assert first.extra == {"index": "x7"}
     assert second.prompt_ids == tuple(build_tokenizer()("3*3")["input_ids"])
     assert second.problem_id in {"1", "2"}  # rows count from 0, lines from 1
 
@@ -68,6 +67,50 @@ def test_repeated_prompts_go_and_are_counted_once(tmp_path, name):
 def test_problem_ids_are_unique_even_where_an_index_comes_again(tmp_path):
     path = write(tmp_path / "a.jsonl", [row("1", index="i"), row("2", index="i"), row("3", index=0)])
     assert [p.problem_id for p in read(path)] == ["i", "i@2", "0"]
+
+
+def test_no_row_is_lost_to_an_index_that_looks_like_a_repeated_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row("1", index="a@3"), row("2", index="a"), row("3", index="a")])
+    assert [(p.problem_id, p.prompt_text) for p in read(path)] == [("a@3", "1"), ("a", "2"), ("a@3@3", "3")]
+
+
+def test_prompts_that_a_template_makes_equal_or_blank_are_reported(tmp_path):
+    tokenizer, logged = build_tokenizer(), []
+    path = write(tmp_path / "a.jsonl", [row("1"), row("2"), row("3")])
+    tokenizer.chat_template = "1+1"
+    assert len(read(path, tokenizer, log=logged.append)) == 3
+    assert logged == [
+        f"{path}: 2 of 3 different prompts have the formatted text of another one; check the chat template"
+    ]
+    tokenizer.chat_template = " "
+    with pytest.raises(UserError, match="line 1: the chat template makes a blank text of the prompt"):
+        read(path, tokenizer)
+
+
+def test_answers_that_cannot_be_right_are_named_with_their_file(tmp_path):
+    train = write(tmp_path / "train.jsonl", [row("1", "34"), row("2", "#### 34"), row("3", "a\u200b")])
+    config = settings(source="jsonl", train_path=str(train))
+    with pytest.raises(
+        UserError, match=r"train.jsonl: 2 of 3 answers cannot be scored by reward.name=dapo_math: the ground "
+    ):
+        load_datasets(config, build_tokenizer(), NOW)
+    write(train, [row("1", "34"), row("2", "#### 34")])
+    with pytest.raises(
+        UserError,
+        match=r"train.jsonl: an answer cannot be scored .* '#### 34' of problem 2 contains the mark",
+    ):
+        load_datasets(config, build_tokenizer(), NOW)
+
+
+def test_answers_that_are_probably_written_differently_are_reported_once_for_a_file(tmp_path):
+    answers = ["073", "007", "34", "0", "0.5", "10", r"\frac{1}{2}", "(1, 2]", "no solution", "x+1", "34."]
+    path = write(tmp_path / "train.jsonl", [row(str(i), answer) for i, answer in enumerate(answers)])
+    logged = []
+    load_datasets(settings(source="jsonl", train_path=str(path)), build_tokenizer(), NOW, logged.append)
+    assert [line.partition(";")[0] for line in logged[1:]] == [
+        f"{path}: 2 of 11 answers have a zero at the front, as '073' of problem 1",
+        f"{path}: 1 of 11 answers have a full stop at the end, as '34.' of problem 11",
+    ]
 
 
 def test_parquet_files_larger_than_a_batch_keep_order_and_row_numbers(tmp_path):
@@ -132,7 +175,7 @@ def test_damaged_files_are_named(tmp_path):
 
     for beyond in ('{"prompt":' * 100_000, "1" * 5000):
         path.write_text(f"{beyond}\n")
-        with pytest.raises(UserError, match=r"a.jsonl line 1 is beyond what can be read"):
+        with pytest.raises(UserError, match=r"a.jsonl line 1 cannot be read"):
             read(path)
 
     def parquet(**options):
@@ -197,11 +240,14 @@ def test_load_datasets_says_which_rows_of_which_file_went(tmp_path):
     load_datasets(
         settings(train_path=str(train), evaluation_path=str(train)), build_tokenizer(), NOW, logged.append
     )
-    assert logged[::2] == [f"{train}: dropped 1 of 3 rows with a duplicate prompt"] * 2
+    dropped = f"{train}: dropped 1 of 3 rows with a duplicate prompt"
+    assert [line for line in logged if "dropped" in line] == [dropped] * 2
+    assert logged[-1] == "2 of 2 held-out problems are also trained on"
+    logged.clear()
     load_evaluation(
         settings(source="jsonl", evaluation_path=str(held_out)), build_tokenizer(), NOW, logged.append
     )
-    assert logged[4] == f"{held_out}: dropped 3 of 4 rows with a duplicate prompt"
+    assert logged[0] == f"{held_out}: dropped 3 of 4 rows with a duplicate prompt"
 
 
 def test_load_datasets_from_files(tmp_path):
@@ -304,12 +350,20 @@ def test_all_prompts_above_the_limit_are_named_together(tmp_path):
 def test_a_template_that_prints_the_date_prints_the_given_one(tmp_path):
     tokenizer = build_tokenizer()
     path = write(tmp_path / "a.jsonl", [row("1")])
-    for date in ("strftime_now('%d %b %Y, %H:%M')", "strftime_now(format='%d %b %Y, %H:%M')"):
+    for date in (
+        "strftime_now('%d %b %Y, %H:%M')",
+        "strftime_now(format='%d %b %Y, %H:%M')",
+        "strftime_now ('%d %b %Y,\\x20%H:%M' )",
+    ):
         tokenizer.chat_template = f"{{{{ {date} }}}}"
         assert [p.prompt_text for p in read(path, tokenizer)] == ["28 Nov 2026, 09:30"]
-    tokenizer.chat_template = "{% set f = '%d' %}{{ strftime_now(f) }}"
-    with pytest.raises(UserError, match="prints the time in a format that is not a constant"):
-        read(path, tokenizer)
+    for unknown in ("{% set f = '%d' %}{{ strftime_now(f) }}", "{% set f = strftime_now %}{{ f('%d') }}"):
+        tokenizer.chat_template = unknown
+        with pytest.raises(UserError, match="prints the time in a format that is not a constant"):
+            read(path, tokenizer)
+    for unused in ("1{# strftime_now(x) #}", "{% if strftime_now is defined %}1{% endif %}"):
+        tokenizer.chat_template = unused
+        assert [p.prompt_text for p in read(path, tokenizer)] == ["1"]
 
 
 @pytest.mark.parametrize(

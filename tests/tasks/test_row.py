@@ -29,7 +29,7 @@ TEXTS = [
     (10**30, str(10**30)),
     (34.0, "34"),
     (-0.0, "0"),
-    (1e15, "1000000000000000"),
+    (2.0**24, "16777216"),
     (Decimal("34.00"), "34"),
 ]
 """Values, and the text that each is read as."""
@@ -37,6 +37,7 @@ TEXTS = [
 NOT_TEXTS = [
     0.5,
     34.25,
+    2.0**24 + 2,  # as float32 such a number may have been another one
     1e300,
     math.nan,
     math.inf,
@@ -71,7 +72,7 @@ def test_every_other_value_is_an_error_with_row_and_key(key, value):
     str(error.value).encode()
 
 
-@pytest.mark.parametrize("value", [None, "", " ", "\t\n"])
+@pytest.mark.parametrize("value", [None, "", " ", "\t\n", "\u200b", " \ufeff"])
 def test_a_blank_answer_is_none(value):
     with pytest.raises(UserError, match=r"row 7 has no `reward_model.ground_truth`"):
         parse_row("row 7", row(answer=value))
@@ -105,7 +106,10 @@ def test_json_text_of_messages_is_read_as_messages():
         json.dumps(MESSAGES[0]),
         json.dumps(json.dumps(MESSAGES)),
         json.dumps([{"role": "user", "content": 3}]),
-        json.dumps([{"role": "user"}]),
+        "array([{'content': '1', 'role': 'user'}], dtype=object)",  # numpy's notation
+        json.dumps([{"from": "human", "value": "1"}]),
+        json.dumps([{"role": "user", "content": "1"}]).replace('"1"', '"1", "content": "2"'),
+        '[{"role": "user", "content":' + "[" * 100_000,
     ],
 )
 def test_messages_that_were_turned_into_other_text_are_refused(text):
@@ -114,7 +118,16 @@ def test_messages_that_were_turned_into_other_text_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2, 3] sorted?", '{"a": 1}', "In a role: play", '["role"]', "f(x) = {x : role}", "{role: x}"]
+    "text",
+    [
+        "[1, 2, 3] sorted?",
+        '{"a": 1}',
+        "In a role: play",
+        '["role"]',
+        "f(x) = {x : role}",
+        "{role: x}",
+        '{"role": "admin"} is JSON',
+    ],
 )
 def test_text_about_other_json_stays_text(text):
     assert parse_row("row 7", row() | {"prompt": text}).prompt == text

@@ -79,7 +79,9 @@ def test_a_repeated_key_is_named(tmp_path):
         '{"reward_model": {"ground_truth": "1", "ground_truth": "2"}}',
     ):
         path.write_text(line)
-        with pytest.raises(UserError, match=r"line 1 has the key `(prompt|ground_truth)` twice"):
+        with pytest.raises(
+            UserError, match=r"line 1 cannot be read \(the key '(prompt|ground_truth)' is twice"
+        ):
             list(read_rows(path, "jsonl"))
 
 
@@ -90,4 +92,39 @@ def test_a_parquet_file_without_the_columns_is_named_with_those_it_has(tmp_path)
         list(read_rows(path, "parquet"))
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1"], "answer": ["2"]}), path)
     with pytest.raises(UserError, match=r"has no column `reward_model`; its columns are prompt, answer"):
+        list(read_rows(path, "parquet"))
+
+
+def test_a_repeated_column_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table([["1"], ["2"], [{"ground_truth": "3"}]], names=["prompt", "prompt", "reward_model"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(UserError, match="has 2 columns `prompt`; remove all but one"):
+        list(read_rows(path, "parquet"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pyarrow.array([1_700_000_000_123_456_789], pyarrow.timestamp("ns")),
+        pyarrow.array([2**40], pyarrow.int64()).cast(pyarrow.timestamp("s"), safe=False),
+    ],
+)
+def test_fields_that_are_not_read_may_have_any_type(tmp_path, values):
+    path = tmp_path / "a.parquet"
+    extra = pyarrow.StructArray.from_arrays([pyarrow.array(["x"]), values], names=["index", "when"])
+    answer = pyarrow.StructArray.from_arrays([pyarrow.array(["3"]), values], names=["ground_truth", "when"])
+    pyarrow.parquet.write_table(
+        pyarrow.table([["1"], answer, extra], names=["prompt", "reward_model", "extra_info"]), path
+    )
+    assert list(read_rows(path, "parquet")) == [
+        (0, {"prompt": "1", "reward_model": {"ground_truth": "3"}, "extra_info": {"index": "x"}})
+    ]
+
+
+def test_a_date_beyond_pythons_is_no_traceback(tmp_path):
+    path = tmp_path / "a.parquet"
+    when = pyarrow.array([2**40], pyarrow.int64()).cast(pyarrow.timestamp("s"), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table([["1"], when], names=["prompt", "reward_model"]), path)
+    with pytest.raises(UserError, match="is not a readable parquet file"):
         list(read_rows(path, "parquet"))

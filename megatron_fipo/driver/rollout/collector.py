@@ -368,12 +368,15 @@ class Collector:
         found = (
             f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
             f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing "
-            "to train on: choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
+            "to train on"
+        )
+        fix = (
+            "choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
             "rollout.max_prompts"
         )
         if counts.all_wrong and not counts.all_right and self._watch.example is not None:
-            return f"{found}; {self._watch.example}"
-        return found
+            return f"{found}; {self._watch.example}. Otherwise {fix}"
+        return f"{found}: {fix}"
 
     def _new_responses(self) -> list[Response]:
         return [Response() for _ in range(self._responses_per_prompt)]

@@ -1,6 +1,6 @@
 """The scorer `countdown`: an exact verifier."""
 
-from megatron_fipo.tasks.countdown.problems import CountdownProblem, evaluate, parse_expression
+from megatron_fipo.tasks.countdown.problems import CountdownProblem, evaluate, expressions, parse_expression
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 
 
@@ -26,6 +26,9 @@ def score_countdown(response_text: str, problem: Problem, finish_reason: str) ->
 
 def countdown_obstacle(ground_truth: str) -> str | None:
     """Why no response can be right for this ground truth; None if one can."""
-    if CountdownProblem.parse(ground_truth) is None:
+    problem = CountdownProblem.parse(ground_truth)
+    if problem is None:
         return "is not of the form 3,7,5=26; use data.source=countdown or another reward"
+    if all(evaluate(expression) != problem.target for expression in expressions(problem.numbers)):
+        return "has no solution; remove the problem"
     return None
