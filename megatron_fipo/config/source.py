@@ -102,7 +102,7 @@ def _unknown(name: str, prefix: str, root: Any, siblings: list[str]) -> str:
         known = [setting for setting, _ in leaves(root) if "." in setting]
         meant = [setting for setting in (name, key) if setting in known] or get_close_matches(key, known, n=1)
         section, _, setting = (meant or known)[0].rpartition(".")
-        return f"{quoted(name)} must be a section with a key, as in '{section}: {{{setting}: ...}}'"
+        return f"{quoted(name)} is not one key; write '{setting}' in the section '{section}:'"
     nearest = nearest_key(key, root, () if prefix else siblings)
     keys = ", ".join(prefix + sibling for sibling in siblings)
     hint = f"did you mean '{nearest}'?" if nearest else f"keys here are: {keys}"

@@ -20,6 +20,7 @@ from megatron_fipo.driver.ray_storage import (
     check_shared_memory,
     make_session_folder,
     remove_session_folder,
+    worker_variables,
 )
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.engine.registry import engine_type
@@ -111,7 +112,8 @@ def ray_cluster(
             resources = ray.cluster_resources()
             machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
         else:
-            connect(stack.enter_context(own_cluster(workers, store_bytes, log)), environment)
+            own = stack.enter_context(own_cluster(workers, store_bytes, log))
+            connect(own, environment | worker_variables(os.environ))
         try:
             yield machine
         except UserError:

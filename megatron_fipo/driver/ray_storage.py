@@ -17,6 +17,8 @@ RAY_FOLDER = "ray"
 """In the private folder, because Ray lets all users write to its own."""
 LONGEST_BASE = 107 - len("/fipo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Bytes. The paths of Unix sockets have at most 107."""
+LONGEST_WORKER_BASE = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes of TMPDIR in ranks and engines."""
 MIN_FREE_BYTES = 64 * 2**20
 """For sockets, logs and what Ray writes when it starts."""
 MAX_STORE_OUTSIDE_BYTES = 10**10
@@ -35,8 +37,8 @@ def make_session_folder(environment: Mapping[str, str], log: Callable[[str], Non
         raise UserError(f"{named} is not a folder; create it, or unset {variable}")
     if variable and not usable_for_sockets(base):
         log(
-            f"{named} is longer than the {LONGEST_BASE} characters that Ray's sockets allow, or contains a space, so Ray's files "
-            f"are in {DEFAULT_BASE}"
+            f"{named} {'contains a space' if ' ' in base else f'is longer than the {LONGEST_BASE} characters that sockets allow'}, "
+            f"so Ray's files are in {DEFAULT_BASE}"
         )
         variable, base, named = None, DEFAULT_BASE, DEFAULT_BASE
     fix = (
@@ -58,6 +60,16 @@ def make_session_folder(environment: Mapping[str, str], log: Callable[[str], Non
             f"free some, or {fix}"
         )
     return folder
+
+
+def worker_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of ranks and engines: multiprocessing, which writes checkpoints, has its sockets in TMPDIR as well."""
+    base = environment.get("TMPDIR", "")
+    return (
+        {"TMPDIR": DEFAULT_BASE}
+        if len(os.fsencode(os.path.abspath(base))) > LONGEST_WORKER_BASE and base
+        else {}
+    )
 
 
 def usable_for_sockets(base: str) -> bool:

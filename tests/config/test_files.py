@@ -40,15 +40,15 @@ def test_an_empty_file_gives_no_setting(content, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model.path: x", "line 1: 'model.path' must be a section with a key, as in 'model: {path: ...}'"),
+        ("model.path: x", "line 1: 'model.path' is not one key; write 'path' in the section 'model:'"),
         (
             "seed: 1\noptimizer.lr: 1",
-            "line 2: 'optimizer.lr' must be a section with a key, as in 'optimizer: {lr: ...}'",
+            "line 2: 'optimizer.lr' is not one key; write 'lr' in the section 'optimizer:'",
         ),
-        ("model: {model.path: x}", "'model.path' must be a section with a key, as in 'model: {path: ...}'"),
-        ("optimizer.l: 1", "'optimizer.l' must be a section with a key, as in 'optimizer: {lr: ...}'"),
-        ("rollout:\n  engine.name: vllm", "'rollout: {engine: ...}'"),
-        ("a.b: 1", "'a.b' must be a section with a key, as in 'model: {path: ...}'"),
+        ("model: {model.path: x}", "'model.path' is not one key; write 'path' in the section 'model:'"),
+        ("optimizer.l: 1", "'optimizer.l' is not one key; write 'lr' in the section 'optimizer:'"),
+        ("rollout:\n  engine.name: vllm", "write 'engine' in the section 'rollout:'"),
+        ("a.b: 1", "'a.b' is not one key; write 'path' in the section 'model:'"),
         ("model:\n  path: a\n  path: b", "line 3: 'model.path' is given twice"),
         ("model: {path: a}\nseed: 1\nmodel: {dtype: float32}", "line 3: 'model' is given twice"),
         ("seed: 1\n'seed': 1", "line 2: 'seed' is given twice"),

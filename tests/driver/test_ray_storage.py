@@ -1,6 +1,10 @@
 """Folders that Ray cannot use are refused in one sentence with variable and fix, before Ray starts; downgrades are logged once."""
 
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,9 +12,11 @@ import pytest
 from megatron_fipo.driver import ray_storage
 from megatron_fipo.driver.ray_storage import (
     LONGEST_BASE,
+    LONGEST_WORKER_BASE,
     check_shared_memory,
     make_session_folder,
     remove_session_folder,
+    worker_variables,
 )
 from megatron_fipo.errors import UserError
 
@@ -114,3 +120,24 @@ def test_too_little_shared_memory_is_logged_once_and_refused_where_ray_refuses_i
     assert len(lines) == 1
     assert "slower files" in lines[0]
     check_shared_memory(1, no_log, tmp_path)
+
+
+def test_ranks_get_a_folder_for_sockets_that_is_short_enough(tmp_path):
+    """multiprocessing starts its server under the longest name that stays, and not under a longer one."""
+    assert (
+        worker_variables({}) == worker_variables({"TMPDIR": ""}) == worker_variables({"TMPDIR": "/tmp"}) == {}
+    )
+    short = tempfile.mkdtemp(dir="/tmp")
+    try:
+        for length, works in ((LONGEST_WORKER_BASE, True), (LONGEST_WORKER_BASE + 1, False)):
+            base = Path(f"{short}/".ljust(length, "x"))
+            base.mkdir()
+            assert worker_variables({"TMPDIR": str(base)}) == ({} if works else {"TMPDIR": "/tmp"})
+            program = "from multiprocessing import Manager\nif __name__ == '__main__': Manager().Queue()"
+            script = base / "x.py"
+            script.write_text(program)
+            environment = {**os.environ, "TMPDIR": str(base)}
+            done = subprocess.run([sys.executable, script], env=environment, capture_output=True, timeout=60)
+            assert (done.returncode == 0) == works
+    finally:
+        shutil.rmtree(short)

@@ -28,7 +28,7 @@ def countdown_obstacle(ground_truth: str) -> str | None:
     """Why no response can be right for this ground truth; None if one can."""
     problem = CountdownProblem.parse(ground_truth)
     if problem is None:
-        return "is not of the form 3,7,5=26; use data.source=countdown or another reward"
+        return "is not a countdown problem of the form 3,7,5=26 (numbers=target); write it so"
     if all(evaluate(expression) != problem.target for expression in expressions(problem.numbers)):
         return "has no solution; remove the problem"
     return None
