@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -91,3 +92,9 @@ def wait_for_an_iteration(process: subprocess.Popen, run_dir: Path) -> None:
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def default_signals() -> None:
+    """For `preexec_fn`: signals that whoever started the tests ignores, as `nohup` and background jobs of a shell do."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

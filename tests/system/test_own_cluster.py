@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.system.runs import ROOT
+from tests.system.runs import ROOT, default_signals
 
 MARK = "FIPO_TEST_RUN"
 
@@ -30,6 +30,7 @@ class Driver:
             cwd=ROOT,
             env={**os.environ, **environment, MARK: self.mark},
             start_new_session=True,
+            preexec_fn=default_signals,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -169,20 +170,23 @@ def test_a_tmpdir_that_cannot_be_used_is_one_sentence(environment, words):
     [
         ("mount -t tmpfs -o ro tmpfs /dev/shm", 2, "/dev/shm cannot be written (Read-only file system)"),
         ("mount -t tmpfs -o size=16m tmpfs /dev/shm", 0, "/dev/shm has 0.02 GiB of free space"),
-        ("mount -t tmpfs -o size=1m tmpfs /tmp", 2, "/tmp has 1 MB of free space"),
+        ("mount -t tmpfs -o size=1m tmpfs /mnt", 2, "TMPDIR=/mnt has 1 MB of free space"),
         (
-            "mount -o bind,ro /etc /tmp && mount -o remount,bind,ro /tmp",
+            "mount -o bind,ro /etc /mnt && mount -o remount,bind,ro /mnt",
             2,
-            "Ray cannot keep its files in /tmp",
+            "Ray cannot keep its files in TMPDIR=/mnt",
         ),
     ],
 )
 def test_mounts_that_ray_cannot_use_are_one_sentence(mount, code, words):
+    environment = {name: value for name, value in os.environ.items() if name not in ("TMPDIR", "RAY_TMPDIR")}
+    if "/mnt" in mount:
+        environment["TMPDIR"] = "/mnt"  # not /tmp, where the checkout may be
     command = f"{mount} && exec {sys.executable} -m tests.system.own_cluster_run return"
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", command],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in ("TMPDIR", "RAY_TMPDIR")},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=90,

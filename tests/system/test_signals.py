@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.runs import ROOT, command, iterations, train_arguments
+from tests.system.runs import ROOT, command, default_signals, iterations, train_arguments
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -38,6 +38,7 @@ class Run:
                 cwd=ROOT,
                 env={**os.environ, MARK: self.mark},
                 start_new_session=True,
+                preexec_fn=default_signals,
                 stdout=output,
                 stderr=output,
             )
