@@ -28,6 +28,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """All lines of an error's message in one, without its full stop, or its type if it has no message."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an `OSError` while `path` is written into a `UserError`."""

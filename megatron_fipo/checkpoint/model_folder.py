@@ -5,6 +5,7 @@ is refused, with both files, both tensors, or file and key. Importing this modul
 Megatron-Core.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,48 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors that some exporters store although they follow from the config. All readers ignore them."""
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of plain weights, by name in the safetensors format."""
-STORAGE_KEYS: Mapping[str, str] = {
-    "quantization_config": "the weights in bfloat16 are needed; if they are that already, remove the key",
-    "compression_config": "the weights in bfloat16 are needed; if they are that already, remove the key",
-    "transformers_weights": "name the file model.safetensors and remove the key",
-    "fusion_config": "it changes the modules of transformers alone; remove the key",
-    "per_layer_config": "layers of different sizes are not supported; remove the key if they are equal",
+
+
+@dataclass(frozen=True)
+class OtherReading:
+    """A key of config.json that changes the model of transformers or vLLM, but not Megatron-Core's."""
+
+    fix: str
+    neutral: tuple[Any, ...] = (None,)
+    """Values that change nothing."""
+    families: tuple[str, ...] = ()
+    """`model_type` of the families whose readers obey the key; empty for all."""
+
+    def applies_to(self, model_type: Any) -> bool:
+        return not self.families or model_type in self.families
+
+
+_PLAIN_WEIGHTS = "the weights in bfloat16 are needed; if they are that already, remove the key"
+_VLLM_ALONE = "it changes the model of vLLM alone; remove the key if the model was trained without it"
+_OFF = (None, False)
+OTHER_READINGS: Mapping[str, OtherReading] = {
+    "quantization_config": OtherReading(_PLAIN_WEIGHTS),
+    "compression_config": OtherReading(_PLAIN_WEIGHTS),
+    "transformers_weights": OtherReading("name the file model.safetensors and remove the key"),
+    "fusion_config": OtherReading("it changes the modules of transformers alone; remove the key"),
+    "per_layer_config": OtherReading(
+        "layers of different sizes are not supported; remove the key if they are equal"
+    ),
+    # null is bidirectional too, for transformers and vLLM.
+    "is_causal": OtherReading(
+        "transformers and vLLM then attend to later tokens, but training is causal; remove the key if the "
+        "model is causal",
+        neutral=(True,),
+    ),
+    "dual_chunk_attention_config": OtherReading(_VLLM_ALONE, families=("qwen2", "qwen3")),
+    "qk_norm": OtherReading(_VLLM_ALONE, _OFF, families=("qwen2",)),
+    "logit_scale": OtherReading(_VLLM_ALONE, neutral=(1,), families=("llama",)),
+    "qkv_bias": OtherReading(_VLLM_ALONE, _OFF, families=("llama",)),
+    "bias": OtherReading(_VLLM_ALONE, _OFF, families=("llama",)),
+    "target_layer_count": OtherReading(_VLLM_ALONE, neutral=(0,), families=("llama",)),
+    "sliding_window": OtherReading(_VLLM_ALONE, neutral=(None, 0), families=("llama",)),
 }
-"""Keys of config.json that change how transformers or vLLM read the weights, each with the fix. An exported
-folder has none of them."""
+"""By key. An exported folder has none of those that its family obeys."""
 OTHER_FILES: Mapping[str, str] = {
     "hf_quant_config.json": "vLLM takes the weights for quantized ones; remove the file if they are not",
     "adapter_config.json": "transformers adds the adapter if peft is installed; merge it, or move it out",
@@ -69,7 +103,7 @@ def open_model_folder(folder: str | Path) -> ModelFolder:
 def read_description(folder: str | Path) -> tuple[Family, Architecture]:
     """What config.json states, for a reader that does not load the weights of the folder.
 
-    UserError: as `read_model_config`; a `model_type` of another family; a key (`STORAGE_KEYS`) or a file
+    UserError: as `read_model_config`; a `model_type` of another family; a key (`OTHER_READINGS`) or a file
     (`OTHER_FILES`) that makes another reader change the model.
     """
     family, architecture = read_model_config(folder)
@@ -79,9 +113,10 @@ def read_description(folder: str | Path) -> tuple[Family, Architecture]:
             f"{path} has model_type={config.get('model_type')!r}, which transformers reads, but architectures="
             f"{config['architectures']}, which vLLM reads, needs {family.name!r}; correct one of them"
         )
-    for key, fix in STORAGE_KEYS.items():
-        if config.get(key) is not None:
-            raise UserError(f"{path} has {key}: {fix}")
+    for key, reading in OTHER_READINGS.items():
+        if reading.applies_to(family.name) and key in config and config[key] not in reading.neutral:
+            value = "" if isinstance(config[key], dict | list) else f"={json.dumps(config[key])}"
+            raise UserError(f"{path} has {key}{value}: {reading.fix}")
     for name, fix in OTHER_FILES.items():
         if (path.parent / name).exists():
             raise UserError(f"model folder {folder} has {name}: {fix}")
@@ -95,7 +130,9 @@ def describe_export(
 
     Every key that the export could make false is set or removed; the others are copied.
     """
-    written = {key: value for key, value in config.items() if key not in STORAGE_KEYS}
+    family = config.get("model_type")
+    dropped = {key for key, reading in OTHER_READINGS.items() if reading.applies_to(family)}
+    written = {key: value for key, value in config.items() if key not in dropped}
     written["tie_word_embeddings"] = OUTPUT not in shapes
     names = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for key in names:

@@ -13,7 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from megatron_fipo.checkpoint.lost_weights import DOWNLOAD_AGAIN, explain, explain_no_safetensors
 from megatron_fipo.errors import UserError
+from megatron_fipo.placeholders import refuse_placeholder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -52,8 +54,10 @@ class SafetensorsFolder:
         self._refuse_other_files(files, index is not None)
         absent = [file for file in files if not (self.folder / file).is_file()]
         if absent:
+            why = explain(self.folder, absent)
             raise UserError(
-                f"model folder {self.folder} lacks {listing(absent)}, which its index lists; copy it again"
+                f"model folder {self.folder} lacks {listing(absent)}, which its index lists"
+                + (f", and {why}" if why else "; copy it again")
             )
         found: dict[str, StoredTensor] = {}
         for file in files:
@@ -99,9 +103,11 @@ class SafetensorsFolder:
         has_single = (self.folder / SINGLE_NAME).is_file()
         if not path.is_file():
             if not has_single:
+                why = explain(self.folder, (INDEX_NAME, SINGLE_NAME)) or explain_no_safetensors(self.folder)
+                why = why or f"has no weights; {DOWNLOAD_AGAIN}"
                 raise UserError(
-                    f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}; only "
-                    "safetensors are supported"
+                    f"model folder {self.folder} has neither {INDEX_NAME} nor {SINGLE_NAME}: it {why} (only "
+                    "safetensors are supported)"
                 )
             return None
         index = _parse_index(path)
@@ -160,6 +166,7 @@ class SafetensorsFolder:
         try:
             return safe_open(self.folder / file, framework=framework)
         except (OSError, SafetensorError) as error:
+            refuse_placeholder(self.folder / file)
             raise UserError(
                 f"{self.folder / file} is not a readable safetensors file (damaged or truncated?): {error}"
             ) from None
@@ -173,6 +180,7 @@ def _parse_index(path: Path) -> dict[str, str]:
         if not (isinstance(content["metadata"], dict) and isinstance(files, dict) and files):
             raise TypeError("weight_map and metadata have to be objects, the first not empty")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse_placeholder(path)
         raise UserError(f"{path} is not a readable index of safetensors ({error!r}); copy it again") from None
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):

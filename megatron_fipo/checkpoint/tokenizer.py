@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.checkpoint.companions import MODEL_FILES, companions
 from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.families.registry import read_hf_config
+from megatron_fipo.placeholders import refuse_placeholder
 
 GENERATION_CONFIG = "generation_config.json"
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -21,9 +23,9 @@ def load_tokenizer(
     These are the end-of-sequence tokens of the tokenizer and of generation_config.json. Without the latter
     they are those of config.json, as in transformers.
 
-    UserError if the tokenizer cannot be read, has no file of tokens (transformers then makes one without
-    tokens) or none but special tokens in it, or has a token whose id is outside the embedding; if there is no end-of-sequence
-    token, or one outside the embedding.
+    UserError if one of its files is a Git LFS pointer or a web page; if the tokenizer cannot be read, has no
+    file of tokens (transformers then makes one without tokens) or none but special tokens in it, or has a
+    token whose id is outside the embedding; if there is no end-of-sequence token, or one outside the embedding.
     """
     from transformers import AutoTokenizer
 
@@ -31,6 +33,8 @@ def load_tokenizer(
         raise UserError(
             f"model folder {folder} does not exist; give model.path a folder in Hugging Face format."
         )
+    for path in companions(Path(folder), MODEL_FILES):
+        refuse_placeholder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

@@ -127,6 +127,9 @@ def run_to_hf(arguments: argparse.Namespace) -> int:
 def _target(arguments: argparse.Namespace) -> Path:
     if arguments.target is None:
         raise UserError("convert needs DST, the folder to make (only --dry-run works without)")
+    source = arguments.source.resolve()
+    if source in arguments.target.resolve().parents:
+        raise UserError(f"DST {arguments.target} is inside SRC {arguments.source}; choose a folder outside")
     check_new_folder(arguments.target, "DST")
     return arguments.target
 

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.checkpoint.hf_config import load_hf_config
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.config import (
     HeadConfig,
@@ -44,6 +45,7 @@ def train(config: SftConfig) -> None:
     validate_sft(config, architecture, machine)
     target = Path(config.output_dir)
     check_new_folder(target, "output_dir")
+    load_hf_config(source, trust_remote_code=False)
     tokenizer, _ = load_tokenizer(source, trust_remote_code=False, vocab_size=architecture.vocab_size)
     if tokenizer.eos_token_id is None:
         raise UserError(

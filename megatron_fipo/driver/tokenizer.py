@@ -14,8 +14,8 @@ def checked_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     UserError as `open_model_folder`, `load_hf_config` and `load_tokenizer`.
     """
     architecture = open_model_folder(folder).architecture
+    load_hf_config(folder, trust_remote_code)  # first: the tokenizer's class reads config.json too
     tokenizer, _ = load_tokenizer(folder, trust_remote_code, architecture.vocab_size)
-    load_hf_config(folder, trust_remote_code)
     return tokenizer
 
 

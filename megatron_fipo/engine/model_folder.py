@@ -24,8 +24,8 @@ def load_model(
     family, architecture = read_description(path)
     if load_weights:
         open_model_folder(path)
+    config = load_hf_config(path, trust_remote_code)  # first: the tokenizer's class reads config.json too
     _, end_ids = load_tokenizer(path, trust_remote_code, architecture.vocab_size)
-    config = load_hf_config(path, trust_remote_code)
     try:
         model = _from_transformers(path, config, dtype, trust_remote_code, load_weights)
     except Exception as error:  # the error of a damaged folder depends on the damage

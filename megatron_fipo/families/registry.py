@@ -12,6 +12,7 @@ from megatron_fipo.families.family import Architecture, Family
 from megatron_fipo.families.llama import LLAMA
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.families.qwen3 import QWEN3
+from megatron_fipo.placeholders import refuse_placeholder
 
 FAMILIES: dict[str, Family] = {
     name: family for family in (QWEN2, QWEN3, LLAMA) for name in family.architectures
@@ -67,12 +68,17 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to a file that is gone; download the folder again with `hf download`"
+            ) from None
         raise UserError(
             f"the model folder {folder} has no config.json; give a folder in Hugging Face format"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        refuse_placeholder(path)
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} has to be a JSON object")

@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from megatron_fipo.checkpoint.companions import COMPANIONS
+from megatron_fipo.checkpoint.companions import MODEL_FILES, companions, is_backup
 from megatron_fipo.errors import UserError
 
 INPUTS_FILE = "inputs.json"
 """The inputs of a run, in its folder and in each of its checkpoints."""
-
-_NO_INPUT = ("LICENSE*",)
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,13 @@ class RunInputs:
 
 def model_files(folder: Path) -> dict[str, str]:
     """`RunInputs.model` of a model folder."""
-    matches = {path for pattern in COMPANIONS if pattern not in _NO_INPUT for path in folder.glob(pattern)}
+    matches = companions(folder, MODEL_FILES)
     files = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
+    names = {file.relative_to(folder).as_posix(): file for file in sorted(files) if file.is_file()}
     return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(files)
-        if file.is_file()
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in names.items()
+        if not is_backup(name)
     }
 
 
@@ -84,7 +83,9 @@ def input_changes(stored: RunInputs, inputs: RunInputs) -> dict[str, str | None]
 
 
 def _changed_files(before: dict[str, str], after: dict[str, str]) -> str | None:
-    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    # Earlier records name backups too.
+    names = [name for name in before.keys() | after.keys() if not is_backup(name)]
+    different = sorted(name for name in names if before.get(name) != after.get(name))
     if not different:
         return None
     return f"model.path has other content than the run in {', '.join(different)}"

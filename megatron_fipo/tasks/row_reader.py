@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.placeholders import HEAD_BYTES, placeholder
 from megatron_fipo.tasks import strict_json
 
 COLUMNS = {"prompt": None, "reward_model": "ground_truth", "data_source": None, "extra_info": "index"}
@@ -30,7 +31,6 @@ _SIGNATURES = (
     (b"ARROW1", "", "is an Arrow file; write it as parquet"),
     (b"\xff\xfe", "", "is text in UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "", "is text in UTF-16; save it as UTF-8"),
-    (b"version https://git-lfs", "", "is a Git LFS pointer, not the data; run `git lfs pull`"),
     (b"<", "", "is a web page or XML, not rows; download the data file itself"),
     (b"[", "", "is one JSON list; write one object per line"),
 )
@@ -63,7 +63,9 @@ def read_rows(path: Path, file_format: str) -> NumberedRows:
 
 def _refuse_other_format(path: Path, file_format: str) -> None:
     with _access_errors(path), path.open("rb") as file:
-        head = file.read(256).removeprefix(_BYTE_ORDER_MARK).lstrip()
+        head = file.read(HEAD_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if advice := placeholder(head):
+        raise UserError(f"data.source is {file_format}, but {path} {advice}")
     for signature, belongs_to, advice in _SIGNATURES:
         if head.startswith(signature) and belongs_to != file_format:
             raise UserError(f"data.source is {file_format}, but {path} {advice}")

@@ -13,6 +13,7 @@ from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.cli.main import main
 from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.driver.tokenizer import checked_tokenizer
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.model_folder import load_model
 from megatron_fipo.errors import UserError
@@ -173,7 +174,7 @@ TOKEN_FAULTS = {
     ),
     "a pointer instead of tokenizer.json": (
         set_text("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"),
-        "cannot read the tokenizer in",
+        "tokenizer.json is a Git LFS pointer, not the file; run `git lfs pull`",
     ),
     "an end token beyond the rows": (
         set_json("generation_config.json", eos_token_id=[1, 32]),
@@ -206,6 +207,39 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder, edit, message):
     for load_weights in (True, False):  # every engine
         with pytest.raises(UserError, match=message):
             load_model(str(folder), "float32", False, load_weights)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dtype": "bf16"}, 'config.json has dtype="bf16", which .* set it to one of bfloat16, float16,'),
+        ({"dtype": "auto"}, 'config.json has dtype="auto"'),
+        ({"dtype": "torch.bfloat16"}, 'config.json has dtype="torch.bfloat16"'),
+        ({"dtype": ..., "torch_dtype": "bf16"}, 'config.json has torch_dtype="bf16"'),
+        ({"dtype": {"": "bfloat16"}}, "config.json has dtype="),
+        (
+            {"use_cache": "true"},
+            "config.json is not readable by transformers: .*field 'use_cache': .*expected bool, got str .value: "
+            "'true'.; correct the key",
+        ),
+        ({"bos_token_id": [1]}, "config.json is not .*field 'bos_token_id': .*expected int, got list"),
+        (
+            {"use_sliding_window": None},
+            "config.json is not .*'use_sliding_window' expected bool, got NoneType",
+        ),
+    ],
+)
+def test_a_fault_of_the_config_is_not_blamed_on_the_tokenizer(folder, keys, message):
+    set_config(**keys)(folder)
+    for read in (
+        lambda: checked_tokenizer(str(folder), False),
+        lambda: load_model(str(folder), "float32", False, load_weights=False),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read()
+        assert str(caught.value).startswith(f"{folder}/config.json ")
+        assert "\n" not in str(caught.value)
+        assert "tokenizer" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,17 @@ def test_an_interruption_leaves_nothing(source, checkpoint, tmp_path):
 def test_dst_may_only_be_left_out_of_a_dry_run(source, capsys):
     assert main(["convert", "to-megatron", str(source)]) == 2
     assert "needs DST" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "to-megatron"])
+@pytest.mark.parametrize("target", ["x", "x/y", "./x", "../{name}/x", "hf/x", "link/x"])
+def test_dst_may_not_be_inside_src(source, checkpoint, tmp_path, monkeypatch, capsys, direction, target):
+    folder = checkpoint if direction == "to-hf" else source
+    if target.startswith("link"):
+        (tmp_path / "link").symlink_to(folder)
+        target = "../link/x"
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert main(["convert", direction, str(folder), target.format(name=folder.name)]) == 2
+    assert f"is inside SRC {folder}; choose a folder outside" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before

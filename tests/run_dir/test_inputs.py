@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.manifest import hash_files, write_manifest
 from megatron_fipo.errors import UserError
-from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, model_files
+from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, model_files
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from tests.run_dir.claimed_run import INPUTS, MODEL, claimed, config, save
 
@@ -79,6 +80,41 @@ def test_weights_and_licences_do_not_identify_a_model(tmp_path):
     (model / "model.safetensors").unlink()
     (model / "LICENSE").write_text("other")
     assert directory.claim(config(tmp_path / "run", *PATHS), inputs_of(model)) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json.bak",
+        "tokenizer.json~",
+        "tokenizer_config.json.orig",
+        "vocab.old",
+        ".hidden.model",
+        ".#tokenizer.json",
+        "chat_template.jinja~",
+        "additional_chat_templates/.tool.jinja.swp",
+        "additional_chat_templates/tool.jinja~",
+    ],
+)
+def test_backups_do_not_identify_a_model_and_are_not_copied(tmp_path, name):
+    directory = saved(tmp_path / "run")
+    model = copied_model(tmp_path / "model")
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("other")
+    inputs = inputs_of(model)
+    assert directory.claim(config(tmp_path / "run", *PATHS), inputs) == []
+    recorded = replace(inputs, model={**inputs.model, name: "digest"})
+    assert input_changes(recorded, inputs)["model.path"] is None, "as earlier versions recorded it"
+    (tmp_path / "copy").mkdir()
+    copy_companions(model, tmp_path / "copy")
+    assert not (tmp_path / "copy" / name).exists()
+    assert (tmp_path / "copy/tokenizer.json").exists()
+
+
+def test_the_tokens_of_tekken_identify_a_model(tmp_path):
+    model = copied_model(tmp_path / "model")
+    (model / "tekken.json").write_text("{}")
+    assert "tekken.json" in model_files(model)
 
 
 @pytest.mark.parametrize(
