@@ -87,10 +87,11 @@ test-oldest-here: venv-dev
 	$(BIN)/python -m pytest tests/model tests/distributed tests/checkpoint
 	$(BIN)/python -m pytest tests/system/test_train.py -k 'leaves_model_report_and_metrics or continues_where_it_stopped'
 
-test-slow: venv-triton
+test-slow: venv-vllm venv-triton
 	$(BIN)/python -m pytest tests -m slow
 	$(KERNELS) -m slow
 	$(BIN)/python -m pytest tests/system -m slow
+	$(BIN)/python -m pytest tests/vllm -m slow
 
 # The newest versions together with a transformers that both accept. verl without its requirements, which bring CUDA and more, but
 # with those that its losses import. The first conftest.py imports Megatron-Core, which this environment lacks.
