@@ -82,10 +82,10 @@ def saving(run: Run) -> bool:
     ("number", "code", "to_group", "delay_s", "times"),
     [
         (signal.SIGTERM, 85, True, 0.0, 1),
-        (signal.SIGUSR1, 85, True, 0.4, 1),
+        pytest.param(signal.SIGUSR1, 85, True, 0.4, 1, marks=pytest.mark.slow),
         (signal.SIGINT, 130, True, 0.8, 1),
-        (signal.SIGTERM, 85, True, 1.2, 2),
-        (signal.SIGTERM, 85, False, 0.2, 1),
+        pytest.param(signal.SIGTERM, 85, True, 1.2, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 85, False, 0.2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_leaves_nothing(train, tmp_path, number, code, to_group, delay_s, times):
@@ -122,7 +122,7 @@ def test_a_signal_while_the_state_is_saved_loses_nothing(train, tmp_path):
     assert len(iterations(run.run_dir)) == done + 1
 
 
-@pytest.mark.parametrize("victim", ["gcs_server", "raylet/raylet"])
+@pytest.mark.parametrize("victim", ["gcs_server", pytest.param("raylet/raylet", marks=pytest.mark.slow)])
 def test_a_run_whose_ray_is_killed_ends_with_one_sentence_and_its_log(train, tmp_path, victim):
     run = Run(tmp_path / "run", "checkpoint.every=1", "checkpoint.asynchronous=false")
     try:
