@@ -20,7 +20,6 @@ something else, and is refused.
 
 import fcntl
 import json
-import math
 import re
 import secrets
 import shutil
@@ -47,6 +46,7 @@ from megatron_fipo.errors import UserError, writing
 from megatron_fipo.run_dir import CONFIG_FILE
 from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, read_inputs, write_inputs
 from megatron_fipo.run_dir.metrics_log import read_metrics
+from megatron_fipo.run_dir.retention import checkpoints_to_remove
 from megatron_fipo.run_dir.settings_change import refuse_changes, refuse_unknown
 
 LATEST = "latest"
@@ -327,28 +327,6 @@ class RunDirectory:
             hidden = self.checkpoints / f".{_name(iteration)}.{secrets.token_hex(4)}"
             (self.checkpoints / _name(iteration)).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
-
-
-def checkpoints_to_remove(
-    checkpoints: Sequence[tuple[int, float | None]], keep_last: int, keep_best: int, keep_every: int
-) -> list[int]:
-    """Iterations of the checkpoints that the retention settings do not keep, in order.
-
-    `checkpoints` are (iteration, held-out accuracy or None if it was not measured). Kept are the newest
-    `keep_last`, at least one; the `keep_best` with the highest accuracy, of equal ones the newer; and every
-    multiple of `keep_every` (0: none).
-    """
-    iterations = sorted(iteration for iteration, _ in checkpoints)
-    measured = [
-        (accuracy, iteration)
-        for iteration, accuracy in checkpoints
-        if accuracy is not None and not math.isnan(accuracy)
-    ]
-    kept = set(iterations[-max(keep_last, 1) :])
-    kept.update(iteration for _, iteration in sorted(measured, reverse=True)[:keep_best])
-    if keep_every:
-        kept.update(iteration for iteration in iterations if iteration % keep_every == 0)
-    return [iteration for iteration in iterations if iteration not in kept]
 
 
 def _name(iteration: int) -> str:

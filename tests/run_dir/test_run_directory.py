@@ -16,10 +16,10 @@ from megatron_fipo.config import load_config
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import run_directory
 from megatron_fipo.run_dir.metrics_log import MetricsLog
+from megatron_fipo.run_dir.retention import checkpoints_to_remove
 from megatron_fipo.run_dir.run_directory import (
     LoopState,
     RunDirectory,
-    checkpoints_to_remove,
 )
 from tests.run_dir.claimed_run import MODEL, claim, claimed, config, names, save, write_ranks
 
