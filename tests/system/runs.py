@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from megatron_fipo.cli.main import main
 
 ROOT = Path(__file__).parents[2]
+MARK = "FIPO_TEST_RUN"
+"""Environment variable that marks a process and all that descend from it."""
 TINY = [
     "batch.prompts_per_iteration=4",
     "batch.responses_per_prompt=4",
@@ -98,3 +102,13 @@ def default_signals() -> None:
     """For `preexec_fn`: signals that whoever started the tests ignores, as `nohup` and background jobs of a shell do."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes with this value of `MARK` in their environment, which children inherit."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -15,9 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.system.runs import ROOT, default_signals
-
-MARK = "FIPO_TEST_RUN"
+from tests.system.runs import MARK, ROOT, default_signals, marked
 
 
 class Driver:
@@ -48,13 +46,8 @@ class Driver:
         return [process for process in self.alive() if name in " ".join(process.cmdline())]
 
     def alive(self) -> list[psutil.Process]:
-        """Processes with the mark of this driver in their environment, which children inherit."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        """Every process that descends from this driver."""
+        return marked(self.mark)
 
     @property
     def folder(self) -> Path:

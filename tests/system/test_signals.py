@@ -15,11 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.runs import ROOT, command, default_signals, iterations, train_arguments
+from tests.system.runs import MARK, ROOT, command, default_signals, iterations, marked, train_arguments
 
 pytestmark = pytest.mark.timeout(1200)
 
-MARK = "FIPO_TEST_RUN"
 SETTINGS = ("evaluation.before_training=false", "checkpoint.every=0")
 LONGEST_END_S = 90.0
 """From the signal to the end, on a loaded machine: an update, a checkpoint, the end of all processes."""
@@ -54,13 +53,8 @@ class Run:
         (os.killpg if to_group else os.kill)(self.process.pid, number)
 
     def left(self) -> list[psutil.Process]:
-        """Processes that inherited the mark of this run."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        """Every process that descends from this run."""
+        return marked(self.mark)
 
     def end(self) -> None:
         for process in self.left():
