@@ -77,7 +77,7 @@ def saving(run: Run) -> bool:
     [
         (signal.SIGTERM, 85, True, 0.0, 1),
         pytest.param(signal.SIGUSR1, 85, True, 0.4, 1, marks=pytest.mark.slow),
-        (signal.SIGINT, 130, True, 0.8, 1),
+        pytest.param(signal.SIGINT, 130, True, 0.8, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 85, True, 1.2, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 85, False, 0.2, 1, marks=pytest.mark.slow),
     ],
@@ -100,6 +100,7 @@ def test_a_signal_saves_and_leaves_nothing(train, tmp_path, number, code, to_gro
     assert len(iterations(run.run_dir)) == done + 1
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_state_is_saved_loses_nothing(train, tmp_path):
     run = Run(tmp_path / "run")
     try:
