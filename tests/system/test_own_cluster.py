@@ -92,7 +92,12 @@ def test_no_process_of_ray_is_in_the_driver_s_group_and_all_end_with_it():
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, -15), (signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGHUP, -1)],
+    [
+        (signal.SIGTERM, -15),
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, -1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_the_group_ends_driver_and_cluster(driver, number, code):
     os.killpg(driver.process.pid, number)
@@ -100,7 +105,9 @@ def test_a_signal_to_the_group_ends_driver_and_cluster(driver, number, code):
     assert driver.nothing_left()
 
 
-@pytest.mark.parametrize("victim", ["gcs_server", "raylet/raylet", "cluster_process.py"])
+@pytest.mark.parametrize(
+    "victim", ["gcs_server", pytest.param("raylet/raylet", marks=pytest.mark.slow), "cluster_process.py"]
+)
 def test_a_lost_cluster_is_one_sentence_within_seconds(driver, victim):
     start = time.monotonic()
     driver.family(victim)[0].kill()
@@ -131,7 +138,7 @@ def test_two_runs_and_a_running_cluster_leave_each_other_alone(driver):
         other.end()
 
 
-@pytest.mark.parametrize("name", ["x" * 90, "with space"])
+@pytest.mark.parametrize("name", ["x" * 90, pytest.param("with space", marks=pytest.mark.slow)])
 def test_ray_starts_whatever_the_name_of_tmpdir(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
