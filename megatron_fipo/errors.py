@@ -1,7 +1,7 @@
 """The exception that the command line prints as one sentence instead of a traceback."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,12 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All lines of an error's message in one, without its full stop, or its type if it has no message."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def listed(items: Sequence[str], limit: int, total: int | None = None) -> str:
+    """The first `limit` items for a message, and how many others there are (of `total`, by default of all `items`)."""
+    others = (len(items) if total is None else total) - limit
+    return ", ".join(items[:limit]) + (f" and {others:,} more" if others > 0 else "")
 
 
 @contextmanager

@@ -4,12 +4,14 @@ The checks do what writing will do and leave nothing behind: missing folders are
 and all of it is removed. So they also find a full disk, a read-only file system and a name that is too long.
 """
 
+import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from megatron_fipo.errors import UserError, writing
 
@@ -52,6 +54,11 @@ def write_output(file: Path, content: str) -> None:
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_table(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, as `write_output`."""
+    write_output(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _replaceable(file: Path) -> bool:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_fipo.errors import listed
+
 DOWNLOAD_AGAIN = "download the folder again with `hf download`"
 _SAVE = "load it with transformers and write it with save_pretrained"
 _OTHER_FORMATS = (
@@ -59,5 +61,4 @@ def _unfinished(folder: Path) -> list[str]:
 
 
 def _few(names: Iterable[str]) -> str:
-    first, *others = sorted({*names})
-    return f"{first} and {len(others)} more" if others else first
+    return listed(sorted({*names}), 1)

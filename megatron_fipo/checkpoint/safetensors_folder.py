@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.checkpoint.lost_weights import DOWNLOAD_AGAIN, explain, explain_no_safetensors
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, listed
 from megatron_fipo.placeholders import refuse_placeholder
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -193,9 +193,7 @@ def _parse_index(path: Path) -> dict[str, str]:
 
 def listing(names: Iterable[str], limit: int = 20) -> str:
     """Names for an error message: all of them, or the first `limit` and the number of the others."""
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return listed(sorted(names), limit)
 
 
 def require_exactly(place: str, found: Set[str], expected: Set[str], config_file: str) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.tasks.task import NO_ANSWER
+from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.tasks.task import NO_ANSWER, Problem
 
 REPORT_AFTER_GROUPS = 32
 """Groups without a right response, from the start of a run, after which it is reported."""
@@ -48,25 +49,29 @@ class AllWrongWatch:
         self._log = log
         self._groups = 0
         self._reported = False
-        self._last: Callable[[], WrongResponse] | None = None
+        self._last: tuple[Problem, Trajectory] | None = None
 
     @property
     def example(self) -> WrongResponse | None:
         """A response of the last group that was all wrong."""
-        return None if self._last is None else self._last()
-
-    def all_wrong(
-        self, problem_id: str, ground_truth: str, response_ids: Sequence[int], answer: str, finish_reason: str
-    ) -> None:
-        """A group finished without a right response; the arguments describe one of its responses."""
-        self._last = lambda: WrongResponse(
-            problem_id, ground_truth, self._decode(response_ids), answer, finish_reason == "length"
+        if self._last is None:
+            return None
+        problem, response = self._last
+        return WrongResponse(
+            problem.problem_id,
+            problem.ground_truth,
+            self._decode(response.response_ids),
+            response.extra.get("answer", NO_ANSWER),
+            response.finish_reason == "length",
         )
+
+    def finished(self, problem: Problem, group: Sequence[Trajectory]) -> None:
+        """The responses to a problem are scored. After one that is right, nothing will be reported."""
+        if any(response.accuracy > 0 for response in group):
+            self._reported = True
+            return
+        self._last = problem, group[-1]
         self._groups += 1
         if self._groups >= REPORT_AFTER_GROUPS and not self._reported:
             self._reported = True
             self._log(f"no response to the first {self._groups} prompts is right; {self.example}")
-
-    def some_right(self) -> None:
-        """A group finished with a right response, so nothing will be reported."""
-        self._reported = True

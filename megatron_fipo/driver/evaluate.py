@@ -1,7 +1,6 @@
 """`megatron-fipo evaluate`: engines on a Hugging Face folder, held-out problems, no trainer."""
 
 import contextlib
-import json
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
 from megatron_fipo.driver.tokenizer import checked_tokenizer, decoder, prints_date
 from megatron_fipo.families.registry import read_architecture
-from megatron_fipo.outputs import check_output_file, write_output
+from megatron_fipo.outputs import check_output_file, write_table
 from megatron_fipo.tasks.registry import load_evaluation, reward
 
 
@@ -46,5 +45,5 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
         console.evaluation(0, evaluation.values)
         if evaluation.all_wrong is not None:
             console.note(evaluation.all_wrong)
-        write_output(output, "".join(json.dumps(row) + "\n" for row in evaluation.table))
+        write_table(output, evaluation.table)
         console.note(f"every response and its score: {output}")

@@ -23,11 +23,9 @@ The driver waits for ranks in `TrainerGroup` and for engines in `EnginePool`; wi
 collector while it waits for the ranks. Only the driver decides what happens next.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_fipo.batching.iteration_batch import IterationBatch, plan_iteration
@@ -44,9 +42,10 @@ from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import RLTrainer
-from megatron_fipo.errors import UserError, writing
+from megatron_fipo.errors import UserError
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
+from megatron_fipo.outputs import write_table
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
 from megatron_fipo.tasks.task import Problem, Scorer
@@ -298,13 +297,6 @@ def learning_rate(lr: float, iteration: int, warmup_iterations: int) -> float:
     The first iteration already changes the weights. (The authors' scheduler gives it a rate of 0, which wastes it.)
     """
     return lr * min(1.0, (iteration + 1) / max(warmup_iterations, 1))
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object per line."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _samples_to_show(batch: IterationBatch) -> list[int]:

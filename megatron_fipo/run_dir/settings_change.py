@@ -54,8 +54,8 @@ def refuse_changes(
     owner: Path,
     stored: Config,
     config: Config,
-    allow_change: Sequence[str] = (),
-    inputs: Mapping[str, str | None] | None = None,
+    allow_change: Sequence[str],
+    inputs: Mapping[str, str | None],
 ) -> list[str]:
     """Compare a run's settings with the stored ones of `owner`, its folder or its newest checkpoint.
 
@@ -64,15 +64,14 @@ def refuse_changes(
     that lists all other changes with both values.
     """
     before, after = dict(leaves(stored)), dict(leaves(config))
-    by_content = dict(inputs or {})
-    free = (*_free_keys(stored, config), *by_content)
+    free = (*_free_keys(stored, config), *inputs)
     lines = {
         key: f"{key} was {before[key]} and is {after[key]}"
         for key in differences(stored, config)
         if not key.startswith(free)
     }
-    lines |= {key: change for key, change in by_content.items() if change is not None}
-    fixed = {SEED} & lines.keys() | ({TRAINING_DATA} if by_content.get(TRAINING_DATA) else set())
+    lines |= {key: change for key, change in inputs.items() if change is not None}
+    fixed = {SEED} & lines.keys() | ({TRAINING_DATA} if inputs.get(TRAINING_DATA) else set())
     refused = [key for key in lines if key not in allow_change or key in fixed]
     if refused:
         changes = "; ".join(lines[key] for key in refused)

@@ -7,6 +7,7 @@
     prompt_file.py      the data sources `parquet` and `jsonl`
     row_reader.py       their files as a stream of rows
     row.py              one row as a prompt with its answer
+    strict_json.py      JSON that refuses a key twice
     dapo_math.py        the scorer `dapo_math`
     countdown/          the built-in demo task, complete: problems, traces, tokenizer, scorer
 

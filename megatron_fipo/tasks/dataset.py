@@ -8,7 +8,8 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.task import Problem
 
 
-def _digest(*parts: object) -> bytes:
+def digest(*parts: object) -> bytes:
+    """16 bytes that identify values by what they print as; the same on every machine."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
@@ -27,7 +28,7 @@ def _by_prompts(problems: Sequence[Problem]) -> str:
 def _joint_digest(parts: Iterable[tuple[str, str]]) -> str:
     joint = hashlib.blake2b(digest_size=16)
     for part in parts:
-        joint.update(_digest(*part))
+        joint.update(digest(*part))
     return joint.hexdigest()
 
 
@@ -53,7 +54,7 @@ class Dataset:
         return len(self.problems)
 
     def _shuffled(self) -> list[int]:
-        return sorted(range(len(self.problems)), key=lambda index: _digest(self.seed, self.epoch, index))
+        return sorted(range(len(self.problems)), key=lambda index: digest(self.seed, self.epoch, index))
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems, across the end of an epoch if necessary."""

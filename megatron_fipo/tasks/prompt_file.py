@@ -5,13 +5,13 @@ and a duplicate prompt is dropped before it is tokenized: the published training
 thousand prompts about a hundred times.
 """
 
-import hashlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fipo.config import DataConfig
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, listed
+from megatron_fipo.tasks.dataset import digest
 from megatron_fipo.tasks.row import Row, parse_row
 from megatron_fipo.tasks.row_reader import ROW_UNITS, read_rows
 from megatron_fipo.tasks.task import EncodePrompt, Log, Problem, PromptTooLongError
@@ -66,7 +66,8 @@ def read_problems(
         name = str(number) if row.index is None else row.index
         while name in problems:
             name = f"{name}@{number}"
-        problems[name] = Problem(name, prompt_ids, text, row.ground_truth, row.data_source, _digest(row))
+        content = digest(row.prompt, row.ground_truth, row.data_source, row.index).hex()
+        problems[name] = Problem(name, prompt_ids, text, row.ground_truth, row.data_source, content)
     notes.refuse_too_long()
     if not problems:
         raise UserError(f"{path} has no rows; give a file with at least one problem")
@@ -78,12 +79,6 @@ def read_problems(
             "the chat template"
         )
     return list(problems.values())
-
-
-def _digest(row: Row) -> str:
-    """Identifies a row by the content of the columns that are read."""
-    content = repr((row.prompt, row.ground_truth, row.data_source, row.index))
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -112,7 +107,7 @@ class _Notes:
         self.rows += 1
         self.as_messages += not isinstance(row.prompt, str)
         self.as_json += row.prompt_was_json
-        key = hashlib.blake2b(repr(row.prompt).encode(), digest_size=16).digest()
+        key = digest(row.prompt)
         if key not in self.first:
             self.first[key] = (number, row.ground_truth)
             return False
@@ -133,7 +128,7 @@ class _Notes:
             longest = max(error.tokens for error in errors)
             raise UserError(
                 f"{self.path}: {len(errors):,} of {self.rows:,} rows have a prompt above rollout.max_prompt_length, "
-                f"the longest with {longest} tokens ({self.unit}s {_listing(list(map(str, self.too_long)), len(errors))}); "
+                f"the longest with {longest} tokens ({self.unit}s {listed(list(map(str, self.too_long)), NAMED_ROWS)}); "
                 "raise the limit or remove these rows"
             )
 
@@ -145,7 +140,7 @@ class _Notes:
             used = "the first answer is used" if deduplicate else "all are used"
             log(
                 f"{self.path}: rows with the same prompt have different answers, {used}: {self.unit}s "
-                f"{_listing(self.contradicting, self.contradictions)}; correct the file if that is not intended"
+                f"{listed(self.contradicting, NAMED_ROWS, self.contradictions)}; correct the file if that is not intended"
             )
         if self.as_json:
             log(f"{self.path}: {self.as_json:,} prompts are JSON text of messages and are read as messages")
@@ -154,9 +149,3 @@ class _Notes:
                 f"{self.path}: the tokenizer has no chat template, so the {self.as_messages:,} prompts stored as a "
                 "message of the user are its content alone"
             )
-
-
-def _listing(items: list[str], total: int) -> str:
-    """The first items of a list, and how many others there are."""
-    more = f" and {total - NAMED_ROWS:,} more" if total > NAMED_ROWS else ""
-    return ", ".join(items[:NAMED_ROWS]) + more

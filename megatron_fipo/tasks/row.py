@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks import strict_json
-from megatron_fipo.tasks.row_reader import listed
+from megatron_fipo.tasks.row_reader import named
 from megatron_fipo.tasks.task import Prompt
 
 LARGEST_WHOLE_FLOAT = 2**24
@@ -47,7 +47,7 @@ def parse_row(where: str, row: dict[str, Any]) -> Row:
     blank prompt or answer, and for text that is not valid Unicode.
     """
     if "prompt" not in row:
-        raise UserError(f"{where} has no `prompt`; its keys are {listed(list(row)) or 'none'}")
+        raise UserError(f"{where} has no `prompt`; its keys are {named(list(row)) or 'none'}")
     prompt, was_json = _prompt(where, row["prompt"])
     answer = _text(
         where, "reward_model.ground_truth", _section(where, row, "reward_model").get("ground_truth")
@@ -55,7 +55,7 @@ def parse_row(where: str, row: dict[str, Any]) -> Row:
     if answer is None or is_blank(answer):
         raise UserError(
             f"{where} has no `reward_model.ground_truth`; give every row an answer (its keys are "
-            f"{listed(list(row))})"
+            f"{named(list(row))})"
         )
     return Row(
         prompt=prompt,

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.errors import UserError, first_line, listed
 from megatron_fipo.placeholders import HEAD_BYTES, placeholder
 from megatron_fipo.tasks import strict_json
 
@@ -94,7 +94,7 @@ def _columns(path: Path, schema: pyarrow.Schema, rows: int) -> list[str]:
         if count > 1:
             raise UserError(f"{path} has {count} columns `{column}`; remove all but one")
         if not count and rows and column in ("prompt", "reward_model"):
-            raise UserError(f"{path} has no column `{column}`; its columns are {listed(schema.names)}")
+            raise UserError(f"{path} has no column `{column}`; its columns are {named(schema.names)}")
     found = []
     for column, field in COLUMNS.items():
         if column in schema.names:
@@ -104,11 +104,9 @@ def _columns(path: Path, schema: pyarrow.Schema, rows: int) -> list[str]:
     return found
 
 
-def listed(names: Sequence[str], limit: int = 12) -> str:
-    """Names for a message, on one line: the first ones, and how many others there are."""
-    shown = [name if name.isprintable() else ascii(name) for name in names[:limit]]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(shown) + more
+def named(names: Sequence[str]) -> str:
+    """Names of columns or keys for a message, on one line."""
+    return listed([name if name.isprintable() else ascii(name) for name in names], 12)
 
 
 def _read_jsonl(path: Path) -> NumberedRows:

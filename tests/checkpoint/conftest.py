@@ -8,6 +8,7 @@ import pytest
 
 from megatron_fipo.checkpoint.convert import pieces
 from megatron_fipo.checkpoint.convert.convert import to_megatron
+from tests.checkpoint.editing import save_model
 from tests.model.reference import make_reference
 
 
@@ -53,3 +54,24 @@ def source(sources, tmp_path) -> Path:
 @pytest.fixture
 def checkpoint(checkpoints, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoints("qwen2", "untied"), tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[bool, Path]:
+    """By sharded: a float32 model with a separate head."""
+    return {
+        sharded: save_model(tmp_path_factory.mktemp("model") / "folder", sharded=sharded)
+        for sharded in (False, True)
+    }
+
+
+@pytest.fixture
+def make(models, tmp_path):
+    """A copy of one of `models`, edited."""
+
+    def make(sharded: bool, edit, name: str = "folder") -> Path:
+        folder = Path(shutil.copytree(models[sharded], tmp_path / name / "model"))
+        edit(folder)
+        return folder
+
+    return make

@@ -9,7 +9,7 @@ from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.errors import UserError
-from tests.checkpoint.editing import SHARDS, save_model, set_text, steps
+from tests.checkpoint.editing import SHARDS, set_text, steps
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PAGE = "\n<!DOCTYPE html><html>Sign in</html>"
@@ -104,25 +104,6 @@ LOST = {
         "of another name .weights.safetensors.; .*name the file model.safetensors",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[bool, Path]:
-    """By sharded."""
-    return {
-        sharded: save_model(tmp_path_factory.mktemp("model") / "folder", sharded=sharded)
-        for sharded in (False, True)
-    }
-
-
-@pytest.fixture
-def make(models, tmp_path):
-    def make(sharded: bool, edit) -> Path:
-        folder = Path(shutil.copytree(models[sharded], tmp_path / "model"))
-        edit(folder)
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize(("sharded", "edit", "message"), LOST.values(), ids=LOST)

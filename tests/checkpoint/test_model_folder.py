@@ -32,7 +32,6 @@ from tests.checkpoint.editing import (
     index_of,
     other_weights,
     put,
-    save_model,
     set_config,
     set_index,
     set_text,
@@ -277,25 +276,6 @@ ACCEPTED = {
         ],
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[bool, Path]:
-    """By sharded: a float32 model with a separate head."""
-    return {
-        sharded: save_model(tmp_path_factory.mktemp("model") / "folder", sharded=sharded)
-        for sharded in (False, True)
-    }
-
-
-@pytest.fixture
-def make(models, tmp_path):
-    def make(sharded: bool, edit, name: str = "folder") -> Path:
-        folder = Path(shutil.copytree(models[sharded], tmp_path / name / "model"))
-        edit(folder)
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize(

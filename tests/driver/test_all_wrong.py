@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import EvaluationConfig
 from megatron_fipo.driver.all_wrong import REPORT_AFTER_GROUPS, AllWrongWatch, WrongResponse
 from megatron_fipo.driver.evaluation import evaluate
@@ -18,10 +19,10 @@ def watched(groups: str) -> list[str]:
     logged: list[str] = []
     watch = AllWrongWatch(lambda ids: f"text {ids}", logged.append)
     for number, group in enumerate(groups):
-        if group == "w":
-            watch.all_wrong(f"p{number}", "34", [number], "35", "stop")
-        else:
-            watch.some_right()
+        response = Trajectory(
+            "g", [1], [number], [1], [0.0], [], "stop", accuracy=float(group == "r"), extra={"answer": "35"}
+        )
+        watch.finished(Problem(f"p{number}", (1,), "?", "34", "math"), [response])
     return logged
 
 

@@ -13,7 +13,6 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from safetensors.torch import load_file
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver import placement as placement_module
@@ -23,60 +22,8 @@ from megatron_fipo.driver.rollout.pool import EnginePool, RequestResult
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
-from megatron_fipo.weight_sync.object_store import push_weights
 from tests.engine.tiny import save_model, some_requests
-
-SAMPLING = SamplingParams(1.0, 1.0, 24)
-HEALTH_S, STALL_S = 4.0, 10.0
-
-
-class TroubledEngine(LocalEngine):
-    """A local engine with faults that a test sets, each a number of times."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.troubles: dict[str, int] = {}
-        self.tokens = 0
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def cause(self, trouble: str, times: int) -> None:
-        self.troubles[trouble] = times
-        self.tokens = 0
-
-    def progress(self) -> int:
-        """Tokens of each response since the last `cause`."""
-        return self.tokens
-
-    def _strikes(self, trouble: str) -> bool:
-        self.troubles[trouble] = self.troubles.get(trouble, 0) - 1
-        return self.troubles[trouble] >= 0
-
-    def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
-        if self._strikes("slow"):
-            time.sleep(1.5 * HEALTH_S)
-        if self._strikes("stuck"):
-            time.sleep(100 * STALL_S)
-        if any("poison" in request.request_id for request in requests):
-            raise ArithmeticError("never works")
-        reply = super().generate(requests, sampling)
-        if self._strikes("other weights"):
-            return [replace(generation, weight_version=99) for generation in reply]
-        if self._strikes("malformed"):
-            return [
-                replace(generation, log_probs=(float("nan"),) * len(generation.log_probs))
-                for generation in reply
-            ]
-        return reply
-
-    def _append(self, *args: Any) -> list[int]:
-        if self._strikes("slow steps"):
-            time.sleep(0.1)
-        if self._strikes("very slow steps"):
-            time.sleep(1.2 * STALL_S / SAMPLING.max_new_tokens)
-        self.tokens += 1
-        return super()._append(*args)
+from tests.system.troubled_engine import HEALTH_S, SAMPLING, STALL_S, TrainerRank, TroubledEngine
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +47,6 @@ def answers(folders: list[Path]) -> list[dict[str, Generation]]:
 
 def tokens(generations: dict[str, Generation]) -> dict[str, tuple[int, ...]]:
     return {request_id: generation.response_ids for request_id, generation in generations.items()}
-
-
-class TrainerRank:
-    """In place of the trainer's rank 0: an actor that pushes new weights."""
-
-    def push(self, folder: str, engines: dict, version: int) -> None:
-        weights = load_file(Path(folder, "model.safetensors"))
-        push_weights(iter(weights.items()), engines, version, bucket_bytes=10_000, timeout_s=60.0, check=True)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError, ray_logs
 from megatron_fipo.objective.advantages import is_informative
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.task import NO_ANSWER
 
 if TYPE_CHECKING:
     from megatron_fipo.driver.rollout.pool import RequestResult
@@ -272,7 +271,7 @@ class Collector:
         """Score a finished group. It is buffered if it is informative and not stale, else dropped."""
         del self._unfinished[group.serial]
         trajectories = self._score_group(group)
-        self._show(group, trajectories)
+        self._watch.finished(group.problem, trajectories)
         if is_informative([trajectory.accuracy for trajectory in trajectories]):
             self.counts.informative += 1
             self._informative += 1
@@ -280,20 +279,6 @@ class Collector:
             self._drop_stale(self._update_version, [group])
             return
         self._filter_out(group, "all_right" if trajectories[0].accuracy > 0 else "all_wrong")
-
-    def _show(self, group: PromptGroup, trajectories: ScoredGroup) -> None:
-        """Pass a finished group to the watch."""
-        if any(trajectory.accuracy > 0 for trajectory in trajectories):
-            self._watch.some_right()
-            return
-        last, problem = trajectories[-1], group.problem
-        self._watch.all_wrong(
-            problem.problem_id,
-            problem.ground_truth,
-            last.response_ids,
-            last.extra.get("answer", NO_ANSWER),
-            last.finish_reason,
-        )
 
     def _filter_out(self, group: PromptGroup, why: Unused) -> None:
         """Record that a group is finished and not used."""

@@ -63,6 +63,11 @@ class Dispatcher:
         """Requests that have not ended."""
         return len(self._request_ids)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a request waits for an engine."""
+        return bool(self._batches or self._loose)
+
     def at(self, engine: int) -> list[Call]:
         """The calls running at `engine`."""
         return list(self._running.get(engine, ()))

@@ -279,7 +279,7 @@ class EnginePool:
             self._losses.raise_failure(self._fleet)
 
     def _dispatch(self) -> None:
-        if self._aborting:
+        if self._aborting or not self._dispatcher.waiting:
             return
         space = {number: self._space(number) for number in self._fleet.numbers(State.SERVING)}
         for call in self._dispatcher.start_calls(space):
