@@ -3,12 +3,16 @@
 Made once by the driver and used twice by every rank. The pass that records old log-probs and the updates use
 the same packing. The first mini-step therefore repeats the old pass operation by operation: its log-ratios
 are exactly zero, and any other value indicates a bug.
+
+    groups  →  IterationBatch (driver)  →  RankShare per data-parallel rank  →  shard of each micro-batch (rank)
+               all trajectories            what that rank trains on             its context-parallel part
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_fipo.batching.packing import Packing, micro_batch_multiple, plan_micro_batches
+from megatron_fipo.batching.rank_share import RankShare
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import Config
 
@@ -23,11 +27,16 @@ class IterationBatch:
     `trajectories`."""
     pad_token_id: int
 
-    def micro_batches(self, step: int, data_parallel_rank: int) -> list[list[Trajectory]]:
-        """The trajectories of each micro-batch of one data-parallel rank in one mini-step."""
-        return [
-            [self.trajectories[i] for i in indices] for indices in self.mini_batches[step][data_parallel_rank]
-        ]
+    @property
+    def data_parallel_size(self) -> int:
+        return len(self.mini_batches[0])
+
+    def share(self, data_parallel_rank: int) -> RankShare:
+        """The part that the ranks with this data-parallel rank train on, for all context, tensor and pipeline ranks."""
+        mini_batches = [packing[data_parallel_rank] for packing in self.mini_batches]
+        indices = [index for micro_batches in mini_batches for members in micro_batches for index in members]
+        trajectories = {index: self.trajectories[index] for index in indices}
+        return RankShare(trajectories, mini_batches, self.pad_token_id)
 
 
 def plan_iteration(

@@ -258,7 +258,7 @@ def _pack(
         ids[start:response] = trajectory.prompt_ids
         predicting = slice(response - 1, response - 1 + trajectory.response_length)
         ids[response : response + trajectory.response_length] = trajectory.response_ids
-        is_row[predicting] = np.asarray(trajectory.response_mask, dtype=bool)
+        is_row[predicting] = trajectory.response_mask
         log_probs[predicting] = trajectory.rollout_log_probs
     return _PackedBatch(
         ids=ids,
@@ -294,7 +294,7 @@ def _rows_per_sequence(packed: _PackedBatch) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(index: int, trajectory: Trajectory, max_position: int) -> None:
     name = f"trajectory {index} of group {trajectory.group_id}"
-    if not trajectory.prompt_ids:
+    if not len(trajectory.prompt_ids):
         raise ValueError(f"{name} has an empty prompt, so nothing predicts its first response token")
     for field in ("response_mask", "rollout_log_probs"):
         if len(getattr(trajectory, field)) != trajectory.response_length:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass
 class VersionSpan:
@@ -13,24 +15,28 @@ class VersionSpan:
     end: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
     """One response to one prompt, with the results of sampling and scoring.
 
     `response_ids`, `response_mask` and `rollout_log_probs` have the same length: the response, including its
-    end-of-sequence token.
+    end-of-sequence token. Tokens are numpy arrays, 9 bytes per response token; other sequences are converted.
+    Arrays may be read-only views of Ray's object store.
     """
 
     group_id: str
     """Shared by the responses to the same prompt in the same iteration. Advantages are relative to the
     group."""
-    prompt_ids: list[int]
-    response_ids: list[int]
-    response_mask: list[int]
-    """1 for tokens sampled from the policy, 0 for tool output. FutureKL decays over the zeros too."""
-    rollout_log_probs: list[float]
-    """Natural-log probability under the rollout engine. A health metric, never used as the loss's old
-    log-probs."""
+    prompt_ids: np.ndarray
+    """int32."""
+    response_ids: np.ndarray
+    """int32 [response length]."""
+    response_mask: np.ndarray
+    """int8 [response length]: 1 for tokens sampled from the policy, 0 for tool output. FutureKL decays over the
+    zeros too."""
+    rollout_log_probs: np.ndarray
+    """float32 [response length]: natural-log probability under the rollout engine. A health metric, never used
+    as the loss's old log-probs."""
     spans: list[VersionSpan]
     """Which weights sampled which tokens. Covers the response without gaps."""
     finish_reason: str
@@ -42,6 +48,12 @@ class Trajectory:
     advantage: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
     """Additional values that the reward logs, such as the extracted answer."""
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = np.asarray(self.prompt_ids, dtype=np.int32)
+        self.response_ids = np.asarray(self.response_ids, dtype=np.int32)
+        self.response_mask = np.asarray(self.response_mask, dtype=np.int8)
+        self.rollout_log_probs = np.asarray(self.rollout_log_probs, dtype=np.float32)
 
     @property
     def oldest_version(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.tasks.task import NO_ANSWER, Problem
+from megatron_fipo.tasks.task import NO_ANSWER, Decode, Problem
 
 REPORT_AFTER_GROUPS = 32
 """Groups without a right response, from the start of a run, after which it is reported."""
@@ -43,7 +43,7 @@ class WrongResponse:
 class AllWrongWatch:
     """Watches the groups of a run and reports once if none of the first ones has a right response."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], log: Callable[[str], None]) -> None:
+    def __init__(self, decode: Decode, log: Callable[[str], None]) -> None:
         """`decode` turns token ids into text."""
         self._decode = decode
         self._log = log

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.errors import UserError
-from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+from megatron_fipo.run_dir.loop_state import LoopState
+from megatron_fipo.run_dir.run_directory import PendingSave, RunDirectory
 
 
 class CheckpointSaver:

@@ -27,12 +27,13 @@ from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.errors import RAY_LOGS_VARIABLE, UserError, first_line
 from megatron_fipo.families.family import Architecture
+from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
 
 OBJECT_STORE_BASE_BYTES = 128 * 2**20
 """Object-store memory besides weights and trajectories."""
-PICKLED_BYTES_PER_TOKEN = 16
-"""Of a trajectory: id, mask and log-prob."""
+STORED_BYTES_PER_TOKEN = 17
+"""An engine's reply (id and log-prob, 8), and the share of the ranks that train on it (also the mask, 9)."""
 
 
 def start_engines(
@@ -55,6 +56,7 @@ def start_engines(
         engine.load(),
         engine.arguments(config, model_path, load_weights=trainer is None),
         rollout,
+        vocab_size=read_architecture(Path(model_path)).vocab_size,
         gpus_per_engine=rollout.engine_tensor_parallel_size if machine.gpus else 0,
         keep_batches=config.deterministic,
         loaded_weights_serve=trainer is None,
@@ -86,7 +88,7 @@ def object_store_bytes(config: Config, architecture: Architecture) -> int:
     buckets = BUCKETS_IN_STORE * max(config.rollout.weight_bucket_mb * 2**20, embedding)
     responses = config.batch.prompts_per_iteration * config.batch.responses_per_prompt
     tokens = responses * (config.rollout.max_prompt_length + config.rollout.max_response_length)
-    needed = OBJECT_STORE_BASE_BYTES + buckets + tokens * PICKLED_BYTES_PER_TOKEN
+    needed = OBJECT_STORE_BASE_BYTES + buckets + tokens * STORED_BYTES_PER_TOKEN
     return min(needed, psutil.virtual_memory().total // 3)
 
 

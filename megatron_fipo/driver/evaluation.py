@@ -10,7 +10,7 @@ from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, evaluatio
 from megatron_fipo.driver.rollout.prompt_group import request_seed
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError, ray_logs
-from megatron_fipo.tasks.task import Problem, Scorer
+from megatron_fipo.tasks.task import Decode, Problem, Scorer
 
 Generate = Callable[[Sequence[GenerationRequest], SamplingParams], Sequence[Generation | None]]
 """Answers requests in their order; None for a request that failed permanently."""
@@ -43,7 +43,7 @@ def evaluate(
     generate: Generate,
     problems: Sequence[Problem],
     scorer: Scorer,
-    decode: Callable[[Sequence[int]], str],
+    decode: Decode,
     settings: EvaluationConfig,
     *,
     max_new_tokens: int,

@@ -24,9 +24,11 @@ collector while it waits for the ranks. Only the driver decides what happens nex
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_fipo.batching.iteration_batch import IterationBatch, plan_iteration
 from megatron_fipo.clock import clock
@@ -46,9 +48,10 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
 from megatron_fipo.outputs import write_table
+from megatron_fipo.run_dir.loop_state import LoopState
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
-from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
-from megatron_fipo.tasks.task import Problem, Scorer
+from megatron_fipo.run_dir.run_directory import RunDirectory
+from megatron_fipo.tasks.task import Decode, Problem, Scorer
 from megatron_fipo.trainer.protocol import IterationReport, TokenWeights
 
 
@@ -61,7 +64,7 @@ class LoopComponents:
     held_out: list[Problem]
     """Empty if nothing is evaluated."""
     scorer: Scorer
-    decode: Callable[[Sequence[int]], str]
+    decode: Decode
     pad_token_id: int
     console: Console
     trackers: Trackers
@@ -225,7 +228,7 @@ class Loop:
         same_layout = self.saver.load(checkpoint)
         self.state = self.directory.load_state(checkpoint)
         live = self.components.rollouts.live
-        if bool(self.state.rollout) != live:
+        if bool(self.state.rollout.values) != live:
             before, now = ("with", "without") if live else ("without", "with")
             raise UserError(
                 f"{checkpoint} comes from training {before} --replay and cannot be resumed {now} it: the sampling state differs; "
@@ -250,17 +253,16 @@ class Loop:
             trajectory = batch.trajectories[index]
             influence = None
             if self.config.objective.name == "fipo":
-                influence = [1.0] * trajectory.response_length
+                influence = np.ones(trajectory.response_length)
                 for part in weights:
                     if part.trajectory == index:
-                        for position, weight in zip(part.positions, part.weights, strict=True):
-                            influence[position] = weight
+                        influence[part.positions] = part.weights
             self.samples.log(
                 Sample(
                     iteration=self.state.iteration,
                     prompt=self.components.decode(trajectory.prompt_ids),
                     tokens=[self.components.decode([token]) for token in trajectory.response_ids],
-                    influence_weights=influence,
+                    influence_weights=None if influence is None else influence.tolist(),
                     reward=trajectory.reward,
                     accuracy=trajectory.accuracy,
                     advantage=trajectory.advantage,

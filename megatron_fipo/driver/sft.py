@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from rich.progress import Progress
 
 from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
@@ -96,13 +97,12 @@ def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajector
             prompt = tokenizer.encode(problem.prompt, add_special_tokens=False)  # type: ignore[attr-defined]
             response = tokenizer.encode(supervised_trace(problem, rng), add_special_tokens=False)  # type: ignore[attr-defined]
             response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
-            ones = [1] * len(response)
             yield Trajectory(
                 str(problem),
-                prompt,
-                response,
-                ones,
-                [0.0] * len(response),
+                np.array(prompt, dtype=np.int32),
+                np.array(response, dtype=np.int32),
+                np.ones(len(response), dtype=np.int8),
+                np.zeros(len(response), dtype=np.float32),
                 [VersionSpan(0, 0, len(response))],
                 "stop",
             )

@@ -1,11 +1,13 @@
 """The tokenizer of a model folder, and what the driver needs of it."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from megatron_fipo.checkpoint.hf_config import load_hf_config
 from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
+from megatron_fipo.tasks.task import Decode
 
 
 def checked_tokenizer(folder: str, trust_remote_code: bool) -> Any:
@@ -24,9 +26,9 @@ def prints_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+def decoder(tokenizer: Any) -> Decode:
     """Token ids to text without special tokens."""
-    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
+    return lambda ids: tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -207,7 +207,8 @@ class RLTrainer(TrainerGroup):
 
         `meanwhile` is called repeatedly until all ranks are done.
         """
-        answers = self.call_while(meanwhile, RLRank.train_iteration, put_once(batch), lr, samples)
+        shares = [ray.put(batch.share(rank)) for rank in range(batch.data_parallel_size)]
+        answers = self.call_while(meanwhile, RLRank.train_iteration, shares, lr, samples)
         report = next(report for report, _ in answers if report is not None)
         return report, [weights for _, part in answers for weights in part]
 

@@ -115,7 +115,12 @@ class LocalEngine:
             self._abort.clear()
             rows = self._decode(requests, sampling)
             return [
-                Generation(tuple(row.tokens), tuple(row.log_probs), row.finish_reason, self._version)
+                Generation(
+                    np.array(row.tokens, dtype=np.int32),
+                    np.array(row.log_probs, dtype=np.float32),
+                    row.finish_reason,
+                    self._version,
+                )
                 for row in rows
             ]
 
@@ -130,7 +135,9 @@ class LocalEngine:
             _Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :])
             for request in requests
         ]
-        logits, cache, mask = self._prefill([request.prompt_ids + request.prefix for request in requests])
+        logits, cache, mask = self._prefill(
+            [(*request.prompt_ids, *request.prefix.tolist()) for request in requests]
+        )
         running = rows
         while not self._abort.is_set():
             uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(

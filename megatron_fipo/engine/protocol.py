@@ -5,14 +5,18 @@ and these data classes, so `engine.registry` can exchange one engine for another
 the driver: no torch here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NO_WEIGHTS = -1
 """The version of an engine that has no weights yet."""
+NO_TOKENS = np.empty(0, dtype=np.int32)
+NO_LOG_PROBS = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -25,33 +29,41 @@ class SamplingParams:
     """Length limit of a response, including its prefix."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenerationRequest:
     """One response to one prompt. The same `seed` and weights give the same response."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     seed: int
-    prefix: tuple[int, ...] = ()
-    """The response so far, from an earlier call that was aborted; generation continues after it. Shorter than
-    the limit."""
+    prefix: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    """int32. The response so far, from an earlier call that was aborted; generation continues after it.
+    Shorter than the limit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """Token ids that one call added to a response, with a final end-of-sequence token, and their log-probs.
 
     Log-probs are natural logs of the distribution after temperature and before top-p truncation: at
     temperature T it is the policy that the loss differentiates (the head applies the same temperature).
+
+    Arrays, because Ray passes them without a copy: the driver reads them in its node's object store.
     """
 
-    response_ids: tuple[int, ...]
-    """Without the request's prefix. Empty only after an abort."""
-    log_probs: tuple[float, ...]
+    response_ids: np.ndarray
+    """int32 [tokens], without the request's prefix. Empty only after an abort."""
+    log_probs: np.ndarray
+    """float32 [tokens]."""
     finish_reason: str
     """`stop` (end-of-sequence token sampled), `length` (response limit reached) or `abort` (not finished)."""
     weight_version: int
     """Of all these tokens: weights never change within a call."""
+
+    @classmethod
+    def not_started(cls, weight_version: int) -> "Generation":
+        """The answer to a request that was aborted before its first token."""
+        return cls(NO_TOKENS, NO_LOG_PROBS, "abort", weight_version)
 
 
 @dataclass(frozen=True)

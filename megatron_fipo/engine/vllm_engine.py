@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from megatron_fipo.engine.protocol import (
@@ -187,7 +188,7 @@ class VLLMEngine:
             raise
         finally:
             self._running.difference_update(ids)
-        not_started = [Generation((), (), "abort", version)] * (len(requests) - len(outputs))
+        not_started = [Generation.not_started(version)] * (len(requests) - len(outputs))
         return [_generation(output, version) for output in outputs] + not_started
 
     async def _submit(
@@ -203,7 +204,7 @@ class VLLMEngine:
         for request_id, request in zip(ids, requests, strict=True):
             if self._aborts != aborts:
                 break
-            prompt = tokens_input([*request.prompt_ids, *request.prefix])
+            prompt = tokens_input([*request.prompt_ids, *request.prefix.tolist()])
             collectors.append(
                 await self._llm.add_request(request_id, prompt, self._sampling(request, sampling))
             )
@@ -391,8 +392,8 @@ def _seed(request: GenerationRequest) -> int:
 def _generation(output: Any, version: int) -> Generation:
     """Converts vLLM's `RequestOutput`."""
     response = output.outputs[0]
-    tokens = tuple(response.token_ids)
-    log_probs = tuple(response.logprobs.logprobs) if tokens else ()
+    tokens = np.array(response.token_ids, dtype=np.int32)
+    log_probs = np.array(response.logprobs.logprobs if len(tokens) else (), dtype=np.float32)
     if response.finish_reason not in ("stop", "length", "abort"):
         raise RuntimeError(f"vLLM ended a request with {response.finish_reason!r}")
     return Generation(tokens, log_probs, response.finish_reason, version)

@@ -7,7 +7,7 @@
         rng/                                  random states of each rank
         hf/                                   config.json and tokenizer of the model
         config.yaml, inputs.json              the settings, and what their paths contained
-        loop.json                             the state of the loop
+        loop.json, tokens.safetensors         the state of the loop
     run_dir/checkpoints/latest                link to the newest
     run_dir/metrics.jsonl, samples.jsonl      the logs
     run_dir/model/                            the trained model in Hugging Face format
@@ -19,12 +19,11 @@ something else, and is refused.
 """
 
 import fcntl
-import json
 import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,31 +44,22 @@ from megatron_fipo.config import Config, load_config, save_config
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.run_dir import CONFIG_FILE
 from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, read_inputs, write_inputs
+from megatron_fipo.run_dir.loop_state import (
+    LOOP_FILE,
+    TOKENS_FILE,
+    LoopState,
+    read_loop_state,
+    write_loop_state,
+)
 from megatron_fipo.run_dir.metrics_log import read_metrics
 from megatron_fipo.run_dir.retention import checkpoints_to_remove
 from megatron_fipo.run_dir.settings_change import refuse_changes, refuse_unknown
 
 LATEST = "latest"
 LOCK = ".lock"
-LOOP_STATE = "loop.json"
 NAME = re.compile(r"iteration_(\d{6,})")
-DRIVER_FILES = (LOOP_STATE, CONFIG_FILE, INPUTS_FILE, "hf/")
+DRIVER_FILES = (LOOP_FILE, TOKENS_FILE, CONFIG_FILE, INPUTS_FILE, "hf/")
 """The files of a checkpoint that the driver writes; the ranks write the others."""
-
-
-@dataclass
-class LoopState:
-    """What the training loop needs to resume, apart from weights, optimizer and random states."""
-
-    iteration: int = 0
-    """Iterations completed."""
-    weight_version: int = 0
-    """Weight version that the engines serve; it increases by one per iteration."""
-    rollout: dict[str, Any] = field(default_factory=dict)
-    """Position in the training data, buffered groups and unfinished responses, as JSON values.
-
-    Empty with `--replay`.
-    """
 
 
 @dataclass(frozen=True)
@@ -178,13 +168,13 @@ class RunDirectory:
     def load_state(self, checkpoint: Path) -> LoopState:
         """The loop state of a checkpoint. Raises `UserError` if it is damaged."""
         try:
-            state = LoopState(**json.loads((checkpoint / LOOP_STATE).read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
+            state = read_loop_state(checkpoint)
+        except ValueError as error:
             raise self._damaged(
-                checkpoint, [f"its {LOOP_STATE} is not a loop state of this version ({error})"]
+                checkpoint, [f"its {LOOP_FILE} is not a loop state of this version ({error})"]
             ) from None
         if _name(state.iteration) != checkpoint.name:
-            raise self._damaged(checkpoint, [f"its {LOOP_STATE} is of iteration {state.iteration}"])
+            raise self._damaged(checkpoint, [f"its {LOOP_FILE} is of iteration {state.iteration}"])
         return state
 
     def begin_save(self, state: LoopState) -> PendingSave:
@@ -201,7 +191,7 @@ class RunDirectory:
                 for folder in ("weights", "rng", "hf"):
                     (pending.partial / folder).mkdir(parents=True)
                 copy_companions(Path(config.model.path), pending.partial / "hf")
-                (pending.partial / LOOP_STATE).write_text(json.dumps(asdict(state)) + "\n")
+                write_loop_state(pending.partial, state)
                 save_config(config, pending.partial / CONFIG_FILE)
                 write_inputs(pending.partial, inputs)
         except BaseException:
@@ -339,7 +329,7 @@ def _number(checkpoint: Path) -> int:
 
 def _refuse_other_folder(run_dir: Path) -> None:
     """Raise `UserError` if an existing folder is neither a run's nor what a first start leaves that fails."""
-    if (run_dir / LOOP_STATE).exists() or (run_dir / manifest.NAME).exists():
+    if (run_dir / LOOP_FILE).exists() or (run_dir / manifest.NAME).exists():
         raise UserError(
             f"run_dir {run_dir} is a checkpoint; give the folder of its run, {run_dir.parent.parent}, to resume it"
         )

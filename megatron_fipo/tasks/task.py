@@ -1,8 +1,10 @@
 """What a task consists of: problems from a data source, and a scorer for the responses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from megatron_fipo.config import DataConfig
 from megatron_fipo.errors import UserError
@@ -12,6 +14,8 @@ NO_ANSWER = "[INVALID]"
 
 Prompt = str | tuple[tuple[str, str], ...]
 """A text that is used without changes, or (role, content) messages."""
+Decode = Callable[[Sequence[int] | np.ndarray], str]
+"""Token ids to text without special tokens."""
 Log = Callable[[str], None]
 """Receives one sentence for the user."""
 

@@ -7,14 +7,18 @@ Each method but `rendezvous` (rank 0) runs on all ranks at once, because most of
 results are pickled by Ray.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 
 if TYPE_CHECKING:
-    from megatron_fipo.batching.iteration_batch import IterationBatch
+    import ray
+
+    from megatron_fipo.batching.rank_share import RankShare
     from megatron_fipo.batching.trajectory import Trajectory
     from megatron_fipo.checkpoint.manifest import FileRecord
 
@@ -29,15 +33,16 @@ class IterationReport:
     """Wall time of `old_log_probs` and `update` on the reporting rank."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenWeights:
     """Influence weights of some tokens of one trajectory, from the rank that has them."""
 
     trajectory: int
     """Index into the iteration's trajectories."""
-    positions: list[int]
-    """Within the response."""
-    weights: list[float]
+    positions: np.ndarray
+    """int64, within the response."""
+    weights: np.ndarray
+    """float32."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,12 @@ class RLRank(TrainerRank, Protocol):
     """A rank of a reinforcement-learning run."""
 
     def train_iteration(
-        self, batch: "IterationBatch", lr: float, samples: list[int]
+        self, shares: "Sequence[ray.ObjectRef[RankShare]]", lr: float, samples: list[int]
     ) -> tuple[IterationReport | None, list[TokenWeights]]:
         """Compute old log-probs, then take one optimizer step per mini-batch.
 
-        `samples` are indices into the batch whose influence weights (of the step that trains them) the report shows. The
+        `shares` are stored by data-parallel rank; a rank reads its own. `samples` are indices into the iteration's
+        trajectories whose influence weights (of the step that trains them) the report shows. The
         report comes from the first rank of the last pipeline stage, the weights from the ranks that have the tokens.
         """
 

@@ -2,16 +2,18 @@
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import ray
 import torch
 from megatron.core import parallel_state
 
-from megatron_fipo.batching.iteration_batch import IterationBatch
+from megatron_fipo.batching.packing import MicroBatch
+from megatron_fipo.batching.rank_share import RankShare
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
 from megatron_fipo.checkpoint.hf_export import describe_hf_tensors, iterate_hf_tensors
@@ -22,11 +24,16 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.gpu_rules import TORCH_ADAM
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import ADAM
+from megatron_fipo.trainer.one_ahead import one_ahead
 from megatron_fipo.trainer.protocol import IterationReport, PushFailure, RankSettings, RLRank, TokenWeights
 from megatron_fipo.trainer.rank import MegatronRank
 from megatron_fipo.weight_sync.nccl import NcclTransport
 from megatron_fipo.weight_sync.object_store import ObjectStoreTransport
 from megatron_fipo.weight_sync.transport import Transport, WeightSyncError, WeightTransport, transport_for
+
+Result = TypeVar("Result")
+LogProbs = list[list[torch.Tensor]]
+"""[mini-step][micro-batch]: float32 [R]; no micro-batches on pipeline stages without log-probs."""
 
 
 class RLWorker(MegatronRank, RLRank):
@@ -55,25 +62,33 @@ class RLWorker(MegatronRank, RLRank):
         self.transport = self._weight_transport()
 
     def train_iteration(
-        self, batch: IterationBatch, lr: float, samples: list[int]
+        self, shares: "Sequence[ray.ObjectRef[RankShare]]", lr: float, samples: list[int]
     ) -> tuple[IterationReport | None, list[TokenWeights]]:
+        share = ray.get(shares[parallel_state.get_data_parallel_rank()])
         seconds: dict[str, float] = {}
-        steps = [self._shards(batch, step) for step in range(len(batch.mini_batches))]
         with clock(seconds, "old_log_probs", self.device):
-            steps = self._with_old_log_probs(steps)
-        objective = self.config.objective
-        mini_steps, token_weights = [], []
+            old = self._log_probs(share)
+            reference: LogProbs | None = None
+            if self.reference is not None:
+                with self._reference_weights():
+                    reference = self._log_probs(share)
+
+        def update(step: int, shards: list[PackedShard]) -> tuple[dict[str, float], list[TokenWeights]]:
+            shards = _with_log_probs(shards, old[step], None if reference is None else reference[step])
+            result = self.policy.policy_step(shards, self.config.objective, lr)
+            metrics = {
+                **result.statistics,
+                "policy/grad_norm": result.grad_norm,
+                "policy/skipped_steps": float(result.skipped),
+            }
+            return metrics, _token_weights(
+                shards, result.influence_weights, share.mini_batches[step], samples
+            )
+
         with clock(seconds, "update", self.device):
-            for step, shards in enumerate(steps):
-                result = self.policy.policy_step(shards, objective, lr)
-                mini_steps.append(
-                    {
-                        **result.statistics,
-                        "policy/grad_norm": result.grad_norm,
-                        "policy/skipped_steps": float(result.skipped),
-                    }
-                )
-                token_weights += self._token_weights(batch, step, shards, result.influence_weights, samples)
+            steps = self._for_each_mini_step(share, update)
+        mini_steps = [metrics for metrics, _ in steps]
+        token_weights = [weights for _, found in steps for weights in found]
         if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
             torch.cuda.empty_cache()  # for the engines that wake now
         if not self.reports:
@@ -121,27 +136,22 @@ class RLWorker(MegatronRank, RLRank):
         load_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder) / "weights")
         return load_rng(Path(folder), self.rank, self.world_size)
 
-    def _shards(self, batch: IterationBatch, step: int) -> list[PackedShard]:
-        return self.shards(
-            batch.micro_batches(step, parallel_state.get_data_parallel_rank()), batch.pad_token_id
+    def _for_each_mini_step(
+        self, share: RankShare, use: Callable[[int, list[PackedShard]], Result]
+    ) -> list[Result]:
+        """`use` on the shards of each mini-step. Those of the next one are built and uploaded meanwhile.
+
+        Shards take about nine times the memory of the tokens, so they are built again for every pass.
+        """
+        return one_ahead(
+            lambda step: self.shards(share.micro_batches(step), share.pad_token_id),
+            use,
+            len(share.mini_batches),
         )
 
-    def _with_old_log_probs(self, steps: list[list[PackedShard]]) -> list[list[PackedShard]]:
-        """The same shards with log-probs under the weights before the first update, and under the reference model."""
-        scored = [self._score(shards, PackedShard.with_old_log_probs) for shards in steps]
-        if self.reference is not None:
-            with self._reference_weights():
-                scored = [self._score(shards, PackedShard.with_reference_log_probs) for shards in scored]
-        return scored
-
-    def _score(
-        self, shards: list[PackedShard], store: Callable[[PackedShard, torch.Tensor], PackedShard]
-    ) -> list[PackedShard]:
-        """`shards` with log-probs stored by `store`; unchanged on pipeline stages without log-probs."""
-        log_probs = self.policy.log_probs(shards)
-        if not self.policy.is_last_stage:
-            return shards
-        return [store(shard, values) for shard, values in zip(shards, log_probs, strict=True)]
+    def _log_probs(self, share: RankShare) -> LogProbs:
+        """Log-probs of all mini-steps under the current weights, kept on the device."""
+        return self._for_each_mini_step(share, lambda step, shards: self.policy.log_probs(shards))
 
     def _snapshot(self) -> list[torch.Tensor]:
         return [
@@ -165,23 +175,38 @@ class RLWorker(MegatronRank, RLRank):
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
 
-    def _token_weights(
-        self,
-        batch: IterationBatch,
-        step: int,
-        shards: list[PackedShard],
-        weights: list[torch.Tensor],
-        samples: list[int],
-    ) -> list[TokenWeights]:
-        if not weights or parallel_state.get_tensor_model_parallel_rank() != 0:
-            return []
-        wanted, found = set(samples), []
-        indices = batch.mini_batches[step][parallel_state.get_data_parallel_rank()]
-        for shard, values, members in zip(shards, weights, indices, strict=True):
-            if not wanted.intersection(members):
-                continue
-            for index, per_token in zip(members, shard.scatter_rows(values), strict=True):
-                positions = np.flatnonzero(~np.isnan(per_token))
-                if index in wanted and len(positions):
-                    found.append(TokenWeights(index, positions.tolist(), per_token[positions].tolist()))
-        return found
+
+def _with_log_probs(
+    shards: list[PackedShard], old: list[torch.Tensor], reference: list[torch.Tensor] | None
+) -> list[PackedShard]:
+    """The shards with the log-probs of the policy before the update, and of the reference model if there is one.
+
+    Both lists are empty on pipeline stages without log-probs; there the shards are unchanged.
+    """
+    if old:
+        shards = [shard.with_old_log_probs(values) for shard, values in zip(shards, old, strict=True)]
+    if reference:
+        shards = [
+            shard.with_reference_log_probs(values) for shard, values in zip(shards, reference, strict=True)
+        ]
+    return shards
+
+
+def _token_weights(
+    shards: list[PackedShard], weights: list[torch.Tensor], indices: list[MicroBatch], samples: list[int]
+) -> list[TokenWeights]:
+    """Influence weights of the samples among these micro-batches, on one tensor-parallel rank.
+
+    `indices` are those of the micro-batches' trajectories.
+    """
+    if not weights or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return []
+    wanted, found = set(samples), []
+    for shard, values, members in zip(shards, weights, indices, strict=True):
+        if not wanted.intersection(members):
+            continue
+        for index, per_token in zip(members, shard.scatter_rows(values), strict=True):
+            positions = np.flatnonzero(~np.isnan(per_token))
+            if index in wanted and len(positions):
+                found.append(TokenWeights(index, positions, per_token[positions]))
+    return found

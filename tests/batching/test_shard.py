@@ -111,7 +111,7 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
     expected_tokens: list[tuple] = []
     expected_rows: list[tuple] = []
     for s, t in enumerate(batch):
-        ids = t.prompt_ids + t.response_ids
+        ids = [*t.prompt_ids.tolist(), *t.response_ids.tolist()]
         expected_tokens += [
             (s, p, token) for p, token in enumerate(ids + [PAD] * (int(padded[s]) - len(ids)))
         ]
@@ -119,7 +119,14 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
         for k in chosen:
             position = len(t.prompt_ids) + k - 1
             expected_rows.append(
-                (s, position, t.response_ids[k], t.advantage, t.rollout_log_probs[k], float(k == chosen[-1]))
+                (
+                    s,
+                    position,
+                    int(t.response_ids[k]),
+                    t.advantage,
+                    float(t.rollout_log_probs[k]),
+                    float(k == chosen[-1]),
+                )
             )
     if not batch:
         expected_tokens = [(0, p, PAD) for p in range(int(padded[0]))]
@@ -127,7 +134,7 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
     assert sorted(rows) == expected_rows
     for shard in parts:
         assert (
-            shard.rows.response_length.tolist() == [float(sum(t.response_mask)) for t in batch] or not batch
+            shard.rows.response_length.tolist() == [float(t.response_mask.sum()) for t in batch] or not batch
         )
         assert shard.max_seqlen == padded.max()
     assert all(padded % (zigzag_multiple(cp) * factor) == 0)
@@ -136,8 +143,8 @@ def test_the_ranks_together_hold_every_token_and_every_row_once(batch, cp, facto
 def test_the_worked_example_of_the_module_docstring():
     """Exactly the numbers of the example at the top of `batching/shard.py`."""
     a, b = trajectory(2, [1, 1, 1]), trajectory(1, [1, 0, 1])
-    a.prompt_ids, a.response_ids = [10, 11], [12, 13, 14]
-    b.prompt_ids, b.response_ids = [20], [21, 22, 23]
+    a.prompt_ids, a.response_ids = np.int32([10, 11]), np.int32([12, 13, 14])
+    b.prompt_ids, b.response_ids = np.int32([20]), np.int32([21, 22, 23])
     first, second = shards([a, b], cp=2, multiple=4)
 
     assert first.input_ids.tolist() == [[10, 11, PAD, PAD, 20, 23]]

@@ -67,10 +67,10 @@ def hf_log_probs(folder: Path, trajectories, temperature: float):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     scored = []
     for trajectory in trajectories:
-        ids = torch.tensor([trajectory.prompt_ids + trajectory.response_ids])
+        ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.response_ids]])
         logits = model(ids).logits[0, len(trajectory.prompt_ids) - 1 : -1] / temperature
         table = logits.log_softmax(dim=-1)
-        labels = torch.tensor(trajectory.response_ids)[:, None]
+        labels = torch.tensor(trajectory.response_ids, dtype=torch.int64)[:, None]
         scored.append((table.gather(1, labels).squeeze(1), -(table.exp() * table).sum(dim=-1)))
     return model, scored
 

@@ -66,4 +66,7 @@ def serials(collected: Collected) -> list[int]:
 
 
 def responses(runs: Sequence[Collected]) -> list[list[tuple[str, list[int]]]]:
-    return [[(t.group_id, t.response_ids) for group in collected.groups for t in group] for collected in runs]
+    return [
+        [(t.group_id, t.response_ids.tolist()) for group in collected.groups for t in group]
+        for collected in runs
+    ]

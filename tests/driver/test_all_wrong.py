@@ -6,12 +6,12 @@ from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import EvaluationConfig
 from megatron_fipo.driver.all_wrong import REPORT_AFTER_GROUPS, AllWrongWatch, WrongResponse
 from megatron_fipo.driver.evaluation import evaluate
-from megatron_fipo.engine.protocol import Generation
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.task import NO_ANSWER, Problem
 from tests.driver.collecting import make, until_enough
 from tests.driver.toy_pool import ToyPool
+from tests.generations import generation
 
 
 def watched(groups: str) -> list[str]:
@@ -75,7 +75,7 @@ def test_the_collector_is_silent_once_a_response_is_right():
 @pytest.mark.parametrize(("answer", "reported"), [("Answer: 34", False), ("Answer: 35", True)])
 def test_an_evaluation_without_a_right_response_has_an_example(answer, reported):
     evaluation = evaluate(
-        lambda requests, _: [Generation((1,), (0.0,), "length", 0) for _ in requests],
+        lambda requests, _: [generation((1,), (0.0,), "length", 0) for _ in requests],
         [Problem(f"p{i}", (1,), "?", "34", "math") for i in range(3)],
         reward("dapo_math").score,
         lambda _: answer,

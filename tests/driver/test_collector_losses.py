@@ -22,7 +22,7 @@ def holding_back_the_first(mode: str) -> tuple[Collector, ToyPool]:
         until_enough(collector)
     collector.pause()
     pool.version = 1
-    first = collector.state()["groups"][0]
+    first = collector.state().values["groups"][0]
     assert first["serial"] == 0
     assert any(response["spans"] for response in first["responses"])
     assert any(response["finish_reason"] is None for response in first["responses"])
@@ -48,7 +48,7 @@ def test_a_group_that_finishes_too_late_does_not_wait():
     while collector.counts.stale == 0:
         collector.step(0.0)
     collector.pause()
-    assert 0 not in [group["serial"] for group in collector.state()["groups"]]
+    assert 0 not in [group["serial"] for group in collector.state().values["groups"]]
 
 
 def test_what_new_weights_make_too_old_is_dropped_before_anything_is_sent():
@@ -59,12 +59,13 @@ def test_what_new_weights_make_too_old_is_dropped_before_anything_is_sent():
         collector.step(0.0)
     collector.pause()
     begun = sum(
-        any(response["spans"] for response in group["responses"]) for group in collector.state()["groups"]
+        any(response["spans"] for response in group["responses"])
+        for group in collector.state().values["groups"]
     )
     pool.submitted.clear()
     collector.resume(3)
     assert (collector.counts.stale, collector.waiting) == (begun, 0)
-    assert not any(request.prefix for requests in pool.submitted for request in requests)
+    assert not any(len(request.prefix) for requests in pool.submitted for request in requests)
 
 
 def test_a_failed_group_is_never_scored_and_its_other_responses_are_ignored():

@@ -26,6 +26,7 @@ from megatron_fipo.driver.rollout.dump import (
     write_dump,
 )
 from megatron_fipo.errors import UserError
+from tests.generations import plain
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
 JSON = st.recursive(
@@ -51,7 +52,7 @@ def response(draw, group_id: str) -> Trajectory:
         prompt_ids=draw(st.lists(st.integers(0, 2**31 - 1), max_size=6)),
         response_ids=draw(st.lists(st.integers(0, 2**31 - 1), min_size=length, max_size=length)),
         response_mask=draw(st.lists(st.integers(0, 1), min_size=length, max_size=length)),
-        rollout_log_probs=draw(st.lists(FLOATS, min_size=length, max_size=length)),
+        rollout_log_probs=draw(st.lists(st.floats(width=32), min_size=length, max_size=length)),
         spans=[VersionSpan(draw(st.integers(0, 2**40)), *bound) for bound in itertools.pairwise(bounds)],
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         reward=draw(FLOATS),
@@ -63,6 +64,8 @@ def response(draw, group_id: str) -> Trajectory:
 
 def bits(value: Any) -> Any:
     """The value with floats as their 64 bits, to compare -0.0, NaN and all digits, and 1 with 1.0."""
+    if isinstance(value, np.ndarray):
+        return plain(value)
     if isinstance(value, float):
         return ("float", "nan") if math.isnan(value) else struct.pack("<d", value)
     if isinstance(value, list | tuple):
@@ -83,7 +86,7 @@ def test_what_is_read_is_what_was_written(tmp_path, groups, at_once) -> None:
         path = write_dump(tmp_path, 12, groups, 0.1 + 0.2)
     assert path == tmp_path / "iteration_000012.parquet"
     assert bits(read_dump(path)) == bits(groups)
-    assert read_header(path) == {"format": 1, "iteration": 12, "temperature": 0.1 + 0.2}
+    assert read_header(path) == {"format": 2, "iteration": 12, "temperature": 0.1 + 0.2}
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -112,22 +115,22 @@ def test_other_tools_see_plain_columns(tmp_path) -> None:
     table = pyarrow.parquet.read_table(write_dump(tmp_path, 1, two_groups(), 1.0))
     assert table.column_names == list(vars(trajectory()))
     assert table["group_id"].to_pylist() == ["a", "a", "b", "b"]
-    assert table["rollout_log_probs"].type.value_type == pyarrow.float64()
+    assert table["rollout_log_probs"].type.value_type == pyarrow.float32()
     assert table["spans"].to_pylist()[0] == [
         {"version": 4, "start": 0, "end": 1},
         {"version": 5, "start": 1, "end": 3},
     ]
 
 
-def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path) -> None:
-    """An engine's lists may contain numpy scalars; float32 log-probs are exact in float64."""
-    given_ = trajectory(
-        response_ids=list(np.arange(3)),
-        rollout_log_probs=list(np.float32([-0.1, -1e-7, -30])),
-    )
-    ((found,),) = read_dump(write_dump(tmp_path, 1, [[given_]], 1.0))
-    assert found == given_
-    assert {type(value) for value in found.rollout_log_probs + found.response_ids} == {float, int}
+def test_dumps_of_format_1_are_read(tmp_path) -> None:
+    """They had the log-probs in float64, exact values of float32."""
+    given_ = trajectory(rollout_log_probs=np.float32([-0.1, -1e-7, -30]))
+    path = write_dump(tmp_path, 1, [[given_]], 1.0)
+    table = pyarrow.parquet.read_table(path).cast(dump.SCHEMAS[1])
+    header = {"format": 1, "iteration": 1, "temperature": 1.0}
+    pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), path)
+    ((found,),) = read_dump(path)
+    assert bits(found) == bits(given_)
 
 
 def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path) -> None:
@@ -141,7 +144,6 @@ def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path) -> None:
         (ValueError, "group_id", [[trajectory("a")], [trajectory("a")]]),
         (ValueError, "group_id", [[trajectory("a"), trajectory("b")]]),
         (ValueError, "empty", [[trajectory("a")], []]),
-        (ValueError, "1099511627776", [[trajectory("a", response_ids=[2**40, 1, 1])]]),
     ]
     for kind, message, groups in bad:
         with pytest.raises(kind, match=message):
@@ -171,7 +173,7 @@ def test_every_truncation_and_every_damaged_byte_of_the_data_is_noticed(tmp_path
         except UserError:
             noticed += 1
         else:
-            assert found == two_groups()  # a byte that does not affect the rows
+            assert bits(found) == bits(two_groups())  # a byte that does not affect the rows
     assert noticed > len(intact) / 41 / 3
 
 
@@ -182,16 +184,16 @@ def test_files_that_are_no_dumps_are_named(tmp_path) -> None:
     table = pyarrow.table({"group_id": ["a"]})
     pyarrow.parquet.write_table(table, other)
     for path, header in (
-        (newer, {"format": 2, "iteration": 1, "temperature": 1.0}),
+        (newer, {"format": 3, "iteration": 1, "temperature": 1.0}),
         (garbled, {"format": 1}),
     ):
         pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), path)
     columns = tmp_path / "columns.parquet"
-    header = {"format": 1, "iteration": 1, "temperature": 1.0}
+    header = {"format": 2, "iteration": 1, "temperature": 1.0}
     pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), columns)
     for path, message in {
         other: "other.parquet is a parquet file, but not a dump",
-        newer: "newer.parquet has format 2, but this version reads 1",
+        newer: "newer.parquet has format 3, but this version reads 1, 2",
         missing: r"cannot read .*missing.parquet \(No such file",
         garbled: "garbled.parquet is not a readable dump .*header is incomplete",
         columns: "columns.parquet is not a readable dump .*columns differ",
@@ -210,7 +212,7 @@ def test_a_replay_gives_each_iteration_its_groups(tmp_path) -> None:
     source = DumpFolder(tmp_path, 0.7, 10)
     for iteration in (10, 1, 2):
         collected = source.groups(iteration)
-        assert collected.groups == read_dump(dump_path(tmp_path, iteration))
+        assert bits(collected.groups) == bits(read_dump(dump_path(tmp_path, iteration)))
         assert collected.groups[0][0].group_id == f"{iteration}-0"
         assert collected.counts.used_tokens == 3 * 2 * 3
         assert collected.counts.prompts == collected.counts.generated_tokens == 0

@@ -2,27 +2,38 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_fipo.driver.rollout.replies import malformed
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from tests.generations import generation
 
 SAMPLING = SamplingParams(1.0, 1.0, 4)
-REQUESTS = [GenerationRequest("a", (1,), 0), GenerationRequest("b", (1,), 0, prefix=(7, 8))]
-GOOD = [Generation((3, 4, 5, 6), (-0.5, -1.0, -2.0, 0.0), "length", 1), Generation((2,), (1e-7,), "stop", 1)]
+VOCABULARY = 9
+REQUESTS = [
+    GenerationRequest("a", (1,), 0),
+    GenerationRequest("b", (1,), 0, prefix=np.array([7, 8], dtype=np.int32)),
+]
+GOOD = [generation((3, 4, 8, 0), (-0.5, -1.0, -2.0, 0.0), "length", 1), generation((2,), (1e-7,), "stop", 1)]
+
+
+def tokens(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def log_probs(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
 
 
 def problem(reply, aborted: bool = False) -> str | None:
-    return malformed(reply, REQUESTS, SAMPLING, aborted)
+    return malformed(reply, REQUESTS, SAMPLING, VOCABULARY, aborted)
 
 
 def test_a_good_reply_passes():
     assert problem(GOOD) is None
-    assert malformed([Generation((), (), "abort", 1), GOOD[1]], REQUESTS, SAMPLING, aborted=True) is None
-    assert (
-        malformed([replace(GOOD[0], finish_reason="abort"), GOOD[1]], REQUESTS, SAMPLING, aborted=True)
-        is None
-    )
+    assert problem([Generation.not_started(1), GOOD[1]], aborted=True) is None
+    assert problem([replace(GOOD[0], finish_reason="abort"), GOOD[1]], aborted=True) is None
 
 
 @pytest.mark.parametrize("reply", [None, "text", GOOD[:1], [*GOOD, GOOD[0]], tuple(GOOD), [GOOD, GOOD]])
@@ -33,19 +44,26 @@ def test_another_shape_does_not(reply):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"response_ids": (3, 4)}, "1 log-probs for 2 tokens"),
-        ({"response_ids": (), "log_probs": ()}, "is empty"),
-        ({"response_ids": (1, 2, 3), "log_probs": (-1.0, -1.0, -1.0)}, "3 tokens, more than the 2 allowed"),
-        ({"response_ids": (-1,)}, "contains invalid token ids"),
-        ({"response_ids": (1.5,)}, "contains invalid token ids"),
-        ({"response_ids": (True,)}, "contains invalid token ids"),
-        ({"response_ids": ("x",)}, "contains invalid token ids"),
-        ({"response_ids": (2**70,)}, "contains invalid token ids"),
-        ({"response_ids": ((1, 2), 3), "log_probs": (-1.0, -1.0)}, "contains values that are not numbers"),
-        ({"log_probs": (float("nan"),)}, "log-probs that are NaN, infinite or > 0"),
-        ({"log_probs": (float("-inf"),)}, "log-probs that are NaN, infinite or > 0"),
-        ({"log_probs": (0.1,)}, "log-probs that are NaN, infinite or > 0"),
-        ({"log_probs": (None,)}, "log-probs that are NaN, infinite or > 0"),
+        ({"response_ids": tokens(3, 4)}, "1 log-probs for 2 tokens"),
+        ({"response_ids": tokens(), "log_probs": log_probs()}, "is empty"),
+        (
+            {"response_ids": tokens(1, 2, 3), "log_probs": log_probs(-1, -1, -1)},
+            "3 tokens, more than the 2 allowed",
+        ),
+        ({"response_ids": tokens(-1)}, "the token id -1, outside the vocabulary of 9"),
+        ({"response_ids": tokens(9)}, "the token id 9, outside the vocabulary of 9"),
+        ({"response_ids": (1,)}, "token ids that are a tuple, not an array"),
+        ({"response_ids": np.array([1.5])}, r"token ids that are float64 [1], not int32 [tokens]"),
+        ({"response_ids": np.array([True])}, "token ids that are bool [1]"),
+        ({"response_ids": np.array(["x"])}, "token ids that are <U1 [1]"),
+        ({"response_ids": np.array([2**40])}, "token ids that are int64 [1]"),
+        ({"response_ids": np.array(3, dtype=np.int32)}, "token ids that are int32 []"),
+        ({"response_ids": tokens(1, 2)[None], "log_probs": log_probs(-1)}, "token ids that are int32 [1, 2]"),
+        ({"log_probs": log_probs(float("nan"))}, "log-probs that are NaN, infinite or > 0"),
+        ({"log_probs": log_probs(float("-inf"))}, "log-probs that are NaN, infinite or > 0"),
+        ({"log_probs": log_probs(0.1)}, "log-probs that are NaN, infinite or > 0"),
+        ({"log_probs": None}, "log-probs that are a NoneType, not an array"),
+        ({"log_probs": np.array([None])}, "log-probs that are object [1], not float32 [tokens]"),
         ({"finish_reason": "tired"}, "reason 'tired'"),
         ({"finish_reason": "abort"}, "reason 'abort'"),
     ],

@@ -11,6 +11,7 @@ from megatron_fipo.driver.rollout.prompt_group import GroupScorer, parse_request
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.task import Problem, Score
+from tests.generations import generation
 
 RIGHT, WRONG = 1, 2
 MAX_LENGTH = 12
@@ -84,9 +85,7 @@ class ToyPool:
         """Running requests return unfinished, some of them finished; queued ones return empty."""
         running = [self._outstanding.pop(name) for name in list(self._outstanding)[: self.slots]]
         results = [self._cut(r) if self._rng.random() < 0.9 else self._finish(r) for r in running]
-        results += [
-            RequestResult(name, Generation((), (), "abort", self.version)) for name in self._outstanding
-        ]
+        results += [RequestResult(name, Generation.not_started(self.version)) for name in self._outstanding]
         self._outstanding.clear()
         self._rng.shuffle(results)
         return results
@@ -96,15 +95,13 @@ class ToyPool:
         serial, index = parse_request_id(request.request_id)
         if self._outcome(serial) == "failed" and index == FAILING_INDEX:
             return RequestResult(request.request_id, None)
-        return RequestResult(
-            request.request_id, Generation(tuple(tokens), tuple(log_probs), "stop", self.version)
-        )
+        return RequestResult(request.request_id, generation(tokens, log_probs, "stop", self.version))
 
     def _cut(self, request: GenerationRequest) -> RequestResult:
         tokens, log_probs = self._rest(request)
         end = self._rng.randrange(len(tokens))
         return RequestResult(
-            request.request_id, Generation(tuple(tokens[:end]), tuple(log_probs[:end]), "abort", self.version)
+            request.request_id, generation(tokens[:end], log_probs[:end], "abort", self.version)
         )
 
     def _rest(self, request: GenerationRequest) -> tuple[list[int], list[float]]:
@@ -112,7 +109,7 @@ class ToyPool:
             request.request_id, request.seed, self._outcome(parse_request_id(request.request_id)[0])
         )
         start = len(request.prefix)
-        assert tuple(tokens[:start]) == request.prefix
+        assert tokens[:start] == request.prefix.tolist()
         return tokens[start:], log_probs[start:]
 
     def _outcome(self, serial: int) -> str:

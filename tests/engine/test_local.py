@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.checksum import tensor_checksum
 from tests.engine.conftest import loaded
 from tests.engine.tiny import save_model, some_requests
+from tests.generations import ids, plain
 from tests.tiny_qwen2 import END
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
@@ -29,15 +31,15 @@ def reference(model_folder: Path) -> torch.nn.Module:
 def teacher_forced(
     model: torch.nn.Module, request: GenerationRequest, generation: Generation, temperature: float
 ) -> torch.Tensor:
-    response = torch.tensor(generation.response_ids)
+    response = torch.tensor(ids(generation))
     with torch.no_grad():
-        logits = model(torch.tensor([[*request.prompt_ids, *generation.response_ids]])).logits[0]
+        logits = model(torch.tensor([[*request.prompt_ids, *ids(generation)]])).logits[0]
     rows = logits[len(request.prompt_ids) - 1 : -1] / temperature
     return torch.log_softmax(rows, -1).gather(-1, response[:, None])[:, 0]
 
 
 def tokens(generations: list[Generation]) -> list[tuple[int, ...]]:
-    return [generation.response_ids for generation in generations]
+    return [ids(generation) for generation in generations]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7), (0.0, 1.0)])
@@ -52,18 +54,18 @@ def test_log_probs_are_those_of_a_teacher_forced_pass(shared_engine, reference, 
 def test_greedy_takes_the_most_likely_token(shared_engine, reference):
     first, second = some_requests(1, n=2)
     answer, same = shared_engine.generate([first, second], SamplingParams(0.0, 1.0, 20))
-    ids = list(first.prompt_ids)
-    for token in answer.response_ids:
+    context = list(first.prompt_ids)
+    for token in ids(answer):
         with torch.no_grad():
-            assert token == int(reference(torch.tensor([ids])).logits[0, -1].argmax())
-        ids.append(token)
-    assert answer == same
+            assert token == int(reference(torch.tensor([context])).logits[0, -1].argmax())
+        context.append(token)
+    assert plain(answer) == plain(same)
 
 
 def test_a_response_depends_on_its_own_seed_only(shared_engine):
     requests = some_requests()
     together = shared_engine.generate(requests, PLAIN)
-    assert shared_engine.generate(requests, PLAIN) == together
+    assert plain(shared_engine.generate(requests, PLAIN)) == plain(together)
     alone = [shared_engine.generate([request], PLAIN)[0] for request in requests[:5]]
     assert tokens(alone) == tokens(together)[:5]
     assert tokens(shared_engine.generate(requests[::-1], PLAIN)[::-1]) == tokens(together)
@@ -85,14 +87,14 @@ def test_finish_reasons(shared_engine):
     seen: Counter[str] = Counter()
     for generation in shared_engine.generate(some_requests(n=16), SamplingParams(1.0, 1.0, 12)):
         seen[generation.finish_reason] += 1
-        assert len(generation.log_probs) == len(generation.response_ids) <= 12
-        assert END not in generation.response_ids[:-1]
+        assert len(generation.log_probs) == len(ids(generation)) <= 12
+        assert END not in ids(generation)[:-1]
         if generation.finish_reason == "stop":
-            assert generation.response_ids[-1] == END
+            assert ids(generation)[-1] == END
         else:
             assert generation.finish_reason == "length"
-            assert len(generation.response_ids) == 12
-            assert generation.response_ids[-1] != END
+            assert len(ids(generation)) == 12
+            assert ids(generation)[-1] != END
     assert seen["stop"] > 5
     assert seen["length"] > 5
 
@@ -102,14 +104,13 @@ def test_a_continued_response_is_the_uninterrupted_one(shared_engine, sampling):
     """Rows are cut at different positions: one batch has prefixes of all lengths, also up to the end."""
     requests = some_requests(n=6)
     complete = shared_engine.generate(requests, sampling)
-    cuts = [index % max(1, len(generation.response_ids)) for index, generation in enumerate(complete)]
-    prefixes = [generation.response_ids[:cut] for generation, cut in zip(complete, cuts, strict=True)]
+    cuts = [index % max(1, len(ids(generation))) for index, generation in enumerate(complete)]
+    prefixes = [ids(generation)[:cut] for generation, cut in zip(complete, cuts, strict=True)]
     rest = shared_engine.generate(
-        [replace(r, prefix=p) for r, p in zip(requests, prefixes, strict=True)], sampling
+        [replace(r, prefix=np.array(p, dtype=np.int32)) for r, p in zip(requests, prefixes, strict=True)],
+        sampling,
     )
-    assert [p + generation.response_ids for p, generation in zip(prefixes, rest, strict=True)] == tokens(
-        complete
-    )
+    assert [p + ids(generation) for p, generation in zip(prefixes, rest, strict=True)] == tokens(complete)
     assert [generation.finish_reason for generation in rest] == [
         generation.finish_reason for generation in complete
     ]
@@ -140,16 +141,16 @@ def test_abort_returns_what_there_is_and_the_next_call_runs_to_the_end(shared_en
     requests = some_requests()
     complete = shared_engine.generate(requests, PLAIN)
     first = engine.generate(requests, PLAIN)
-    assert [g.response_ids for g in first] == [g.response_ids[:steps] for g in complete]
-    finished = [len(g.response_ids) <= steps for g in complete]
+    assert [ids(g) for g in first] == [ids(g)[:steps] for g in complete]
+    finished = [len(ids(g)) <= steps for g in complete]
     assert [g.finish_reason for g in first] == [
         w.finish_reason if done else "abort" for w, done in zip(complete, finished, strict=True)
     ]
     unfinished = [index for index, done in enumerate(finished) if not done]
     assert unfinished
     rest = engine.generate([replace(requests[i], prefix=first[i].response_ids) for i in unfinished], PLAIN)
-    assert [first[i].response_ids + g.response_ids for i, g in zip(unfinished, rest, strict=True)] == [
-        complete[i].response_ids for i in unfinished
+    assert [ids(first[i]) + ids(g) for i, g in zip(unfinished, rest, strict=True)] == [
+        ids(complete[i]) for i in unfinished
     ]
 
 
@@ -201,9 +202,9 @@ def test_updated_weights_generate_as_a_fresh_engine_does(tmp_path, tied):
     assert engine.status().weight_version == 0
     assert engine.finish_weight_update(7) == {name: tensor_checksum(name, tensor) for name, tensor in weights}
     assert engine.status().weight_version == 7
-    assert engine.generate(requests, PLAIN) == [
-        replace(generation, weight_version=7) for generation in wanted
-    ]
+    assert plain(engine.generate(requests, PLAIN)) == plain(
+        [replace(generation, weight_version=7) for generation in wanted]
+    )
 
 
 def test_tied_weights_may_come_by_either_name(tmp_path):
@@ -238,7 +239,7 @@ def test_an_engine_without_weights_serves_after_its_first_update(tmp_path, tied)
     for got, wanted in zip(
         engine.generate(some_requests(), PLAIN), loaded(folder).generate(some_requests(), PLAIN), strict=True
     ):
-        assert got.response_ids == wanted.response_ids
+        assert ids(got) == ids(wanted)
         assert got.log_probs == pytest.approx(wanted.log_probs, abs=1e-5)
 
 
@@ -294,6 +295,6 @@ def test_status_counts_the_tokens_computed(shared_engine):
     before = shared_engine.status().tokens
     requests = some_requests()
     generations = shared_engine.generate(requests, PLAIN)
-    prompts = {request.prompt_ids + request.prefix for request in requests}
-    computed = sum(map(len, prompts)) + sum(len(generation.response_ids) for generation in generations)
+    prompts = {request.prompt_ids for request in requests}
+    computed = sum(map(len, prompts)) + sum(len(ids(generation)) for generation in generations)
     assert shared_engine.status().tokens - before == computed

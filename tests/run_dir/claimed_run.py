@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_fipo.checkpoint.manifest import FileRecord, hash_files
 from megatron_fipo.config import Config, load_config
 from megatron_fipo.run_dir.inputs import RunInputs, model_files
-from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+from megatron_fipo.run_dir.loop_state import LoopState
+from megatron_fipo.run_dir.run_directory import PendingSave, RunDirectory
 
 MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
 

@@ -13,7 +13,8 @@ from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoi
 from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
 from megatron_fipo.checkpoint.rng import load_rng, save_rng
 from megatron_fipo.config import Config, load_config, save_config
-from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
+from megatron_fipo.run_dir.loop_state import LoopState, RolloutState
+from megatron_fipo.run_dir.run_directory import RunDirectory
 from tests.distributed.test_distributed_checkpoint import new_policy
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, exported
 from tests.distributed.tiny import write_model
@@ -43,7 +44,9 @@ def train_and_write(
 
 def save(directory: RunDirectory, model: Path, iteration: int) -> dict[str, torch.Tensor]:
     """Save a checkpoint as a run does; returns its weights."""
-    pending = directory.begin_save(LoopState(iteration, iteration, rollout={"position": iteration}))
+    pending = directory.begin_save(
+        LoopState(iteration, iteration, rollout=RolloutState({"position": iteration}))
+    )
     written = run_ranks(RANKS, train_and_write, model, iteration, pending.partial)
     directory.commit(pending, {name: record for part, _ in written for name, record in part.items()})
     return written[0][1]

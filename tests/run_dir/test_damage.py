@@ -14,7 +14,8 @@ import torch
 from megatron_fipo.checkpoint.manifest import hash_files, read_manifest, write_manifest
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import COMMON_STATE_FILE
-from megatron_fipo.run_dir.run_directory import LoopState, RunDirectory
+from megatron_fipo.run_dir.loop_state import LoopState, RolloutState
+from megatron_fipo.run_dir.run_directory import RunDirectory
 from tests.ranks import run_ranks
 from tests.run_dir.claimed_run import claim
 from tests.run_dir.saved_run import NEWEST, OLDER, RANKS, contents, load_into_ranks, resume, settings
@@ -144,7 +145,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def test_an_undamaged_run_goes_on_from_its_newest_checkpoint(saved_run, run_dir):
     newest = run_dir / "checkpoints" / NEWEST
-    assert resume(saved_run.model, run_dir) == (newest, LoopState(2, 2, rollout={"position": 2}))
+    assert resume(saved_run.model, run_dir) == (
+        newest,
+        LoopState(2, 2, rollout=RolloutState({"position": 2})),
+    )
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -164,7 +168,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(saved_run, r
         shutil.rmtree(newest)
     else:
         newest.unlink()
-    assert resume(saved_run.model, run_dir) == (older, LoopState(1, 1, rollout={"position": 1}))
+    assert resume(saved_run.model, run_dir) == (older, LoopState(1, 1, rollout=RolloutState({"position": 1})))
     assert (run_dir / "checkpoints/latest").resolve() == older
 
 

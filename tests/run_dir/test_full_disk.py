@@ -11,7 +11,8 @@ import pytest
 
 from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
 from megatron_fipo.errors import UserError
-from megatron_fipo.run_dir.run_directory import LoopState, PendingSave, RunDirectory
+from megatron_fipo.run_dir.loop_state import LoopState
+from megatron_fipo.run_dir.run_directory import PendingSave, RunDirectory
 from tests.ranks import run_ranks
 from tests.run_dir.claimed_run import claim
 from tests.run_dir.saved_run import (

@@ -15,10 +15,10 @@ from megatron_fipo.checkpoint.manifest import check_files, read_manifest
 from megatron_fipo.config import load_config
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import run_directory
+from megatron_fipo.run_dir.loop_state import LoopState, RolloutState
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.run_dir.retention import checkpoints_to_remove
 from megatron_fipo.run_dir.run_directory import (
-    LoopState,
     RunDirectory,
 )
 from tests.run_dir.claimed_run import MODEL, claim, claimed, config, names, save, write_ranks
@@ -27,7 +27,7 @@ from tests.run_dir.claimed_run import MODEL, claim, claimed, config, names, save
 def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
     directory = claimed(tmp_path, "parallel.tensor_model_parallel_size=2")
     assert directory.latest() is None
-    state = LoopState(12, 12, rollout={"position": 7, "waiting": [[0.1, None]]})
+    state = LoopState(12, 12, rollout=RolloutState({"position": 7, "waiting": [[0.1, None]]}))
     pending = directory.begin_save(state)
     assert directory.latest() is None
     assert not directory.has(12)
@@ -286,7 +286,7 @@ def test_saving_comes_after_claiming(tmp_path):
 
 def test_loop_state_survives_json_exactly(tmp_path):
     directory = claimed(tmp_path)
-    state = LoopState(1, 1, rollout={"log_probs": [-0.1, -1e-30, 1 / 3]})
+    state = LoopState(1, 1, rollout=RolloutState({"log_probs": [-0.1, -1e-30, 1 / 3]}))
     pending = directory.begin_save(state)
     assert json.loads((pending.partial / "loop.json").read_text())["rollout"]["log_probs"][2] == 1 / 3
     assert directory.load_state(directory.commit(pending, write_ranks(pending))) == state

@@ -4,6 +4,8 @@ import random
 import sys
 from dataclasses import replace
 
+import numpy as np
+
 import megatron_fipo.cli.main as cli
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
@@ -15,10 +17,10 @@ def garble(reply: list[Generation], rng: random.Random) -> list[Generation]:
     first = reply[0]
     corrupted = rng.choice(
         [
-            replace(first, log_probs=(float("nan"),) * len(first.log_probs)),
+            replace(first, log_probs=np.full_like(first.log_probs, np.nan)),
             replace(first, log_probs=first.log_probs[:-1]),
-            replace(first, response_ids=(), log_probs=()),
-            replace(first, response_ids=tuple(-token - 1 for token in first.response_ids)),
+            replace(first, response_ids=first.response_ids[:0], log_probs=first.log_probs[:0]),
+            replace(first, response_ids=-first.response_ids - 1),
             replace(first, weight_version=first.weight_version + 1),
             replace(first, finish_reason="error"),
         ]

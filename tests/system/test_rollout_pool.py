@@ -23,6 +23,7 @@ from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
 from tests.engine.tiny import save_model, some_requests
+from tests.generations import ids, plain
 from tests.system.troubled_engine import HEALTH_S, SAMPLING, STALL_S, TrainerRank, TroubledEngine
 
 
@@ -46,7 +47,7 @@ def answers(folders: list[Path]) -> list[dict[str, Generation]]:
 
 
 def tokens(generations: dict[str, Generation]) -> dict[str, tuple[int, ...]]:
-    return {request_id: generation.response_ids for request_id, generation in generations.items()}
+    return {request_id: ids(generation) for request_id, generation in generations.items()}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def shared_pool(cluster: None, folders: list[Path]) -> Iterator[EnginePool]:
         max_restarts=20,
     )
     kwargs = {"model_path": str(folders[0]), "dtype": "float32", "load_weights": False}
-    pool = EnginePool(TroubledEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False)
+    pool = EnginePool(TroubledEngine, kwargs, rollout, vocab_size=1000, gpus_per_engine=0, keep_batches=False)
     yield pool
     pool.shutdown()
 
@@ -91,7 +92,7 @@ def push(pool: EnginePool, trainer: Any, engines: dict[int, Any], folder: Path, 
 
 
 def texts(answers: list[Generation | None]) -> list[tuple[int, ...]]:
-    return [generation.response_ids for generation in answers if generation is not None]
+    return [ids(generation) for generation in answers if generation is not None]
 
 
 def rest(pool: EnginePool) -> dict[str, Generation]:
@@ -206,19 +207,17 @@ def test_abort_returns_unfinished_responses_which_go_on_as_if_nothing_had_been(p
     wait_for_tokens(pool.loaded(wait=False))
     first = by_id(pool.abort())
     assert pool.outstanding == 0
-    assert first.pop("late") == Generation((), (), "abort", 2)
+    assert plain(first.pop("late")) == plain(Generation.not_started(2))
     unfinished = [request for request in requests if first[request.request_id].finish_reason == "abort"]
-    assert any(first[request.request_id].response_ids for request in unfinished)
+    assert any(ids(first[request.request_id]) for request in unfinished)
     assert all(
-        first[r.request_id].response_ids == answers[1][r.request_id].response_ids
-        for r in requests
-        if r not in unfinished
+        ids(first[r.request_id]) == ids(answers[1][r.request_id]) for r in requests if r not in unfinished
     )
     cause(pool, "slow steps", 0)
     pool.submit([replace(r, prefix=first[r.request_id].response_ids) for r in unfinished], SAMPLING)
     continued = rest(pool)
-    assert {i: first[i].response_ids + g.response_ids for i, g in continued.items()} == {
-        r.request_id: answers[1][r.request_id].response_ids for r in unfinished
+    assert {i: ids(first[i]) + ids(g) for i, g in continued.items()} == {
+        r.request_id: ids(answers[1][r.request_id]) for r in unfinished
     }
     assert pool.abort() == []
     assert pool.take_counts() == PoolCounts()
@@ -232,8 +231,8 @@ def test_an_engine_that_does_not_stop_is_started_again(pool):
     os.kill(victim, signal.SIGSTOP)
     back = by_id(pool.abort())
     assert len(back) == 24
-    assert sum(generation == Generation((), (), "abort", 2) for generation in back.values()) >= 12
-    assert any(generation.response_ids for generation in back.values())
+    assert sum(plain(generation) == plain(Generation.not_started(2)) for generation in back.values()) >= 12
+    assert any(ids(generation) for generation in back.values())
     assert pool.take_counts() == PoolCounts(restarts=1, hangs=1)
 
 
@@ -290,7 +289,13 @@ def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_
     rollout = RolloutConfig(num_engines=1, timeout_s=120.0, health_timeout_s=HEALTH_S, max_restarts=0)
     kwargs = {"model_path": str(folders[1]), "dtype": "float32"}
     pool = EnginePool(
-        AsyncEngine, kwargs, rollout, gpus_per_engine=0, keep_batches=False, loaded_weights_serve=True
+        AsyncEngine,
+        kwargs,
+        rollout,
+        vocab_size=1000,
+        gpus_per_engine=0,
+        keep_batches=False,
+        loaded_weights_serve=True,
     )
     try:
         result = pool.generate(some_requests(), SAMPLING)
@@ -310,7 +315,12 @@ def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_
 def test_an_engine_that_cannot_load_says_so_as_itself(cluster, tmp_path):
     kwargs = {"model_path": str(tmp_path), "dtype": "float32"}
     pool = EnginePool(
-        LocalEngine, kwargs, RolloutConfig(num_engines=1), gpus_per_engine=0, keep_batches=False
+        LocalEngine,
+        kwargs,
+        RolloutConfig(num_engines=1),
+        vocab_size=1000,
+        gpus_per_engine=0,
+        keep_batches=False,
     )
     try:
         with pytest.raises(UserError, match=r"has no config\.json"):
@@ -348,7 +358,9 @@ class DyingEngine(LocalEngine):
 )
 def test_an_engine_that_dies_at_its_start_says_why(cluster, message, reason):
     rollout = RolloutConfig(num_engines=1, max_restarts=0)
-    pool = EnginePool(DyingEngine, {"message": message}, rollout, gpus_per_engine=0, keep_batches=False)
+    pool = EnginePool(
+        DyingEngine, {"message": message}, rollout, vocab_size=1000, gpus_per_engine=0, keep_batches=False
+    )
     try:
         with pytest.raises(UserError) as ended:
             pool.loaded(wait=True)
@@ -363,7 +375,14 @@ def test_an_engine_that_dies_at_its_start_says_why(cluster, message, reason):
 def test_a_cluster_without_room_is_said(cluster, monkeypatch):
     monkeypatch.setattr(placement_module, "PLACEMENT_TIMEOUT_S", 1.0)
     with pytest.raises(UserError, match=r"50 rollout engines .* lower rollout\.num_engines"):
-        EnginePool(LocalEngine, {}, RolloutConfig(num_engines=50), gpus_per_engine=0, keep_batches=False)
+        EnginePool(
+            LocalEngine,
+            {},
+            RolloutConfig(num_engines=50),
+            vocab_size=1000,
+            gpus_per_engine=0,
+            keep_batches=False,
+        )
 
 
 def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 
 from megatron_fipo.engine.local import LocalEngine
@@ -51,7 +52,7 @@ class TroubledEngine(LocalEngine):
             return [replace(generation, weight_version=99) for generation in reply]
         if self._strikes("malformed"):
             return [
-                replace(generation, log_probs=(float("nan"),) * len(generation.log_probs))
+                replace(generation, log_probs=np.full_like(generation.log_probs, np.nan))
                 for generation in reply
             ]
         return reply

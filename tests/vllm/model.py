@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.engine.protocol import Generation, GenerationRequest
+from tests.generations import ids
 from tests.tiny_qwen2 import ragged_prompts, save_qwen2
 
 TOKENIZER = Path(__file__).parents[2] / "examples/countdown/base-model"
@@ -44,11 +45,9 @@ def teacher_forced(
 ) -> torch.Tensor:
     """Log-probs [n] of the generated tokens in one pass over the complete sequence."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = torch.tensor(generation.response_ids)
+    tokens = torch.tensor(ids(generation))
     with torch.no_grad():
-        logits = model(
-            torch.tensor([[*request.prompt_ids, *request.prefix, *generation.response_ids]])
-        ).logits[0]
+        logits = model(torch.tensor([[*request.prompt_ids, *request.prefix, *ids(generation)]])).logits[0]
     rows = logits[-len(tokens) - 1 : -1] / temperature
     return torch.log_softmax(rows, -1).gather(-1, tokens[:, None])[:, 0]
 
@@ -64,5 +63,5 @@ def largest_difference(
             .max()
         )
         for request, generation in zip(requests, generations, strict=True)
-        if generation.response_ids
+        if len(generation.response_ids)
     )

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import NO_TOKENS, GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine, _seed
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.checksum import tensor_checksum
 from tests.checkpoint.editing import other_weights, put, set_text, shard
+from tests.generations import ids
 from tests.tiny_qwen2 import END
 from tests.vllm.model import MAX_MODEL_LEN, largest_difference, save_model, some_requests, weights
 
@@ -61,10 +62,7 @@ def test_top_p_truncates(engine, model_folder, run):
     ordered, order = probs.sort(descending=True)
     nucleus = set(order[: int((ordered.cumsum(0) < 0.5).sum()) + 1].tolist())
     requests = [GenerationRequest(f"{index}", prompt, index) for index in range(200)]
-    drawn = {
-        generation.response_ids[0]
-        for generation in run(engine.generate(requests, SamplingParams(1.0, 0.5, 1)))
-    }
+    drawn = {ids(generation)[0] for generation in run(engine.generate(requests, SamplingParams(1.0, 0.5, 1)))}
     assert 1 < len(drawn) <= len(nucleus) < 20
     assert drawn <= nucleus
 
@@ -72,36 +70,31 @@ def test_top_p_truncates(engine, model_folder, run):
 def test_greedy_takes_the_most_likely_token(engine, model_folder, run):
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     request = some_requests(1)[0]
-    ids = list(request.prompt_ids)
-    for token in run(engine.generate([request], GREEDY))[0].response_ids:
-        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        ids.append(token)
+    context = list(request.prompt_ids)
+    for token in ids(run(engine.generate([request], GREEDY))[0]):
+        assert token == int(model(torch.tensor([context])).logits[0, -1].argmax())
+        context.append(token)
 
 
 def test_a_response_depends_on_its_own_seed_only(engine, run):
     requests = some_requests()
     together = run(engine.generate(requests, PLAIN))
-    assert [g.response_ids for g in run(engine.generate(requests, PLAIN))] == [
-        g.response_ids for g in together
-    ]
-    alone = [run(engine.generate([request], PLAIN))[0].response_ids for request in requests]
-    assert alone == [g.response_ids for g in together]
+    assert [ids(g) for g in run(engine.generate(requests, PLAIN))] == [ids(g) for g in together]
+    alone = [ids(run(engine.generate([request], PLAIN))[0]) for request in requests]
+    assert alone == [ids(g) for g in together]
     others = run(engine.generate([replace(request, seed=request.seed + 50) for request in requests], PLAIN))
-    assert all(
-        other.response_ids != generation.response_ids
-        for other, generation in zip(others, together, strict=True)
-    )
+    assert all(ids(other) != ids(generation) for other, generation in zip(others, together, strict=True))
 
 
 def test_finish_reasons(engine, run):
     seen: Counter[str] = Counter()
     for generation in run(engine.generate(some_requests(64), replace(PLAIN, max_new_tokens=25))):
         seen[generation.finish_reason] += 1
-        assert len(generation.log_probs) == len(generation.response_ids) <= 25
-        assert END not in generation.response_ids[:-1]
-        assert (generation.response_ids[-1] == END) == (generation.finish_reason == "stop")
+        assert len(generation.log_probs) == len(ids(generation)) <= 25
+        assert END not in ids(generation)[:-1]
+        assert (ids(generation)[-1] == END) == (generation.finish_reason == "stop")
         if generation.finish_reason == "length":
-            assert len(generation.response_ids) == 25
+            assert len(ids(generation)) == 25
         assert generation.weight_version == 0
     assert min(seen["stop"], seen["length"]) > 5
 
@@ -111,16 +104,14 @@ def test_a_prefix_is_continued(engine, model_folder, run):
     cut = [
         replace(r, prefix=g.response_ids[:10])
         for r, g in zip(some_requests(32), full, strict=True)
-        if len(g.response_ids) > 10
+        if len(ids(g)) > 10
     ]
     rest = run(engine.generate(cut, PLAIN))
     assert largest_difference(model_folder, cut, rest, 1.0) < 1e-4
-    assert {len(generation.response_ids) for generation in rest if generation.finish_reason == "length"} == {
-        30
-    }
-    assert len({generation.response_ids[0] for generation in rest}) > 3
+    assert {len(ids(generation)) for generation in rest if generation.finish_reason == "length"} == {30}
+    assert len({ids(generation)[0] for generation in rest}) > 3
     assert _seed(cut[0]) not in (
-        _seed(replace(cut[0], prefix=())),
+        _seed(replace(cut[0], prefix=NO_TOKENS)),
         _seed(replace(cut[0], prefix=cut[0].prefix[:5])),
     )
 
@@ -141,8 +132,8 @@ def test_abort_returns_partial_responses(engine, model_folder, run):
 
     generations = run(interrupted())
     partial = [generation for generation in generations if generation.finish_reason == "abort"]
-    assert any(generation.response_ids for generation in partial)
-    assert all(len(generation.response_ids) < 150 for generation in partial)
+    assert any(ids(generation) for generation in partial)
+    assert all(len(ids(generation)) < 150 for generation in partial)
     assert largest_difference(model_folder, requests[:40], generations[:40], 1.0) < 1e-4
     assert {generation.finish_reason for generation in run(engine.generate(requests[:4], PLAIN))} <= {
         "stop",
@@ -181,7 +172,7 @@ def test_status_reports_what_the_engine_core_computed_and_holds(engine, run):
     assert counts == sorted(counts)
     assert len(set(counts)) > 5, "it must grow during a call"
     prompts = sum(len(request.prompt_ids) for request in requests)
-    responses = sum(len(generation.response_ids) for generation in generations)
+    responses = sum(len(ids(generation)) for generation in generations)
     assert run(engine.status()).tokens - before.tokens == prompts + responses
     assert run(engine.status()).tokens == run(engine.status()).tokens
 
@@ -209,12 +200,12 @@ def test_pushed_weights_generate_as_transformers_does(engine, other_folder, mode
     after = run(engine.generate(requests, GREEDY))
     assert {generation.weight_version for generation in after} == {7}
     assert largest_difference(other_folder, requests, after, 1.0) < 1e-4
-    assert [g.response_ids for g in after] != [g.response_ids for g in before]
+    assert [ids(g) for g in after] != [ids(g) for g in before]
     model = AutoModelForCausalLM.from_pretrained(other_folder, dtype=torch.float32)
     for request, generation in zip(requests, after, strict=True):
-        context = torch.tensor([[*request.prompt_ids, *generation.response_ids]])
+        context = torch.tensor([[*request.prompt_ids, *ids(generation)]])
         likeliest = model(context).logits[0, len(request.prompt_ids) - 1 : -1].argmax(-1)
-        assert likeliest.tolist() == list(generation.response_ids)
+        assert likeliest.tolist() == list(ids(generation))
 
 
 def test_no_cached_keys_and_values_survive_an_update(engine, other_folder, run):

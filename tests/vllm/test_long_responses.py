@@ -8,6 +8,7 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine
+from tests.generations import ids
 from tests.tiny_qwen2 import save_qwen2, save_tokenizer
 
 LIMIT, PROMPT = 20_480, 8
@@ -45,7 +46,13 @@ def test_a_healthy_engine_finishes_calls_of_many_minutes(cluster, folder):
     )
     arguments = {"model_path": str(folder), "dtype": "float32", "max_model_len": LIMIT + PROMPT}
     pool = EnginePool(
-        VLLMEngine, arguments, rollout, gpus_per_engine=0, keep_batches=False, loaded_weights_serve=True
+        VLLMEngine,
+        arguments,
+        rollout,
+        vocab_size=1000,
+        gpus_per_engine=0,
+        keep_batches=False,
+        loaded_weights_serve=True,
     )
     try:
         requests = [GenerationRequest(str(seed), (5, 6, 7), seed) for seed in range(16)]
@@ -53,7 +60,7 @@ def test_a_healthy_engine_finishes_calls_of_many_minutes(cluster, folder):
         start = time.monotonic()
         generations = pool.generate(requests, SamplingParams(1.0, 1.0, LIMIT))
         took = time.monotonic() - start
-        lengths = [len(generation.response_ids) for generation in generations]
+        lengths = [len(ids(generation)) for generation in generations]
         print(
             f"{sum(lengths):,} tokens in {took:.0f} s, mean {sum(lengths) / len(lengths):,.0f}, most {max(lengths):,}"
         )

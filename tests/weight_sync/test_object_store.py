@@ -31,6 +31,7 @@ from megatron_fipo.weight_sync.object_store import (
 from megatron_fipo.weight_sync.transport import Transport, WeightSyncError, transport_for
 from tests.engine.conftest import loaded
 from tests.engine.tiny import save_model, some_requests
+from tests.generations import ids
 from tests.weight_sync.handles import Stored, handles
 
 VICTIM = "model.layers.1.mlp.up_proj.weight"
@@ -91,12 +92,10 @@ def test_pushed_weights_serve_as_a_fresh_engine_does(engines, new_weights, tmp_p
     push(new_weights, *engines, check=check)
     fresh = loaded(save_model(tmp_path, seed=9))
     sampling = SamplingParams(1.0, 1.0, 12)
-    expected = [generation.response_ids for generation in fresh.generate(some_requests(), sampling)]
+    expected = [ids(generation) for generation in fresh.generate(some_requests(), sampling)]
     for engine in engines:
         assert engine.status().weight_version == 3
-        assert [
-            generation.response_ids for generation in engine.generate(some_requests(), sampling)
-        ] == expected
+        assert [ids(generation) for generation in engine.generate(some_requests(), sampling)] == expected
 
 
 def test_one_wrong_bit_is_named_with_engine_and_tensor(engines, new_weights):

@@ -21,6 +21,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
@@ -97,7 +99,8 @@ class Engines:
 
     def _settled(self, request: GenerationRequest, blocks: int, reason: str) -> RequestResult:
         return RequestResult(
-            request.request_id, Generation((0,) * blocks, (0.0,) * blocks, reason, self.version)
+            request.request_id,
+            Generation(np.zeros(blocks, np.int32), np.zeros(blocks, np.float32), reason, self.version),
         )
 
 
@@ -113,9 +116,9 @@ def score(group: PromptGroup) -> ScoredGroup:
     return [
         Trajectory(
             group.group_id,
-            [0],
+            np.zeros(1, dtype=np.int32),
             r.token_ids,
-            r.token_ids,
+            np.ones(len(r.token_ids), dtype=np.int8),
             r.log_probs,
             r.spans,
             "stop",

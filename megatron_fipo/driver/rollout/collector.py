@@ -14,16 +14,18 @@ number and not on timing. `rollout.unfinished` selects the admission rule (`admi
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.admission import admission_for
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, ScoredGroup, parse_request_id
+from megatron_fipo.driver.rollout.saved_groups import pack_groups, unpack_groups
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError, ray_logs
 from megatron_fipo.objective.advantages import is_informative
+from megatron_fipo.run_dir.loop_state import RolloutState
 from megatron_fipo.tasks.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -192,11 +194,12 @@ class Collector:
         counts.unused_share = self._informative_dropped / self._informative
         return Collected([trajectories for _, trajectories in batch], counts)
 
-    def state(self) -> dict[str, Any]:
-        """Everything needed to resume, JSON-able, bit for bit. Only while paused."""
+    def state(self) -> RolloutState:
+        """Everything needed to resume, bit for bit. Only while paused."""
         if self._running:
             raise RuntimeError("state() needs pause() first")
-        return {
+        groups, tokens = pack_groups(self._carried())
+        values = {
             "dataset": self._dataset.state(),
             "serial": self._serial,
             "first_serial": self._first_serial,
@@ -205,16 +208,18 @@ class Collector:
             "informative": self._informative,
             "informative_dropped": self._informative_dropped,
             "counts": asdict(self.counts),
-            "groups": [group.to_json() for group in self._carried()],
+            "groups": groups,
         }
+        return RolloutState(values, tokens)
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, saved: RolloutState) -> None:
         """Restore a `state`; call `resume` next.
 
         Raises `UserError` if it belongs to other data. Only while paused.
         """
         if self._running:
             raise RuntimeError("load_state() needs pause() first")
+        state = saved.values
         self._dataset.load_state(state["dataset"])
         self._serial, self._first_serial, self._base = state["serial"], state["first_serial"], state["base"]
         self._filtered = {int(serial): (why, tokens) for serial, (why, tokens) in state["filtered"].items()}
@@ -222,9 +227,7 @@ class Collector:
         self.counts = CollectCounts(**state["counts"])
         problems = {problem.problem_id: problem for problem in self._dataset.problems}
         self._unfinished, self._waiting = {}, {}
-        for saved in state["groups"]:
-            responses = [Response.from_json(response) for response in saved["responses"]]
-            group = PromptGroup(saved["serial"], problems[saved["problem_id"]], responses)
+        for group in unpack_groups(state["groups"], saved.tokens, problems):
             if group.finished:
                 self._waiting[group.serial] = (group, self._score_group(group))
             else:

@@ -17,6 +17,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -24,33 +25,48 @@ from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
-from megatron_fipo.errors import UserError, first_line, writing
+from megatron_fipo.errors import UserError, first_line, listed, writing
 
-FORMAT = 1
+FORMAT = 2
 HEADER = b"megatron_fipo"
 """Key in the schema's metadata. The value is JSON: `format`, `iteration` (from 1) and sampling
 `temperature`."""
 GROUPS_AT_ONCE = 32
 """Groups in a row group, the part that is in memory twice."""
-FLAT_LISTS = {"prompt_ids": pyarrow.int32(), "response_ids": pyarrow.int32(), "response_mask": pyarrow.int8()}
-FLAT_LISTS |= {"rollout_log_probs": pyarrow.float64()}
+TOKENS = {
+    "prompt_ids": pyarrow.int32(),
+    "response_ids": pyarrow.int32(),
+    "response_mask": pyarrow.int8(),
+    "rollout_log_probs": pyarrow.float32(),
+}
 SPAN = pyarrow.struct(
     [pyarrow.field(name, pyarrow.int64(), nullable=False) for name in ("version", "start", "end")]
 )
+
+
+def _list_of(kind: pyarrow.DataType) -> pyarrow.DataType:
+    return pyarrow.list_(pyarrow.field("element", kind, nullable=False))
+
+
 COLUMNS: dict[str, pyarrow.DataType] = {
     "group_id": pyarrow.string(),
-    **{
-        name: pyarrow.list_(pyarrow.field("element", kind, nullable=False))
-        for name, kind in FLAT_LISTS.items()
-    },
-    "spans": pyarrow.list_(pyarrow.field("element", SPAN, nullable=False)),
+    **{name: _list_of(kind) for name, kind in TOKENS.items()},
+    "spans": _list_of(SPAN),
     "finish_reason": pyarrow.string(),
     "reward": pyarrow.float64(),
     "accuracy": pyarrow.float64(),
     "advantage": pyarrow.float64(),
     "extra": pyarrow.string(),
 }
-SCHEMA = pyarrow.schema([pyarrow.field(name, kind, nullable=False) for name, kind in COLUMNS.items()])
+
+
+def _schema(columns: dict[str, pyarrow.DataType]) -> pyarrow.Schema:
+    return pyarrow.schema([pyarrow.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+SCHEMA = _schema(COLUMNS)
+SCHEMAS = {FORMAT: SCHEMA, 1: _schema(COLUMNS | {"rollout_log_probs": _list_of(pyarrow.float64())})}
+"""By format. Format 1 had float32 log-probs as float64."""
 
 
 def dump_path(folder: Path, iteration: int) -> Path:
@@ -171,7 +187,18 @@ def _table(rows: Sequence[Trajectory], schema: pyarrow.Schema) -> pyarrow.Table:
     values: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
     values["spans"] = [[asdict(span) for span in row.spans] for row in rows]
     values["extra"] = [_to_json(row) for row in rows]
-    return pyarrow.table([pyarrow.array(values[name], kind) for name, kind in COLUMNS.items()], schema=schema)
+    columns = [
+        _lists(values[name], kind) if name in TOKENS else pyarrow.array(values[name], kind)
+        for name, kind in COLUMNS.items()
+    ]
+    return pyarrow.table(columns, schema=schema)
+
+
+def _lists(arrays: Sequence[np.ndarray], kind: pyarrow.ListType) -> pyarrow.Array:
+    """A column of lists from one array per row, without a Python object per number."""
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    flat = np.concatenate([kind.value_type.to_pandas_dtype()([]), *arrays])
+    return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(flat, kind.value_type), type=kind)
 
 
 def _to_json(row: Trajectory) -> str:
@@ -189,8 +216,8 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     """Open a dump and check its form. Errors while it is open become a `UserError` with one sentence."""
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            _header(path, file)
-            if not file.schema_arrow.equals(SCHEMA):
+            header = _header(path, file)
+            if not file.schema_arrow.equals(SCHEMAS[header["format"]]):
                 raise ValueError("its columns differ from a dump's")
             yield file
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # a damaged page may raise any of them
@@ -210,37 +237,37 @@ def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
     header = json.loads(text)
     if not isinstance(header, dict) or not {"format", "iteration", "temperature"} <= header.keys():
         raise ValueError("its header is incomplete")
-    if header["format"] != FORMAT:
+    if header["format"] not in SCHEMAS:
         raise UserError(
-            f"{path} has format {header['format']}, but this version reads {FORMAT}; use the version that "
-            "wrote it"
+            f"{path} has format {header['format']}, but this version reads {listed(sorted(map(str, SCHEMAS)), 2)}; "
+            "use the version that wrote it"
         )
     return header
 
 
 def _trajectories(table: pyarrow.Table) -> list[Trajectory]:
     columns: dict[str, list[Any]] = {
-        name: _lists(table[name]) if name in FLAT_LISTS else table[name].to_pylist() for name in COLUMNS
+        name: _arrays(table[name]) if name in TOKENS else table[name].to_pylist() for name in COLUMNS
     }
     columns["spans"] = [[VersionSpan(**span) for span in spans] for spans in columns["spans"]]
     columns["extra"] = [json.loads(text) for text in columns["extra"]]
     return [Trajectory(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def _lists(column: pyarrow.ChunkedArray) -> list[list[Any]]:
-    """Same as `to_pylist` for lists of numbers, through numpy: it would take minutes for a run's tokens."""
+def _arrays(column: pyarrow.ChunkedArray) -> list[np.ndarray]:
+    """One array per row of a column of lists: views of the column."""
     array = column.combine_chunks()
     flat, offsets = array.values.to_numpy(), array.offsets.to_numpy().tolist()
-    return [flat[start:end].tolist() for start, end in pairwise(offsets)]
+    return [flat[start:end] for start, end in pairwise(offsets)]
 
 
 def _fault(trajectory: Trajectory, vocab_size: int) -> str | None:
     """Why a model with this vocabulary cannot be trained on the response, or None."""
-    ids = trajectory.prompt_ids + trajectory.response_ids
-    if not trajectory.prompt_ids or not trajectory.response_ids:
+    if not len(trajectory.prompt_ids) or not len(trajectory.response_ids):
         return "has no prompt or no response tokens"
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        invalid = min(ids) if min(ids) < 0 else max(ids)
+    ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        invalid = ids.min() if ids.min() < 0 else ids.max()
         return f"has the token id {invalid}, but the model's vocabulary has {vocab_size}"
     if {len(trajectory.response_mask), len(trajectory.rollout_log_probs)} != {trajectory.response_length}:
         return "has a mask or log-probs whose length differs from its tokens"

@@ -24,6 +24,7 @@ from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir.loop_state import RolloutState
 
 POLL_S = 0.2
 """Longest time between two checks for signals, in seconds."""
@@ -92,10 +93,10 @@ class GroupSource(Protocol):
     def take_counts(self) -> PoolCounts:
         """What happened to engines and requests since the last call."""
 
-    def state(self) -> dict[str, Any]:
-        """What `load_state` needs to resume, JSON-able; empty without engines."""
+    def state(self) -> RolloutState:
+        """What `load_state` needs to resume; empty without engines."""
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: RolloutState) -> None: ...
 
 
 class LiveGroups:
@@ -192,10 +193,10 @@ class LiveGroups:
     def take_counts(self) -> PoolCounts:
         return self.pool.take_counts()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RolloutState:
         return self.collector.state()
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: RolloutState) -> None:
         self.collector.load_state(state)
 
     def _until_enough(self, version: int) -> None:
@@ -279,7 +280,7 @@ class ReplayGroups:
     def take_counts(self) -> PoolCounts:
         return PoolCounts()
 
-    def state(self) -> dict[str, Any]:
-        return {}
+    def state(self) -> RolloutState:
+        return RolloutState()
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: RolloutState) -> None: ...

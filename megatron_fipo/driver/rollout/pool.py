@@ -60,6 +60,7 @@ class EnginePool:
         engine_kwargs: dict[str, Any],
         rollout: RolloutConfig,
         *,
+        vocab_size: int,
         gpus_per_engine: int,
         keep_batches: bool,
         loaded_weights_serve: bool = False,
@@ -67,12 +68,15 @@ class EnginePool:
     ) -> None:
         """Reserve resources for the engines and start them; they load while the caller continues.
 
-        `keep_batches`: the requests of one `submit` are sent in one call, also on a retry.
-        `loaded_weights_serve`: engines serve the weights that they load, as version 0; else none gets a
-        request before its first weights arrive. `trainer_placement` puts them on the GPUs of the trainer's
-        ranks (`EngineActors`). Raises `UserError` if the cluster has no space for them.
+        `vocab_size`: a reply with a token id outside it is malformed. `keep_batches`: the requests of one
+        `submit` are sent in one call, also on a retry. `loaded_weights_serve`: engines serve the weights that
+        they load, as version 0; else none gets a request before its first weights arrive.
+        `trainer_placement` puts them on the GPUs of the trainer's ranks (`EngineActors`).
+
+        Raises `UserError` if the cluster has no space for them.
         """
         self._rollout = rollout
+        self._vocab_size = vocab_size
         engines: Any = engine_class
         self._requests_per_call: int = engines.requests_per_call
         self._dispatcher = Dispatcher(
@@ -329,7 +333,7 @@ class EnginePool:
 
     def _replied(self, call: Call, reply: Any, version: int | None) -> None:
         """Process an answer to `generate`, valid or not."""
-        problem = malformed(reply, call.requests, call.sampling, self._aborting)
+        problem = malformed(reply, call.requests, call.sampling, self._vocab_size, self._aborting)
         if problem is not None:
             self._losses.counts.malformed += 1
             self._call_failed(call, f"gave a malformed reply: {problem}")
@@ -392,7 +396,7 @@ class EnginePool:
 
     def _withdraw(self) -> None:
         """Return the waiting requests as aborted before they began."""
-        empty = Generation((), (), "abort", self._fleet.version or 0)
+        empty = Generation.not_started(self._fleet.version or 0)
         self._results += [RequestResult(request_id, empty) for request_id in self._dispatcher.withdraw()]
 
     def _take_results(self) -> list[RequestResult]:

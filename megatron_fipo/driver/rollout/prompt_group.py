@@ -1,17 +1,14 @@
 """The responses to one prompt: tokens of several calls and weight versions, saving, and scoring."""
 
-import base64
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
-from megatron_fipo.engine.protocol import Generation, GenerationRequest
+from megatron_fipo.engine.protocol import NO_LOG_PROBS, NO_TOKENS, Generation, GenerationRequest
 from megatron_fipo.objective.advantages import overlong_penalty
-from megatron_fipo.tasks.task import Problem, Scorer
+from megatron_fipo.tasks.task import Decode, Problem, Scorer
 
 ScoredGroup = list[Trajectory]
 """The scored responses to one prompt, in the order of their indices."""
@@ -24,22 +21,27 @@ def request_seed(seed: int, request_id: str) -> int:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class Response:
     """The tokens sampled for one response so far."""
 
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
+    token_ids: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    """int32."""
+    log_probs: np.ndarray = field(default_factory=lambda: NO_LOG_PROBS)
+    """float32, of these tokens."""
     spans: list[VersionSpan] = field(default_factory=list)
     """Which weight version sampled which tokens; adjacent spans differ in version."""
     finish_reason: str | None = None
     """`stop` or `length`; None while the response is unfinished."""
 
     def add(self, generation: Generation) -> None:
-        """Append the tokens that one call sampled."""
+        """Append the tokens that one call sampled. A response of one call keeps the call's arrays, uncopied."""
         start, version = len(self.token_ids), generation.weight_version
-        self.token_ids += generation.response_ids
-        self.log_probs += generation.log_probs
+        if start:
+            self.token_ids = np.concatenate([self.token_ids, generation.response_ids])
+            self.log_probs = np.concatenate([self.log_probs, generation.log_probs])
+        else:
+            self.token_ids, self.log_probs = generation.response_ids, generation.log_probs
         end = len(self.token_ids)
         if self.spans and self.spans[-1].version == version:
             self.spans[-1].end = end
@@ -47,28 +49,6 @@ class Response:
             self.spans.append(VersionSpan(version, start, end))
         if generation.finish_reason != "abort":
             self.finish_reason = generation.finish_reason
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able, bit for bit.
-
-        Arrays are base64: as decimals the log-probs of a large run would take minutes.
-        """
-        return {
-            "token_ids": _pack(self.token_ids, "<i4"),
-            "log_probs": _pack(self.log_probs, "<f8"),
-            "spans": [asdict(span) for span in self.spans],
-            "finish_reason": self.finish_reason,
-        }
-
-    @classmethod
-    def from_json(cls, state: dict[str, Any]) -> "Response":
-        """The inverse of `to_json`."""
-        return cls(
-            _unpack(state["token_ids"], "<i4"),
-            _unpack(state["log_probs"], "<f8"),
-            [VersionSpan(**span) for span in state["spans"]],
-            state["finish_reason"],
-        )
 
 
 @dataclass
@@ -108,19 +88,11 @@ class PromptGroup:
                 request_id := f"{self.group_id}/{index}",
                 self.problem.prompt_ids,
                 request_seed(seed, request_id),
-                tuple(response.token_ids),
+                response.token_ids,
             )
             for index, response in enumerate(self.responses)
             if response.finish_reason is None
         ]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able; names the problem, which stays in the dataset."""
-        return {
-            "serial": self.serial,
-            "problem_id": self.problem.problem_id,
-            "responses": [response.to_json() for response in self.responses],
-        }
 
 
 def parse_request_id(request_id: str) -> tuple[int, int]:
@@ -133,17 +105,17 @@ class GroupScorer:
     """Turns a finished group into scored trajectories."""
 
     scorer: Scorer
-    decode: Callable[[Sequence[int]], str]
-    """Token ids to text without special tokens."""
+    decode: Decode
     max_response_length: int
     overlong_buffer: int
     overlong_factor: float
 
     def __call__(self, group: PromptGroup) -> ScoredGroup:
         """`reward` is the score plus the overlong penalty; `accuracy` is the score's own."""
-        return [self._trajectory(group, response) for response in group.responses]
+        prompt_ids = np.array(group.problem.prompt_ids, dtype=np.int32)
+        return [self._trajectory(group, prompt_ids, response) for response in group.responses]
 
-    def _trajectory(self, group: PromptGroup, response: Response) -> Trajectory:
+    def _trajectory(self, group: PromptGroup, prompt_ids: np.ndarray, response: Response) -> Trajectory:
         if response.finish_reason is None:
             raise ValueError(f"group {group.group_id} has an unfinished response and can't be scored")
         length = len(response.token_ids)
@@ -153,9 +125,9 @@ class GroupScorer:
         )
         return Trajectory(
             group_id=group.group_id,
-            prompt_ids=list(group.problem.prompt_ids),
+            prompt_ids=prompt_ids,
             response_ids=response.token_ids,
-            response_mask=[1] * length,
+            response_mask=np.ones(length, dtype=np.int8),
             rollout_log_probs=response.log_probs,
             spans=response.spans,
             finish_reason=response.finish_reason,
@@ -163,11 +135,3 @@ class GroupScorer:
             accuracy=score.accuracy,
             extra={"problem_id": group.problem.problem_id, "answer": score.answer, **score.extra},
         )
-
-
-def _pack(values: Sequence[int] | Sequence[float], dtype: str) -> str:
-    return base64.b64encode(np.asarray(values, dtype=dtype).tobytes()).decode("ascii")
-
-
-def _unpack(packed: str, dtype: str) -> list[Any]:
-    return np.frombuffer(base64.b64decode(packed), dtype=dtype).tolist()

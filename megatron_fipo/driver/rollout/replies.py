@@ -5,44 +5,65 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import (
+    NO_LOG_PROBS,
+    NO_TOKENS,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
 
 HIGHEST_LOG_PROB = 1e-3
 """Log-probs are at most 0, except for the rounding of the engine's softmax."""
 
 
 def malformed(
-    reply: Any, requests: Sequence[GenerationRequest], sampling: SamplingParams, aborted: bool
+    reply: Any,
+    requests: Sequence[GenerationRequest],
+    sampling: SamplingParams,
+    vocab_size: int,
+    aborted: bool,
 ) -> str | None:
     """What is wrong with a reply to `requests`, or None. With `aborted`, unfinished responses are allowed."""
     if not isinstance(reply, list) or len(reply) != len(requests):
         given = len(reply) if isinstance(reply, list) else type(reply).__name__
         return f"expected {len(requests)} generations, got {given}"
     for request, generation in zip(requests, reply, strict=True):
-        problem = _malformed(generation, sampling.max_new_tokens - len(request.prefix), aborted)
+        problem = _malformed(generation, sampling.max_new_tokens - len(request.prefix), vocab_size, aborted)
         if problem is not None:
             return f"the response to request {request.request_id} {problem}"
     return None
 
 
-def _malformed(generation: Any, limit: int, aborted: bool) -> str | None:
+def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> str | None:
     if not isinstance(generation, Generation):
         return f"is a {type(generation).__name__}"
     unfinished = generation.finish_reason == "abort"
     if generation.finish_reason not in ("stop", "length") and not (unfinished and aborted):
         return f"has finish reason {generation.finish_reason!r}"
-    if len(generation.response_ids) != len(generation.log_probs):
-        return f"has {len(generation.log_probs)} log-probs for {len(generation.response_ids)} tokens"
-    if not generation.response_ids:
+    ids, log_probs = generation.response_ids, generation.log_probs
+    if fault := _not_a_column(ids, NO_TOKENS.dtype):
+        return f"has token ids that are {fault}"
+    if fault := _not_a_column(log_probs, NO_LOG_PROBS.dtype):
+        return f"has log-probs that are {fault}"
+    if len(ids) != len(log_probs):
+        return f"has {len(log_probs)} log-probs for {len(ids)} tokens"
+    if not len(ids):
         return None if unfinished else "is empty"
-    if len(generation.response_ids) > limit:
-        return f"has {len(generation.response_ids)} tokens, more than the {limit} allowed"
-    try:
-        ids, log_probs = np.asarray(generation.response_ids), np.asarray(generation.log_probs)
-    except (ValueError, OverflowError):
-        return "contains values that are not numbers"
-    if ids.dtype.kind != "i" or ids.min() < 0:
-        return "contains invalid token ids"
-    if log_probs.dtype.kind != "f" or not np.isfinite(log_probs).all() or log_probs.max() > HIGHEST_LOG_PROB:
+    if len(ids) > limit:
+        return f"has {len(ids)} tokens, more than the {limit} allowed"
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        invalid = ids.min() if ids.min() < 0 else ids.max()
+        return f"has the token id {invalid}, outside the vocabulary of {vocab_size}"
+    if not np.isfinite(log_probs).all() or log_probs.max() > HIGHEST_LOG_PROB:
         return "has log-probs that are NaN, infinite or > 0"
+    return None
+
+
+def _not_a_column(values: Any, dtype: np.dtype) -> str | None:
+    """How a value differs from an array of one dimension and this dtype; None if it is one."""
+    if not isinstance(values, np.ndarray):
+        return f"a {type(values).__name__}, not an array"
+    if values.ndim != 1 or values.dtype != dtype:
+        return f"{values.dtype} {list(values.shape)}, not {dtype} [tokens]"
     return None
