@@ -46,9 +46,9 @@ def start(*arguments: object) -> subprocess.Popen:
     )
 
 
-def run(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
+def run(*arguments: object, expect: int = 0, timeout: float = 600) -> subprocess.CompletedProcess:
     """Run the command as a process, on a Ray cluster of its own."""
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     return check(done, expect)
 
 

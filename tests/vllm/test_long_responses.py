@@ -1,5 +1,6 @@
 """Responses of up to 20,480 tokens through the real vLLM: calls far longer than every limit on an engine's silence."""
 
+import json
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine
 from tests.generations import ids
+from tests.system.runs import iterations, run
 from tests.tiny_qwen2 import save_qwen2, save_tokenizer
 
 LIMIT, PROMPT = 20_480, 8
@@ -28,7 +30,10 @@ def folder(tmp_path):
         num_hidden_layers=1,
         initializer_range=0.001,
     )
-    save_tokenizer(tmp_path)
+    # Each token is an answer (in the byte-level notation of Qwen2's tokenizer), and half of them are right, so that a
+    # group of random responses is informative.
+    answers = [f"{token}ĠAnswer:Ġ{7 + token % 2}Ċ" for token in range(3, VOCABULARY)]
+    save_tokenizer(tmp_path, ["<pad>", "<eos>", "q", *answers])
     return tmp_path
 
 
@@ -49,7 +54,7 @@ def test_a_healthy_engine_finishes_calls_of_many_minutes(cluster, folder):
         VLLMEngine,
         arguments,
         rollout,
-        vocab_size=1000,
+        vocab_size=VOCABULARY,
         gpus_per_engine=0,
         keep_batches=False,
         loaded_weights_serve=True,
@@ -69,3 +74,45 @@ def test_a_healthy_engine_finishes_calls_of_many_minutes(cluster, folder):
         assert took > 2 * rollout.health_timeout_s
     finally:
         pool.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_an_iteration_trains_on_responses_of_ten_thousand_tokens(folder, tmp_path):
+    """From vLLM to the update, with limits on an engine's silence far below the length of its calls."""
+    row = {"prompt": "q", "reward_model": {"ground_truth": "7"}, "data_source": "test"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    run_dir = tmp_path / "run"
+    settings = [
+        f"model.path={folder}",
+        "model.dtype=float32",
+        "batch.prompts_per_iteration=1",
+        "batch.responses_per_prompt=8",
+        "batch.mini_batch_prompts=1",
+        f"batch.max_tokens_per_micro_batch={LIMIT + PROMPT + 8}",
+        "rollout.engine=vllm",
+        "rollout.num_engines=1",
+        "rollout.health_timeout_s=15",
+        "rollout.stall_timeout_s=10",
+        "rollout.max_restarts=0",
+        "rollout.max_retries=0",
+        "rollout.prompts_in_flight=1",
+        f"rollout.max_prompt_length={PROMPT}",
+        f"rollout.max_response_length={LIMIT}",
+        "data.source=jsonl",
+        f"data.train_path={tmp_path / 'rows.jsonl'}",
+        "data.evaluation_path=null",
+        "reward.name=dapo_math",
+        "reward.overlong_buffer=0",
+        "evaluation.every=0",
+        "evaluation.before_training=false",
+        "iterations=1",
+        f"run_dir={run_dir}",
+    ]
+    run("train", "examples/countdown/fipo.yaml", *settings, timeout=3000)
+    (values,) = iterations(run_dir)
+    print({name: value for name, value in values.items() if name.startswith(("length/", "time/"))})
+    assert values["length/mean"] >= 8000
+    assert values["time/rollout"] > 2 * 15
+    assert sum(values[f"engines/{name}"] for name in ("retries", "restarts", "hangs", "malformed")) == 0
+    assert values["policy/grad_norm"] > 0
