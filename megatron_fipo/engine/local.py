@@ -76,6 +76,13 @@ class LocalEngine:
         self._check = False
         self._tokens = 0
         """Prompt and response tokens computed."""
+        self._generated = 0
+        """Response tokens among them."""
+        self._prefix_queries = 0
+        """Tokens of all requests' prompts and prefixes."""
+        self._prefix_hits = 0
+        """Those that another request of the same call had too, so they were computed once."""
+        self._running = 0
         self._using_model = threading.Lock()
         self._abort = threading.Event()
 
@@ -96,7 +103,14 @@ class LocalEngine:
         return self.status()
 
     def status(self) -> EngineStatus:
-        return EngineStatus(self._version, self._tokens)
+        return EngineStatus(
+            self._version,
+            self._tokens,
+            running=self._running,
+            generated_tokens=self._generated,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+        )
 
     # -- generation ------------------------------------------------------------------------------------------
 
@@ -113,7 +127,10 @@ class LocalEngine:
                     "generate() was called before there were weights or during a weight update"
                 )
             self._abort.clear()
-            rows = self._decode(requests, sampling)
+            try:
+                rows = self._decode(requests, sampling)
+            finally:
+                self._running = 0
             return [
                 Generation(
                     np.array(row.tokens, dtype=np.int32),
@@ -144,6 +161,7 @@ class LocalEngine:
                 self._device
             )
             tokens, log_probs = sample_tokens(logits, uniforms, sampling)
+            self._running = len(running)
             survivors = self._append(running, tokens.tolist(), log_probs.tolist())
             if not survivors:
                 break
@@ -188,7 +206,10 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._tokens += sum(map(len, unique))
+        brought, computed = sum(map(len, contexts)), sum(map(len, unique))
+        self._tokens += computed
+        self._prefix_queries += brought
+        self._prefix_hits += brought - computed
         index = torch.tensor([unique[context] for context in contexts], device=self._device)
         cache.batch_select_indices(index)
         return output.logits[index, -1], cache, mask[index]
@@ -199,6 +220,7 @@ class LocalEngine:
         """Add one token to each row; return the indices of the unfinished rows."""
         survivors = []
         self._tokens += len(tokens)
+        self._generated += len(tokens)
         for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
             row.tokens.append(token)
             row.log_probs.append(log_prob)

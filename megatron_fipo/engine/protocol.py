@@ -79,6 +79,18 @@ class EngineStatus:
     """Requests that the engine holds and does not run, for lack of space in its KV cache."""
     kv_tokens: int | None = None
     """Tokens that the KV cache holds; None if it grows as needed."""
+    running: int = 0
+    """Requests in the batch that is being decoded."""
+    kv_use: float | None = None
+    """Share of the KV cache that running requests occupy."""
+    generated_tokens: int = 0
+    """Response tokens sampled since the process began."""
+    preemptions: int | None = None
+    """Requests stopped for lack of space in the KV cache and computed again later, since the process began."""
+    prefix_queries: int = 0
+    """Tokens of prompts and prefixes that requests brought since the process began."""
+    prefix_hits: int = 0
+    """Those of `prefix_queries` that were not computed again, because an earlier request began with them."""
 
 
 class RolloutEngine(Protocol):

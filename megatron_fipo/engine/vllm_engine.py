@@ -150,9 +150,7 @@ class VLLMEngine:
         if self._llm.errored:
             raise RuntimeError("vLLM's engine process is dead")
         cache = self._llm.vllm_config.cache_config
-        return EngineStatus(
-            self._version, self._stats.tokens, self._stats.waiting, cache.num_gpu_blocks * cache.block_size
-        )
+        return self._stats.status(self._version, cache.num_gpu_blocks * cache.block_size)
 
     # -- generation ------------------------------------------------------------------------------------------
 

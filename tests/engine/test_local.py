@@ -298,3 +298,32 @@ def test_status_counts_the_tokens_computed(shared_engine):
     prompts = {request.prompt_ids for request in requests}
     computed = sum(map(len, prompts)) + sum(len(ids(generation)) for generation in generations)
     assert shared_engine.status().tokens - before == computed
+
+
+def test_status_counts_sampled_and_repeated_tokens(model_folder):
+    engine = loaded(model_folder)
+    requests = some_requests()
+    generations = engine.generate(requests, PLAIN)
+    status = engine.status()
+    assert status.generated_tokens == sum(len(generation.response_ids) for generation in generations)
+    brought = sum(len(request.prompt_ids) for request in requests)
+    assert status.prefix_queries == brought
+    assert brought - status.prefix_hits == status.tokens - status.generated_tokens
+    assert status.prefix_hits > brought / 2, "each prompt has four responses"
+    assert (status.running, status.waiting, status.kv_use, status.preemptions) == (0, 0, None, None)
+
+
+def test_status_shows_the_rows_that_are_decoded(model_folder):
+    engine = loaded(model_folder)
+    seen: list[int] = []
+    append = engine._append
+
+    def watched(*arguments):
+        seen.append(engine.status().running)
+        return append(*arguments)
+
+    engine._append = watched
+    engine.generate(some_requests(prompts=2, n=4), PLAIN)
+    assert seen[0] == 8
+    assert seen == sorted(seen, reverse=True)
+    assert engine.status().running == 0

@@ -169,12 +169,31 @@ def test_status_reports_what_the_engine_core_computed_and_holds(engine, run):
 
     generations, seen = run(watched())
     counts = [status.tokens for status in seen]
+    assert max(status.running for status in seen) > 1
+    assert 0 < max(status.kv_use for status in seen) <= 1
     assert counts == sorted(counts)
     assert len(set(counts)) > 5, "it must grow during a call"
     prompts = sum(len(request.prompt_ids) for request in requests)
     responses = sum(len(ids(generation)) for generation in generations)
-    assert run(engine.status()).tokens - before.tokens == prompts + responses
+    after = run(engine.status())
+    assert after.tokens - before.tokens == prompts + responses
+    assert after.generated_tokens - before.generated_tokens == responses
+    assert after.preemptions == before.preemptions
+    assert after.prefix_queries - before.prefix_queries == prompts
+    assert 0 <= after.prefix_hits - before.prefix_hits < prompts
     assert run(engine.status()).tokens == run(engine.status()).tokens
+
+
+def test_status_counts_prompt_tokens_found_in_the_prefix_cache(engine, run):
+    """The prompt is longer than a cache block (128 tokens): its second request finds the first block."""
+    request = GenerationRequest("repeated", tuple(2 + 13 * position % 30 for position in range(150)), 1)
+    counts = []
+    for _ in range(2):
+        before = run(engine.status())
+        run(engine.generate([request], PLAIN))
+        after = run(engine.status())
+        counts.append((after.prefix_queries - before.prefix_queries, after.prefix_hits - before.prefix_hits))
+    assert counts == [(150, 0), (150, 128)]
 
 
 def test_a_prompt_beyond_the_length_limit(engine, run):
