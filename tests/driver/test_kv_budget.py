@@ -2,12 +2,14 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.driver.rollout.kv_budget import ASSUMED, REMEMBERED, USED_SHARE, KVBudget
+from megatron_fipo.engine.protocol import EngineStatus
 
 
 def test_the_worked_example():
@@ -35,6 +37,14 @@ def test_it_is_the_average_over_the_steps_of_all_sequences(lengths):
     everything = [*lengths, *[(0, 100)] * ASSUMED]
     held = [prompt + step + 0.5 for prompt, response in everything for step in range(response)]
     assert budget.tokens_per_sequence == pytest.approx(sum(held) / len(held))
+
+
+def test_an_engine_gets_what_fits_beside_its_requests_and_nothing_while_some_wait():
+    budget = KVBudget(longest=1000)
+    status = EngineStatus(0, tokens=0, kv_tokens=50_000)
+    assert budget.space(status, requests=30) == budget.sequences(50_000) - 30 > 0
+    assert budget.space(replace(status, waiting=1), requests=30) == 0
+    assert budget.space(replace(status, kv_tokens=None), requests=30) == math.inf
 
 
 def test_a_first_short_response_does_not_open_the_gate():

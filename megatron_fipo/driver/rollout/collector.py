@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_fipo.clock import clock
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.admission import admission_for
@@ -77,6 +78,10 @@ class Collector:
     ) -> None:
         """`score_group` must be pure: `load_state` scores waiting groups again, which are saved unscored."""
         self.counts = CollectCounts()
+        self.received_tokens = 0
+        """Response tokens from the engines, for whoever takes them. `counts` are of a batch, which may be sampled earlier."""
+        self.seconds: dict[str, float] = {}
+        """Wall time of `scoring`, for whoever takes it."""
         self._dataset = dataset
         self._pool = pool
         self._score_group = score_group
@@ -261,6 +266,7 @@ class Collector:
             group = self._unfinished.get(serial)
             tokens = 0 if result.generation is None else len(result.generation.response_ids)
             self.counts.generated_tokens += tokens
+            self.received_tokens += tokens
             if group is None:  # another of its responses failed
                 self.counts.dropped_tokens += tokens
             elif result.generation is None:
@@ -273,7 +279,8 @@ class Collector:
     def _classify(self, group: PromptGroup) -> None:
         """Score a finished group. It is buffered if it is informative and not stale, else dropped."""
         del self._unfinished[group.serial]
-        trajectories = self._score_group(group)
+        with clock(self.seconds, "scoring"):
+            trajectories = self._score_group(group)
         self._watch.finished(group.problem, trajectories)
         if is_informative([trajectory.accuracy for trajectory in trajectories]):
             self.counts.informative += 1

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_fipo.driver.rollout.engine_usage import EngineUsage, UsageMeter
 from megatron_fipo.engine.protocol import NO_WEIGHTS, EngineStatus
 
 FORGIVEN_AFTER_ANSWERS = 1000
@@ -83,6 +84,7 @@ class Fleet:
         self._stall_timeout_s = stall_timeout_s
         self._loaded_version = loaded_version
         self._engines = [_Engine(deadline=now + load_timeout_s) for _ in range(size)]
+        self._meters = [UsageMeter(now) for _ in range(size)]
 
     @property
     def size(self) -> int:
@@ -110,12 +112,17 @@ class Fleet:
     def restarts(self, number: int) -> int:
         return self._engines[number].restarts
 
+    def take_usage(self, now: float) -> list[EngineUsage]:
+        """What each engine did since the last call."""
+        return [meter.take(now) for meter in self._meters]
+
     # -- events ------------------------------------------------------------------------------------------
 
     def loaded(self, number: int, status: EngineStatus, now: float) -> None:
         engine = self._engines[number]
         engine.loaded, engine.version, engine.deadline = True, self._loaded_version, None
         engine.status = status
+        self._meters[number].probed(status)
         engine.next_probe = now + self._probe_interval_s
 
     def updated(self, numbers: Iterable[int], version: int) -> None:
@@ -139,6 +146,7 @@ class Fleet:
         if status.tokens != engine.status.tokens:
             self._progressed(engine, now)
         engine.status = status
+        self._meters[number].probed(status)
 
     def called(self, number: int, now: float) -> None:
         """A call of `generate` was sent."""
@@ -146,6 +154,7 @@ class Fleet:
         engine.calls += 1
         if engine.calls == 1:
             self._progressed(engine, now)
+            self._meters[number].began(now)
 
     def answered_call(self, number: int, answers: int, now: float) -> None:
         """A call brought `answers` responses."""
@@ -154,24 +163,28 @@ class Fleet:
         engine.answers += answers
         if engine.answers >= FORGIVEN_AFTER_ANSWERS:
             engine.restarts = 0
-        self._call_ended(engine, now)
+        self._call_ended(number, now)
 
     def failed_call(self, number: int, now: float) -> bool:
         """A call brought an error or a malformed reply. True if the engine must be restarted (`lost`)."""
         engine = self._engines[number]
         engine.failures += 1
-        self._call_ended(engine, now)
+        self._call_ended(number, now)
         return engine.failures >= FAILURES_IN_A_ROW
 
-    def _call_ended(self, engine: _Engine, now: float) -> None:
+    def _call_ended(self, number: int, now: float) -> None:
+        engine = self._engines[number]
         engine.calls -= 1
         self._progressed(engine, now)
+        if engine.calls == 0:
+            self._meters[number].ended(now)
 
     def _progressed(self, engine: _Engine, now: float) -> None:
         engine.progress_due = now + self._stall_timeout_s if engine.calls else math.inf
 
     def lost(self, number: int, now: float) -> bool:
         """The engine died or was killed. True if it is to be started again; else it is retired."""
+        self._meters[number].lost(now)
         restarts = self._engines[number].restarts
         retired = restarts >= self.max_restarts
         deadline = None if retired else now + self._load_timeout_s

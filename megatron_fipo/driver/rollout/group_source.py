@@ -19,6 +19,7 @@ from megatron_fipo.driver.cluster_loss import ClusterLostError
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.rollout.collector import Collected, Collector
 from megatron_fipo.driver.rollout.dump import DumpFolder
+from megatron_fipo.driver.rollout.engine_usage import RolloutUsage
 from megatron_fipo.driver.rollout.losses import PoolCounts
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
@@ -92,6 +93,9 @@ class GroupSource(Protocol):
 
     def take_counts(self) -> PoolCounts:
         """What happened to engines and requests since the last call."""
+
+    def take_usage(self) -> RolloutUsage:
+        """What engines and scoring took since the last call."""
 
     def state(self) -> RolloutState:
         """What `load_state` needs to resume; empty without engines."""
@@ -193,6 +197,10 @@ class LiveGroups:
     def take_counts(self) -> PoolCounts:
         return self.pool.take_counts()
 
+    def take_usage(self) -> RolloutUsage:
+        tokens, self.collector.received_tokens = self.collector.received_tokens, 0
+        return RolloutUsage(self.pool.take_usage(), tokens, self.collector.seconds.pop("scoring", 0.0))
+
     def state(self) -> RolloutState:
         return self.collector.state()
 
@@ -279,6 +287,9 @@ class ReplayGroups:
 
     def take_counts(self) -> PoolCounts:
         return PoolCounts()
+
+    def take_usage(self) -> RolloutUsage:
+        return RolloutUsage([], generated_tokens=0, scoring_s=0.0)
 
     def state(self) -> RolloutState:
         return RolloutState()

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from megatron_fipo.engine.protocol import EngineStatus
+
 USED_SHARE = 0.9
 """Of the KV cache. Above it vLLM interrupts sequences and computes their keys and values again later."""
 ASSUMED = 4
@@ -51,3 +53,7 @@ class KVBudget:
         if kv_tokens is None:
             return math.inf
         return max(1.0, USED_SHARE * kv_tokens / self.tokens_per_sequence)
+
+    def space(self, status: EngineStatus, requests: int) -> float:
+        """Further requests that an engine with `requests` can run at once. The others wait in the driver, not in its queue."""
+        return 0.0 if status.waiting else self.sequences(status.kv_tokens) - requests

@@ -24,6 +24,7 @@ from megatron_fipo.driver.actor_logs import why_it_died
 from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster
 from megatron_fipo.driver.rollout.dispatch import Call, Dispatcher
 from megatron_fipo.driver.rollout.engine_actors import EngineActors
+from megatron_fipo.driver.rollout.engine_usage import EngineUsage
 from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
 from megatron_fipo.driver.rollout.kv_budget import KVBudget
 from megatron_fipo.driver.rollout.losses import Losses, PoolCounts
@@ -226,11 +227,12 @@ class EnginePool:
         counts.retries, self._dispatcher.retries = self._dispatcher.retries, 0
         return counts
 
-    def sleep(self) -> None:
-        """Make the engines free their device memory.
+    def take_usage(self) -> list[EngineUsage]:
+        """What each engine did since the last call."""
+        return self._fleet.take_usage(time.monotonic())
 
-        No request may be outstanding; the engines are stale after `wake`.
-        """
+    def sleep(self) -> None:
+        """Make the engines free their device memory, with no request outstanding; they are stale after `wake`."""
         self.loaded(wait=True)
         self._call_all(RolloutEngine.sleep)
         self._fleet.forgot_weights()
@@ -285,17 +287,13 @@ class EnginePool:
     def _dispatch(self) -> None:
         if self._aborting or not self._dispatcher.waiting:
             return
-        space = {number: self._space(number) for number in self._fleet.numbers(State.SERVING)}
+        space = {
+            number: self._budget.space(self._fleet.status(number), self._dispatcher.requests_at(number))
+            for number in self._fleet.numbers(State.SERVING)
+        }
         for call in self._dispatcher.start_calls(space):
             self._fleet.called(call.engine, time.monotonic())
             self._send(call.engine, RolloutEngine.generate, call.requests, call.sampling, call=call)
-
-    def _space(self, number: int) -> float:
-        """Further requests that an engine can run at once. The others wait here, and not in an engine's queue."""
-        status = self._fleet.status(number)
-        if status.waiting:
-            return 0.0
-        return self._budget.sequences(status.kv_tokens) - self._dispatcher.requests_at(number)
 
     def _send(
         self,
@@ -345,15 +343,12 @@ class EnginePool:
             return
         self._dispatcher.answered(call)
         for request, generation in zip(call.requests, reply, strict=True):
+            self._results.append(RequestResult(request.request_id, generation))
             if generation.finish_reason != "abort":
                 self._budget.finished(
                     len(request.prompt_ids), len(request.prefix) + len(generation.response_ids)
                 )
         self._fleet.answered_call(call.engine, len(reply), time.monotonic())
-        self._results += [
-            RequestResult(request.request_id, answer)
-            for request, answer in zip(call.requests, reply, strict=True)
-        ]
 
     def _raised(self, pending: PendingCall, error: Exception) -> None:
         """An engine's method raised.
