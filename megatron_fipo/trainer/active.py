@@ -17,6 +17,10 @@ ADAMS = {
 class RankFacts:
     """Facts about one rank."""
 
+    device: str
+    """As CUDA names it, or `CPU`."""
+    peak_flops: float | None
+    """Its dense BF16 FLOP/s; None if not known."""
     layer_spec: str
     transformer_engine: str | None
     flash_attention: str | None
@@ -39,10 +43,16 @@ def active_lines(facts: RankFacts, model: ModelConfig, optimizer: OptimizerSetti
     fp8 = "none" if model.fp8 == "none" else f"{model.fp8}, scales {model.fp8_recipe}"
     masters = "no master weights" if model.dtype == "float32" else "master weights float32"
     state = f"moments {optimizer.state_dtype}, {masters}"
+    peak = (
+        "peak FLOP/s not known, so MFU is not reported"
+        if facts.peak_flops is None
+        else f"{facts.peak_flops / 1e12:.0f} TFLOP/s in dense BF16, the peak for MFU"
+    )
     offload = (
         f", {optimizer.cpu_offload:.0%} in host memory (torch's AdamW there)" if optimizer.cpu_offload else ""
     )
     return [
+        f"device: {facts.device}, {peak}",
         f"layers: {engine if fused else 'portable, of plain torch and Megatron-Core'}, {model.dtype}",
         f"attention: {f'Transformer Engine through {flash}' if fused else 'torch scaled_dot_product_attention'}",
         f"norm: RMSNorm of {f'{engine}, fused with the product after it' if fused else 'plain torch'}",

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.environment import find_accelerators, installed_version
+from megatron_fipo.environment import BF16_PEAK_FLOPS, find_accelerators, installed_version
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
@@ -80,6 +80,8 @@ class MegatronRank(TrainerRank):
         """What this rank runs on, a line for each part: layers, attention, FP8, optimizer, kernels."""
         settings = self.settings
         facts = RankFacts(
+            device=self.device_name,
+            peak_flops=self.peak_flops(),
             layer_spec=choose_layer_spec(settings.model.layer_spec, settings.model.dtype),
             transformer_engine=find_accelerators().transformer_engine,
             flash_attention=installed_version("flash_attn", "flash-attn"),
@@ -88,6 +90,15 @@ class MegatronRank(TrainerRank):
             kernels=describe_kernels(settings.head.kernels, self.device),
         )
         return active_lines(facts, settings.model, settings.optimizer)
+
+    @property
+    def device_name(self) -> str:
+        """The complete name of the GPU as CUDA reports it; `CPU` without one."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    def peak_flops(self) -> float | None:
+        """Dense BF16 FLOP/s of this rank's GPU; None if not known, or without a GPU."""
+        return BF16_PEAK_FLOPS.get(self.device_name)
 
     def shards(self, micro_batches: list[list[Trajectory]], pad_token_id: int) -> list[PackedShard]:
         """This context-parallel rank's part of each micro-batch, on its device."""

@@ -9,7 +9,7 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_fipo.config import ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_fipo.environment import find_accelerators, installed_version
+from megatron_fipo.environment import BF16_PEAK_FLOPS, find_accelerators, installed_version
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.model.build import transformer_config
 from megatron_fipo.model.layer_spec import PORTABLE, TRANSFORMER_ENGINE
@@ -71,12 +71,22 @@ def test_plain_parameters_are_exported_as_they_are():
 
 
 class TestActive:
-    CPU = RankFacts(PORTABLE, None, None, "megatron_fipo", False, "plain torch")
-    GPU = RankFacts(TRANSFORMER_ENGINE, "2.9.0", "2.8.1", "transformer_engine", True, "Triton 3.6.0")
+    CPU = RankFacts("CPU", None, PORTABLE, None, None, "megatron_fipo", False, "plain torch")
+    GPU = RankFacts(
+        "NVIDIA H200",
+        BF16_PEAK_FLOPS["NVIDIA H200"],
+        TRANSFORMER_ENGINE,
+        "2.9.0",
+        "2.8.1",
+        "transformer_engine",
+        True,
+        "Triton 3.6.0",
+    )
 
     def test_everything_fast(self):
         lines = active_lines(self.GPU, FP8, OptimizerSettings(state_dtype="bfloat16"))
         assert lines == [
+            "device: NVIDIA H200, 989 TFLOP/s in dense BF16, the peak for MFU",
             "layers: Transformer Engine 2.9.0, bfloat16",
             "attention: Transformer Engine through flash-attn 2.8.1 or cuDNN, as it chooses",
             "norm: RMSNorm of Transformer Engine 2.9.0, fused with the product after it",
@@ -89,6 +99,7 @@ class TestActive:
     def test_everything_plain(self):
         lines = active_lines(self.CPU, ModelConfig(dtype="float32"), OptimizerSettings())
         assert lines == [
+            "device: CPU, peak FLOP/s not known, so MFU is not reported",
             "layers: portable, of plain torch and Megatron-Core, float32",
             "attention: torch scaled_dot_product_attention",
             "norm: RMSNorm of plain torch",
