@@ -1,4 +1,4 @@
-"""Wall time of the phases of an iteration."""
+"""Wall time of a block."""
 
 import time
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def clock(seconds: dict[str, float], name: str, device: "torch.device | None" = None) -> Iterator[None]:
-    """Store the wall time of the block in `seconds[name]`; with a GPU as `device`, until its queued work is done."""
+    """Add the wall time of the block to `seconds[name]`; with a GPU as `device`, until its queued work is done."""
     start = time.perf_counter()
     yield
     if device is not None and device.type == "cuda":
         import torch
 
         torch.cuda.synchronize(device)
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -42,17 +42,21 @@ from megatron_fipo.driver.rollout.dump import write_dump
 from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, interrupting
 from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
 from megatron_fipo.driver.stop import Stop
+from megatron_fipo.driver.throughput import Capacity, cost_values, devices_of, work_of
 from megatron_fipo.driver.tracking import Trackers
-from megatron_fipo.driver.trainer_group import RLTrainer
+from megatron_fipo.driver.trainer_group import RLTrainer, Trained
 from megatron_fipo.errors import UserError
+from megatron_fipo.families.flops import model_flops
+from megatron_fipo.families.registry import read_model_config
 from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
 from megatron_fipo.outputs import write_table
+from megatron_fipo.phases import PhaseClock
 from megatron_fipo.run_dir.loop_state import LoopState
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from megatron_fipo.tasks.task import Decode, Problem, Scorer
-from megatron_fipo.trainer.protocol import IterationReport, TokenWeights
+from megatron_fipo.trainer.protocol import TokenWeights
 
 
 @dataclass
@@ -74,6 +78,9 @@ class LoopComponents:
 class Loop:
     """One run, from its last checkpoint or from the start to `config.iterations`."""
 
+    capacity: Capacity
+    """What the work of every iteration is compared with; set when the first one begins."""
+
     def __init__(self, config: Config, directory: RunDirectory, components: LoopComponents) -> None:
         self.config = config
         self.directory = directory
@@ -82,6 +89,10 @@ class Loop:
         self.samples = SampleLog(directory.path)
         self.state = LoopState()
         self.saver = CheckpointSaver(directory, components.trainer)
+        self.clock = PhaseClock()
+        """An iteration lasts from the end of the one before, evaluation and checkpoint included, to its own end."""
+        self.overhead: dict[str, float] = {}
+        """Seconds within the phases of the current iteration."""
 
     def run(self) -> None:
         """Train until `config.iterations`. Raises `Interrupted`, with the state saved, if it must stop before."""
@@ -90,6 +101,7 @@ class Loop:
         try:
             components.rollouts.push_weights(self.state.weight_version)
             self._evaluate_if_due()
+            self._begin_first_iteration()
             while self.state.iteration < config.iterations:
                 self._iterate()
                 check_stop(components.stop)
@@ -109,46 +121,74 @@ class Loop:
             raise
         self.saver.finish()
 
+    def _begin_first_iteration(self) -> None:
+        """What came before it (loading, a push, an evaluation) is not part of it."""
+        config, components = self.config, self.components
+        self.capacity = Capacity(
+            devices_of(config, components.rollouts.live),
+            model_flops(*read_model_config(config.model.path)),
+            forward_passes=2 if config.objective.kl_coefficient else 1,
+            peak_flops=components.trainer.peak_flops(),
+        )
+        components.rollouts.take_usage()
+        self.clock.take()
+
     def _iterate(self) -> None:
         config, state, components = self.config, self.state, self.components
-        seconds: dict[str, float] = {}
-        start = time.perf_counter()
-
         components.console.phase("rollout")
-        with clock(seconds, "rollout"):
+        with self.clock.phase("rollout"):
             collected = components.rollouts.groups(state.iteration + 1, state.weight_version)
+        with self.clock.phase("plan"):
             set_advantages(collected.groups)
-        batch = plan_iteration(collected.groups, config, components.pad_token_id)
-        lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
-        wanted = _samples_to_show(batch) if self._due(config.evaluation.every, later=1) else []
+            batch = plan_iteration(collected.groups, config, components.pad_token_id)
+            lr = learning_rate(config.optimizer.lr, state.iteration, config.optimizer.warmup_iterations)
+            wanted = _samples_to_show(batch) if self._due(config.evaluation.every, later=1) else []
+            with clock(self.overhead, "put"):
+                stored = components.trainer.store(batch)
 
         components.console.phase("update", detail=f"{len(batch.mini_batches)} mini-steps")
-        report, token_weights = components.trainer.train_iteration(
-            batch, lr, wanted, components.rollouts.during_update()
-        )
-        seconds |= report.seconds
+        during_update = components.rollouts.during_update()
+        with self.clock.phase("handover"):
+            trained = components.trainer.train_iteration(stored, lr, wanted, during_update)
+        self.clock.divide("handover", trained.report.seconds)
 
         state.iteration += 1
         state.weight_version += 1
         try:
-            self.saver.finish_if_written()
-            with clock(seconds, "rollout_wait"):
+            with self.clock.phase("checkpoint"):
+                self.saver.finish_if_written()
+            with self.clock.phase("rollout_wait"):
                 components.rollouts.after_update()
-            with clock(seconds, "weight_sync"):
+            with self.clock.phase("weight_sync"):
                 components.rollouts.push_weights(state.weight_version)
         finally:  # the iteration is complete, whatever happens to the engines
-            seconds["total"] = time.perf_counter() - start
-            self._record(collected, batch, report, wanted, token_weights, lr, seconds)
+            costs = self._costs(batch, trained, during_update is not None)
+            with self.clock.phase("log"):
+                self._record(collected, batch, trained, wanted, lr, costs)
+
+    def _costs(
+        self, batch: IterationBatch, trained: Trained, sampled_during_update: bool
+    ) -> dict[str, float]:
+        """What the iteration that ends now cost."""
+        overhead, self.overhead = self.overhead, {}
+        costs = cost_values(
+            self.capacity,
+            work_of(batch.trajectories),
+            self.clock.take(),
+            trained.costs,
+            self.components.rollouts.take_usage(),
+            sampled_during_update=sampled_during_update,
+        )
+        return costs | {f"overhead/{name}": seconds for name, seconds in overhead.items()}
 
     def _record(
         self,
         collected: Collected,
         batch: IterationBatch,
-        report: IterationReport,
+        trained: Trained,
         wanted: list[int],
-        token_weights: list[TokenWeights],
         lr: float,
-        seconds: dict[str, float],
+        costs: dict[str, float],
     ) -> None:
         """Log a complete iteration. A disk that refuses it stops the run, with the state saved."""
         state, components = self.state, self.components
@@ -158,23 +198,24 @@ class Loop:
                 f"engines/{name}": float(count)
                 for name, count in asdict(components.rollouts.take_counts()).items()
             },
-            **over_mini_steps(report.mini_steps),
+            **over_mini_steps(trained.report.mini_steps),
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
-            **{f"time/{phase}": duration for phase, duration in seconds.items()},
+            **costs,
         }
         components.console.iteration(state.iteration, values)
         every = self.config.rollout.dump_every
         try:
             self._log("iteration", values)
-            self._log_samples(batch, wanted, token_weights)
+            self._log_samples(batch, wanted, trained.token_weights)
             if every and state.iteration % every == 0:
-                write_dump(
-                    self.directory.path / "rollouts",
-                    state.iteration,
-                    collected.groups,
-                    self.config.rollout.temperature,
-                )
+                with clock(self.overhead, "dump"):
+                    write_dump(
+                        self.directory.path / "rollouts",
+                        state.iteration,
+                        collected.groups,
+                        self.config.rollout.temperature,
+                    )
         except UserError as error:
             raise Interrupted from error
 
@@ -186,7 +227,7 @@ class Loop:
             return
         records = read_metrics(self.directory.path)
         if not any(record.kind == "evaluation" and record.iteration == done for record in records):
-            with interrupting():
+            with interrupting(), self.clock.phase("evaluation"):
                 self._evaluate()
 
     def _evaluate(self) -> None:
@@ -202,7 +243,7 @@ class Loop:
             max_new_tokens=config.rollout.max_response_length,
             seed=config.seed,
         )
-        self._log("evaluation", {**evaluation.values, "time/evaluation": time.perf_counter() - start})
+        self._log("evaluation", {**evaluation.values, "evaluation/seconds": time.perf_counter() - start})
         components.console.evaluation(self.state.iteration, evaluation.values)
         if evaluation.all_wrong is not None:
             components.console.note(evaluation.all_wrong)
@@ -213,10 +254,11 @@ class Loop:
 
     def _save(self) -> None:
         self.components.console.phase("checkpoint")
-        self.state.rollout = self.components.rollouts.state()
-        self.saver.save(self.state)
-        if not self.config.checkpoint.asynchronous:
-            self.saver.finish()
+        with self.clock.phase("checkpoint"):
+            self.state.rollout = self.components.rollouts.state()
+            self.saver.save(self.state)
+            if not self.config.checkpoint.asynchronous:
+                self.saver.finish()
 
     def _resume(self) -> None:
         checkpoint = self.directory.latest()

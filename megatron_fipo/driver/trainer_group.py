@@ -7,6 +7,7 @@ the answers of the ranks into one result.
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -23,6 +24,7 @@ from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.trainer.protocol import (
     IterationReport,
     PushFailure,
+    RankCosts,
     RankSettings,
     RLRank,
     SftRank,
@@ -32,6 +34,7 @@ from megatron_fipo.trainer.protocol import (
 
 if TYPE_CHECKING:
     from megatron_fipo.batching.iteration_batch import IterationBatch
+    from megatron_fipo.batching.rank_share import RankShare
     from megatron_fipo.batching.trajectory import Trajectory
     from megatron_fipo.checkpoint.manifest import FileRecord
     from megatron_fipo.config import Config
@@ -190,27 +193,49 @@ class TrainerGroup:
             raise self._failure from error
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What all ranks answered to `train_iteration`."""
+
+    report: IterationReport
+    token_weights: list[TokenWeights]
+    costs: list[RankCosts]
+    """By rank."""
+
+
 class RLTrainer(TrainerGroup):
     """The ranks of a reinforcement-learning run."""
 
     def __init__(self, config: "Config", gpus_per_rank: int, gpu_share: float) -> None:
         super().__init__(rl_worker, config.parallel.world_size, gpus_per_rank, gpu_share, config=config)
 
+    def peak_flops(self) -> float | None:
+        """Dense BF16 FLOP/s of all ranks' GPUs together; None if one is not known, or without GPUs."""
+        peaks = self.call(RLRank.peak_flops)
+        known = [peak for peak in peaks if peak is not None]
+        return sum(known) if len(known) == len(peaks) else None
+
+    def store(self, batch: "IterationBatch") -> "list[ray.ObjectRef[RankShare]]":
+        """Write the share of each data-parallel rank to Ray's object store."""
+        return [ray.put(batch.share(rank)) for rank in range(batch.data_parallel_size)]
+
     def train_iteration(
         self,
-        batch: "IterationBatch",
+        shares: "list[ray.ObjectRef[RankShare]]",
         lr: float,
         samples: list[int],
         meanwhile: Callable[[], None] | None = None,
-    ) -> tuple[IterationReport, list[TokenWeights]]:
+    ) -> Trained:
         """Old log-probs and one optimizer step per mini-batch, on all ranks. See `RLRank.train_iteration`.
 
-        `meanwhile` is called repeatedly until all ranks are done.
+        `shares` as returned by `store`. `meanwhile` is called repeatedly until all ranks are done.
         """
-        shares = [ray.put(batch.share(rank)) for rank in range(batch.data_parallel_size)]
         answers = self.call_while(meanwhile, RLRank.train_iteration, shares, lr, samples)
-        report = next(report for report, _ in answers if report is not None)
-        return report, [weights for _, part in answers for weights in part]
+        return Trained(
+            report=next(answer.report for answer in answers if answer.report is not None),
+            token_weights=[weights for answer in answers for weights in answer.token_weights],
+            costs=[answer.costs for answer in answers],
+        )
 
     def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:
         """Send the weights to these engines as `version`. Returns the engine that failed, if one did."""

@@ -33,6 +33,22 @@ class IterationReport:
     """Wall time of `old_log_probs` and `update` on the reporting rank."""
 
 
+@dataclass(frozen=True)
+class RankCosts:
+    """What an iteration needed on one rank."""
+
+    unpickle_s: float
+    """Seconds in which the rank read its share of the batch from the object store."""
+    shards_s: float
+    """Seconds in which the rank waited for shards, which are made while it computes."""
+    host_bytes: int
+    """Largest resident memory of the process since it began."""
+    device_bytes: int | None = None
+    """Largest memory that tensors occupied on the GPU since the iteration before; None without a GPU."""
+    reserved_bytes: int | None = None
+    """The same with the allocator's unused blocks."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenWeights:
     """Influence weights of some tokens of one trajectory, from the rank that has them."""
@@ -43,6 +59,16 @@ class TokenWeights:
     """int64, within the response."""
     weights: np.ndarray
     """float32."""
+
+
+@dataclass(frozen=True)
+class RankIteration:
+    """What one rank answers to `train_iteration`."""
+
+    report: IterationReport | None
+    """From one rank."""
+    token_weights: list[TokenWeights]
+    costs: RankCosts
 
 
 @dataclass(frozen=True)
@@ -87,9 +113,12 @@ class TrainerRank(Protocol):
 class RLRank(TrainerRank, Protocol):
     """A rank of a reinforcement-learning run."""
 
+    def peak_flops(self) -> float | None:
+        """Dense BF16 FLOP/s of this rank's GPU; None if not known, or without a GPU."""
+
     def train_iteration(
         self, shares: "Sequence[ray.ObjectRef[RankShare]]", lr: float, samples: list[int]
-    ) -> tuple[IterationReport | None, list[TokenWeights]]:
+    ) -> RankIteration:
         """Compute old log-probs, then take one optimizer step per mini-batch.
 
         `shares` are stored by data-parallel rank; a rank reads its own. `samples` are indices into the iteration's

@@ -24,8 +24,16 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.gpu_rules import TORCH_ADAM
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import ADAM
+from megatron_fipo.trainer.costs import take_costs
 from megatron_fipo.trainer.one_ahead import one_ahead
-from megatron_fipo.trainer.protocol import IterationReport, PushFailure, RankSettings, RLRank, TokenWeights
+from megatron_fipo.trainer.protocol import (
+    IterationReport,
+    PushFailure,
+    RankIteration,
+    RankSettings,
+    RLRank,
+    TokenWeights,
+)
 from megatron_fipo.trainer.rank import MegatronRank
 from megatron_fipo.weight_sync.nccl import NcclTransport
 from megatron_fipo.weight_sync.object_store import ObjectStoreTransport
@@ -63,15 +71,16 @@ class RLWorker(MegatronRank, RLRank):
 
     def train_iteration(
         self, shares: "Sequence[ray.ObjectRef[RankShare]]", lr: float, samples: list[int]
-    ) -> tuple[IterationReport | None, list[TokenWeights]]:
-        share = ray.get(shares[parallel_state.get_data_parallel_rank()])
+    ) -> RankIteration:
         seconds: dict[str, float] = {}
+        with clock(seconds, "unpickle"):
+            share = ray.get(shares[parallel_state.get_data_parallel_rank()])
         with clock(seconds, "old_log_probs", self.device):
-            old = self._log_probs(share)
+            old = self._log_probs(share, seconds)
             reference: LogProbs | None = None
             if self.reference is not None:
                 with self._reference_weights():
-                    reference = self._log_probs(share)
+                    reference = self._log_probs(share, seconds)
 
         def update(step: int, shards: list[PackedShard]) -> tuple[dict[str, float], list[TokenWeights]]:
             shards = _with_log_probs(shards, old[step], None if reference is None else reference[step])
@@ -86,14 +95,16 @@ class RLWorker(MegatronRank, RLRank):
             )
 
         with clock(seconds, "update", self.device):
-            steps = self._for_each_mini_step(share, update)
+            steps = self._for_each_mini_step(share, update, seconds)
         mini_steps = [metrics for metrics, _ in steps]
         token_weights = [weights for _, found in steps for weights in found]
         if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
             torch.cuda.empty_cache()  # for the engines that wake now
-        if not self.reports:
-            return None, token_weights
-        return IterationReport(mini_steps, seconds), token_weights
+        costs = take_costs(seconds, self.device)
+        phases = {name: seconds[name] for name in ("old_log_probs", "update")}
+        return RankIteration(
+            IterationReport(mini_steps, phases) if self.reports else None, token_weights, costs
+        )
 
     def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:
         # A TransferStuckError is not caught: the ranks then hang in a collective and must be ended.
@@ -137,21 +148,34 @@ class RLWorker(MegatronRank, RLRank):
         return load_rng(Path(folder), self.rank, self.world_size)
 
     def _for_each_mini_step(
-        self, share: RankShare, use: Callable[[int, list[PackedShard]], Result]
+        self,
+        share: RankShare,
+        use: Callable[[int, list[PackedShard]], Result],
+        seconds: dict[str, float],
     ) -> list[Result]:
         """`use` on the shards of each mini-step. Those of the next one are built and uploaded meanwhile.
 
-        Shards take about nine times the memory of the tokens, so they are built again for every pass.
+        Shards take about nine times the memory of the tokens, so they are built again for every pass. The wait for them
+        is added to `seconds["shards"]`.
         """
-        return one_ahead(
-            lambda step: self.shards(share.micro_batches(step), share.pad_token_id),
-            use,
-            len(share.mini_batches),
-        )
+        parts: dict[str, float] = {}
 
-    def _log_probs(self, share: RankShare) -> LogProbs:
+        def timed_use(step: int, shards: list[PackedShard]) -> Result:
+            with clock(parts, "use"):
+                return use(step, shards)
+
+        with clock(parts, "pass"):
+            results = one_ahead(
+                lambda step: self.shards(share.micro_batches(step), share.pad_token_id),
+                timed_use,
+                len(share.mini_batches),
+            )
+        seconds["shards"] = seconds.get("shards", 0.0) + parts["pass"] - parts["use"]
+        return results
+
+    def _log_probs(self, share: RankShare, seconds: dict[str, float]) -> LogProbs:
         """Log-probs of all mini-steps under the current weights, kept on the device."""
-        return self._for_each_mini_step(share, lambda step, shards: self.policy.log_probs(shards))
+        return self._for_each_mini_step(share, lambda step, shards: self.policy.log_probs(shards), seconds)
 
     def _snapshot(self) -> list[torch.Tensor]:
         return [

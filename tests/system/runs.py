@@ -77,8 +77,19 @@ def weights(run_dir: Path) -> bytes:
     return (run_dir / "model/model.safetensors").read_bytes()
 
 
-BY_TIMING = ("time/", "tokens/generated", "tokens/dropped", "rollout/unused_share")
-"""Metrics that may differ between equal runs: times, and the progress of prompts that were started and not used."""
+COSTS = (
+    "time/",
+    "overhead/",
+    "throughput/",
+    "mfu/",
+    "wait/",
+    "memory/",
+    "engine_",
+    "evaluation/seconds",
+)
+"""Metrics that measure time and memory."""
+BY_TIMING = (*COSTS, "tokens/generated", "tokens/dropped", "rollout/unused_share")
+"""Metrics that may differ between equal runs: costs, and the progress of prompts that were started and not used."""
 
 
 def same_numbers(one: dict, other: dict, *excluded: str) -> bool:
