@@ -1,7 +1,7 @@
 """Console output of a run.
 
-On a terminal: one permanent row per iteration, and below it a live line with the current phase, a progress bar and the
-time left. Elsewhere (a pipe, a log file): the same rows as plain lines without control characters.
+On a terminal: two permanent rows per iteration (what it learned, what it cost), and below them a live line with the current
+phase, a progress bar and the time left. Elsewhere (a pipe, a log file): the same rows as plain lines without control characters.
 """
 
 import math
@@ -21,6 +21,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from megatron_fipo.phases import PHASES
+
 # column title, metric name, format
 _COLUMNS = (
     ("reward", "reward/mean", "{:+.3f}"),
@@ -36,6 +38,16 @@ _SUMMARY_ROWS = (
     ("response length, median", "evaluation/length_median", "{:.1f}"),
     ("truncated", "evaluation/truncated", "{:.1%}"),
 )
+_RATES = (
+    ("", "throughput/tokens_per_s_per_gpu", "{:,.0f} tokens/s/GPU"),
+    ("rollout", "throughput/rollout_tokens_per_s_per_gpu", "{:,.0f}"),
+    ("training", "throughput/train_tokens_per_s_per_gpu", "{:,.0f}"),
+    ("MFU", "mfu/update", "{:.1%}"),
+)
+_LARGE_PHASE = 0.05
+"""Share of an iteration from which a phase is named in its row."""
+_REST = "other"
+"""Label of the last phase, and of all that are not named."""
 _ABSENT = "-"
 FIRST_PROGRESS_S = 60.0
 """Seconds in a phase after which a console without a terminal prints its progress for the first time."""
@@ -105,6 +117,8 @@ class Console:
         self._print(
             f"iteration {iteration:>{width}}/{self._total}  {cells}  left {_duration(self.seconds_left)}"
         )
+        if values.get("time/total", 0.0) > 0:
+            self._print(f"    {_cost(values)}", style="dim")
 
     def evaluation(self, iteration: int, values: Mapping[str, float]) -> None:
         """The weights after `iteration` (0: before training) were evaluated with `values`."""
@@ -172,6 +186,17 @@ class Console:
             f"left {_duration(self.seconds_left)}",
         )
         return Group(self._spinner, progress)
+
+
+def _cost(values: Mapping[str, float]) -> str:
+    """Where the time of an iteration went, largest part first, and its rates."""
+    total = values["time/total"]
+    shares = {phase.label: values.get(f"time/{phase.name}", 0.0) / total for phase in PHASES}
+    large = {label: share for label, share in shares.items() if share >= _LARGE_PHASE and label != _REST}
+    parts = [*sorted(large.items(), key=lambda part: -part[1]), (_REST, 1 - sum(large.values()))]
+    where = ", ".join(f"{label} {share:.0%}" for label, share in parts)
+    rates = [f"{title} {_cell(values, name, form)}".strip() for title, name, form in _RATES if name in values]
+    return "  ".join((f"{total:.1f} s: {where}", *rates))
 
 
 def _cell(values: Mapping[str, float], name: str, form: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from megatron_fipo.report.figures import Panel
+from megatron_fipo.report.panel import Panel
 from megatron_fipo.report.run_data import Run
 
 _PLACEHOLDERS = {
@@ -27,6 +27,12 @@ _PLACEHOLDERS = {
     "teal": "#010105",
     "magenta": "#010106",
     "grey": "#010107",
+    "brown": "#010108",
+    "violet": "#010109",
+    "sky": "#01010a",
+    "green": "#01010b",
+    "red": "#01010c",
+    "gold": "#01010d",
 }
 _SIZE_INCHES = (4.7, 2.35)
 _MARKED_POINTS = 30

@@ -1,66 +1,8 @@
 """The panels of a report and their explanations. Pure data; `chart.py` draws it."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 from megatron_fipo.objective.metrics import METRICS
-
-Color = Literal["blue", "orange", "teal", "magenta", "grey"]
-Unit = Literal["number", "share"]
-"""`share`: a fraction, shown as a percentage."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One metric of a panel."""
-
-    metric: str
-    label: str
-    color: Color = "blue"
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
-class Band:
-    """The area between two metrics."""
-
-    low: str
-    high: str
-    label: str
-    color: Color = "blue"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One small chart over iterations. A panel is not shown if the run has none of its metrics."""
-
-    title: str
-    caption: str
-    """What it shows, and what is healthy."""
-    lines: tuple[Line, ...]
-    band: Band | None = None
-    unit: Unit = "number"
-    reference: float | None = None
-    """A horizontal line to compare with."""
-    stacked: bool = False
-    """The lines are parts of a sum, drawn as areas on top of each other."""
-    from_zero: bool = False
-    """The axis begins at 0."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of all metrics that the panel shows."""
-        band = (self.band.low, self.band.high) if self.band else ()
-        return (*(line.metric for line in self.lines), *band)
-
-
-@dataclass(frozen=True)
-class Section:
-    """Panels under one heading."""
-
-    title: str
-    panels: tuple[Panel, ...]
-
+from megatron_fipo.report.cost_figures import COST
+from megatron_fipo.report.panel import Band, Color, Line, Panel, Section
 
 COLORS: tuple[Color, ...] = ("blue", "orange", "magenta", "teal", "grey")
 
@@ -229,59 +171,5 @@ SECTIONS = (
             ),
         ),
     ),
-    Section(
-        "What does it cost?",
-        (
-            Panel(
-                "Time per phase",
-                "Seconds of each iteration. Rollout usually dominates and grows with response length.",
-                (
-                    Line("time/rollout", "rollout"),
-                    Line("time/old_log_probs", "old log-probs", "teal"),
-                    Line("time/update", "update", "orange"),
-                    Line("time/weight_sync", "weight sync", "magenta"),
-                    Line("time/evaluation", "evaluation", "grey"),
-                ),
-                stacked=True,
-            ),
-            Panel(
-                "Groups",
-                "What happened to the generated groups. Groups that are all right or all wrong have zero "
-                "advantage and are filtered; healthy: most are used.",
-                (
-                    Line("groups/used", "used"),
-                    Line("groups/surplus", "kept for later", "teal"),
-                    Line("groups/all_right", "all right", "orange"),
-                    Line("groups/all_wrong", "all wrong", "magenta"),
-                    Line("groups/failed", "failed", "grey"),
-                ),
-                stacked=True,
-            ),
-            Panel(
-                "Prompts",
-                "Prompts that dynamic sampling needed until an iteration had its groups. Growth means that "
-                "the problems have become too easy or remain too hard.",
-                (Line("rollout/prompts", "prompts"),),
-                from_zero=True,
-            ),
-            Panel(
-                "Staleness",
-                "Weight versions between a token's sampling and its update, mean over responses. 0 in "
-                "synchronous runs that drop unfinished responses.",
-                (Line("staleness/mean", "mean"), Line("staleness/max", "largest", "grey")),
-                from_zero=True,
-            ),
-            Panel(
-                "Generated tokens",
-                "Response tokens per iteration: trained on, of filtered groups, and dropped because they "
-                "were not needed or too old.",
-                (
-                    Line("tokens/used", "used"),
-                    Line("tokens/filtered", "filtered", "orange"),
-                    Line("tokens/dropped", "dropped", "magenta"),
-                ),
-                stacked=True,
-            ),
-        ),
-    ),
+    COST,
 )

@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 from html import escape
 
 from megatron_fipo.report.chart import draw, panel_series
-from megatron_fipo.report.figures import SECTIONS, Panel, Section
+from megatron_fipo.report.figures import SECTIONS
+from megatron_fipo.report.panel import Panel, Section
 from megatron_fipo.report.run_data import Run
 from megatron_fipo.report.samples import render_samples
 from megatron_fipo.report.style import STYLE

@@ -8,12 +8,14 @@ STYLE = """\
   color-scheme: light dark;
   --page: #ffffff; --panel: #fafafa; --ink: #33373d; --strong: #14171a; --quiet: #6a7079; --faint: #d9dce0;
   --blue: #2563c9; --orange: #d9730d; --teal: #0f9488; --magenta: #b83280; --grey: #8b929b;
+  --brown: #8a5a33; --violet: #7c4dd1; --sky: #58b0e0; --green: #4f9a3f; --red: #c43c35; --gold: #c9a20d;
   --up: 229, 122, 20; --down: 52, 116, 224; --good: #0f7b4f; --bad: #b3261e;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171b; --panel: #1b1f24; --ink: #c3c9d1; --strong: #f1f3f5; --quiet: #959da7; --faint: #363c44;
     --blue: #6ca0f6; --orange: #f09a4a; --teal: #3fc2b4; --magenta: #e57ab4; --grey: #8b929b;
+    --brown: #b88458; --violet: #a985ee; --sky: #9fd4f5; --green: #80c46c; --red: #ee7b72; --gold: #e3c34a;
     --up: 236, 139, 48; --down: 84, 142, 240; --good: #4cc38a; --bad: #f2786f;
   }
 }

@@ -43,6 +43,27 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
     assert all(character.isprintable() for line in lines for character in line)
 
 
+def test_a_second_row_shows_where_the_time_went_and_the_rates() -> None:
+    file = io.StringIO()
+    costs = {
+        "time/total": 40.0,
+        "time/rollout": 10.0,
+        "time/update": 26.0,
+        "time/log": 1.2,
+        "time/other": 2.8,
+        "throughput/tokens_per_s_per_gpu": 1234.5,
+        "throughput/rollout_tokens_per_s_per_gpu": 2345.6,
+        "throughput/train_tokens_per_s_per_gpu": 3456.7,
+    }
+    with Console(3, file) as console:
+        console.iteration(1, {**_VALUES, **costs})
+        console.iteration(2, {**_VALUES, **costs, "mfu/update": 0.412})
+    rows = file.getvalue().splitlines()
+    cost = "    40.0 s: update 65%, rollout 25%, other 10%  1,234 tokens/s/GPU  rollout 2,346  training 3,457"
+    assert rows[1] == cost
+    assert rows[3] == f"{cost}  MFU 41.2%"
+
+
 def test_color_forced_by_the_environment_does_not_reach_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()

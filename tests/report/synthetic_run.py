@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog
@@ -114,11 +115,7 @@ def _iteration(iteration: int, progress: float, objective: str, rng: random.Rand
         "policy/normalization_gap": about(0.03, 0.3),
         "learning_rate": 3e-4,
         "weights/version": float(iteration),
-        "time/rollout": about(1.0 + 2.0 * progress),
-        "time/old_log_probs": about(0.7 + 0.4 * progress),
-        "time/update": about(2.6 + 1.2 * progress),
-        "time/weight_sync": about(0.12),
-        "time/evaluation": about(4.0) if iteration % 5 == 0 else 0.0,
+        **_cost(iteration, progress, about),
     }
     if objective == "fipo":
         values |= {
@@ -130,6 +127,48 @@ def _iteration(iteration: int, progress: float, objective: str, rng: random.Rand
             "influence/raw_mean": about(1.05, 0.03),
         }
     return values
+
+
+def _cost(iteration: int, progress: float, about: Callable[..., float]) -> dict[str, float]:
+    """Phases, rates, waits, engines and memory of a run on two GPUs."""
+    phases = {
+        "rollout": about(1.0 + 2.0 * progress),
+        "plan": about(0.05),
+        "handover": about(0.2),
+        "old_log_probs": about(0.7 + 0.4 * progress),
+        "update": about(2.6 + 1.2 * progress),
+        "rollout_wait": 0.0,
+        "weight_sync": about(0.12),
+        "evaluation": about(4.0) if iteration % 5 == 1 and iteration > 1 else 0.0,
+        "checkpoint": about(0.3) if iteration % 10 == 1 and iteration > 1 else 0.0,
+        "log": about(0.04),
+        "other": about(0.01),
+    }
+    total = sum(phases.values())
+    return {
+        **{f"time/{name}": seconds for name, seconds in phases.items()},
+        "time/total": total,
+        "throughput/tokens_per_s_per_gpu": about(9000 / total),
+        "throughput/rollout_tokens_per_s_per_gpu": about(16000 / phases["rollout"]),
+        "throughput/train_tokens_per_s_per_gpu": about(18000 / phases["update"]),
+        "mfu/old_log_probs": about(0.34),
+        "mfu/update": about(0.41),
+        "wait/trainer": phases["rollout"] / total,
+        "engine_mean/idle": 1 - phases["rollout"] / total,
+        "engine_mean/running": about(120.0),
+        "engine_mean/waiting": about(3.0),
+        "engine_mean/preemptions": about(1.0),
+        "engine_mean/kv_use": about(0.7),
+        "engine_mean/prefix_hits": about(0.4),
+        "memory/device_gib": about(61.0, 0.01),
+        "memory/reserved_gib": about(70.0, 0.01),
+        "memory/host_gib": 11.0 + 0.01 * iteration,
+        "overhead/put": about(0.03),
+        "overhead/unpickle": about(0.02),
+        "overhead/shards": about(0.05),
+        "overhead/scoring": about(0.1),
+        "overhead/dump": about(0.02),
+    }
 
 
 def _sample(iteration: int, progress: float, accuracy: float, objective: str, rng: random.Random) -> Sample:

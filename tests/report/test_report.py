@@ -14,6 +14,7 @@ import pytest
 from megatron_fipo.errors import UserError
 from megatron_fipo.objective.metrics import METRICS
 from megatron_fipo.report import write_report
+from megatron_fipo.report.cost_figures import WHERE_THE_TIME_WENT
 from megatron_fipo.report.figures import SECTIONS
 from megatron_fipo.report.samples import choose_samples, color_reach, render_samples
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog
@@ -138,7 +139,7 @@ def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
         "iteration", 1, {"reward/mean": 0.5, "policy/kl": float("nan"), "time/rollout": 3.0}
     )
     _, page = _report(tmp_path)
-    assert list(page.figures) == ["Training reward and accuracy", "Time per phase"]
+    assert list(page.figures) == ["Training reward and accuracy", WHERE_THE_TIME_WENT.title]
     assert "never evaluated" in page.text
     assert "no sample responses" in page.text
     assert "saved no config.yaml" in page.text
@@ -160,7 +161,7 @@ def test_gaps_and_wild_values_are_drawn(tmp_path: Path) -> None:
             {"influence/raw_mean": raw, "length/mean": 1e6, "time/rollout": float("nan"), "time/update": 1.0},
         )
     _, page = _report(tmp_path)
-    assert {"Mean of exp F before clipping", "Training response length", "Time per phase"} <= set(
+    assert {"Mean of exp F before clipping", "Training response length", WHERE_THE_TIME_WENT.title} <= set(
         page.figures
     )
 
