@@ -6,14 +6,11 @@ Megatron's format contains pickles (its index, the optimizer's hyperparameters),
 trust.
 
 Memory. N is the number of parameters of this rank's tensor × pipeline shard, D the number of data × context
-ranks. Optimizer state is stored per parameter, which any layout can read, but the distributed optimizer keeps
-it in flat slices of 1/D. Saving therefore all-gathers it over the data × context group, one fp32 bucket of
-one of its three parts at a time. Without `parallel.overlap_communication` there is one bucket: 4N bytes of
-temporary device memory (with it about 160 MB, but only on the first pipeline stage). On the host every rank
-holds the complete state, 12N bytes, while `start` runs; loading needs the same amount. After `start`, a rank
-holds its 1/D of the state and weights until they are written. Megatron can instead gather on the host, over
-gloo, to one of the D ranks. That needs no device memory, but then only one rank writes and training waits for
-one network link.
+ranks; weights and optimizer are 14N bytes. A rank stores the 1/D of the optimizer's state that it has
+(`optimizer_blocks.py`) and 1/D of the weights, which all D ranks have. So a save copies 14N/D bytes from the
+device to the host, holds them until they are written, and needs no device memory and no gather. (Exceptions,
+for a moment on the device: moments that are not float32 are converted, at most 8N/D bytes, and FP8 weights, 2N.)
+Loading fills the rank's own state in place, and the rank's share of the weights is read and broadcast.
 """
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import (
@@ -44,10 +42,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fipo.checkpoint.optimizer_blocks import loadable_optimizer_state, sharded_optimizer_state
 from megatron_fipo.checkpoint.rank_errors import (
     join_by_rank,
     one_line,
@@ -69,6 +68,8 @@ from megatron_fipo.model.mcore import (
 )
 
 POLL_S = 0.05
+INDEX_FILE = ".metadata"
+"""torch's name."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ class CheckpointWriter:
     """One rank's part of saving: `start`, then `finished` until it returns True. One save at a time.
 
     Each rank forks a writer that has a snapshot of the memory, so training continues immediately. The data ×
-    context ranks divide the writing of their common weights and state. No state is kept between saves.
+    context ranks divide the writing of their common weights. No tensors are kept between saves.
     """
 
     def __init__(self) -> None:
+        self.files: list[str] = []
+        """Names of the files in the folder of the last save that this rank writes."""
         self._pending: _Pending | None = None
 
     def start(
@@ -108,9 +111,8 @@ class CheckpointWriter:
         Afterwards weights and optimizer may change in place. Without an optimizer the checkpoint has weights
         only.
 
-        Collective over all ranks: all-gathers of a few objects (the plan: a few hundred bytes per tensor),
-        and the all-gather of the optimizer state, 12N bytes (module docstring). UserError on every rank if
-        the folder cannot be written to.
+        Collective over all ranks: all-gathers of a few objects (the plan: a few hundred bytes per tensor). The
+        host gets 14N/D bytes (module docstring). UserError on every rank if the folder cannot be written to.
         """
         if self._pending is not None:
             raise RuntimeError(
@@ -125,6 +127,7 @@ class CheckpointWriter:
             content_metadata={"architecture": _architecture(modules)},
             **ASYNC_SAVE,
         )
+        self.files = _files_of(request)
         self._pending = _fork_writer(folder, request)
         if not asynchronous:
             self.finished(blocking=True)
@@ -168,13 +171,14 @@ def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer
 
     Learning rate, weight decay, betas and epsilon keep the values of the current settings. Collective over
     all ranks: gathers of a few objects (a few hundred bytes per tensor), then each data × context rank reads
-    its share and broadcasts it within the group (14N bytes for bf16 weights). UserError on every rank, with
-    nothing changed, if the checkpoint is of another model, is incomplete or has an unreadable index.
-    UserError, with weights undefined, if the data is damaged.
+    its own state and its share of the weights, and broadcasts the latter within the group (2N bytes for bf16
+    weights). UserError on every rank, with nothing changed, if the checkpoint is of another model, is incomplete
+    or has an unreadable index. UserError, with weights and optimizer undefined, if the data is damaged.
     """
     loaded = _load(modules, optimizer, folder)
+    state = loaded["optimizer"]
     with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(loadable_optimizer_state(state) if _distributed(optimizer) else state)
     for group in optimizer.param_groups:
         group.update(
             betas=(optimizer.config.adam_beta1, optimizer.config.adam_beta2), eps=optimizer.config.adam_eps
@@ -200,10 +204,7 @@ def _names(modules: list[Any]) -> list[str]:
 def _sharded_state(
     modules: list[Any], optimizer: MegatronOptimizer | None, is_loading: bool
 ) -> dict[str, Any]:
-    """Megatron's sharded state of this rank.
-
-    For saving, it gathers the optimizer state (module docstring).
-    """
+    """Megatron's sharded state of this rank. No collectives."""
     metadata = ensure_metadata_has_dp_cp_group({"distrib_optim_sharding_type": "fully_reshardable"})
     state: dict[str, Any] = {}
     for name, module in zip(_names(modules), modules, strict=True):
@@ -214,15 +215,24 @@ def _sharded_state(
         state[name] = {key: value for key, value in tensors.items() if not isinstance(value, ShardedObject)}
     if optimizer is not None:
         make_optimizer_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=metadata
-        )
+        if distributed := _distributed(optimizer):
+            state["optimizer"] = sharded_optimizer_state(distributed, dict(state), is_loading)
+        else:
+            state["optimizer"] = optimizer.sharded_state_dict(
+                dict(state), is_loading=is_loading, metadata=metadata
+            )
         drop_classes(optimizer, state["optimizer"])
     for name in _names(modules):  # after the optimizer's part, which identifies parameters by object identity
         for value in state[name].values():
             if is_quantized(value.data):
                 value.data = full_precision(value.data)
     return state
+
+
+def _distributed(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
+    """The distributed optimizer, if it is one. A dense model has one part."""
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return part if isinstance(part, DistributedOptimizer) else None
 
 
 def _replicas() -> dist.ProcessGroup:
@@ -265,11 +275,7 @@ def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
         }
     except (Exception, CheckpointException) as error:  # unpickling a damaged index may raise any exception
         problem = one_line(error)
-        if (
-            COMMON_STATE_FILE
-            and (folder / ".metadata").exists()
-            and not (folder / COMMON_STATE_FILE).exists()
-        ):
+        if COMMON_STATE_FILE and (folder / INDEX_FILE).exists() and not (folder / COMMON_STATE_FILE).exists():
             problem = (
                 f"it has no {COMMON_STATE_FILE}; if Megatron-Core 0.19 or later wrote it, "
                 "only such a release can read it"
@@ -317,6 +323,15 @@ def _wanted_shapes(state: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], bo
 
 
 # --- the writer process -------------------------------------------------------------------------------------
+
+
+def _files_of(request: AsyncRequest) -> list[str]:
+    """The files that this rank writes: its data, and on rank 0 the index and what describes the checkpoint."""
+    _, buckets, _ = request.async_fn_args or (None, [], None)
+    names = [name for _, name, _ in buckets]
+    if dist.get_rank() == 0:
+        names += [INDEX_FILE, CONFIG_FNAME, *filter(None, [COMMON_STATE_FILE])]
+    return names
 
 
 def _fork_writer(folder: Path, request: AsyncRequest) -> _Pending:

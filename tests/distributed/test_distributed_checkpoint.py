@@ -5,17 +5,21 @@ import re
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo  # imported once, before the ranks are forked
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallelConfig
 
+from megatron_fipo.checkpoint import distributed
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint, load_weights_only
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import parallel as model_parallel
+from megatron_fipo.trainer import rank_model
 from megatron_fipo.trainer.rank_model import RankModel
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, batch, exported, make_shards
 from tests.distributed.tiny import settings, write_model
@@ -55,7 +59,7 @@ def new_policy(folder: Path, parallel: ParallelConfig, dtype: str = "float32", *
     return policy, make_shards(policy, parallel, trajectories, offsets.astype("float32"), 160)
 
 
-def optimizer_state(policy: RankModel) -> list[torch.Tensor]:
+def optimizer_state(policy: RankModel, copy: bool = True) -> list[torch.Tensor]:
     """Everything this rank's optimizer holds: its own copy of the parameters, both moments, and the step."""
     inner = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0].optimizer
     parts = [
@@ -65,7 +69,7 @@ def optimizer_state(policy: RankModel) -> list[torch.Tensor]:
         for part in (p, *inner.state[p].values())
     ]
     steps = torch.tensor([float(group.get("step", 0)) for group in inner.param_groups])
-    return [*(part.detach().clone() for part in parts), steps]
+    return [*(part.detach().clone() if copy else part for part in parts), steps]
 
 
 def train(policy: RankModel, shards, steps: int):
@@ -128,7 +132,15 @@ def test_the_same_layout_goes_on_bit_by_bit(model, saved, layout):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("tp2-dp2", "pp2"), ("tp2-dp2", "1"), ("pp2-vpp2", "cp2"), ("1", "tp2-sp"), ("1", "dp2")],
+    [
+        ("tp2-dp2", "pp2"),
+        ("tp2-dp2", "1"),
+        ("pp2-vpp2", "cp2"),
+        ("1", "tp2-sp"),
+        ("1", "dp2"),
+        ("cp4", "tp2-dp2"),
+        ("pp2-vpp2-dp2", "dp4"),
+    ],
 )
 def test_training_goes_on_under_another_layout(model, saved, before, after):
     source, straight = saved(before)
@@ -139,6 +151,73 @@ def test_training_goes_on_under_another_layout(model, saved, before, after):
     assert found == pytest.approx(expected, rel=1e-5)
     for name, tensor in straight[0][1].items():
         torch.testing.assert_close(resumed[0][1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def with_megatrons_format(function):
+    """A rank's function, with Megatron-Core's own format, which gathers the optimizer's state."""
+
+    def run(*arguments):
+        distributed._distributed = lambda optimizer: None
+        return function(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("gathered", ["writer", "reader"])
+@pytest.mark.parametrize("layout", ["cp4", "tp2-dp2"])
+def test_the_state_without_a_gather_is_that_of_megatrons_format(model, tmp_path, layout, gathered):
+    """Checkpoints of version 0.1 load, and Megatron-Core's own reader takes those of this one."""
+    write, read = step_and_save, load_and_step
+    if gathered == "writer":
+        write = with_megatrons_format(write)
+    else:
+        read = with_megatrons_format(read)
+    parallel = LAYOUTS[layout]
+    straight = run_ranks(parallel.world_size, write, model, parallel, tmp_path, 2, {})
+    assert_same_training(straight, run_ranks(parallel.world_size, read, model, parallel, tmp_path, {}))
+
+
+def addresses_of_blocks(rank, world_size, folder, pinned):
+    """Of the optimizer's tensors, of what is saved, and of what is loaded into. `pinned`: whether memory counts as that."""
+    policy, _ = new_policy(folder, LAYOUTS["1"])
+    torch.Tensor.is_pinned = lambda tensor: pinned
+    kept = []  # until all addresses are known, so that none is used again
+    for is_loading in (False, True):
+        state = distributed._sharded_state(policy.modules, policy.optimizer, is_loading)
+        entries = state["optimizer"]["param_state"].values()
+        kept.append([part.data for entry in entries for parts in entry["blocks"].values() for part in parts])
+    kept.append(optimizer_state(policy, copy=False))
+    return [{part.untyped_storage().data_ptr() for part in parts} for parts in kept]
+
+
+def test_a_writer_gets_copies_of_pinned_memory(model):
+    [(saved, loaded, live)] = run_ranks(1, addresses_of_blocks, model, False)
+    assert saved <= live
+    assert loaded <= live
+    [(saved, loaded, live)] = run_ranks(1, addresses_of_blocks, model, True)
+    assert not saved & live
+    assert loaded <= live
+
+
+def with_small_buckets(function):
+    """A rank's function, with gradients in buckets of a few tensors, each divided among the ranks."""
+
+    def run(*arguments):
+        rank_model.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=5_000)
+        return function(*arguments)
+
+    return run
+
+
+def test_buckets_of_gradients_do_not_show_in_a_checkpoint(model, saved, tmp_path):
+    parallel = replace(LAYOUTS["dp2"], overlap_communication=True)
+    source, _ = saved("dp2")
+    straight = run_ranks(2, load_and_step, model, parallel, source, {})
+    resumed = run_ranks(2, with_small_buckets(load_and_step), model, parallel, source, {})
+    assert straight[0][0] == pytest.approx(resumed[0][0], rel=1e-6)
+    write, read = with_small_buckets(step_and_save), with_small_buckets(load_and_step)
+    straight = run_ranks(2, write, model, parallel, tmp_path, 2, {})
+    assert_same_training(straight, run_ranks(2, read, model, parallel, tmp_path, {}))
 
 
 @pytest.mark.parametrize(

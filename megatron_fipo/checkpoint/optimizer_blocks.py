@@ -1,0 +1,165 @@
+"""The distributed optimizer's state in a checkpoint: each rank stores the part that it has, without a gather.
+
+The distributed optimizer keeps a contiguous range of the elements of some parameters on each data × context
+rank. In row-major order such a range of a matrix is at most three blocks: part of a row, complete rows, part of
+a row. Each block is one shard of the complete tensor, under the name and with the global shape of
+Megatron-Core's `fully_reshardable` format. So every layout reads the checkpoint, Megatron-Core's own reader
+included, and this reader takes checkpoints that Megatron-Core's writer has gathered. (Megatron-Core's formats
+without a gather do not suffice: `dp_reshardable` is bound to one TP × PP layout, and `fully_sharded_model_space`
+needs flattened shards, which releases since 0.16 refuse to build.)
+"""
+
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.optimizer import DistributedOptimizer
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of each parameter, in Megatron-Core's names."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangular part of a tensor whose elements are consecutive in row-major order."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def blocks(shape: tuple[int, ...], start: int, stop: int) -> list[Block]:
+    """The elements `start` to `stop` (exclusive) of a row-major tensor, as consecutive blocks.
+
+    At most 2 · dimensions - 1 of them. Without elements, none.
+    """
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [Block((start,), (stop - start,))]
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row
+    if first > last:
+        return _in_row(shape, last, start - last * row, stop - last * row)
+    head = _in_row(shape, first - 1, start - (first - 1) * row, row) if start < first * row else []
+    rows = [Block((first, *[0] * len(shape[1:])), (last - first, *shape[1:]))] if first < last else []
+    return [*head, *rows, *_in_row(shape, last, 0, stop - last * row)]
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Block]:
+    """Elements of one row of the first dimension."""
+    return [Block((row, *block.offset), (1, *block.shape)) for block in blocks(shape[1:], start, stop)]
+
+
+def sharded_optimizer_state(
+    optimizer: DistributedOptimizer, model_state: dict[str, Any], is_loading: bool
+) -> dict[str, Any]:
+    """Megatron-Core's sharded state of this rank's part, for saving and for loading in place.
+
+    `model_state` is the sharded state of the model, with its parameters as data. Weights and moments are
+    float32. Data are views of the optimizer's tensors; a state of another dtype is converted (4 bytes per
+    element of this rank, for a moment), and pinned host memory is copied for saving. No collectives.
+    """
+    shardings = {id(item.data): item for item in nested_values(model_state)}
+    parameters: dict[int, dict[str, Any]] = {}
+    for parameter, start, tensors in _slices(optimizer):
+        sharding = shardings[id(parameter)]
+        flat = {name: tensors[name].detach().float() for name in STATES}
+        parameters[len(parameters)] = {
+            "blocks": {name: _sharded_blocks(sharding, name, start, flat[name]) for name in STATES},
+            "flat": {name: LocalNonpersistentObject(tensor) for name, tensor in flat.items()},
+        }
+        if not is_loading:
+            _copy_pinned(parameters[len(parameters) - 1]["blocks"])
+    return {
+        **optimizer.state_dict(),
+        "param_state": parameters,
+        "param_state_sharding_type": "fully_reshardable",
+    }
+
+
+def loadable_optimizer_state(loaded: dict[str, Any]) -> dict[str, Any]:
+    """What `DistributedOptimizer.load_state_dict` takes, from a loaded `sharded_optimizer_state`."""
+    parameters = {
+        index: {"fp32_param" if name == "param" else name: flat for name, flat in state["flat"].items()}
+        for index, state in loaded["param_state"].items()
+    }
+    # Megatron-Core's name for flat ranges in the order of `_slices`.
+    return {**loaded, "param_state": parameters, "param_state_sharding_type": "fully_sharded_model_space"}
+
+
+def _slices(
+    optimizer: DistributedOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:
+    """Each parameter of which this rank has elements, the first of them, and its state ([elements] each)."""
+    state = optimizer.get_parameter_state_dp_reshardable()
+    for index, ranges in enumerate(optimizer.gbuf_ranges):
+        for dtype, buckets in ranges.items():
+            for bucket, tensors_of_bucket in zip(buckets, state[index][dtype], strict=True):
+                entries = bucket["param_map"].items()
+                for (parameter, place), tensors in zip(entries, tensors_of_bucket, strict=True):
+                    yield parameter, place["param"].start, tensors
+
+
+def _sharded_blocks(
+    sharding: ShardedTensor | ShardedTensorFactory, name: str, start: int, flat: torch.Tensor
+) -> list[ShardedTensor]:
+    """A flat range of a parameter, from its element `start`, as shards of the complete tensors."""
+    sharded, stop = [], start + flat.numel()
+    for begin, part in _parts(sharding):
+        shape, axes = part.local_shape, part.prepend_axis_num
+        position = max(start, begin)
+        for block in blocks(shape, position - begin, min(stop - begin, prod(shape))):
+            size = prod(block.shape)
+            local = (*[1] * axes, *block.shape)
+            place = zip(part.global_offset, (*[0] * axes, *block.offset), strict=True)
+            data = flat[position - start : position - start + size].view(local)
+            sharded.append(
+                ShardedTensor(
+                    key=f"optimizer.state.{name}.{part.key}",
+                    data=data,
+                    dtype=data.dtype,
+                    local_shape=local,
+                    global_shape=part.global_shape,
+                    global_offset=tuple(map(sum, place)),
+                    axis_fragmentations=None,  # not a regular grid
+                    # One of the data × context ranks has it. The other two numbers are those of the parameter.
+                    replica_id=(*part.replica_id[:2], 0),
+                    allow_shape_mismatch=part.allow_shape_mismatch,
+                )
+            )
+            position += size
+    return sharded
+
+
+def _copy_pinned(sharded: dict[str, list[ShardedTensor]]) -> None:
+    """Replace data in pinned memory, in place.
+
+    CUDA maps it, so a forked writer may not have a snapshot of it.
+    """
+    for block in (block for parts in sharded.values() for block in parts):
+        if block.data is not None and block.data.is_pinned():
+            block.data = block.data.clone()
+
+
+def _parts(sharding: ShardedTensor | ShardedTensorFactory) -> list[tuple[int, ShardedTensor]]:
+    """The tensors that a checkpoint has of a parameter, each with its first element in the parameter.
+
+    More than one if a factory divides it (gate and up projection).
+    """
+    if isinstance(sharding, ShardedTensor):
+        return [(0, sharding)]
+    built = replace(sharding, data=torch.empty(sharding.data.shape, device="meta")).build()
+    parts = [(part.data.storage_offset(), part) for part in nested_values(built)]
+    if not all(part.data.is_contiguous() for _, part in parts):
+        raise ValueError(f"{sharding.key} is divided in a checkpoint into parts that are not contiguous")
+    return parts
