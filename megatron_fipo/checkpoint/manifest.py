@@ -1,14 +1,16 @@
 """A checkpoint's `manifest.json`: size and sha256 of every file, and information about the checkpoint.
 
 It is written last, so a folder with a manifest was complete at that time. A file that differs from its record
-was damaged afterwards. All ranks share the hashing: share `share` of `shares` is every `shares`-th file of
-the sorted list. No collectives here; the caller gathers the ranks' results.
+was damaged afterwards. All ranks share the work, by names: each hashes the files that it wrote, and on loading
+checks its share of the manifest. No rank lists a folder, because nodes may see a new file of a network file
+system at different times. No collectives here; the caller gathers the ranks' results.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,9 @@ Result = TypeVar("Result")
 FORMAT = 1
 NAME = "manifest.json"
 BLOCK_BYTES = 4 * 2**20
+NODE_CACHE_S = 60.0
+"""How long a node may see an old state of a folder on a network file system (`acdirmax` of NFS)."""
+POLL_S = 1.0
 THREADS = 4
 """Per process. sha256 releases the GIL, so threads run in parallel."""
 
@@ -45,9 +50,9 @@ class Manifest:
     """A run's iteration, parallel layout, library versions, as JSON values."""
 
 
-def hash_files(folder: Path, share: int = 0, shares: int = 1) -> dict[str, FileRecord]:
-    """Records of the files below `folder`, or of one share of them, without the manifest. Raises OSError."""
-    return dict(_map(lambda name: (name, record_file(folder / name)), list_files(folder)[share::shares]))
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Records of the named files below `folder`. Raises OSError, also if one is not there."""
+    return dict(_map(lambda name: (name, record_file(folder / name)), names))
 
 
 def list_files(folder: Path) -> list[str]:
@@ -96,17 +101,35 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged and does not describe its checkpoint ({error!r})") from None
 
 
-def check_files(folder: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> list[str]:
-    """One sentence per file (of all, or of one share) that is damaged, missing or not in the manifest.
+def check_files(folder: Path, files: Mapping[str, FileRecord], within_s: float = 0.0) -> list[str]:
+    """One sentence per recorded file that is damaged or missing. Reads every byte.
 
-    Reads every byte. If all shares return an empty list, the folder is exactly as it was written.
+    A file that is not there is looked for again, for `within_s` seconds at most. If this and `unexpected_files`
+    return nothing for a manifest, the folder is exactly as it was written.
     """
-    names = sorted({*manifest.files, *list_files(folder)})[share::shares]
+    lasting(lambda: [name for name in files if not os.path.exists(folder / name)], within_s)
+    found = _map(lambda name: check_file(folder / name, files[name]), sorted(files))
+    return [problem for problem in found if problem]
+
+
+def unexpected_files(folder: Path, manifest: Manifest) -> list[str]:
+    """One sentence per file that is not in the manifest."""
     return [
-        problem
-        for problem in _map(lambda name: check_file(folder / name, manifest.files.get(name)), names)
-        if problem
+        f"{folder / name} is not in the manifest" for name in list_files(folder) if name not in manifest.files
     ]
+
+
+def share_of(files: Mapping[str, FileRecord], share: int, shares: int) -> dict[str, FileRecord]:
+    """Every `shares`-th file in order of the names, from number `share` on."""
+    return {name: files[name] for name in sorted(files)[share::shares]}
+
+
+def lasting(find: Callable[[], list[str]], within_s: float) -> list[str]:
+    """What `find` returns when that is nothing, or after `within_s` seconds. It is called repeatedly."""
+    deadline = time.monotonic() + within_s
+    while (found := find()) and time.monotonic() < deadline:
+        time.sleep(min(POLL_S, within_s))
+    return found
 
 
 def check_file(path: Path, written: FileRecord | None) -> str | None:
@@ -136,7 +159,7 @@ def record_file(path: Path) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _map(function: Callable[[str], Result], names: list[str]) -> list[Result]:
+def _map(function: Callable[[str], Result], names: Iterable[str]) -> list[Result]:
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, names))
 

@@ -30,7 +30,7 @@ def save_rng(folder: Path, rank: int) -> None:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     states |= {TRACKER + name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
-    path = _path(folder, rank)
+    path = folder / rng_file(rank)
     with writing(path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(save(states, metadata=_layout(torch.distributed.get_world_size())))
@@ -44,9 +44,9 @@ def load_rng(folder: Path, rank: int, world_size: int) -> bool:
     No collectives: all ranks of a run get the same result. UserError if a file is missing or damaged.
     """
     # Rank 0 exists in every layout; this rank may not.
-    if _read(_path(folder, 0))[0] != _layout(world_size):
+    if _read(folder / rng_file(0))[0] != _layout(world_size):
         return False
-    _, states = _read(_path(folder, rank))
+    _, states = _read(folder / rng_file(rank))
     torch.set_rng_state(states.pop("cpu"))
     if "cuda" in states:
         torch.cuda.set_rng_state(states.pop("cuda"))
@@ -54,8 +54,9 @@ def load_rng(folder: Path, rank: int, world_size: int) -> bool:
     return True
 
 
-def _path(folder: Path, rank: int) -> Path:
-    return folder / "rng" / f"rank_{rank:05d}.safetensors"
+def rng_file(rank: int) -> str:
+    """The path of a rank's file, relative to the checkpoint."""
+    return f"rng/rank_{rank:05d}.safetensors"
 
 
 def _layout(world_size: int) -> dict[str, str]:

@@ -251,12 +251,12 @@ class RLTrainer(TrainerGroup):
         return all(self.call(RLRank.save_finished, blocking))
 
     def hash_files(self, folder: Path) -> dict[str, "FileRecord"]:
-        """Size and checksum of each file of a checkpoint, hashed by all ranks."""
+        """Size and checksum of each file that the ranks wrote into a checkpoint; each hashes its own."""
         answers = self.call(RLRank.hash_files, str(folder))
         return {name: record for part in answers for name, record in part.items()}
 
     def check_files(self, folder: Path) -> list[str]:
-        """Damage found in a checkpoint's files, a sentence each, checked by all ranks."""
+        """Damage found in the files of a checkpoint's manifest, a sentence each, checked by all ranks."""
         return [problem for part in self.call(RLRank.check_files, str(folder)) for problem in part]
 
     def load(self, folder: Path) -> bool:

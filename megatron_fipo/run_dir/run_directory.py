@@ -34,6 +34,7 @@ from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.manifest import (
     FileRecord,
     check_file,
+    lasting,
     list_files,
     read_manifest,
     record_file,
@@ -361,11 +362,16 @@ def _version(package: str) -> str:
 
 
 def _refuse_incomplete(partial: Path, files: Mapping[str, FileRecord]) -> None:
-    """Raise `UserError` unless the files on disk are exactly the recorded ones."""
-    # Sizes by name instead of from a listing: a network file system may list files of other nodes late.
-    different = [name for name, record in files.items() if _size(partial / name) != record.size]
-    wrong = sorted({*different, *(set(list_files(partial)) - files.keys())})
-    if wrong:
+    """Raise `UserError` unless the files on disk are exactly the recorded ones.
+
+    This node may see files of other nodes late, so it looks again for a while.
+    """
+
+    def different() -> list[str]:
+        sizes = [name for name, record in files.items() if _size(partial / name) != record.size]
+        return sorted({*sizes, *(set(list_files(partial)) - files.keys())})
+
+    if wrong := lasting(different, manifest.NODE_CACHE_S):
         more = f" (nor are {len(wrong) - 1} other files)" if len(wrong) > 1 else ""
         raise UserError(
             f"{partial / wrong[0]} is not what the ranks wrote there{more}, so the checkpoint is discarded; "

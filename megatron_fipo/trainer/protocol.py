@@ -139,10 +139,10 @@ class RLRank(TrainerRank, Protocol):
         """Whether everything is on disk (collective). UserError with the writer's reason if it failed."""
 
     def hash_files(self, folder: str) -> dict[str, "FileRecord"]:
-        """Size and checksum of this rank's share of a checkpoint's files."""
+        """Size and checksum of the files that this rank wrote into a checkpoint's folder."""
 
     def check_files(self, folder: str) -> list[str]:
-        """Damage found in this rank's share of a checkpoint's files, a sentence each."""
+        """Damage found in this rank's share of the files of a checkpoint's manifest, a sentence each."""
 
     def load(self, folder: str) -> bool:
         """Resume from a checkpoint (collective). False if the parallel layout differs: random states restart from the seed."""

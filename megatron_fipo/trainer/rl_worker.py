@@ -17,8 +17,15 @@ from megatron_fipo.batching.rank_share import RankShare
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
 from megatron_fipo.checkpoint.hf_export import describe_hf_tensors, iterate_hf_tensors
-from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
-from megatron_fipo.checkpoint.rng import load_rng, save_rng
+from megatron_fipo.checkpoint.manifest import (
+    NODE_CACHE_S,
+    FileRecord,
+    check_files,
+    hash_files,
+    read_manifest,
+    share_of,
+)
+from megatron_fipo.checkpoint.rng import load_rng, rng_file, save_rng
 from megatron_fipo.clock import clock
 from megatron_fipo.config import Config
 from megatron_fipo.config.gpu_rules import TORCH_ADAM
@@ -138,10 +145,13 @@ class RLWorker(MegatronRank, RLRank):
         return self.writer.finished(blocking)
 
     def hash_files(self, folder: str) -> dict[str, FileRecord]:
-        return hash_files(Path(folder), self.rank, self.world_size)
+        names = [*(f"weights/{name}" for name in self.writer.files), rng_file(self.rank)]
+        return hash_files(Path(folder), names)
 
     def check_files(self, folder: str) -> list[str]:
-        return check_files(Path(folder), read_manifest(Path(folder)), self.rank, self.world_size)
+        files = share_of(read_manifest(Path(folder)).files, self.rank, self.world_size)
+        problems = check_files(Path(folder), files, NODE_CACHE_S)
+        return [f"{problem}, as rank {self.rank} sees it" for problem in problems]
 
     def load(self, folder: str) -> bool:
         load_checkpoint(self.policy.modules, self.policy.optimizer, Path(folder) / "weights")

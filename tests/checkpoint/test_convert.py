@@ -23,7 +23,13 @@ from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.convert import pieces, torch_dist
 from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
-from megatron_fipo.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
+from megatron_fipo.checkpoint.manifest import (
+    check_files,
+    hash_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from megatron_fipo.cli.convert import progress_display
 from megatron_fipo.cli.main import main
 from megatron_fipo.config import ModelConfig, ParallelConfig
@@ -214,7 +220,7 @@ def test_the_model_of_a_run_s_checkpoint_is_read_and_its_optimizer_left(tmp_path
         CheckpointWriter().start(policy.modules, policy.optimizer, folder / "weights", asynchronous=False)
 
     run_ranks(parallel.world_size, body)
-    write_manifest(folder, hash_files(folder), {"iteration": 3})
+    write_manifest(folder, hash_files(folder, list_files(folder)), {"iteration": 3})
     to_hf(folder, tmp_path / "back", "keep", no_progress)
     assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
 
@@ -224,7 +230,7 @@ def test_the_same_model_gives_the_same_files_with_a_manifest_that_holds(sources,
         to_megatron(sources("qwen2", "tied"), tmp_path / name, "keep", no_progress)
     one, two = (read_manifest(tmp_path / name) for name in ("one", "two"))
     assert one == two
-    assert check_files(tmp_path / "one", one) == []
+    assert check_files(tmp_path / "one", one.files) == []
     assert {
         "weights/.metadata",
         "weights/metadata.json",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_fipo.checkpoint.convert import convert
 from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
-from megatron_fipo.checkpoint.manifest import hash_files, write_manifest
+from megatron_fipo.checkpoint.manifest import hash_files, list_files, write_manifest
 from megatron_fipo.cli.main import main
 from megatron_fipo.errors import UserError
 from tests.checkpoint.conftest import no_progress
@@ -98,7 +98,7 @@ def sealed(edit):
 
     def apply(folder: Path) -> None:
         edit(folder)
-        write_manifest(folder, hash_files(folder), {})
+        write_manifest(folder, hash_files(folder, list_files(folder)), {})
 
     return apply
 

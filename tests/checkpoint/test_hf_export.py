@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_fipo.checkpoint.convert.convert import to_hf, to_megatron
 from megatron_fipo.checkpoint.hf_export import describe_hf_tensors, iterate_hf_tensors, save_hf
-from megatron_fipo.checkpoint.manifest import hash_files, read_manifest, write_manifest
+from megatron_fipo.checkpoint.manifest import hash_files, list_files, read_manifest, write_manifest
 from megatron_fipo.checkpoint.model_folder import describe_export, open_model_folder
 from megatron_fipo.checkpoint.random_weights import write_random_model
 from megatron_fipo.config import ParallelConfig
@@ -130,9 +130,10 @@ def by_conversion(source: Path, target: Path) -> None:
     to_megatron(source, target.parent / "converted", "bfloat16", no_progress)
     config = target.parent / "converted/hf/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **STALE}))
-    manifest = read_manifest(target.parent / "converted")
-    write_manifest(target.parent / "converted", hash_files(target.parent / "converted"), manifest.info)
-    to_hf(target.parent / "converted", target, "keep", no_progress)
+    converted = target.parent / "converted"
+    manifest = read_manifest(converted)
+    write_manifest(converted, hash_files(converted, list_files(converted)), manifest.info)
+    to_hf(converted, target, "keep", no_progress)
 
 
 def by_initialization(source: Path, target: Path) -> None:

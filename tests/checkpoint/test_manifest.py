@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,8 @@ from megatron_fipo.checkpoint.manifest import (
     hash_files,
     list_files,
     read_manifest,
+    share_of,
+    unexpected_files,
     write_manifest,
 )
 from megatron_fipo.errors import UserError
@@ -34,8 +37,13 @@ def folder(tmp_path) -> Path:
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    write_manifest(tmp_path, hash_files(tmp_path), INFO)
+    write_manifest(tmp_path, hash_files(tmp_path, list_files(tmp_path)), INFO)
     return tmp_path
+
+
+def problems_of(folder: Path) -> list[str]:
+    manifest = read_manifest(folder)
+    return [*check_files(folder, manifest.files), *unexpected_files(folder, manifest)]
 
 
 def test_what_is_written_is_read_back(folder):
@@ -43,35 +51,46 @@ def test_what_is_written_is_read_back(folder):
     assert manifest.info == INFO
     assert sorted(manifest.files) == ["hf/empty", "loop.json", "weights/.metadata", "weights/__0_0.distcp"]
     assert manifest.files["weights/__0_0.distcp"] == FileRecord(1000, hashlib.sha256(b"x" * 1000).hexdigest())
-    assert check_files(folder, manifest) == []
+    assert problems_of(folder) == []
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shares=st.integers(1, 7))
-def test_the_shares_hash_and_check_every_file_once(folder, shares):
-    parts = [hash_files(folder, share, shares) for share in range(shares)]
-    assert sum(map(len, parts)) == len(list_files(folder))
-    assert {name: record for part in parts for name, record in part.items()} == read_manifest(folder).files
+def test_the_shares_check_every_file_once(folder, shares):
+    files = read_manifest(folder).files
+    parts = [share_of(files, share, shares) for share in range(shares)]
+    assert sum(map(len, parts)) == len(files)
     (folder / "loop.json").unlink()
-    (folder / "rng").mkdir(exist_ok=True)
-    (folder / "rng/extra").write_text("x")
-    problems = [
-        problem
-        for share in range(shares)
-        for problem in check_files(folder, read_manifest(folder), share, shares)
-    ]
+    problems = [problem for part in parts for problem in check_files(folder, part)]
     (folder / "loop.json").write_text("{}")
-    (folder / "rng/extra").unlink()
-    assert sorted(problems) == [
-        f"{folder}/loop.json is missing",
-        f"{folder}/rng/extra is not in the manifest",
-    ]
+    assert problems == [f"{folder}/loop.json is missing"]
+
+
+def test_a_file_that_a_node_sees_late_is_intact(folder, monkeypatch):
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    shard = folder / "weights/__0_0.distcp"
+    hidden = shard.rename(folder.parent / "late")
+    appears = Timer(0.3, lambda: hidden.rename(shard))
+    appears.start()
+    try:
+        assert check_files(folder, read_manifest(folder).files, within_s=60.0) == []
+    finally:
+        appears.join()
+
+
+def test_a_file_that_never_appears_is_missing(folder, monkeypatch):
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    (folder / "loop.json").unlink()
+    files = read_manifest(folder).files
+    assert check_files(folder, files, within_s=0.05) == [f"{folder}/loop.json is missing"]
 
 
 def test_files_larger_than_a_block_are_hashed_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 10)
     (tmp_path / "file").write_bytes(bytes(range(100)) * 3)
-    assert hash_files(tmp_path)["file"] == FileRecord(300, hashlib.sha256(bytes(range(100)) * 3).hexdigest())
+    assert hash_files(tmp_path, ["file"])["file"] == FileRecord(
+        300, hashlib.sha256(bytes(range(100)) * 3).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +108,7 @@ def test_files_larger_than_a_block_are_hashed_whole(tmp_path, monkeypatch):
 )
 def test_each_damage_is_one_sentence(folder, damage, sentence):
     damage(folder / "weights/__0_0.distcp")
-    (problem,) = check_files(folder, read_manifest(folder))
+    (problem,) = problems_of(folder)
     assert sentence in problem
     assert str(folder / "weights") in problem
 

@@ -32,12 +32,12 @@ def claimed(run_dir: Path, *overrides: str) -> RunDirectory:
 
 def write_ranks(pending: PendingSave) -> dict[str, FileRecord]:
     """What two ranks do between `begin_save` and `commit`."""
+    names = []
     for rank in range(2):
-        (pending.partial / f"weights/__{rank}_0.distcp").write_bytes(os.urandom(100))
-        (pending.partial / f"rng/rank_{rank:05d}.safetensors").write_bytes(b"state")
-    return {
-        name: record for rank in range(2) for name, record in hash_files(pending.partial, rank, 2).items()
-    }
+        names += [f"weights/__{rank}_0.distcp", f"rng/rank_{rank:05d}.safetensors"]
+        (pending.partial / names[-2]).write_bytes(os.urandom(100))
+        (pending.partial / names[-1]).write_bytes(b"state")
+    return hash_files(pending.partial, names)
 
 
 def save(directory: RunDirectory, iteration: int) -> Path:

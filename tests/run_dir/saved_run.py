@@ -5,16 +5,24 @@ files.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch._dynamo  # imported once, before the ranks are forked
 
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
-from megatron_fipo.checkpoint.manifest import FileRecord, check_files, hash_files, read_manifest
+from megatron_fipo.checkpoint.manifest import (
+    FileRecord,
+    check_files,
+    read_manifest,
+    share_of,
+    unexpected_files,
+)
 from megatron_fipo.checkpoint.rng import load_rng, save_rng
 from megatron_fipo.config import Config, load_config, save_config
 from megatron_fipo.run_dir.loop_state import LoopState, RolloutState
 from megatron_fipo.run_dir.run_directory import RunDirectory
+from megatron_fipo.trainer.rl_worker import RLWorker
 from tests.distributed.test_distributed_checkpoint import new_policy
 from tests.distributed.test_policy_grid import FIPO, LAYOUTS, exported
 from tests.distributed.tiny import write_model
@@ -38,8 +46,9 @@ def train_and_write(
     for _ in range(steps):
         policy.policy_step(shards, FIPO, lr=1e-3)
     save_rng(folder, rank)
-    CheckpointWriter().start(policy.modules, policy.optimizer, folder / "weights", asynchronous=False)
-    return hash_files(folder, rank, world_size), exported(policy)
+    worker = SimpleNamespace(writer=CheckpointWriter(), rank=rank)
+    worker.writer.start(policy.modules, policy.optimizer, folder / "weights", asynchronous=False)
+    return RLWorker.hash_files(worker, str(folder)), exported(policy)
 
 
 def save(directory: RunDirectory, model: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -60,9 +69,10 @@ def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
         checkpoint = directory.latest()
         assert checkpoint is not None
         manifest = read_manifest(checkpoint)
-        directory.refuse_damaged(
-            checkpoint, [p for rank in range(RANKS) for p in check_files(checkpoint, manifest, rank, RANKS)]
-        )
+        problems = unexpected_files(checkpoint, manifest)
+        for rank in range(RANKS):
+            problems += check_files(checkpoint, share_of(manifest.files, rank, RANKS))
+        directory.refuse_damaged(checkpoint, problems)
         return checkpoint, directory.load_state(checkpoint)
     finally:
         unlock(directory)

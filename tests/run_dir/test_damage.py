@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.checkpoint.manifest import hash_files, read_manifest, write_manifest
+from megatron_fipo.checkpoint.manifest import hash_files, list_files, read_manifest, write_manifest
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import COMMON_STATE_FILE
 from megatron_fipo.run_dir.loop_state import LoopState, RolloutState
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_run_is_refused(saved_run, run_dir):
     foreign = shutil.copytree(run_dir / "checkpoints" / NEWEST, run_dir / "checkpoints/iteration_000003")
     replace_in(foreign / "loop.json", '"iteration": 2', '"iteration": 3')
     replace_in(foreign / "config.yaml", "seed: 1", "seed: 9")
-    write_manifest(foreign, hash_files(foreign), {})
+    write_manifest(foreign, hash_files(foreign, list_files(foreign)), {})
     before = contents(run_dir)
     with pytest.raises(
         UserError, match=r"iteration_000003 belongs to a run with other settings \(seed was 9 and is 1\)"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.checkpoint.companions import copy_companions
-from megatron_fipo.checkpoint.manifest import hash_files, write_manifest
+from megatron_fipo.checkpoint.manifest import hash_files, list_files, write_manifest
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, model_files
 from megatron_fipo.run_dir.run_directory import RunDirectory
@@ -149,7 +149,7 @@ def test_a_run_before_the_record_is_compared_by_its_copied_files_and_its_paths(t
     directory = saved(tmp_path / "run")
     checkpoint = directory.latest()
     (checkpoint / INPUTS_FILE).unlink()
-    write_manifest(checkpoint, hash_files(checkpoint), {})
+    write_manifest(checkpoint, hash_files(checkpoint, list_files(checkpoint)), {})
     assert directory.prompt_time() is None
     assert directory.claim(config(tmp_path / "run", *PATHS, f"model.path={MODEL}/"), INPUTS) == []
     with pytest.raises(UserError, match=r"data\.train_path was train\.parquet and is other\.parquet"):
@@ -169,6 +169,7 @@ def test_a_damaged_record_is_named(tmp_path, content):
     record.write_text(content)
     with pytest.raises(UserError, match=r"iteration_000001 is damaged: .*inputs\.json"):
         directory.claim(config(tmp_path, *PATHS), INPUTS)
-    write_manifest(directory.latest(), hash_files(directory.latest()), {})
+    checkpoint = directory.latest()
+    write_manifest(checkpoint, hash_files(checkpoint, list_files(checkpoint)), {})
     with pytest.raises(UserError, match=r"inputs\.json is not a record of a run's inputs"):
         directory.claim(config(tmp_path, *PATHS), INPUTS)

@@ -40,6 +40,8 @@ from megatron_fipo.checkpoint.manifest import (
     hash_files,
     list_files,
     read_manifest,
+    share_of,
+    unexpected_files,
     write_manifest,
 )
 from megatron_fipo.checkpoint.model_folder import open_model_folder
@@ -260,7 +262,7 @@ def _hash(folder: Path, progress: Progress) -> dict[str, FileRecord]:
     sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
     files: dict[str, FileRecord] = {}
     for found in _in_shares(
-        "hashing", sizes, lambda share, shares: hash_files(folder, share, shares), progress
+        "hashing", sizes, lambda share, shares: hash_files(folder, sorted(sizes)[share::shares]), progress
     ):
         files.update(found)
     return files
@@ -268,13 +270,14 @@ def _hash(folder: Path, progress: Progress) -> dict[str, FileRecord]:
 
 def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> None:
     """UserError listing the files that differ from the manifest. Reads every byte."""
-    sizes = dict.fromkeys(list_files(source), 0) | {
-        name: record.size for name, record in manifest.files.items()
-    }
+    sizes = {name: record.size for name, record in manifest.files.items()}
     found = _in_shares(
-        "checking", sizes, lambda share, shares: check_files(source, manifest, share, shares), progress
+        "checking",
+        sizes,
+        lambda share, shares: check_files(source, share_of(manifest.files, share, shares)),
+        progress,
     )
-    problems = [problem for problems in found for problem in problems]
+    problems = [*(problem for problems in found for problem in problems), *unexpected_files(source, manifest)]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(
@@ -285,9 +288,9 @@ def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> Non
 def _in_shares(
     what: str, sizes: Mapping[str, int], work: Callable[[int, int], Result], progress: Progress
 ) -> list[Result]:
-    """Run `work(share, shares)` of `manifest.py` for all shares of the files, in parallel.
+    """Run `work(share, shares)` for all shares of the files, in parallel.
 
-    `sizes` covers all its files.
+    A share is every `shares`-th file of `sizes` in order of the names, from number `share` on.
     """
     in_order = [sizes[name] for name in sorted(sizes)]
     shares = min(len(in_order), SHARES)

@@ -1,0 +1,101 @@
+"""Nodes of a network file system see each other's new files late; a checkpoint is complete all the same.
+
+A node with an old view is a rank whose listings of folders are empty, or a file that appears later.
+"""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_fipo.checkpoint import manifest
+from megatron_fipo.checkpoint.manifest import (
+    check_files,
+    list_files,
+    read_manifest,
+    unexpected_files,
+    write_manifest,
+)
+from megatron_fipo.driver.checkpoint_saver import CheckpointSaver
+from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir.loop_state import LoopState
+from megatron_fipo.run_dir.run_directory import DRIVER_FILES, RunDirectory
+from megatron_fipo.trainer import rl_worker
+from megatron_fipo.trainer.rl_worker import RLWorker
+from tests.ranks import run_ranks
+from tests.run_dir.claimed_run import claim, claimed, save, write_ranks
+from tests.run_dir.saved_run import RANKS, settings, train_and_write, unlock
+
+
+def list_nothing() -> None:
+    os.listdir = lambda path=".": []
+    os.scandir = lambda path=".": nullcontext(iter(()))
+
+
+def write_with_an_old_view(rank: int, world_size: int, model: Path, folder: Path):
+    """Rank 1 never sees a file in a listing."""
+    if rank == 1:
+        list_nothing()
+        assert list_files(folder) == []
+    return train_and_write(rank, world_size, model, 1, folder)[0]
+
+
+def test_ranks_hash_their_files_whatever_listings_show(saved_run, tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    claim(directory, settings(saved_run.model, tmp_path / "run"))
+    try:
+        pending = directory.begin_save(LoopState(1, 1))
+        parts = run_ranks(RANKS, write_with_an_old_view, saved_run.model, pending.partial)
+        names = sorted(name for part in parts for name in part)
+        assert names == [name for name in list_files(pending.partial) if not name.startswith(DRIVER_FILES)]
+        assert all(any(name.startswith("weights/__") for name in part) for part in parts)
+        checkpoint = directory.commit(pending, {name: file for part in parts for name, file in part.items()})
+        found = read_manifest(checkpoint)
+        assert [*check_files(checkpoint, found.files), *unexpected_files(checkpoint, found)] == []
+    finally:
+        unlock(directory)
+
+
+def test_the_driver_waits_for_a_file_that_it_sees_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "POLL_S", 0.01)
+    directory = claimed(tmp_path)
+    pending = directory.begin_save(LoopState(iteration=3))
+    files = write_ranks(pending)
+    shard = pending.partial / "weights/__1_0.distcp"
+    hidden = shard.rename(tmp_path / "late")
+    appears = Timer(0.3, lambda: hidden.rename(shard))
+    appears.start()
+    try:
+        checkpoint = directory.commit(pending, files)
+    finally:
+        appears.join()
+    assert check_files(checkpoint, read_manifest(checkpoint).files) == []
+
+
+def test_the_driver_names_a_file_that_is_not_in_the_manifest(tmp_path):
+    directory = claimed(tmp_path)
+    checkpoint = save(directory, 3)
+    intact = SimpleNamespace(check_files=lambda folder: [], load=lambda folder: True)
+    assert CheckpointSaver(directory, intact).load(checkpoint)
+    (checkpoint / "rng/stray").write_text("x")
+    with pytest.raises(UserError, match=r"is damaged: .*rng/stray is not in the manifest"):
+        CheckpointSaver(directory, intact).load(checkpoint)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_see_a_file_is_named(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(rl_worker, "NODE_CACHE_S", 0.1)
+    names = ["weights/a", "weights/b"]
+    (tmp_path / "weights").mkdir()
+    for name in names:
+        (tmp_path / name).write_text(name)
+    write_manifest(tmp_path, manifest.hash_files(tmp_path, names), {})
+    (tmp_path / names[rank]).unlink()
+    problems = [
+        RLWorker.check_files(SimpleNamespace(rank=number, world_size=2), str(tmp_path)) for number in (0, 1)
+    ]
+    assert problems[rank] == [f"{tmp_path}/{names[rank]} is missing, as rank {rank} sees it"]
+    assert problems[1 - rank] == []
