@@ -11,7 +11,12 @@ from megatron_fipo.config import Config
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.problems import countdown_problems
 from megatron_fipo.tasks.countdown.scorer import countdown_obstacle, score_countdown
-from megatron_fipo.tasks.dapo_math import dapo_math_doubt, dapo_math_obstacle, score_dapo_math
+from megatron_fipo.tasks.dapo_math import (
+    SEARCHED_CHARACTERS,
+    dapo_math_doubt,
+    dapo_math_obstacle,
+    score_dapo_math,
+)
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.prompt_encoder import PromptEncoder
 from megatron_fipo.tasks.prompt_file import file_problems
@@ -27,7 +32,7 @@ DATA_SOURCES: dict[str, DataSource] = {
 }
 REWARDS: dict[str, Reward] = {
     "countdown": Reward(score_countdown, countdown_obstacle),
-    "dapo_math": Reward(score_dapo_math, dapo_math_obstacle, dapo_math_doubt),
+    "dapo_math": Reward(score_dapo_math, dapo_math_obstacle, dapo_math_doubt, SEARCHED_CHARACTERS),
 }
 
 logger = logging.getLogger(__name__)

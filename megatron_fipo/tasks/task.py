@@ -58,13 +58,15 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """A scorer, and the answers that it can compare with."""
+    """A scorer, the answers that it can compare with, and the part of a response that it reads."""
 
     score: Scorer
     obstacle: Callable[[str], str | None]
     """Why no response can be right for a ground truth, as the end of a sentence; None if one can."""
     doubt: Callable[[str], str | None] = lambda _: None
     """What in a ground truth makes a right response look wrong, as a noun; None if nothing does."""
+    reads_last: int | None = None
+    """Last characters of the response on which the score depends; the scorer gets no others. None: all."""
 
 
 class PromptTooLongError(UserError):
