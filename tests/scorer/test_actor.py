@@ -1,0 +1,111 @@
+"""A scorer's answers, and the limits of one response, in a process of its own."""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_fipo.driver.tokenizer import checked_tokenizer
+from megatron_fipo.errors import UserError
+from megatron_fipo.scorer.actor import ScorerActor
+from megatron_fipo.scorer.protocol import Failure, FailureKind, ScoreRequest
+from megatron_fipo.tasks.registry import REWARDS
+from megatron_fipo.tasks.task import Score
+from tests.scorer.faulty import GOOD, SETTINGS, FaultyScorer
+from tests.scorer.requests import request
+
+_actor: dict[type, ScorerActor] = {}
+
+
+def answer(actor_class: type, settings: Any, sent: ScoreRequest) -> list[Score] | Failure:
+    """Runs in the child process, in its main thread, where an actor's methods run."""
+    if actor_class not in _actor:
+        _actor[actor_class] = actor_class(settings)
+        _actor[actor_class].ready()
+    return _actor[actor_class].score(sent)
+
+
+def torch_is_loaded() -> bool:
+    return sys.modules.get("torch") is not None
+
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[ProcessPoolExecutor]:
+    """One process for all tests: a failure leaves nothing behind in it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def ask(child: ProcessPoolExecutor) -> Ask:
+    def ask(behaviour: str, responses: int = 1) -> list[Score] | Failure:
+        return child.submit(answer, FaultyScorer, SETTINGS, request(7, responses, behaviour)).result()
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind", "words"),
+    [
+        ("fraction", FailureKind.RESULT, "gave the accuracy 0.5 (float), not 0 or 1"),
+        ("nan", FailureKind.RESULT, "gave the reward nan (float), not a finite number"),
+        ("infinite", FailureKind.RESULT, "gave the reward inf (float)"),
+        ("text", FailureKind.RESULT, "gave the reward '1.0' (str)"),
+        ("boolean", FailureKind.RESULT, "gave the accuracy True (bool)"),
+        ("no answer", FailureKind.RESULT, "gave the answer None (NoneType), not valid text"),
+        ("half a character", FailureKind.RESULT, r"gave the answer '\ud83d' (str)"),
+        ("no JSON", FailureKind.RESULT, "as extra, not an object of JSON values"),
+        ("nan in extra", FailureKind.RESULT, "gave {'value': nan} (dict) as extra"),
+        ("none", FailureKind.RESULT, "returned None (NoneType), not a Score"),
+        ("number", FailureKind.RESULT, "returned 1.0 (float), not a Score"),
+        ("raise", FailureKind.RAISED, "raised KeyError ('missing')"),
+        ("exit", FailureKind.RAISED, "raised SystemExit (3)"),
+        ("slow", FailureKind.TIME, "took more than reward.timeout_s = 0.5 s"),
+        ("loop", FailureKind.TIME, "took more than"),
+        ("swallow", FailureKind.TIME, "took more than"),
+        ("memory", FailureKind.MEMORY, "needed more than reward.memory_mb = 300 MB"),
+    ],
+)
+def test_a_failure_names_scorer_problem_and_response(ask, behaviour, kind, words):
+    failure = ask(behaviour, 3)
+    assert failure.kind == kind
+    assert words in failure.reason
+    assert failure.reason.startswith("the scorer faulty ")
+    assert failure.reason.endswith("for response 0 to problem p7")
+    assert ask("good") == [GOOD], "the limits of the next response are its own"
+
+
+def test_scores_have_the_order_of_the_responses_and_plain_numbers(ask):
+    assert ask("good", 4) == [GOOD] * 4
+    (score,) = ask("whole numbers")
+    assert (type(score.reward), type(score.accuracy)) == (float, float)
+
+
+def test_a_real_reward_scores_the_decoded_text_as_in_one_process(child):
+    tokenizer = checked_tokenizer(SETTINGS.model_path, False)
+    texts = ["#3*7+5", "3+7#3*7+5", "#3+7+5", "", "#3*7+5<eos>"]
+    problem_of = request(0, [tokenizer.encode(text) for text in texts], truth="3,7,5=26")
+    scores = child.submit(
+        answer, ScorerActor, replace(SETTINGS, reward_name="countdown"), problem_of
+    ).result()
+    reward = REWARDS["countdown"].score
+    expected = [reward(text.removesuffix("<eos>"), problem_of.problem, "stop") for text in texts]
+    assert scores == expected
+    assert [score.accuracy for score in scores] == [1.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_scorer_does_not_load_torch(child):
+    child.submit(answer, FaultyScorer, SETTINGS, request(1, truth="good")).result()
+    assert not child.submit(torch_is_loaded).result()
+
+
+def test_an_unknown_reward_is_an_error_with_the_known_ones():
+    with pytest.raises(UserError, match=r"reward.name is 'other'; choose one of countdown, dapo_math"):
+        ScorerActor(replace(SETTINGS, reward_name="other")).ready()
