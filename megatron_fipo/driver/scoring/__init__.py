@@ -1,0 +1,1 @@
+"""Scoring of finished groups by a pool of scorer processes."""

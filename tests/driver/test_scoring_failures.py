@@ -1,0 +1,55 @@
+"""Failures to score are logged once per kind; too large a share of them ends the run with the reason and the fix."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_fipo.driver.scoring.failures import LEAST_FAILURES, WINDOW, FailureWatch
+from megatron_fipo.errors import UserError
+from megatron_fipo.scorer.protocol import Failure, FailureKind
+
+
+def failure(kind: FailureKind, number: int = 0) -> Failure:
+    return Failure(kind, f"the scorer s {kind.value} for response {number} to problem p")
+
+
+def stopped_by(watch: FailureWatch) -> str | None:
+    try:
+        watch.raise_if_too_many()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@given(st.lists(st.booleans(), max_size=3 * WINDOW), st.floats(0, 1))
+def test_a_run_stops_when_the_share_of_the_last_groups_is_above_the_limit(failed, limit):
+    watch = FailureWatch(limit, lambda _: None)
+    for number, wrong in enumerate(failed):
+        watch.ended(failure(FailureKind.TIME, number) if wrong else None)
+        window = failed[: number + 1][-WINDOW:]
+        too_many = sum(window) >= LEAST_FAILURES and sum(window) / len(window) > limit
+        assert (stopped_by(watch) is not None) == too_many
+
+
+def test_the_sentence_has_the_share_the_last_reason_and_the_fix():
+    watch = FailureWatch(0.1, lambda _: None)
+    for number in range(30):
+        watch.ended(failure(FailureKind.TIME, number) if number < 12 else None)
+    assert stopped_by(watch) == (
+        "12 of the last 30 groups could not be scored, above reward.max_failure_share = 0.1; the last reason: the "
+        "scorer s time for response 11 to problem p; make the reward function faster or raise reward.timeout_s, then "
+        "run the same command again"
+    )
+
+
+def test_every_kind_has_a_fix_and_is_logged_once():
+    logged: list[str] = []
+    watch = FailureWatch(0.0, logged.append)
+    for kind in FailureKind:
+        for number in range(WINDOW):
+            watch.happened(failure(kind, number))
+            watch.ended(failure(kind, number))
+        assert stopped_by(watch) is not None
+    assert [line.partition(" for")[0] for line in logged] == [
+        f"the scorer s {kind.value}" for kind in FailureKind
+    ]
+    assert all("response 0 " in line and "groups/unscored" in line for line in logged)

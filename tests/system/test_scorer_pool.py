@@ -1,0 +1,135 @@
+"""The pool of scorers with real processes: a reward function that fails, hangs or kills its process costs its own group."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_fipo.driver.scoring import queue
+from megatron_fipo.driver.scoring.failures import LEAST_FAILURES
+from megatron_fipo.driver.scoring.pool import MAX_FAILED_STARTS, ScoreResult, ScorerPool
+from megatron_fipo.errors import UserError
+from tests.scorer.faulty import GOOD, SETTINGS, FaultyScorer, Unloadable
+from tests.scorer.requests import request
+
+
+class Pools:
+    """Starts pools that end with the test."""
+
+    def __init__(self) -> None:
+        self.logged: list[str] = []
+        self._pools: list[ScorerPool] = []
+
+    def start(
+        self, size: int = 1, actor_class: type = FaultyScorer, share: float = 1.0, **settings: object
+    ) -> ScorerPool:
+        pool = ScorerPool(
+            actor_class,
+            replace(SETTINGS, **settings),  # type: ignore[arg-type]
+            size,
+            max_failure_share=share,
+            log=self.logged.append,
+        )
+        self._pools.append(pool)
+        return pool
+
+    def end(self) -> None:
+        for pool in self._pools:
+            pool.shutdown()
+
+
+@pytest.fixture
+def pools(cluster: None) -> Iterator[Pools]:
+    started = Pools()
+    yield started
+    started.end()
+
+
+def poll_for_ever(pool: ScorerPool, results: list[ScoreResult]) -> None:
+    while True:
+        results += pool.poll(1.0)
+
+
+def test_failures_cost_their_own_group_and_a_lost_process_one_retry(pools, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(queue, "GRACE_S", 2.0)
+    pool = pools.start(size=2)
+    always = ["nan", "raise", "slow", "memory", "hang", "die"]
+    once = [f"{name}@{tmp_path / name}" for name in ("slow", "memory", "hang", "die")]
+    behaviours = ["good", *always, "good", *once, "good"]
+    scores = pool.score([request(key, 2, truth) for key, truth in enumerate(behaviours)])
+    assert scores == [None if truth in always else [GOOD, GOOD] for truth in behaviours]
+    assert pool.outstanding == 0
+    kinds = ["gave the reward nan", "raised KeyError", "took more", "needed more", "did not answer", "died"]
+    assert len(pools.logged) == len(kinds)
+    assert all(any(kind in line and "problem p" in line for line in pools.logged) for kind in kinds)
+
+
+def test_too_many_failures_end_the_run_and_lose_no_result(pools):
+    pool = pools.start(share=0.2)
+    count = LEAST_FAILURES + 5
+    for key in range(count):
+        pool.submit(request(key, truth="good" if key < 2 else "nan"))
+    results: list[ScoreResult] = []
+    with pytest.raises(
+        UserError, match=r"10 of the last 12 groups .*gave the reward nan .*problem p11; correct"
+    ):
+        poll_for_ever(pool, results)
+    results += pool.finish()
+    assert sorted(result.request.key for result in results) == list(range(count))
+    assert [result.scores for result in results if result.request.key < 2] == [[GOOD], [GOOD]]
+    assert len(pools.logged) == 1
+
+
+@pytest.mark.parametrize(
+    ("actor_class", "settings", "words"),
+    [
+        (FaultyScorer, {"model_path": "/nowhere"}, "/nowhere"),
+        (
+            Unloadable,
+            {},
+            f"could not start {MAX_FAILED_STARTS} times in a row; the last reason: the scorer faulty died",
+        ),
+    ],
+)
+def test_scorers_that_cannot_load_end_the_run(pools, actor_class: type, settings, words):
+    pool = pools.start(actor_class=actor_class, **settings)
+    pool.submit(request(0))
+    with pytest.raises(UserError, match=words):
+        poll_for_ever(pool, [])
+    (result,) = pool.finish()
+    assert result.scores is None
+
+
+def test_an_interrupted_evaluation_leaves_nothing_outstanding(pools):
+    pool = pools.start()
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.score([request(key, truth="good") for key in range(50)], check)
+    assert pool.outstanding == 0
+    assert pool.score([request(0, truth="good")]) == [[GOOD]]
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_scorers_end_with_the_pool(pools):
+    pool = pools.start(size=2)
+    assert pool.score([request(0, truth="good")]) == [[GOOD]]
+    named = [
+        p for p in psutil.process_iter(["cmdline"]) if "FaultyScorer" in " ".join(p.info["cmdline"] or ())
+    ]
+    assert len(named) >= 2
+    pool.shutdown()
+    eventually(lambda: not any(process.is_running() for process in named))
