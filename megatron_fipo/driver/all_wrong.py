@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.tasks.task import NO_ANSWER, Decode, Problem
+from megatron_fipo.scorer.protocol import ScoreRequest
+from megatron_fipo.tasks.task import NO_ANSWER, Decode, Score
 
 REPORT_AFTER_GROUPS = 32
 """Groups without a right response, from the start of a run, after which it is reported."""
@@ -49,28 +49,29 @@ class AllWrongWatch:
         self._log = log
         self._groups = 0
         self._reported = False
-        self._last: tuple[Problem, Trajectory] | None = None
+        self._last: tuple[ScoreRequest, Score] | None = None
 
     @property
     def example(self) -> WrongResponse | None:
-        """A response of the last group that was all wrong."""
+        """The last response of the last group that was all wrong."""
         if self._last is None:
             return None
-        problem, response = self._last
+        request, score = self._last
+        response = request.responses[-1]
         return WrongResponse(
-            problem.problem_id,
-            problem.ground_truth,
-            self._decode(response.response_ids),
-            response.extra.get("answer", NO_ANSWER),
+            request.problem.problem_id,
+            request.problem.ground_truth,
+            self._decode(response.token_ids),
+            score.answer,
             response.finish_reason == "length",
         )
 
-    def finished(self, problem: Problem, group: Sequence[Trajectory]) -> None:
+    def finished(self, request: ScoreRequest, scores: Sequence[Score]) -> None:
         """The responses to a problem are scored. After one that is right, nothing will be reported."""
-        if any(response.accuracy > 0 for response in group):
+        if any(score.accuracy > 0 for score in scores):
             self._reported = True
             return
-        self._last = problem, group[-1]
+        self._last = request, scores[-1]
         self._groups += 1
         if self._groups >= REPORT_AFTER_GROUPS and not self._reported:
             self._reported = True

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run, and the rollout engines on it."""
+"""The Ray cluster of a run, and the rollout engines and scorers on it."""
 
 import contextlib
 import logging
@@ -23,11 +23,14 @@ from megatron_fipo.driver.ray_storage import (
     worker_variables,
 )
 from megatron_fipo.driver.rollout.pool import EnginePool
+from megatron_fipo.driver.scoring.pool import ScorerPool
 from megatron_fipo.engine.registry import engine_type
 from megatron_fipo.environment import Machine, this_machine
 from megatron_fipo.errors import RAY_LOGS_VARIABLE, UserError, first_line
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.families.registry import read_architecture
+from megatron_fipo.scorer.actor import ScorerActor
+from megatron_fipo.scorer.protocol import ScorerSettings
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
 
 OBJECT_STORE_BASE_BYTES = 128 * 2**20
@@ -61,6 +64,21 @@ def start_engines(
         keep_batches=config.deterministic,
         loaded_weights_serve=trainer is None,
         trainer_placement=trainer if rollout.placement == "colocated" else None,
+    )
+
+
+def start_scorers(config: Config, model_path: str, log: Callable[[str], None]) -> ScorerPool:
+    """The processes that score responses of the model in `model_path`."""
+    reward = config.reward
+    settings = ScorerSettings(
+        str(Path(model_path).resolve()),
+        config.model.trust_remote_code,
+        reward.name,
+        reward.timeout_s,
+        reward.memory_mb,
+    )
+    return ScorerPool(
+        ScorerActor, settings, reward.scorers, max_failure_share=reward.max_failure_share, log=log
     )
 
 

@@ -5,13 +5,14 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_fipo.config import Config
-from megatron_fipo.driver.cluster import run_cluster, start_engines
+from megatron_fipo.driver.cluster import run_cluster, start_engines, start_scorers
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
-from megatron_fipo.driver.tokenizer import checked_tokenizer, decoder, prints_date
+from megatron_fipo.driver.tokenizer import checked_tokenizer, prints_date
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.outputs import check_output_file, write_table
-from megatron_fipo.tasks.registry import load_evaluation, reward
+from megatron_fipo.tasks.registry import load_evaluation
+from megatron_fipo.tasks.response_text import ResponseText
 
 
 def evaluate(model_dir: str, config: Config, output: Path) -> None:
@@ -33,11 +34,13 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
         ):
             pool = start_engines(config, model_dir, machine, console.note)
             stack.callback(pool.shutdown)
+            scorers = start_scorers(config, model_dir, console.note)
+            stack.callback(scorers.shutdown)
             evaluation = evaluate_problems(
                 pool.generate,
+                scorers.score,
                 held_out,
-                reward(config.reward.name).score,
-                decoder(tokenizer),
+                ResponseText(tokenizer),
                 config.evaluation,
                 max_new_tokens=config.rollout.max_response_length,
                 seed=config.seed,

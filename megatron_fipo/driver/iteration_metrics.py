@@ -25,6 +25,7 @@ def rollout_values(collected: Collected, trained: Sequence[Trajectory], version:
         "groups/all_right": float(counts.all_right),
         "groups/all_wrong": float(counts.all_wrong),
         "groups/failed": float(counts.failed),
+        "groups/unscored": float(counts.unscored),
         "rollout/prompts": float(counts.prompts),
         "rollout/truncated": float(np.mean([trajectory.finish_reason == "length" for trajectory in trained])),
         "rollout/unused_share": counts.unused_share,

@@ -5,6 +5,7 @@
     rollouts.groups(i, version)
       collector: start prompts  ── requests, prefixes ────────────────────────────────►  generate
       collector: score, filter  ◄─ token ids, log-probs, version ─────────────────────
+        (scorers: ScorerPool)
       until prompts_per_iteration informative groups
     set_advantages, plan_iteration
     trainer.train_iteration     ── trajectories, packing ─►  old log-probs
@@ -19,8 +20,8 @@
     one_step_off         groups of iteration i+1 with the weights before i     after the groups are complete
     fully_asynchronous   groups of later iterations, without a stop            at once; unfinished responses continue
 
-The driver waits for ranks in `TrainerGroup` and for engines in `EnginePool`; with the asynchronous modes it polls the
-collector while it waits for the ranks. Only the driver decides what happens next.
+The driver waits for ranks in `TrainerGroup`, for engines in `EnginePool` and for scorers in `ScorerPool`; with the
+asynchronous modes it polls the collector while it waits for the ranks. Only the driver decides what happens next.
 """
 
 import time
@@ -40,7 +41,7 @@ from megatron_fipo.driver.iteration_metrics import rollout_values
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.dump import write_dump
 from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, interrupting
-from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
+from megatron_fipo.driver.rollout.trajectories import ScoredGroup
 from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.throughput import Capacity, cost_values, devices_of, work_of
 from megatron_fipo.driver.tracking import Trackers
@@ -55,7 +56,7 @@ from megatron_fipo.phases import PhaseClock
 from megatron_fipo.run_dir.loop_state import LoopState
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from megatron_fipo.tasks.task import Decode, Problem, Scorer
+from megatron_fipo.tasks.task import Decode, Problem
 from megatron_fipo.trainer.protocol import TokenWeights
 
 
@@ -67,7 +68,6 @@ class LoopComponents:
     rollouts: GroupSource
     held_out: list[Problem]
     """Empty if nothing is evaluated."""
-    scorer: Scorer
     decode: Decode
     pad_token_id: int
     console: Console
@@ -236,8 +236,8 @@ class Loop:
         start = time.perf_counter()
         evaluation = evaluate(
             lambda requests, sampling: components.rollouts.generate(requests, sampling, version),
+            components.rollouts.score,
             components.held_out,
-            components.scorer,
             components.decode,
             config.evaluation,
             max_new_tokens=config.rollout.max_response_length,

@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
 from megatron_fipo.checkpoint.hf_config import load_hf_config
 from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
-from megatron_fipo.tasks.task import Decode
 
 
 def checked_tokenizer(folder: str, trust_remote_code: bool) -> Any:
@@ -24,11 +21,6 @@ def checked_tokenizer(folder: str, trust_remote_code: bool) -> Any:
 def prints_date(tokenizer: Any) -> bool:
     """Whether the chat template prints the date or the time."""
     return "strftime_now" in str(tokenizer.chat_template)
-
-
-def decoder(tokenizer: Any) -> Decode:
-    """Token ids to text without special tokens."""
-    return lambda ids: tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
 
 def pad_id(tokenizer: Any) -> int:

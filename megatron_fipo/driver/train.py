@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_fipo.config import Config, validate
 from megatron_fipo.driver.all_wrong import AllWrongWatch
-from megatron_fipo.driver.cluster import run_cluster, start_engines
+from megatron_fipo.driver.cluster import run_cluster, start_engines, start_scorers
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.loop import Loop, LoopComponents, check_stop
 from megatron_fipo.driver.rollout.collector import Collector
@@ -17,10 +17,11 @@ from megatron_fipo.driver.rollout.dump import DumpFolder
 from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE
 from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, LiveGroups, ReplayGroups
 from megatron_fipo.driver.rollout.pool import EnginePool
-from megatron_fipo.driver.rollout.prompt_group import GroupScorer
+from megatron_fipo.driver.rollout.trajectories import Overlong
 from megatron_fipo.driver.run_end import MODEL, check_export, export_model, summarize, write_report_of
+from megatron_fipo.driver.scoring.pool import ScorerPool
 from megatron_fipo.driver.stop import Stop
-from megatron_fipo.driver.tokenizer import checked_tokenizer, decoder, pad_id, prints_date
+from megatron_fipo.driver.tokenizer import checked_tokenizer, pad_id, prints_date
 from megatron_fipo.driver.tracking import Trackers
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.engine.registry import engine_type
@@ -30,7 +31,8 @@ from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.run_dir.inputs import RunInputs, model_files
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from megatron_fipo.tasks.dataset import Dataset, fingerprint
-from megatron_fipo.tasks.registry import load_datasets, reward
+from megatron_fipo.tasks.registry import load_datasets
+from megatron_fipo.tasks.response_text import ResponseText
 from megatron_fipo.tasks.task import Problem
 
 
@@ -44,6 +46,7 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     if source is None:
         engine_type(config.rollout.engine).load()  # fails before anything is written
     tokenizer = checked_tokenizer(config.model.path, config.model.trust_remote_code)
+    decode = ResponseText(tokenizer)
     with Console(config.iterations) as console:
         directory = RunDirectory(Path(config.run_dir).resolve())
         train_set, held_out, inputs = load_inputs(config, directory, tokenizer, console.note)
@@ -70,8 +73,13 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             else:
                 pool = start_engines(config, config.model.path, machine, console.note, trainer.placement)
                 stack.callback(pool.shutdown)
-                collector = make_collector(config, train_set, pool, tokenizer, console.note)
-                rollouts = LiveGroups(config, collector, pool, trainer, console, lambda: check_stop(stop))
+                scorers = start_scorers(config, config.model.path, console.note)
+                stack.callback(scorers.shutdown)
+                watch = AllWrongWatch(decode, console.note)
+                collector = make_collector(config, train_set, pool, scorers, watch)
+                rollouts = LiveGroups(
+                    config, collector, pool, scorers, trainer, console, lambda: check_stop(stop)
+                )
                 if not held_out:
                     console.note(
                         "there are no held-out problems (data.evaluation_path), so nothing is evaluated"
@@ -81,9 +89,8 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             )
             stack.callback(trackers.close)
             stack.callback(write_report_of, directory.path, console)
-            score, text = reward(config.reward.name).score, decoder(tokenizer)
             components = LoopComponents(
-                trainer, rollouts, held_out, score, text, pad_id(tokenizer), console, trackers, stop
+                trainer, rollouts, held_out, decode, pad_id(tokenizer), console, trackers, stop
             )
             try:
                 Loop(config, directory, components).run()
@@ -119,23 +126,19 @@ def start_trainer(config: Config, machine: Machine) -> RLTrainer:
 
 
 def make_collector(
-    config: Config, train_set: Dataset, pool: EnginePool, tokenizer: Any, log: Callable[[str], None]
+    config: Config, train_set: Dataset, pool: EnginePool, scorers: ScorerPool, watch: AllWrongWatch
 ) -> Collector:
     """Dynamic sampling of the training problems, scored by the configured reward."""
-    decode = decoder(tokenizer)
-    score_group = GroupScorer(
-        reward(config.reward.name).score,
-        decode,
-        config.rollout.max_response_length,
-        config.reward.overlong_buffer,
-        config.reward.overlong_factor,
+    overlong = Overlong(
+        config.rollout.max_response_length, config.reward.overlong_buffer, config.reward.overlong_factor
     )
     return Collector(
         train_set,
         pool,
-        score_group,
-        AllWrongWatch(decode, log),
+        scorers,
+        watch,
         config.rollout,
+        overlong,
         target_groups=config.batch.prompts_per_iteration,
         responses_per_prompt=config.batch.responses_per_prompt,
         seed=config.seed,

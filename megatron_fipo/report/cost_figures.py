@@ -115,6 +115,7 @@ COST = Section(
                 Line("groups/all_right", "all right", "orange"),
                 Line("groups/all_wrong", "all wrong", "magenta"),
                 Line("groups/failed", "failed", "grey"),
+                Line("groups/unscored", "not scored", "brown"),
             ),
             stacked=True,
         ),

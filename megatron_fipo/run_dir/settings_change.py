@@ -33,6 +33,10 @@ FREE_KEYS = (
     "rollout.weight_bucket_mb",
     "rollout.check_weight_sync",
     "rollout.dump_every",
+    "reward.scorers",
+    "reward.timeout_s",
+    "reward.memory_mb",
+    "reward.max_failure_share",
 )
 """The length of the run, and how its work is distributed, monitored and logged.
 

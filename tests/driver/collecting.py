@@ -7,7 +7,8 @@ from typing import Any
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.collector import Collected, Collector
-from tests.driver.toy_pool import MAX_LENGTH, SCORE_GROUP, ToyPool, dataset
+from megatron_fipo.driver.rollout.trajectories import Overlong
+from tests.driver.toy_pool import MAX_LENGTH, ToyPool, dataset, decode
 
 N = 3
 
@@ -17,9 +18,10 @@ def make(pool: ToyPool, target: int = 3, log: Callable[[str], None] = print, **o
     return Collector(
         dataset(),
         pool,
-        SCORE_GROUP,
-        AllWrongWatch(SCORE_GROUP.decode, log),
+        pool.scorers,
+        AllWrongWatch(decode, log),
         config,
+        Overlong(MAX_LENGTH, 0, 1.0),
         target_groups=target,
         responses_per_prompt=N,
         seed=1,
@@ -52,7 +54,7 @@ def train(
         if mode == "one_step_off":
             until_enough(collector)
         collector.pause()
-        assert pool.outstanding == 0
+        assert pool.outstanding == pool.scorers.outstanding == 0
         yield collected
 
 

@@ -1,14 +1,15 @@
 """Answers that are all wrong are reported with an example: hard problems and wrong data look the same in numbers."""
 
+import numpy as np
 import pytest
 
-from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import EvaluationConfig
 from megatron_fipo.driver.all_wrong import REPORT_AFTER_GROUPS, AllWrongWatch, WrongResponse
 from megatron_fipo.driver.evaluation import evaluate
 from megatron_fipo.errors import UserError
+from megatron_fipo.scorer.protocol import FinishedResponse, ScoreRequest
 from megatron_fipo.tasks.registry import reward
-from megatron_fipo.tasks.task import NO_ANSWER, Problem
+from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
 from tests.driver.collecting import make, until_enough
 from tests.driver.toy_pool import ToyPool
 from tests.generations import generation
@@ -19,10 +20,9 @@ def watched(groups: str) -> list[str]:
     logged: list[str] = []
     watch = AllWrongWatch(lambda ids: f"text {ids}", logged.append)
     for number, group in enumerate(groups):
-        response = Trajectory(
-            "g", [1], [number], [1], [0.0], [], "stop", accuracy=float(group == "r"), extra={"answer": "35"}
-        )
-        watch.finished(Problem(f"p{number}", (1,), "?", "34", "math"), [response])
+        problem = Problem(f"p{number}", (1,), "?", "34", "math")
+        responses = (FinishedResponse(np.int32([number]), "stop"),)
+        watch.finished(ScoreRequest(number, problem, responses), [Score(0.0, float(group == "r"), "35")])
     return logged
 
 
@@ -74,10 +74,16 @@ def test_the_collector_is_silent_once_a_response_is_right():
 
 @pytest.mark.parametrize(("answer", "reported"), [("Answer: 34", False), ("Answer: 35", True)])
 def test_an_evaluation_without_a_right_response_has_an_example(answer, reported):
+    def score(requests):
+        rule = reward("dapo_math").score
+        return [
+            [rule(answer, r.problem, response.finish_reason) for response in r.responses] for r in requests
+        ]
+
     evaluation = evaluate(
         lambda requests, _: [generation((1,), (0.0,), "length", 0) for _ in requests],
+        score,
         [Problem(f"p{i}", (1,), "?", "34", "math") for i in range(3)],
-        reward("dapo_math").score,
         lambda _: answer,
         EvaluationConfig(samples_per_problem=2),
         max_new_tokens=9,

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.batching.trajectory import Trajectory
+from megatron_fipo.driver.rollout.collect_counts import CollectCounts
+from megatron_fipo.driver.rollout.collector import SCORES_WAIT_S
 from megatron_fipo.driver.rollout.prompt_group import request_seed
+from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.loop_state import RolloutState
 from tests.driver.collecting import N, make, responses, run, serials, train, until_enough
 from tests.driver.toy_pool import OUTCOMES, ToyPool, complete_response
@@ -27,6 +30,10 @@ outcome_lists = st.lists(st.sampled_from(OUTCOMES), min_size=1, max_size=5).map(
 )
 orders = st.integers(0, 10**6)
 timing_varies = settings(deadline=None, max_examples=60)
+
+
+def finished_groups(counts: CollectCounts) -> int:
+    return counts.informative + counts.all_right + counts.all_wrong + counts.failed + counts.unscored
 
 
 # -- unfinished=drop -----------------------------------------------------------------------------------------
@@ -48,7 +55,7 @@ def test_drop_uses_the_smallest_prefix_whatever_the_timing(outcomes, order, slot
         wanted = list(itertools.islice(informative, target))
         assert counts.prompts == wanted[-1] + 1 - started
         started = wanted[-1] + 1
-        assert counts.prompts == counts.informative + counts.all_right + counts.all_wrong + counts.failed
+        assert counts.prompts == finished_groups(counts)
         assert (counts.waiting, counts.unfinished, counts.carried_tokens, counts.stale) == (0, 0, 0, 0)
     names = [int(requests[0].request_id.partition("-")[0]) for requests in pool.submitted]
     assert {*range(started)} <= {*names} <= {*range(started + prompts_in_flight)}
@@ -214,7 +221,7 @@ def test_no_group_is_older_than_allowed_and_tokens_add_up(
         ends = counts.used_tokens + counts.filtered_tokens + counts.dropped_tokens + counts.carried_tokens
         assert counts.generated_tokens + carried == ends
         carried = counts.carried_tokens
-        finished = counts.informative + counts.all_right + counts.all_wrong + counts.failed
+        finished = finished_groups(counts)
         if unfinished == "drop":
             assert finished == counts.prompts
         else:
@@ -276,12 +283,71 @@ def test_a_restored_collector_goes_on_as_the_original(outcomes, order, mode, unf
     other_pool, other_timing = copy.deepcopy(pool), copy.deepcopy(timing)
     other = make(other_pool, **options)
     other.load_state(saved)
+    assert other_pool.scorers.submitted == pool.scorers.submitted, "nothing is scored again"
     assert plain(other.state()) == plain(collector.state()) == plain(saved)
     rest = range(saved_after, saved_after + 3)
     original = list(train(collector, pool, mode, rest, timing))
     restored = list(train(other, other_pool, mode, rest, other_timing))
     assert plain(original) == plain(restored)
     assert plain(collector.state()) == plain(other.state())
+
+
+@pytest.mark.parametrize("unfinished", ["drop", "continue"])
+def test_waiting_groups_of_a_checkpoint_without_scores_are_scored_when_it_is_loaded(unfinished):
+    pool = ToyPool(["mixed", "wrong"], slots=30)
+    collector = make(pool, mode="one_step_off", unfinished=unfinished, max_staleness=2, prompts_in_flight=9)
+    next(train(collector, pool, "one_step_off", range(1), random.Random(2)))
+    state = collector.state()
+    waiting = [group["serial"] for group in state.values["groups"] if group["scores"] is not None]
+    assert waiting
+    old = copy.deepcopy(state)
+    for group in old.values["groups"]:
+        del group["scores"]
+    other_pool = ToyPool(["mixed", "wrong"], slots=30)
+    other = make(other_pool, mode="one_step_off", unfinished=unfinished, max_staleness=2, prompts_in_flight=9)
+    other.load_state(old)
+    assert other_pool.scorers.submitted == waiting
+    assert plain(other.state()) == plain(state)
+    other_pool.scorers.outcomes = ["unscored"]
+    other.load_state(old)
+    assert (other.waiting, other.counts.unscored) == (0, state.values["counts"]["unscored"] + len(waiting))
+    dropped = other.state().values["informative_dropped"]
+    assert dropped == state.values["informative_dropped"] + len(waiting)
+
+
+@timing_varies
+@given(outcome_lists, orders, st.sampled_from(MODES), st.integers(1, 12))
+def test_a_run_that_scorers_stop_keeps_what_was_scored(outcomes, order, mode, steps):
+    pool = ToyPool(outcomes, order)
+    collector = make(pool, unfinished="continue", mode=mode, max_staleness=2, prompts_in_flight=9)
+    collector.resume(0)
+    for _ in range(steps):
+        collector.step(0.0)
+    waiting = collector.waiting
+    pool.scorers.error = UserError("too many failures")
+    with pytest.raises(UserError, match="too many"):
+        collector.step(0.0)
+    collector.pause()
+    assert pool.scorers.outstanding == 0
+    assert collector.waiting >= waiting
+    groups = collector.state().values["groups"]
+    for group in groups:
+        finished = all(response["finish_reason"] for response in group["responses"])
+        assert finished == (group["scores"] is not None)
+    assert collector.counts.prompts == len(groups) + finished_groups(collector.counts) - collector.waiting
+
+
+def test_a_step_waits_for_engines_or_briefly_for_scores():
+    pool = ToyPool(["mixed"])
+    collector = make(pool)
+    collector.resume(0)
+    pool.scorers.silent = True
+    while not pool.scorers.outstanding:
+        collector.step(5.0)
+    assert set(pool.waited) == {5.0}
+    assert pool.scorers.waited[:-1] == [0.0] * (len(pool.waited) - 1)
+    collector.step(5.0)
+    assert (pool.waited[-1], pool.scorers.waited[-1]) == (0.0, SCORES_WAIT_S)
 
 
 def test_sampling_ahead_begins_at_once():

@@ -5,15 +5,17 @@ import pytest
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.collector import Collector
+from megatron_fipo.driver.rollout.trajectories import Overlong
 from megatron_fipo.errors import UserError
 from tests.driver.collecting import N, make, run, serials, until_enough
-from tests.driver.toy_pool import FAILING_INDEX, SCORE_GROUP, ToyPool, complete_response, dataset
+from tests.driver.toy_pool import FAILING_INDEX, MAX_LENGTH, ToyPool, complete_response, dataset
 
 
 def holding_back_the_first(mode: str) -> tuple[Collector, ToyPool]:
     """Iteration 0 is taken; group 0 has tokens of version 0 and is not finished."""
     pool = ToyPool(["mixed"], slots=100)
     pool.never_finishing = {0}
+    pool.scorers.immediate = True
     collector = make(pool, target=2, mode=mode, unfinished="continue", max_staleness=1, prompts_in_flight=3)
     collector.resume(0)
     until_enough(collector)
@@ -80,6 +82,15 @@ def test_a_failed_group_is_never_scored_and_its_other_responses_are_ignored():
     assert result.counts.dropped_tokens == sum(lengths)
 
 
+def test_a_group_that_cannot_be_scored_is_dropped_and_counted():
+    pool = ToyPool(["unscored", "mixed", "mixed", "mixed"], slots=100)
+    result = run(pool, iterations=1)[0]
+    assert serials(result) == [1, 2, 3]
+    assert (result.counts.unscored, result.counts.failed, result.counts.informative) == (1, 0, 3)
+    lengths = [len(complete_response(r.request_id, r.seed, "unscored")[0]) for r in pool.submitted[0]]
+    assert result.counts.dropped_tokens == sum(lengths)
+
+
 def test_stale_groups_are_dropped_and_the_unused_share_counts_them():
     pool = ToyPool(["mixed"], slots=100)
     collector = make(pool, target=2, unfinished="continue", prompts_in_flight=6, max_staleness=0)
@@ -105,7 +116,7 @@ def test_max_prompts_ends_an_iteration_with_the_groups_there_are():
     [
         (
             ["right", "wrong"],
-            r"none of 12 prompts .*\(6 all right, 6 all wrong, 0 failed, 0 too old\).*responses_per_prompt",
+            r"none of 12 prompts .*\(6 all right, 6 all wrong, 0 failed, 0 not scored, 0 too old\).*responses_per_prompt",
         ),
         (["failed"], "requests of all 12 prompts failed"),
     ],
@@ -133,12 +144,14 @@ def test_calls_out_of_turn_are_refused():
 
 def test_other_data_are_refused():
     collector = make(ToyPool(["mixed"]))
+    pool = ToyPool([])
     other = Collector(
         dataset(7),
-        ToyPool([]),
-        SCORE_GROUP,
+        pool,
+        pool.scorers,
         AllWrongWatch(str, print),
         RolloutConfig(),
+        Overlong(MAX_LENGTH, 0, 1.0),
         target_groups=1,
         responses_per_prompt=N,
         seed=1,

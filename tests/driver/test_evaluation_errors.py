@@ -23,11 +23,10 @@ def loop(tmp_path: Any, error: UserError) -> Loop:
         raise error
 
     components: Any = SimpleNamespace(
-        rollouts=SimpleNamespace(generate=generate),
+        rollouts=SimpleNamespace(generate=generate, score=None),
         held_out=[Problem("p", (1,), "prompt", "x", "test")],
         console=Console(1),
         trainer=None,
-        scorer=None,
         decode=None,
     )
     config = Config(run_dir=str(tmp_path), model=ModelConfig(path="m"), data=DataConfig())

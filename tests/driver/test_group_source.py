@@ -99,7 +99,7 @@ def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) ->
     config.deterministic = settings.pop("deterministic", False)
     for name, value in settings.items():
         setattr(config.rollout, name, value)
-    return LiveGroups(config, collector, pool, trainer, Console(), lambda: None)  # type: ignore[arg-type]
+    return LiveGroups(config, collector, pool, None, trainer, Console(), lambda: None)  # type: ignore[arg-type]
 
 
 def test_a_push_to_a_restarted_engine_leaves_the_others_at_work():
@@ -176,3 +176,5 @@ def test_only_live_groups_can_generate():
     assert not replay.live
     with pytest.raises(RuntimeError, match="no engines"):
         replay.generate([], SamplingParams(1.0, 1.0, 1), 0)
+    with pytest.raises(RuntimeError, match="no scorers"):
+        replay.score([])

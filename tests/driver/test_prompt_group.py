@@ -1,21 +1,19 @@
 """Responses grow over several calls bit for bit, and a finished group is scored."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.batching.trajectory import VersionSpan
 from megatron_fipo.driver.rollout.prompt_group import (
-    GroupScorer,
     PromptGroup,
     Response,
     parse_request_id,
     request_seed,
 )
 from megatron_fipo.tasks.task import Problem
-from tests.driver.toy_pool import RIGHT, score
-from tests.generations import generation, plain
+from tests.driver.toy_pool import RIGHT
+from tests.generations import generation
 
 PROBLEM = Problem("p", (3, 4), "prompt", "x", "test")
 
@@ -72,37 +70,13 @@ def test_the_tokens_of_one_call_are_not_copied():
     assert one_call.log_probs is answer.log_probs
 
 
-def test_a_trajectory_carries_what_sampling_and_scoring_learnt():
-    scorer = GroupScorer(
-        score, lambda ids: "".join(f" {i}" for i in ids), 8, overlong_buffer=4, overlong_factor=1.0
-    )
-    right = Response()
-    right.add(generation((9, 9), (-0.1, -0.2), "abort", 6))
-    right.add(generation((RIGHT,), (-0.3,), "stop", 7))
-    long = response((5, 7, "abort"))
-    long.add(generation((RIGHT,), (-0.1,), "stop", 7))
-    short, long_one, cut = scorer(PromptGroup(2, PROBLEM, [right, long, response((8, 7, "length"))]))
-    assert (short.reward, long_one.reward, cut.reward) == (1.0, 0.5, -2.0)
-    assert (short.accuracy, long_one.accuracy, cut.accuracy) == (1.0, 1.0, 0.0)
-    assert plain(short) == plain(
-        Trajectory(
-            group_id="2-p",
-            prompt_ids=np.int32([3, 4]),
-            response_ids=np.int32([9, 9, RIGHT]),
-            response_mask=np.int8([1, 1, 1]),
-            rollout_log_probs=np.float32([-0.1, -0.2, -0.3]),
-            spans=[VersionSpan(6, 0, 2), VersionSpan(7, 2, 3)],
-            finish_reason="stop",
-            reward=1.0,
-            accuracy=1.0,
-            advantage=0.0,
-            extra={"problem_id": "p", "answer": f" 9 9 {RIGHT}"},
-        )
-    )
-    assert cut.finish_reason == "length"
-
-
-def test_an_unfinished_response_is_never_scored():
-    scorer = GroupScorer(score, str, 8, 0, 1.0)
+def test_a_finished_group_is_scored_under_its_serial_and_an_unfinished_one_never():
+    group = PromptGroup(7, PROBLEM, [response((2, 5, "stop")), response((3, 6, "length"))])
+    request = group.score_request()
+    assert (request.key, request.problem) == (7, PROBLEM)
+    assert [(r.token_ids.tolist(), r.finish_reason) for r in request.responses] == [
+        ([9, 9], "stop"),
+        ([9, 9, 9], "length"),
+    ]
     with pytest.raises(ValueError, match="unfinished"):
-        scorer(PromptGroup(0, PROBLEM, [response((2, 1, "abort"))]))
+        PromptGroup(0, PROBLEM, [response((2, 1, "abort"))]).score_request()

@@ -11,7 +11,7 @@ from megatron_fipo.batching.trajectory import VersionSpan
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response
 from megatron_fipo.driver.rollout.saved_groups import pack_groups, unpack_groups
 from megatron_fipo.run_dir.loop_state import LoopState, RolloutState, read_loop_state, write_loop_state
-from megatron_fipo.tasks.task import Problem
+from megatron_fipo.tasks.task import Problem, Score
 from tests.generations import generation, plain
 
 PROBLEMS = {name: Problem(name, (3, 4), "prompt", "x", "test") for name in ("p", "q")}
@@ -29,11 +29,21 @@ def responses(draw) -> Response:
     return grown
 
 
-groups = st.builds(
-    PromptGroup,
-    st.integers(0, 10**6),
-    st.sampled_from(list(PROBLEMS.values())),
-    st.lists(responses(), max_size=4),
+scores = st.builds(
+    Score,
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from([0.0, 1.0]),
+    st.text(),
+    st.dictionaries(st.text(), st.floats(allow_nan=False) | st.lists(st.text())),
+)
+groups = st.tuples(
+    st.builds(
+        PromptGroup,
+        st.integers(0, 10**6),
+        st.sampled_from(list(PROBLEMS.values())),
+        st.lists(responses(), max_size=4),
+    ),
+    st.none() | st.lists(scores, max_size=4),
 )
 
 
@@ -66,5 +76,5 @@ def test_groups_of_earlier_versions_are_read():
         ],
     }
     done = Response(np.int32([1, 2, 2**31 - 1]), log_probs, [VersionSpan(2, 0, 3)], "stop")
-    expected = [PromptGroup(7, PROBLEMS["q"], [done, Response()])]
+    expected = [(PromptGroup(7, PROBLEMS["q"], [done, Response()]), None)]
     assert plain(unpack_groups(json.loads(json.dumps([old])), {}, PROBLEMS)) == plain(expected)

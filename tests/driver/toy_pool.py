@@ -6,9 +6,13 @@ The outcomes of prompts are scripted: serial `s` has outcome `outcomes[s % len(o
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_fipo.driver.rollout.pool import RequestResult
-from megatron_fipo.driver.rollout.prompt_group import GroupScorer, parse_request_id
+from megatron_fipo.driver.rollout.prompt_group import parse_request_id
+from megatron_fipo.driver.scoring.pool import ScoreResult
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.scorer.protocol import ScoreRequest
 from megatron_fipo.tasks.dataset import Dataset
 from megatron_fipo.tasks.task import Problem, Score
 from tests.generations import generation
@@ -17,7 +21,7 @@ RIGHT, WRONG = 1, 2
 MAX_LENGTH = 12
 FAILING_INDEX = 1
 """Index of the response that fails, in a group with outcome `failed`."""
-OUTCOMES = ("mixed", "right", "wrong", "failed")
+OUTCOMES = ("mixed", "right", "wrong", "failed", "unscored")
 
 
 def dataset(size: int = 50) -> Dataset:
@@ -31,7 +35,61 @@ def score(response_text: str, problem: Problem, finish_reason: str) -> Score:
     return Score(1.0 if right else -1.0, float(right), answer=response_text)
 
 
-SCORE_GROUP = GroupScorer(score, lambda ids: " " + " ".join(map(str, ids)), MAX_LENGTH, 0, 1.0)
+def decode(ids: Sequence[int] | np.ndarray) -> str:
+    return " " + " ".join(map(str, ids))
+
+
+class ToyScorers:
+    """Scorers in this process: scores arrive in a random order, some later than the next poll."""
+
+    def __init__(self, outcomes: Sequence[str], order: int) -> None:
+        self.outcomes = outcomes
+        self.submitted: list[int] = []
+        """Serials of all groups, in order."""
+        self.error: Exception | None = None
+        """Raised by the next `poll`."""
+        self.immediate = False
+        """All scores arrive at the next poll."""
+        self.silent = False
+        """No score arrives at a poll."""
+        self.waited: list[float] = []
+        """The timeout of every call of `poll`."""
+        self._rng = random.Random(~order)
+        self._outstanding: list[ScoreRequest] = []
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._outstanding)
+
+    def submit(self, request: ScoreRequest) -> None:
+        self.submitted.append(request.key)
+        self._outstanding.append(request)
+
+    def poll(self, timeout_s: float) -> list[ScoreResult]:
+        self.waited.append(timeout_s)
+        if self.error is not None:
+            raise self.error
+        if self.silent:
+            return []
+        least = len(self._outstanding) if self.immediate else 0
+        return self._take(self._rng.randint(least, len(self._outstanding)))
+
+    def finish(self) -> list[ScoreResult]:
+        return self._take(len(self._outstanding))
+
+    def _take(self, count: int) -> list[ScoreResult]:
+        self._rng.shuffle(self._outstanding)
+        taken, self._outstanding = self._outstanding[:count], self._outstanding[count:]
+        return [self._result(request) for request in taken]
+
+    def _result(self, request: ScoreRequest) -> ScoreResult:
+        if self.outcomes[request.key % len(self.outcomes)] == "unscored":
+            return ScoreResult(request, None)
+        scores = [
+            score(decode(response.token_ids), request.problem, response.finish_reason)
+            for response in request.responses
+        ]
+        return ScoreResult(request, scores)
 
 
 def complete_response(request_id: str, seed: int, outcome: str) -> tuple[list[int], list[float]]:
@@ -52,10 +110,13 @@ class ToyPool:
         self.version = 0
         self.submitted: list[list[GenerationRequest]] = []
         """Every call of `submit`."""
+        self.waited: list[float] = []
+        """The timeout of every call of `poll`."""
         self.most_groups = 0
         """Largest number of groups outstanding at a time."""
         self.never_finishing: set[int] = set()
         """Serials of groups that run but do not finish."""
+        self.scorers = ToyScorers(outcomes, order)
         self._rng = random.Random(order)
         self._outstanding: dict[str, GenerationRequest] = {}
 
@@ -73,6 +134,7 @@ class ToyPool:
         )
 
     def poll(self, timeout_s: float) -> list[RequestResult]:
+        self.waited.append(timeout_s)
         running = [
             n
             for n in list(self._outstanding)[: self.slots]

@@ -80,6 +80,7 @@ def _iteration(iteration: int, progress: float, objective: str, rng: random.Rand
         "groups/all_wrong": float(rng.randint(3, 8)),
         "groups/surplus": float(rng.randint(0, 4)),
         "groups/failed": 0.0,
+        "groups/unscored": 0.0,
         "groups/stale": float(rng.randint(0, 1)),
         "rollout/prompts": float(prompts),
         "rollout/unused_share": about(0.02),

@@ -23,16 +23,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.iteration_metrics import staleness_values
 from megatron_fipo.driver.rollout.collector import Collector
 from megatron_fipo.driver.rollout.pool import RequestResult
-from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, ScoredGroup, parse_request_id
+from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, parse_request_id
+from megatron_fipo.driver.rollout.trajectories import Overlong, ScoredGroup, trajectories
+from megatron_fipo.driver.scoring.pool import ScoreResult
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.scorer.protocol import ScoreRequest
 from megatron_fipo.tasks.dataset import Dataset
-from megatron_fipo.tasks.task import Problem
+from megatron_fipo.tasks.task import Problem, Score
 from tools.bench.harness import parser, table
 
 BLOCK = 64
@@ -44,6 +46,7 @@ ENGINES, SLOTS_PER_ENGINE = 32, 256
 STEP_S, STEP_S_PER_RESPONSE = 0.012, 0.00006
 """Time of an engine's decode step, and its increase per response."""
 TRAIN_S_PER_TOKEN = 15e-6
+NO_PENALTY = Overlong(MAX_BLOCKS, buffer=0, factor=0.0)
 
 
 @dataclass
@@ -111,21 +114,27 @@ def length(request: GenerationRequest) -> int:
     return min(max(round(tokens / BLOCK), 1), MAX_BLOCKS)
 
 
-def score(group: PromptGroup) -> ScoredGroup:
-    informative = random.Random(f"informative {group.group_id}").random() < INFORMATIVE
-    return [
-        Trajectory(
-            group.group_id,
-            np.zeros(1, dtype=np.int32),
-            r.token_ids,
-            np.ones(len(r.token_ids), dtype=np.int8),
-            r.log_probs,
-            r.spans,
-            "stop",
-            accuracy=float(informative and i == 0),
-        )
-        for i, r in enumerate(group.responses)
-    ]
+def score(request: ScoreRequest) -> list[Score]:
+    group_id = f"{request.key}-{request.problem.problem_id}"
+    informative = random.Random(f"informative {group_id}").random() < INFORMATIVE
+    return [Score(0.0, float(informative and i == 0), "") for i in range(len(request.responses))]
+
+
+class Scorers:
+    """Scoring that takes no time."""
+
+    def __init__(self) -> None:
+        self._results: list[ScoreResult] = []
+
+    def submit(self, request: ScoreRequest) -> None:
+        self._results.append(ScoreResult(request, score(request)))
+
+    def poll(self, timeout_s: float) -> list[ScoreResult]:
+        return self.finish()
+
+    def finish(self) -> list[ScoreResult]:
+        results, self._results = self._results, []
+        return results
 
 
 @dataclass
@@ -161,7 +170,8 @@ def rounds(prompts_per_round: int) -> Policy:
                 groups = _round(engines, list(itertools.islice(serials, prompts_per_round)))
                 prompts += prompts_per_round
                 generated += sum(group.tokens for group in groups)
-                informative += [scored for scored in map(score, groups) if scored[0].accuracy]
+                scored = [trajectories(group, score(group.score_request()), NO_PENALTY) for group in groups]
+                informative += [group for group in scored if group[0].accuracy]
             used, surplus = informative[:TARGET], informative[TARGET:]
             dropped = sum(t.response_length for group in surplus for t in group)
             _wait(engines, used)
@@ -203,9 +213,10 @@ def collected(mode: str, unfinished: str, prompts_in_flight: int, max_staleness:
         collector = Collector(
             Dataset(problems, 1),
             engines,
-            score,
+            Scorers(),
             AllWrongWatch(str, print),
             config,
+            NO_PENALTY,
             target_groups=TARGET,
             responses_per_prompt=RESPONSES,
             seed=1,

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-Unused = Literal["all_right", "all_wrong", "failed"]
+from megatron_fipo.driver.all_wrong import WrongResponse
+from megatron_fipo.errors import ray_logs
+
+Unused = Literal["all_right", "all_wrong", "failed", "unscored"]
 """Why a group was not used; names a field of `CollectCounts`."""
 
 
@@ -23,6 +26,8 @@ class CollectCounts:
     all_wrong: int = 0
     failed: int = 0
     """Groups dropped because a response failed more often than `max_retries` allows; never scored."""
+    unscored: int = 0
+    """Groups dropped because a response could not be scored."""
     stale: int = 0
     """Groups dropped, finished or not, because the next update is more than `max_staleness` versions after
     their oldest token."""
@@ -31,7 +36,7 @@ class CollectCounts:
     waiting: int = 0
     """Informative groups buffered for later batches."""
     unfinished: int = 0
-    """Unfinished groups after this `pop_batch`."""
+    """Groups being sampled or scored after this `pop_batch`."""
     generated_tokens: int = 0
     """Response tokens received from the engines."""
     used_tokens: int = 0
@@ -39,7 +44,7 @@ class CollectCounts:
     filtered_tokens: int = 0
     """Of groups all right or all wrong."""
     dropped_tokens: int = 0
-    """Of stale and failed groups, and with unfinished=drop of groups that were started but not needed."""
+    """Of stale, failed and unscored groups, and with unfinished=drop of groups that were started but not needed."""
     carried_tokens: int = 0
     """Of waiting and unfinished groups, after this `pop_batch`."""
     unused_share: float = 0.0
@@ -49,7 +54,7 @@ class CollectCounts:
     def count_dropped(self, why: Unused, tokens: int) -> None:
         """Count a group that is not used."""
         setattr(self, why, getattr(self, why) + 1)
-        if why == "failed":
+        if why in ("failed", "unscored"):
             self.dropped_tokens += tokens
         else:
             self.filtered_tokens += tokens
@@ -57,3 +62,22 @@ class CollectCounts:
     def __sub__(self, part: "CollectCounts") -> "CollectCounts":
         """These counts without `part` of them."""
         return CollectCounts(**{f.name: getattr(self, f.name) - getattr(part, f.name) for f in fields(self)})
+
+
+def nothing_informative(counts: CollectCounts, example: WrongResponse | None) -> str:
+    """Why a collection ended without a group to train on, and the fix. `example` is shown if no response is right."""
+    filtered = counts.all_right + counts.all_wrong
+    if not filtered and counts.failed:
+        return f"the requests of all {counts.failed} prompts failed; see {ray_logs()}"
+    found = (
+        f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
+        f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.unscored} not scored, {counts.stale} too "
+        "old), so there is nothing to train on"
+    )
+    fix = (
+        "choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
+        "rollout.max_prompts"
+    )
+    if counts.all_wrong and not counts.all_right and example is not None:
+        return f"{found}; {example}. Otherwise {fix}"
+    return f"{found}: {fix}"

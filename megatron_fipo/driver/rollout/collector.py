@@ -12,25 +12,31 @@ number and not on timing. `rollout.unfinished` selects the admission rule (`admi
   `max_staleness` versions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_fipo.clock import clock
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.admission import admission_for
-from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused
-from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, ScoredGroup, parse_request_id
-from megatron_fipo.driver.rollout.saved_groups import pack_groups, unpack_groups
+from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused, nothing_informative
+from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, parse_request_id
+from megatron_fipo.driver.rollout.saved_groups import SavedGroup, pack_groups, unpack_groups
+from megatron_fipo.driver.rollout.trajectories import Overlong, ScoredGroup, trajectories
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
-from megatron_fipo.errors import UserError, ray_logs
+from megatron_fipo.errors import UserError
 from megatron_fipo.objective.advantages import is_informative
 from megatron_fipo.run_dir.loop_state import RolloutState
+from megatron_fipo.scorer.protocol import ScoreRequest
 from megatron_fipo.tasks.dataset import Dataset
+from megatron_fipo.tasks.task import Score
 
 if TYPE_CHECKING:
     from megatron_fipo.driver.rollout.pool import RequestResult
+    from megatron_fipo.driver.scoring.pool import ScoreResult
+
+SCORES_WAIT_S = 0.02
+"""Longest wait for scores, during which results of engines are not taken. A fast reward takes a few milliseconds per group."""
 
 
 class Pool(Protocol):
@@ -41,6 +47,16 @@ class Pool(Protocol):
     def poll(self, timeout_s: float) -> "list[RequestResult]": ...
 
     def abort(self) -> "list[RequestResult]": ...
+
+
+class Scorers(Protocol):
+    """The part of `scoring.pool.ScorerPool` that the collector uses."""
+
+    def submit(self, request: ScoreRequest) -> None: ...
+
+    def poll(self, timeout_s: float) -> "list[ScoreResult]": ...
+
+    def finish(self) -> "list[ScoreResult]": ...
 
 
 @dataclass
@@ -68,25 +84,24 @@ class Collector:
         self,
         dataset: Dataset,
         pool: Pool,
-        score_group: Callable[[PromptGroup], ScoredGroup],
+        scorers: Scorers,
         watch: AllWrongWatch,
         rollout: RolloutConfig,
+        overlong: Overlong,
         *,
         target_groups: int,
         responses_per_prompt: int,
         seed: int,
     ) -> None:
-        """`score_group` must be pure: `load_state` scores waiting groups again, which are saved unscored."""
         self.counts = CollectCounts()
         self.received_tokens = 0
         """Response tokens from the engines, for whoever takes them. `counts` are of a batch, which may be sampled earlier."""
-        self.seconds: dict[str, float] = {}
-        """Wall time of `scoring`, for whoever takes it."""
         self._dataset = dataset
         self._pool = pool
-        self._score_group = score_group
+        self._scorers = scorers
         self._watch = watch
         self._rollout = rollout
+        self._overlong = overlong
         self._admission = admission_for(rollout, target_groups)
         self._target = target_groups
         self._responses_per_prompt = responses_per_prompt
@@ -94,7 +109,9 @@ class Collector:
         self._sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.max_response_length)
         self._running = False
         self._unfinished: dict[int, PromptGroup] = {}
-        self._waiting: dict[int, tuple[PromptGroup, ScoredGroup]] = {}
+        self._scoring: dict[int, PromptGroup] = {}
+        """Finished groups without scores. Like unfinished ones, they may turn out to be informative."""
+        self._waiting: dict[int, tuple[PromptGroup, list[Score]]] = {}
         self._serial = 0
         """Of the next prompt."""
         self._first_serial = 0
@@ -126,13 +143,13 @@ class Collector:
 
     @property
     def unfinished(self) -> int:
-        """Groups that are being sampled."""
-        return len(self._unfinished)
+        """Groups that are being sampled or scored."""
+        return len(self._unfinished) + len(self._scoring)
 
     @property
     def enough(self) -> bool:
         """Whether `pop_batch` may be called: its groups wait, or `max_prompts` prompts have all finished."""
-        return len(self._ready()) >= self._target or (self._spent and not self._unfinished)
+        return len(self._ready()) >= self._target or (self._spent and not self.unfinished)
 
     def resume(self, version: int) -> None:
         """Start or resume under weights `version`: drop stale groups, submit unfinished and new ones."""
@@ -149,16 +166,17 @@ class Collector:
         self._refill()
 
     def step(self, timeout_s: float) -> None:
-        """Process the engines' results (wait up to `timeout_s` for one) and start the admitted prompts.
+        """Process results of engines and scorers (wait up to `timeout_s` for one) and start the admitted prompts.
 
-        Raises `UserError` if the pool has no engine left.
+        Raises `UserError` if the pool has no engine left, or if groups cannot be scored (`ScorerPool.poll`).
         """
         self._refill()  # a `pop_batch` may have admitted more
-        self._receive(self._pool.poll(timeout_s))
+        self._receive(self._pool.poll(0.0 if self._scoring else timeout_s))
+        self._take_scores(self._scorers.poll(min(timeout_s, SCORES_WAIT_S) if self._scoring else 0.0))
         self._refill()
 
     def pause(self) -> None:
-        """Take all requests back from the engines. Does nothing while paused.
+        """Take all requests back from the engines and wait for all scores. Does nothing while paused.
 
         With unfinished=continue, responses are kept as they are. With drop, the groups of the next batch are
         kept if there are `enough`, and everything else is undone.
@@ -166,6 +184,7 @@ class Collector:
         if not self._running:
             return
         self._receive(self._pool.abort())
+        self._take_scores(self._scorers.finish())
         self._running = False
         if self._admission.in_order:
             self._rewind(self._batch_end() if self.enough else self._base)
@@ -181,7 +200,7 @@ class Collector:
         if not self._waiting:
             counts, self.counts, self._first_serial = self.counts, CollectCounts(), self._serial
             self._begin_at(self._serial)
-            raise UserError(self._nothing_informative(counts))
+            raise UserError(nothing_informative(counts, self._watch.example))
         serials, end = self._ready()[: self._target], self._batch_end()
         batch = [self._waiting.pop(serial) for serial in serials]
         counts = self.counts
@@ -194,10 +213,10 @@ class Collector:
         counts -= self.counts
         self._first_serial = self._serial
         counts.waiting, counts.unfinished = self.waiting, self.unfinished
-        counts.carried_tokens = sum(group.tokens for group in self._carried())
+        counts.carried_tokens = sum(group.tokens for group, _ in self._carried())
         counts.carried_tokens += self.counts.filtered_tokens + self.counts.dropped_tokens
         counts.unused_share = self._informative_dropped / self._informative
-        return Collected([trajectories for _, trajectories in batch], counts)
+        return Collected([trajectories(group, scores, self._overlong) for group, scores in batch], counts)
 
     def state(self) -> RolloutState:
         """Everything needed to resume, bit for bit. Only while paused."""
@@ -220,7 +239,8 @@ class Collector:
     def load_state(self, saved: RolloutState) -> None:
         """Restore a `state`; call `resume` next.
 
-        Raises `UserError` if it belongs to other data. Only while paused.
+        Groups of older versions, which saved no scores, are scored here. Raises `UserError` if the state
+        belongs to other data. Only while paused.
         """
         if self._running:
             raise RuntimeError("load_state() needs pause() first")
@@ -232,11 +252,20 @@ class Collector:
         self.counts = CollectCounts(**state["counts"])
         problems = {problem.problem_id: problem for problem in self._dataset.problems}
         self._unfinished, self._waiting = {}, {}
-        for group in unpack_groups(state["groups"], saved.tokens, problems):
-            if group.finished:
-                self._waiting[group.serial] = (group, self._score_group(group))
-            else:
+        for group, scores in unpack_groups(state["groups"], saved.tokens, problems):
+            if not group.finished:
                 self._unfinished[group.serial] = group
+            elif scores is not None:
+                self._waiting[group.serial] = (group, scores)
+            else:
+                self._score(group)
+        for result in self._scorers.finish():
+            group = self._scoring.pop(result.request.key)
+            if result.scores is None:
+                self._informative_dropped += 1
+                self._filter_out(group, "unscored")
+            else:
+                self._waiting[group.serial] = (group, result.scores)
 
     @property
     def _spent(self) -> bool:
@@ -274,21 +303,31 @@ class Collector:
             else:
                 group.responses[index].add(result.generation)
                 if group.finished:
-                    self._classify(group)
+                    del self._unfinished[group.serial]
+                    self._score(group)
 
-    def _classify(self, group: PromptGroup) -> None:
-        """Score a finished group. It is buffered if it is informative and not stale, else dropped."""
-        del self._unfinished[group.serial]
-        with clock(self.seconds, "scoring"):
-            trajectories = self._score_group(group)
-        self._watch.finished(group.problem, trajectories)
-        if is_informative([trajectory.accuracy for trajectory in trajectories]):
+    def _score(self, group: PromptGroup) -> None:
+        self._scoring[group.serial] = group
+        self._scorers.submit(group.score_request())
+
+    def _take_scores(self, results: "Iterable[ScoreResult]") -> None:
+        for result in results:
+            group = self._scoring.pop(result.request.key)
+            if result.scores is None:
+                self._filter_out(group, "unscored")
+            else:
+                self._watch.finished(result.request, result.scores)
+                self._classify(group, result.scores)
+
+    def _classify(self, group: PromptGroup, scores: list[Score]) -> None:
+        """A group is scored. It is buffered if it is informative and not stale, else dropped."""
+        if is_informative([score.accuracy for score in scores]):
             self.counts.informative += 1
             self._informative += 1
-            self._waiting[group.serial] = (group, trajectories)
+            self._waiting[group.serial] = (group, scores)
             self._drop_stale(self._update_version, [group])
             return
-        self._filter_out(group, "all_right" if trajectories[0].accuracy > 0 else "all_wrong")
+        self._filter_out(group, "all_right" if scores[0].accuracy > 0 else "all_wrong")
 
     def _filter_out(self, group: PromptGroup, why: Unused) -> None:
         """Record that a group is finished and not used."""
@@ -298,7 +337,7 @@ class Collector:
 
     def _ready(self) -> list[int]:
         """Serials that the next batch may contain, in order."""
-        return self._admission.ready(self._waiting.keys(), self._unfinished.keys())
+        return self._admission.ready(self._waiting.keys(), [*self._unfinished, *self._scoring])
 
     def _batch_end(self) -> int:
         """The first serial after the next batch; that of the next prompt if the batch is not full."""
@@ -323,7 +362,7 @@ class Collector:
         self.counts -= undone
         self.counts.dropped_tokens += undone.filtered_tokens + undone.dropped_tokens
         self._informative_dropped += undone.informative
-        for group in self._carried():
+        for group, _ in self._carried():
             if group.serial >= serial:
                 self._drop(group)
         self._filtered = {earlier: why for earlier, why in self._filtered.items() if earlier < serial}
@@ -351,27 +390,11 @@ class Collector:
         self._unfinished.pop(group.serial, None)
         self.counts.dropped_tokens += group.tokens
 
-    def _carried(self) -> list[PromptGroup]:
-        """Waiting and unfinished groups, by serial."""
-        groups = [*(group for group, _ in self._waiting.values()), *self._unfinished.values()]
-        return sorted(groups, key=lambda group: group.serial)
-
-    def _nothing_informative(self, counts: CollectCounts) -> str:
-        filtered = counts.all_right + counts.all_wrong
-        if not filtered and counts.failed:
-            return f"the requests of all {counts.failed} prompts failed; see {ray_logs()}"
-        found = (
-            f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
-            f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.stale} too old), so there is nothing "
-            "to train on"
-        )
-        fix = (
-            "choose problems closer to the model's ability, or raise batch.responses_per_prompt or "
-            "rollout.max_prompts"
-        )
-        if counts.all_wrong and not counts.all_right and self._watch.example is not None:
-            return f"{found}; {self._watch.example}. Otherwise {fix}"
-        return f"{found}: {fix}"
+    def _carried(self) -> list[SavedGroup]:
+        """Waiting groups with their scores, and unfinished ones, by serial."""
+        unscored = [*self._unfinished.values(), *self._scoring.values()]
+        groups = [*self._waiting.values(), *((group, None) for group in unscored)]
+        return sorted(groups, key=lambda saved: saved[0].serial)
 
     def _new_responses(self) -> list[Response]:
         return [Response() for _ in range(self._responses_per_prompt)]

@@ -24,7 +24,7 @@ import pyarrow.parquet
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts
 from megatron_fipo.driver.rollout.collector import Collected
-from megatron_fipo.driver.rollout.prompt_group import ScoredGroup
+from megatron_fipo.driver.rollout.trajectories import ScoredGroup
 from megatron_fipo.errors import UserError, first_line, listed, writing
 
 FORMAT = 2

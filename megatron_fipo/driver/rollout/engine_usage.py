@@ -37,14 +37,14 @@ class EngineUsage:
 
 @dataclass(frozen=True)
 class RolloutUsage:
-    """Engines and driver during an iteration."""
+    """Engines and scorers during an iteration."""
 
     engines: list[EngineUsage]
     """By number; empty without engines."""
     generated_tokens: int
     """Response tokens that the engines sampled for training."""
     scoring_s: float
-    """Seconds in which the driver scored."""
+    """Seconds in which scorers scored, added up over them."""
 
 
 class UsageMeter:

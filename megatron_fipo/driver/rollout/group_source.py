@@ -22,10 +22,13 @@ from megatron_fipo.driver.rollout.dump import DumpFolder
 from megatron_fipo.driver.rollout.engine_usage import RolloutUsage
 from megatron_fipo.driver.rollout.losses import PoolCounts
 from megatron_fipo.driver.rollout.pool import EnginePool
+from megatron_fipo.driver.scoring.pool import ScorerPool
 from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.loop_state import RolloutState
+from megatron_fipo.scorer.protocol import ScoreRequest
+from megatron_fipo.tasks.task import Score
 
 POLL_S = 0.2
 """Longest time between two checks for signals, in seconds."""
@@ -91,6 +94,9 @@ class GroupSource(Protocol):
     ) -> list[Generation | None]:
         """Answer requests of an evaluation, in order; None for a request that failed permanently."""
 
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
+        """The scores of an evaluation's responses, in order; None for a group that could not be scored."""
+
     def take_counts(self) -> PoolCounts:
         """What happened to engines and requests since the last call."""
 
@@ -116,6 +122,7 @@ class LiveGroups:
         config: Config,
         collector: Collector,
         pool: EnginePool,
+        scorers: ScorerPool,
         trainer: RLTrainer,
         console: Console,
         check_stop: Callable[[], None],
@@ -123,6 +130,7 @@ class LiveGroups:
         self.config = config
         self.collector = collector
         self.pool = pool
+        self.scorers = scorers
         self.trainer = trainer
         self.console = console
         self.check_stop = check_stop
@@ -194,12 +202,16 @@ class LiveGroups:
                 self.check_stop()
         return [answers[request.request_id] for request in requests]
 
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
+        with interrupting():
+            return self.scorers.score(requests, self.check_stop)
+
     def take_counts(self) -> PoolCounts:
         return self.pool.take_counts()
 
     def take_usage(self) -> RolloutUsage:
         tokens, self.collector.received_tokens = self.collector.received_tokens, 0
-        return RolloutUsage(self.pool.take_usage(), tokens, self.collector.seconds.pop("scoring", 0.0))
+        return RolloutUsage(self.pool.take_usage(), tokens, self.scorers.take_seconds())
 
     def state(self) -> RolloutState:
         return self.collector.state()
@@ -284,6 +296,9 @@ class ReplayGroups:
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
     ) -> list[Generation | None]:
         raise RuntimeError("a replay has no engines that could generate")
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
+        raise RuntimeError("a replay has no scorers")
 
     def take_counts(self) -> PoolCounts:
         return PoolCounts()

@@ -1,17 +1,14 @@
-"""The responses to one prompt: tokens of several calls and weight versions, saving, and scoring."""
+"""The responses to one prompt: tokens of several calls and weight versions."""
 
 import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.batching.trajectory import VersionSpan
 from megatron_fipo.engine.protocol import NO_LOG_PROBS, NO_TOKENS, Generation, GenerationRequest
-from megatron_fipo.objective.advantages import overlong_penalty
-from megatron_fipo.tasks.task import Decode, Problem, Scorer
-
-ScoredGroup = list[Trajectory]
-"""The scored responses to one prompt, in the order of their indices."""
+from megatron_fipo.scorer.protocol import FinishedResponse, ScoreRequest
+from megatron_fipo.tasks.task import Problem
 
 
 def request_seed(seed: int, request_id: str) -> int:
@@ -94,44 +91,16 @@ class PromptGroup:
             if response.finish_reason is None
         ]
 
+    def score_request(self) -> ScoreRequest:
+        """The request to score the group, under its serial. Raises `ValueError` if a response is unfinished."""
+        responses = []
+        for response in self.responses:
+            if response.finish_reason is None:
+                raise ValueError(f"group {self.group_id} has an unfinished response and can't be scored")
+            responses.append(FinishedResponse(response.token_ids, response.finish_reason))
+        return ScoreRequest(self.serial, self.problem, tuple(responses))
+
 
 def parse_request_id(request_id: str) -> tuple[int, int]:
     """Serial of the group and index of the response that a request of `PromptGroup.requests` is for."""
     return int(request_id.partition("-")[0]), int(request_id.rpartition("/")[2])
-
-
-@dataclass(frozen=True)
-class GroupScorer:
-    """Turns a finished group into scored trajectories."""
-
-    scorer: Scorer
-    decode: Decode
-    max_response_length: int
-    overlong_buffer: int
-    overlong_factor: float
-
-    def __call__(self, group: PromptGroup) -> ScoredGroup:
-        """`reward` is the score plus the overlong penalty; `accuracy` is the score's own."""
-        prompt_ids = np.array(group.problem.prompt_ids, dtype=np.int32)
-        return [self._trajectory(group, prompt_ids, response) for response in group.responses]
-
-    def _trajectory(self, group: PromptGroup, prompt_ids: np.ndarray, response: Response) -> Trajectory:
-        if response.finish_reason is None:
-            raise ValueError(f"group {group.group_id} has an unfinished response and can't be scored")
-        length = len(response.token_ids)
-        score = self.scorer(self.decode(response.token_ids), group.problem, response.finish_reason)
-        penalty = float(
-            overlong_penalty(length, self.max_response_length, self.overlong_buffer, self.overlong_factor)
-        )
-        return Trajectory(
-            group_id=group.group_id,
-            prompt_ids=prompt_ids,
-            response_ids=response.token_ids,
-            response_mask=np.ones(length, dtype=np.int8),
-            rollout_log_probs=response.log_probs,
-            spans=response.spans,
-            finish_reason=response.finish_reason,
-            reward=score.reward + penalty,
-            accuracy=score.accuracy,
-            extra={"problem_id": group.problem.problem_id, "answer": score.answer, **score.extra},
-        )

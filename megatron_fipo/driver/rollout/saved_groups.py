@@ -1,7 +1,8 @@
 """Groups of a checkpoint: their tokens as two arrays, everything else as JSON values.
 
     tokens     token_ids int32 [N], log_probs float32 [N]: all responses of all groups, one after another
-    values     per group: serial, problem_id, responses; per response: tokens, spans, finish_reason
+    values     per group: serial, problem_id, responses, scores (null: not scored); per response: tokens, spans,
+               finish_reason
 
 The arrays take 8 bytes per token, and their reading and writing costs as much as the disk.
 """
@@ -16,12 +17,14 @@ import numpy as np
 from megatron_fipo.batching.trajectory import VersionSpan
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response
 from megatron_fipo.engine.protocol import NO_LOG_PROBS, NO_TOKENS
-from megatron_fipo.tasks.task import Problem
+from megatron_fipo.tasks.task import Problem, Score
 
+SavedGroup = tuple[PromptGroup, list[Score] | None]
+"""A group, and the scores of its responses if it has any."""
 TOKEN_IDS, LOG_PROBS = "token_ids", "log_probs"
 
 
-def pack_groups(groups: Sequence[PromptGroup]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """JSON values and arrays of the groups. Problems are named, since they stay in the dataset."""
     values = [
         {
@@ -35,10 +38,11 @@ def pack_groups(groups: Sequence[PromptGroup]) -> tuple[list[dict[str, Any]], di
                 }
                 for response in group.responses
             ],
+            "scores": None if scores is None else [asdict(score) for score in scores],
         }
-        for group in groups
+        for group, scores in groups
     ]
-    responses = [response for group in groups for response in group.responses]
+    responses = [response for group, _ in groups for response in group.responses]
     tokens = {
         TOKEN_IDS: np.concatenate([NO_TOKENS, *(response.token_ids for response in responses)]),
         LOG_PROBS: np.concatenate([NO_LOG_PROBS, *(response.log_probs for response in responses)]),
@@ -48,8 +52,11 @@ def pack_groups(groups: Sequence[PromptGroup]) -> tuple[list[dict[str, Any]], di
 
 def unpack_groups(
     values: Sequence[Mapping[str, Any]], tokens: Mapping[str, np.ndarray], problems: Mapping[str, Problem]
-) -> list[PromptGroup]:
-    """The inverse of `pack_groups`, with the problems by id. Also reads the values of versions before 0.2."""
+) -> list[SavedGroup]:
+    """The inverse of `pack_groups`, with the problems by id.
+
+    Also reads the values of versions before 0.2, which have no scores.
+    """
     position = 0
     groups = []
     for saved in values:
@@ -62,7 +69,13 @@ def unpack_groups(
                 columns = _old_columns(response)
             spans = [VersionSpan(**span) for span in response["spans"]]
             responses.append(Response(*columns, spans, response["finish_reason"]))
-        groups.append(PromptGroup(saved["serial"], problems[saved["problem_id"]], responses))
+        scores = saved.get("scores")
+        groups.append(
+            (
+                PromptGroup(saved["serial"], problems[saved["problem_id"]], responses),
+                None if scores is None else [Score(**score) for score in scores],
+            )
+        )
     return groups
 
 

@@ -1,0 +1,99 @@
+"""Training runs whose reward function misbehaves: scorers are real processes on the module's cluster."""
+
+import gc
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.driver import cluster
+from megatron_fipo.scorer.actor import ScorerActor
+from megatron_fipo.scorer.protocol import ScoreRequest
+from megatron_fipo.tasks.task import Problem, Score
+from tests.system.runs import iterations, same_numbers, weights
+
+pytestmark = pytest.mark.timeout(1200)  # each run starts a trainer, an engine and scorers
+
+SAMPLED_AHEAD = ("groups/surplus", "groups/unfinished", "tokens/carried")
+"""How far the next iteration's groups are when an update begins: with one_step_off that depends on timing."""
+
+
+def breaking_after(groups: int) -> type:
+    """A scorer whose reward is NaN after so many groups."""
+
+    class Breaking(ScorerActor):
+        scored = 0
+
+        def ready(self) -> None:
+            super().ready()
+            reward = self._reward.score
+
+            def score(text: str, problem: Problem, reason: str) -> Score:
+                right = reward(text, problem, reason)
+                return right if self.scored <= groups else replace(right, reward=float("nan"))
+
+            self._reward = replace(self._reward, score=score)
+
+        def score(self, request: ScoreRequest) -> Any:
+            self.scored += 1
+            return super().score(request)
+
+    return Breaking
+
+
+def erratic(folder: Path) -> type:
+    """A scorer that takes a random time and whose process ends at its second group, once per group and scorer."""
+
+    class Erratic(ScorerActor):
+        def score(self, request: ScoreRequest) -> Any:
+            time.sleep(random.random() / 5)
+            died = folder / str(request.key % 5)
+            if not died.exists():
+                died.touch()
+                os._exit(1)
+            return super().score(request)
+
+    return Erratic
+
+
+def test_a_reward_that_breaks_stops_the_run_with_its_state_and_a_later_one_resumes(
+    train, tmp_path, monkeypatch
+):
+    run_dir, settings = tmp_path / "run", ("evaluation.before_training=false", "checkpoint.every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "ScorerActor", breaking_after(30))
+        done = train(run_dir, *settings, "iterations=50", expect=2)
+    assert "groups could not be scored, above reward.max_failure_share = 0.1" in done.stderr
+    assert (
+        "the scorer countdown gave the reward nan (float), not a finite number for response 0" in done.stderr
+    )
+    assert done.stdout.count("gave the reward nan") == 1
+    assert "state saved" in done.stdout
+    first = iterations(run_dir)
+    assert first
+    assert sum(step["groups/unscored"] for step in first) < 10
+    gc.collect()  # the error's traceback holds the lock of the run's folder
+    train(run_dir, *settings, f"iterations={len(first) + 1}")
+    assert len(iterations(run_dir)) == len(first) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["synchronous", "one_step_off"])
+def test_slow_and_dying_scorers_leave_no_trace_in_the_weights(train, tmp_path, monkeypatch, mode):
+    settings = (
+        "deterministic=true",
+        "evaluation.before_training=false",
+        "iterations=3",
+        f"rollout.mode={mode}",
+    )
+    train(tmp_path / "calm", *settings)
+    monkeypatch.setattr(cluster, "ScorerActor", erratic(tmp_path))
+    train(tmp_path / "troubled", *settings, "reward.scorers=3")
+    pairs = zip(iterations(tmp_path / "calm"), iterations(tmp_path / "troubled"), strict=True)
+    assert all(same_numbers(*pair, *SAMPLED_AHEAD) for pair in pairs)
+    assert (tmp_path / "4").exists()
+    assert weights(tmp_path / "calm") == weights(tmp_path / "troubled")
