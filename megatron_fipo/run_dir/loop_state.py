@@ -1,24 +1,22 @@
 """The state of the training loop in a checkpoint, which the driver writes.
 
     loop.json             iteration, weight version, position in the data, waiting groups without their tokens
-    tokens.safetensors    the tokens and log-probs of these groups; absent with `--replay`
+    tokens.npz            the tokens and log-probs of these groups; absent with `--replay`
 
 The checkpoint's manifest has the checksums of both.
 """
 
 import json
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
-from megatron_fipo.errors import first_line
 
 LOOP_FILE = "loop.json"
-TOKENS_FILE = "tokens.safetensors"
+TOKENS_FILE = "tokens.npz"
 
 
 @dataclass
@@ -27,8 +25,9 @@ class RolloutState:
 
     values: dict[str, Any] = field(default_factory=dict)
     """Position in the training data, buffered groups and unfinished responses, as JSON values."""
-    tokens: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-    """Arrays of any length, by name."""
+    tokens: dict[str, list[np.ndarray]] = field(default_factory=dict, compare=False)
+    """Columns by name: arrays of one dtype and one dimension, stored one after another. A column that was read is
+    one array."""
 
 
 @dataclass
@@ -50,10 +49,7 @@ def write_loop_state(folder: Path, state: LoopState) -> None:
         "rollout": state.rollout.values,
     }
     if state.rollout.tokens:
-        try:
-            save_file(state.rollout.tokens, folder / TOKENS_FILE)
-        except SafetensorError as error:
-            raise OSError(first_line(error)) from error
+        _write_columns(folder / TOKENS_FILE, state.rollout.tokens)
     (folder / LOOP_FILE).write_text(json.dumps(values) + "\n")
 
 
@@ -61,8 +57,28 @@ def read_loop_state(folder: Path) -> LoopState:
     """The inverse of `write_loop_state`, bit for bit. Raises ValueError for files that are not a loop state."""
     try:
         values = json.loads((folder / LOOP_FILE).read_bytes())
-        tokens = load_file(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else {}
+        tokens = _read_columns(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else {}
         rollout = RolloutState(values.pop("rollout"), tokens)
         return LoopState(**values, rollout=rollout)
-    except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(repr(error)) from error
+
+
+def _write_columns(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """As `numpy.savez`, but without a copy of the column: it may have half a gigabyte."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, parts in columns.items():
+            header = {
+                "descr": np.lib.format.dtype_to_descr(parts[0].dtype),
+                "fortran_order": False,
+                "shape": (sum(map(len, parts)),),
+            }
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(np.ascontiguousarray(part).data)
+
+
+def _read_columns(path: Path) -> dict[str, list[np.ndarray]]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: [archive[name]] for name in archive.files}

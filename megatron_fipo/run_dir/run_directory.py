@@ -7,7 +7,7 @@
         rng/                                  random states of each rank
         hf/                                   config.json and tokenizer of the model
         config.yaml, inputs.json              the settings, and what their paths contained
-        loop.json, tokens.safetensors         the state of the loop
+        loop.json, tokens.npz                 the state of the loop
     run_dir/checkpoints/latest                link to the newest
     run_dir/metrics.jsonl, samples.jsonl      the logs
     run_dir/model/                            the trained model in Hugging Face format

@@ -4,13 +4,20 @@ import base64
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.batching.trajectory import VersionSpan
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response
 from megatron_fipo.driver.rollout.saved_groups import pack_groups, unpack_groups
-from megatron_fipo.run_dir.loop_state import LoopState, RolloutState, read_loop_state, write_loop_state
+from megatron_fipo.run_dir.loop_state import (
+    TOKENS_FILE,
+    LoopState,
+    RolloutState,
+    read_loop_state,
+    write_loop_state,
+)
 from megatron_fipo.tasks.task import Problem, Score
 from tests.generations import generation, plain
 
@@ -78,3 +85,21 @@ def test_groups_of_earlier_versions_are_read():
     done = Response(np.int32([1, 2, 2**31 - 1]), log_probs, [VersionSpan(2, 0, 3)], "stop")
     expected = [(PromptGroup(7, PROBLEMS["q"], [done, Response()]), None)]
     assert plain(unpack_groups(json.loads(json.dumps([old])), {}, PROBLEMS)) == plain(expected)
+
+
+def test_a_damaged_file_of_tokens_is_a_value_error(tmp_path):
+    done = Response(np.int32([1, 2, 3]), np.float32([-1, -2, -3]), [VersionSpan(2, 0, 3)], "stop")
+    values, tokens = pack_groups([(PromptGroup(7, PROBLEMS["q"], [done]), None)])
+    write_loop_state(tmp_path, LoopState(1, 1, RolloutState({"groups": values}, tokens)))
+    path = tmp_path / TOKENS_FILE
+    intact = path.read_bytes()
+    assert sum(len(column) for (column,) in read_loop_state(tmp_path).rollout.tokens.values()) == 6
+    for damaged in (
+        intact[: len(intact) // 2],
+        b"",
+        b"text",
+        intact.replace(b"\x03\0\0\0", b"\x04\0\0\0", 1),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"BadZipFile|EOFError|pickle|magic"):
+            read_loop_state(tmp_path)

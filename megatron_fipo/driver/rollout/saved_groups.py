@@ -1,6 +1,6 @@
 """Groups of a checkpoint: their tokens as two arrays, everything else as JSON values.
 
-    tokens     token_ids int32 [N], log_probs float32 [N]: all responses of all groups, one after another
+    tokens     token_ids int32, log_probs float32: the arrays of all responses of all groups, one after another
     values     per group: serial, problem_id, responses, scores (null: not scored); per response: tokens, spans,
                finish_reason
 
@@ -24,7 +24,7 @@ SavedGroup = tuple[PromptGroup, list[Score] | None]
 TOKEN_IDS, LOG_PROBS = "token_ids", "log_probs"
 
 
-def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dict[str, list[np.ndarray]]]:
     """JSON values and arrays of the groups. Problems are named, since they stay in the dataset."""
     values = [
         {
@@ -44,19 +44,22 @@ def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dic
     ]
     responses = [response for group, _ in groups for response in group.responses]
     tokens = {
-        TOKEN_IDS: np.concatenate([NO_TOKENS, *(response.token_ids for response in responses)]),
-        LOG_PROBS: np.concatenate([NO_LOG_PROBS, *(response.log_probs for response in responses)]),
+        TOKEN_IDS: [NO_TOKENS, *(response.token_ids for response in responses)],
+        LOG_PROBS: [NO_LOG_PROBS, *(response.log_probs for response in responses)],
     }
     return values, tokens
 
 
 def unpack_groups(
-    values: Sequence[Mapping[str, Any]], tokens: Mapping[str, np.ndarray], problems: Mapping[str, Problem]
+    values: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, Sequence[np.ndarray]],
+    problems: Mapping[str, Problem],
 ) -> list[SavedGroup]:
     """The inverse of `pack_groups`, with the problems by id.
 
     Also reads the values of versions before 0.2, which have no scores.
     """
+    columns = {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in tokens.items()}
     position = 0
     groups = []
     for saved in values:
@@ -64,11 +67,12 @@ def unpack_groups(
         for response in saved["responses"]:
             if "tokens" in response:
                 part = slice(position, position + response["tokens"])
-                columns, position = (tokens[TOKEN_IDS][part], tokens[LOG_PROBS][part]), part.stop
+                ids, log_probs = columns[TOKEN_IDS][part], columns[LOG_PROBS][part]
+                position = part.stop
             else:
-                columns = _old_columns(response)
+                ids, log_probs = _old_columns(response)
             spans = [VersionSpan(**span) for span in response["spans"]]
-            responses.append(Response(*columns, spans, response["finish_reason"]))
+            responses.append(Response(ids, log_probs, spans, response["finish_reason"]))
         scores = saved.get("scores")
         groups.append(
             (
