@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from megatron_fipo.driver.scoring.queue import GRACE_S, MAX_ATTEMPTS, START_TIMEOUT_S, ScoringQueue
+from megatron_fipo.driver.scoring.queue import GRACE_S, START_TIMEOUT_S, ScoringQueue
 from megatron_fipo.scorer.protocol import ScoreRequest
 from tests.scorer.requests import request
 
 TIMEOUT_S = 3.0
+CALLS = 2
+"""A group is sent at most so often."""
 
 
 class ScorersAndRequests(RuleBasedStateMachine):
@@ -89,7 +91,7 @@ class ScorersAndRequests(RuleBasedStateMachine):
             assert given_up is None
             return
         key = call[0].key
-        if self.attempts[key] == MAX_ATTEMPTS:
+        if self.attempts[key] == CALLS:
             assert given_up == key
             self.ended[key] += 1
         else:
@@ -121,7 +123,7 @@ class ScorersAndRequests(RuleBasedStateMachine):
             return
         assert all(count == 1 for count in self.ended.values())
         assert self.queue.outstanding == len(self.submitted) - len(self.ended)
-        assert all(count <= MAX_ATTEMPTS for count in self.attempts.values())
+        assert all(count <= CALLS for count in self.attempts.values())
         assert self.first_calls == sorted(self.first_calls), "first come, first served"
         for number in range(self.size):
             assert self.queue.failed_starts(number) == self.failed_starts[number]
@@ -173,7 +175,7 @@ def outcomes(losses: list[int], size: int, order: int) -> dict[int, bool]:
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 4), st.integers(0, 10**6))
 def test_what_is_scored_depends_on_the_requests_and_not_on_timing(losses, size, order):
-    expected = {key: count < MAX_ATTEMPTS for key, count in enumerate(losses)}
+    expected = {key: count < CALLS for key, count in enumerate(losses)}
     assert outcomes(losses, size, order) == expected
 
 
