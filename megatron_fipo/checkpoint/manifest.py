@@ -104,18 +104,21 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(folder: Path, files: Mapping[str, FileRecord], within_s: float = 0.0) -> list[str]:
     """One sentence per recorded file that is damaged or missing. Reads every byte.
 
-    A file that is not there is looked for again, for `within_s` seconds at most. If this and `unexpected_files`
-    return nothing for a manifest, the folder is exactly as it was written.
+    A file that is not there is looked for again, for `within_s` seconds at most. If this and `wrong_names` return
+    nothing for a manifest, the folder is exactly as it was written.
     """
     lasting(lambda: [name for name in files if not os.path.exists(folder / name)], within_s)
     found = _map(lambda name: check_file(folder / name, files[name]), sorted(files))
     return [problem for problem in found if problem]
 
 
-def unexpected_files(folder: Path, manifest: Manifest) -> list[str]:
-    """One sentence per file that is not in the manifest."""
-    return [
-        f"{folder / name} is not in the manifest" for name in list_files(folder) if name not in manifest.files
+def wrong_names(folder: Path, manifest: Manifest) -> list[str]:
+    """One sentence per file that is missing or not in the manifest."""
+    found = set(list_files(folder))
+    absent = [name for name in manifest.files if not os.path.exists(folder / name)]
+    missing = [f"{folder / name} is missing" for name in sorted(absent)]
+    return missing + [
+        f"{folder / name} is not in the manifest" for name in sorted(found - manifest.files.keys())
     ]
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from megatron_fipo.checkpoint.manifest import read_manifest, unexpected_files
+from megatron_fipo.checkpoint.manifest import read_manifest, wrong_names
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.loop_state import LoopState
@@ -37,8 +37,9 @@ class CheckpointSaver:
 
     def load(self, checkpoint: Path) -> bool:
         """Check every file of a checkpoint and load it into the ranks. False if another parallel layout wrote it."""
-        unexpected = unexpected_files(checkpoint, read_manifest(checkpoint))
-        self.directory.refuse_damaged(checkpoint, [*unexpected, *self.trainer.check_files(checkpoint)])
+        # First, because a rank waits for a file that its node does not show yet.
+        self.directory.refuse_damaged(checkpoint, wrong_names(checkpoint, read_manifest(checkpoint)))
+        self.directory.refuse_damaged(checkpoint, self.trainer.check_files(checkpoint))
         return self.trainer.load(checkpoint)
 
     def _finish(self, blocking: bool) -> None:

@@ -18,8 +18,8 @@ from megatron_fipo.checkpoint.manifest import (
     list_files,
     read_manifest,
     share_of,
-    unexpected_files,
     write_manifest,
+    wrong_names,
 )
 from megatron_fipo.errors import UserError
 
@@ -43,7 +43,7 @@ def folder(tmp_path) -> Path:
 
 def problems_of(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
-    return [*check_files(folder, manifest.files), *unexpected_files(folder, manifest)]
+    return wrong_names(folder, manifest) or check_files(folder, manifest.files)
 
 
 def test_what_is_written_is_read_back(folder):

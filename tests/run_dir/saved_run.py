@@ -16,7 +16,7 @@ from megatron_fipo.checkpoint.manifest import (
     check_files,
     read_manifest,
     share_of,
-    unexpected_files,
+    wrong_names,
 )
 from megatron_fipo.checkpoint.rng import load_rng, save_rng
 from megatron_fipo.config import Config, load_config, save_config
@@ -69,10 +69,11 @@ def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
         checkpoint = directory.latest()
         assert checkpoint is not None
         manifest = read_manifest(checkpoint)
-        problems = unexpected_files(checkpoint, manifest)
+        directory.refuse_damaged(checkpoint, wrong_names(checkpoint, manifest))
         for rank in range(RANKS):
-            problems += check_files(checkpoint, share_of(manifest.files, rank, RANKS))
-        directory.refuse_damaged(checkpoint, problems)
+            directory.refuse_damaged(
+                checkpoint, check_files(checkpoint, share_of(manifest.files, rank, RANKS))
+            )
         return checkpoint, directory.load_state(checkpoint)
     finally:
         unlock(directory)

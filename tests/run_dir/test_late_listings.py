@@ -16,8 +16,8 @@ from megatron_fipo.checkpoint.manifest import (
     check_files,
     list_files,
     read_manifest,
-    unexpected_files,
     write_manifest,
+    wrong_names,
 )
 from megatron_fipo.driver.checkpoint_saver import CheckpointSaver
 from megatron_fipo.errors import UserError
@@ -54,7 +54,7 @@ def test_ranks_hash_their_files_whatever_listings_show(saved_run, tmp_path):
         assert all(any(name.startswith("weights/__") for name in part) for part in parts)
         checkpoint = directory.commit(pending, {name: file for part in parts for name, file in part.items()})
         found = read_manifest(checkpoint)
-        assert [*check_files(checkpoint, found.files), *unexpected_files(checkpoint, found)] == []
+        assert [*check_files(checkpoint, found.files), *wrong_names(checkpoint, found)] == []
     finally:
         unlock(directory)
 

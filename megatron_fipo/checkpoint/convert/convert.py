@@ -41,8 +41,8 @@ from megatron_fipo.checkpoint.manifest import (
     list_files,
     read_manifest,
     share_of,
-    unexpected_files,
     write_manifest,
+    wrong_names,
 )
 from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, require_exactly
@@ -269,15 +269,17 @@ def _hash(folder: Path, progress: Progress) -> dict[str, FileRecord]:
 
 
 def _check_manifest(source: Path, manifest: Manifest, progress: Progress) -> None:
-    """UserError listing the files that differ from the manifest. Reads every byte."""
+    """UserError listing the files that are missing or surplus; if there are none, those with other bytes."""
+    problems = wrong_names(source, manifest)
     sizes = {name: record.size for name, record in manifest.files.items()}
-    found = _in_shares(
-        "checking",
-        sizes,
-        lambda share, shares: check_files(source, share_of(manifest.files, share, shares)),
-        progress,
-    )
-    problems = [*(problem for problems in found for problem in problems), *unexpected_files(source, manifest)]
+    if not problems:
+        found = _in_shares(
+            "checking",
+            sizes,
+            lambda share, shares: check_files(source, share_of(manifest.files, share, shares)),
+            progress,
+        )
+        problems = [problem for part in found for problem in part]
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(
