@@ -8,9 +8,9 @@ and 78 million trained tokens. The engine pool, dispatch, collector, scorers (re
 the hand-over to ranks, shards, loop state and dump are those of a run; `recipe_parts.py` has the rest.
 
 Seconds of the driver are CPU time of its thread, what an iteration cannot do in parallel; those of a rank are CPU time
-of its process. The exponent is that of a
-power law through two runs, 16 times apart in the number of responses; 1 is linear. The columns "lists" are the same
-tokens as Python lists and tuples, pickled, as the driver held them before (at a sixteenth, times 16).
+of its process. The exponent is that of a power law through two runs, 16 times apart in the number of responses; 1 is
+linear. The column "lists" is the same tokens as Python lists and tuples, pickled, as the driver held them before (at a
+sixteenth, times 16).
 """
 
 import base64
@@ -60,6 +60,8 @@ from tools.bench.recipe_parts import (
     private_bytes,
 )
 
+FULL = 512
+"""Groups of an iteration of the recipe."""
 ENGINES, RANKS, STORE_BYTES = 2, 2, 5 * 2**30
 PROMPT_TOKENS = 150
 WAITING_SHARE = 0.75
@@ -67,9 +69,9 @@ WAITING_SHARE = 0.75
 DRIVER = "driver's private memory"
 SERIAL = ("sample and score", "form the batch", "plan", "store the shares", "metrics")
 """Stages of the driver in every iteration."""
-BEFORE = """The list-based driver of commit 443b1ba, at 1/20 of the scale and multiplied: 45 s serial per iteration, \
-14 GiB of replies in flight, 6.0 GiB per rank at dp 1 (46 GiB per node), 7.1 s to unpickle on every rank, 5 s to save \
-58M waiting tokens."""
+BEFORE = """For comparison, measured on 2026-11-28 at 1/20 of the scale and multiplied: the driver with lists of commit \
+443b1ba needed 45 s of its own, 14 GiB for replies in flight, 6.0 GiB per rank at dp 1 (46 GiB per node), 7.1 s to read them on \
+every rank, and 5 s to save 58M waiting tokens."""
 
 
 class EmptyTrainer(RLTrainer):
@@ -265,7 +267,7 @@ def measure(kind: str, *arguments: str) -> dict[str, float]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--groups", type=int, default=512, help="groups of 16 responses")
+    arguments.add_argument("--groups", type=int, default=FULL, help="groups of 16 responses")
     arguments.add_argument("--measure", nargs="+")
     options = arguments.parse_args()
     if measurement(measure, options.measure):
@@ -284,8 +286,11 @@ def main() -> None:
     ]
     print(
         heading(
-            f"{options.groups} x 16 responses, mean {full['mean length']:,.0f}, {full['tokens'] / 1e6:.0f}M tokens"
+            f"{options.groups} x 16 responses, mean {full['mean length']:,.0f}, {full['tokens'] / 1e6:.0f}M trained tokens"
         )
+    )
+    print(
+        "seconds: CPU time; exponent: against a sixteenth of the responses; lists: CPU seconds with Python lists"
     )
     print(
         table(
@@ -293,9 +298,8 @@ def main() -> None:
             [row(n, full, part, before, scale) for n in names],
         )
     )
-    print(
-        f"serial driver time: {sum(full[name] for name in SERIAL):.1f} s; saved state: {full['saved bytes'] / 8e6:.0f}M tokens"
-    )
+    serial, saved = sum(full[name] for name in SERIAL), full["saved bytes"] / 8e6
+    print(f"the driver's own work: {serial:.1f} s; waiting tokens in the saved state: {saved:.0f}M")
     print(
         f"driver, private memory: {full[DRIVER] / 2**30:.2f} GiB (lists: {before[DRIVER] * scale / 2**30:.1f} GiB of replies)"
     )
@@ -304,7 +308,8 @@ def main() -> None:
     print(
         f"rank, private memory: {memory} (lists: {before['rank: bytes'] * scale / 2**30:.1f} GiB at any dp)"
     )
-    print(BEFORE)
+    if options.groups == FULL:
+        print(BEFORE)
 
 
 def row(
