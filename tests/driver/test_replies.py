@@ -36,6 +36,21 @@ def test_a_good_reply_passes():
     assert problem([replace(GOOD[0], finish_reason="abort"), GOOD[1]], aborted=True) is None
 
 
+class Raising(Generation):
+    """Raises when it is read."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+def test_objects_that_raise_when_they_are_read_do_not():
+    for generation, words in (
+        (Raising.__new__(Raising), "is a Raising, not a Generation"),
+        (Generation.__new__(Generation), "has no response_ids"),
+    ):
+        assert problem([GOOD[0], generation]) == f"the response to request b {words}"
+
+
 @pytest.mark.parametrize("reply", [None, "text", GOOD[:1], [*GOOD, GOOD[0]], tuple(GOOD), [GOOD, GOOD]])
 def test_another_shape_does_not(reply):
     assert problem(reply) is not None
@@ -64,7 +79,14 @@ def test_another_shape_does_not(reply):
         ({"log_probs": log_probs(0.1)}, "log-probs that are NaN, infinite or > 0"),
         ({"log_probs": None}, "log-probs that are a NoneType, not an array"),
         ({"log_probs": np.array([None])}, "log-probs that are object [1], not float32 [tokens]"),
+        ({"log_probs": np.array([-1.0], dtype=">f4")}, "log-probs that are >f4 [1], not float32 [tokens]"),
+        ({"response_ids": np.ma.array(tokens(1), mask=[True])}, "token ids that are a MaskedArray"),
         ({"finish_reason": "tired"}, "reason 'tired'"),
+        ({"finish_reason": np.array(["stop", "stop"])}, "a finish reason that is a ndarray"),
+        ({"finish_reason": None}, "a finish reason that is a NoneType"),
+        ({"weight_version": [1]}, "a weight version that is a list"),
+        ({"weight_version": None}, "a weight version that is a NoneType"),
+        ({"weight_version": 1.0}, "a weight version that is a float"),
         ({"finish_reason": "abort"}, "reason 'abort'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Validation of engine replies. No part of a reply is used before it has been checked here."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,12 @@ def malformed(
     vocab_size: int,
     aborted: bool,
 ) -> str | None:
-    """What is wrong with a reply to `requests`, or None. With `aborted`, unfinished responses are allowed."""
-    if not isinstance(reply, list) or len(reply) != len(requests):
-        given = len(reply) if isinstance(reply, list) else type(reply).__name__
+    """What is wrong with a reply to `requests`, or None. With `aborted`, unfinished responses are allowed.
+
+    Types must be exact: a subclass may do anything when it is read, and a masked array hides values.
+    """
+    if type(reply) is not list or len(reply) != len(requests):
+        given = len(reply) if type(reply) is list else type(reply).__name__
         return f"expected {len(requests)} generations, got {given}"
     for request, generation in zip(requests, reply, strict=True):
         problem = _malformed(generation, sampling.max_new_tokens - len(request.prefix), vocab_size, aborted)
@@ -36,11 +40,18 @@ def malformed(
 
 
 def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> str | None:
-    if not isinstance(generation, Generation):
-        return f"is a {type(generation).__name__}"
+    if type(generation) is not Generation:
+        return f"is a {type(generation).__name__}, not a Generation"
+    if missing := [field.name for field in fields(Generation) if field.name not in vars(generation)]:
+        return f"has no {missing[0]}"
+    if type(generation.finish_reason) is not str or type(generation.weight_version) is not int:
+        return (
+            f"has a finish reason that is a {type(generation.finish_reason).__name__} and a weight version that "
+            f"is a {type(generation.weight_version).__name__}, not str and int"
+        )
     unfinished = generation.finish_reason == "abort"
     if generation.finish_reason not in ("stop", "length") and not (unfinished and aborted):
-        return f"has finish reason {generation.finish_reason!r}"
+        return f"has finish reason {generation.finish_reason[:20]!r}"
     ids, log_probs = generation.response_ids, generation.log_probs
     if fault := _not_a_column(ids, NO_TOKENS.dtype):
         return f"has token ids that are {fault}"
@@ -62,7 +73,7 @@ def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> s
 
 def _not_a_column(values: Any, dtype: np.dtype) -> str | None:
     """How a value differs from an array of one dimension and this dtype; None if it is one."""
-    if not isinstance(values, np.ndarray):
+    if type(values) is not np.ndarray:
         return f"a {type(values).__name__}, not an array"
     if values.ndim != 1 or values.dtype != dtype:
         return f"{values.dtype} {list(values.shape)}, not {dtype} [tokens]"
