@@ -3,7 +3,6 @@
 import sys
 from typing import Any
 
-from megatron_fipo.errors import one_line
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.scorer.limits import TimeLimitError, limit_memory, within
 from megatron_fipo.scorer.protocol import (
@@ -13,7 +12,7 @@ from megatron_fipo.scorer.protocol import (
     ScoreRequest,
     ScorerSettings,
 )
-from megatron_fipo.scorer.result import fault
+from megatron_fipo.scorer.result import UnusableResultError, plain_score, shown_error
 from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.response_text import ResponseText
 from megatron_fipo.tasks.task import Problem, Score
@@ -62,17 +61,16 @@ class ScorerActor:
 
         def score() -> Score:
             text = self._text.ending(response.token_ids, self._reward.reads_last)
-            return self._reward.score(text, problem, response.finish_reason)
+            # Reading the result may run the reward's code too.
+            return plain_score(self._reward.score(text, problem, response.finish_reason))
 
         try:
-            result = within(settings.timeout_s, score)
+            return within(settings.timeout_s, score)
         except TimeLimitError:
             return failure(FailureKind.TIME, f"took more than reward.timeout_s = {settings.timeout_s:g} s")
         except MemoryError:
             return failure(FailureKind.MEMORY, f"needed more than reward.memory_mb = {settings.memory_mb} MB")
-        except (Exception, SystemExit) as error:
-            return failure(FailureKind.RAISED, f"raised {type(error).__name__} ({one_line(error)})")
-        wrong = fault(result)
-        if wrong is not None:
-            return failure(FailureKind.RESULT, wrong)
-        return Score(float(result.reward), float(result.accuracy), result.answer, result.extra)
+        except UnusableResultError as error:
+            return failure(FailureKind.RESULT, str(error))
+        except BaseException as error:  # a reward function may raise SystemExit or KeyboardInterrupt
+            return failure(FailureKind.RAISED, f"raised {shown_error(error)}")

@@ -1,7 +1,9 @@
 """Limits of time and memory for code that is not trusted to end, within this process."""
 
+import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,22 +23,23 @@ def within(seconds: float, function: Callable[[], Result]) -> Result:
     """The result of `function`. Raises `TimeLimitError` if it takes more than `seconds`.
 
     Only in the main thread, since it uses SIGALRM. Code that catches the error gets it again every
-    `REPEAT_S`, and its result does not count. Compiled code is interrupted only when it returns to Python.
+    `REPEAT_S`, and its result does not count, nor does that of code that uses SIGALRM itself. Compiled code is
+    interrupted only when it returns to Python. A process that the code forked ends when it returns here.
     """
-    expired = False
 
     def expire(*_: object) -> None:
-        nonlocal expired
-        expired = True
         raise TimeLimitError
 
+    process, start = os.getpid(), time.monotonic()
     signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT_S)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, REPEAT_S)
         return function()
     finally:
+        if os.getpid() != process:
+            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if expired:
+        if time.monotonic() - start >= seconds:
             raise TimeLimitError
 
 

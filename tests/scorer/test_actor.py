@@ -1,17 +1,22 @@
 """A scorer's answers, and the limits of one response, in a process of its own."""
 
+import json
 import multiprocessing
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_fipo.driver.tokenizer import checked_tokenizer
 from megatron_fipo.errors import UserError
 from megatron_fipo.scorer.actor import ScorerActor
+from megatron_fipo.scorer.limits import TimeLimitError, within
 from megatron_fipo.scorer.protocol import Failure, FailureKind, ScoreRequest
 from megatron_fipo.tasks.registry import REWARDS
 from megatron_fipo.tasks.task import Score
@@ -63,10 +68,21 @@ def ask(child: ProcessPoolExecutor) -> Ask:
         ("half a character", FailureKind.RESULT, r"gave the answer '\ud83d' (str)"),
         ("no JSON", FailureKind.RESULT, "as extra, not an object of JSON values"),
         ("nan in extra", FailureKind.RESULT, "gave {'value': nan} (dict) as extra"),
+        ("nested too deep", FailureKind.RESULT, "JSON values nested at most 32 deep"),
+        ("nested far too deep", FailureKind.RESULT, "gave an object (dict) as extra"),
+        ("too long", FailureKind.RESULT, "gave answer and extra of 1,048,590 characters, above 1,048,576"),
+        ("huge number", FailureKind.RESULT, "000... (int), not a finite number"),
+        ("type like str", FailureKind.RESULT, "gave the answer np.str_('3') (str_), not valid text"),
         ("none", FailureKind.RESULT, "returned None (NoneType), not a Score"),
         ("number", FailureKind.RESULT, "returned 1.0 (float), not a Score"),
         ("raise", FailureKind.RAISED, "raised KeyError ('missing')"),
         ("exit", FailureKind.RAISED, "raised SystemExit (3)"),
+        ("interrupt", FailureKind.RAISED, "raised KeyboardInterrupt (KeyboardInterrupt)"),
+        ("base exception", FailureKind.RAISED, "raised BaseException (reason)"),
+        ("unreadable score", FailureKind.RAISED, "raised ValueError (no reward)"),
+        ("unreadable error", FailureKind.RAISED, "raised Unreadable (without a message)"),
+        ("long error", FailureKind.RAISED, r"raised ValueError (\ud83dxxx"),
+        ("own timer", FailureKind.TIME, "took more than reward.timeout_s = 0.5 s"),
         ("slow", FailureKind.TIME, "took more than reward.timeout_s = 0.5 s"),
         ("loop", FailureKind.TIME, "took more than"),
         ("swallow", FailureKind.TIME, "took more than"),
@@ -79,6 +95,7 @@ def test_a_failure_names_scorer_problem_and_response(ask, behaviour, kind, words
     assert words in failure.reason
     assert failure.reason.startswith("the scorer faulty ")
     assert failure.reason.endswith("for response 0 to problem p7")
+    assert len(failure.reason.encode()) < 400
     assert ask("good") == [GOOD], "the limits of the next response are its own"
 
 
@@ -86,6 +103,31 @@ def test_scores_have_the_order_of_the_responses_and_plain_numbers(ask):
     assert ask("good", 4) == [GOOD] * 4
     (score,) = ask("whole numbers")
     assert (type(score.reward), type(score.accuracy)) == (float, float)
+    (score,) = ask("types like float and dict")
+    assert score == Score(-1.0, 0.0, "", {"a": 1.0})
+    types = type(score.reward), type(score.accuracy), type(score.extra), type(score.extra["a"])
+    assert types == (float, float, dict, float)
+
+
+def test_extra_that_can_be_saved_with_a_run_is_accepted(ask):
+    (score,) = ask("nested")
+    json.dumps(asdict(score))
+
+
+def test_a_process_that_a_reward_function_forked_ends(ask):
+    (score,) = ask("fork")
+    assert score.extra["child"] > 0
+    while psutil.pid_exists(score.extra["child"]):  # as a zombie until its parent ends it
+        if psutil.Process(score.extra["child"]).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("seconds", [1e-9, 1e-6])
+def test_a_limit_that_ends_at_once_leaves_no_timer(seconds):
+    with pytest.raises(TimeLimitError):
+        within(seconds, lambda: time.sleep(0.01))
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_real_reward_scores_the_decoded_text_as_in_one_process(child):
