@@ -240,13 +240,13 @@ class RewardConfig:
     """Last tokens of the response limit over which the penalty grows linearly; 0 for no penalty."""
     overlong_factor: float = number(1.0, least=0)
     """Penalty at the limit."""
-    scorers: int = number(1, least=1)
+    scorers: int = number(1, least=1, most=1024)
     """Processes that score, beside the engines. One takes 90 MB and about 1 s to start, and scores a group of 16 responses of
     20,480 tokens in 5 ms (dapo_math) or 50 ms (countdown): enough for two cores. More for a slow reward."""
-    timeout_s: float = number(10.0, above=0)
+    timeout_s: float = number(10.0, above=0, most=86400)
     """Seconds that scoring one response may take. A group with a slower one is scored once more, by a fresh process, then
     dropped and counted (groups/unscored)."""
-    memory_mb: int = number(1024, least=64)
+    memory_mb: int = number(1024, least=64, most=2**20)
     """Memory that scoring one response may take, in addition to what a scorer uses once it has loaded."""
     max_failure_share: float = number(0.1, least=0, most=1)
     """Share of groups that could not be scored, of the last 200, above which the run stops with its state saved (from 10
