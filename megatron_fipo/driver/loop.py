@@ -53,7 +53,7 @@ from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
 from megatron_fipo.outputs import write_table
 from megatron_fipo.phases import PhaseClock
-from megatron_fipo.run_dir.loop_state import LoopState
+from megatron_fipo.run_dir.loop_state import LOOP_FILE, TOKENS_FILE, LoopState
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from megatron_fipo.tasks.task import Decode, Problem
@@ -276,7 +276,11 @@ class Loop:
                 f"{checkpoint} comes from training {before} --replay and cannot be resumed {now} it: the sampling state differs; "
                 "choose another run_dir"
             )
-        self.components.rollouts.load_state(self.state.rollout)
+        try:
+            self.components.rollouts.load_state(self.state.rollout)
+        except ValueError as error:
+            fault = f"its {LOOP_FILE} and {TOKENS_FILE} do not give a state of sampling ({error})"
+            self.directory.refuse_damaged(checkpoint, [fault])
         self.metrics.truncate_after(self.state.iteration)
         self.samples.truncate_after(self.state.iteration)
         again = (

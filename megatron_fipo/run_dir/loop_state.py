@@ -54,14 +54,27 @@ def write_loop_state(folder: Path, state: LoopState) -> None:
 
 
 def read_loop_state(folder: Path) -> LoopState:
-    """The inverse of `write_loop_state`, bit for bit. Raises ValueError for files that are not a loop state."""
+    """The inverse of `write_loop_state`, bit for bit. Raises ValueError, which names the file, for other files."""
     try:
         values = json.loads((folder / LOOP_FILE).read_bytes())
-        tokens = _read_columns(folder / TOKENS_FILE) if (folder / TOKENS_FILE).exists() else {}
-        rollout = RolloutState(values.pop("rollout"), tokens)
-        return LoopState(**values, rollout=rollout)
-    except (OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(repr(error)) from error
+        state = LoopState(values["iteration"], values["weight_version"], RolloutState(values["rollout"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its {LOOP_FILE} is not a loop state of this version ({error!r})") from error
+    numbers = state.iteration, state.weight_version
+    if (
+        any(type(number) is not int or number < 0 for number in numbers)
+        or type(values["rollout"]) is not dict
+    ):
+        raise ValueError(
+            f"its {LOOP_FILE} is not a loop state of this version (iteration {numbers[0]!r}, weight version "
+            f"{numbers[1]!r}, rollout of type {type(values['rollout']).__name__})"
+        )
+    if (folder / TOKENS_FILE).exists():
+        try:
+            state.rollout.tokens = _read_columns(folder / TOKENS_FILE)
+        except Exception as error:  # that of a damaged archive depends on the damage
+            raise ValueError(f"its {TOKENS_FILE} has no readable columns ({error!r})") from error
+    return state
 
 
 def _write_columns(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -80,5 +93,15 @@ def _write_columns(path: Path, columns: Mapping[str, Sequence[np.ndarray]]) -> N
 
 
 def _read_columns(path: Path) -> dict[str, list[np.ndarray]]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: [archive[name]] for name in archive.files}
+    """Raises any error for another file. Takes no more memory than the file has bytes, and unpickles nothing."""
+    columns = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed")
+            with archive.open(member) as file:
+                column = np.lib.format.read_array(file, allow_pickle=False)
+                if column.ndim != 1 or file.read(1):  # the end has the checksum
+                    raise ValueError(f"{member.filename} is not one array of one dimension")
+            columns[member.filename.removesuffix(".npy")] = [column]
+    return columns

@@ -171,9 +171,7 @@ class RunDirectory:
         try:
             state = read_loop_state(checkpoint)
         except ValueError as error:
-            raise self._damaged(
-                checkpoint, [f"its {LOOP_FILE} is not a loop state of this version ({error})"]
-            ) from None
+            raise self._damaged(checkpoint, [str(error)]) from None
         if _name(state.iteration) != checkpoint.name:
             raise self._damaged(checkpoint, [f"its {LOOP_FILE} is of iteration {state.iteration}"])
         return state

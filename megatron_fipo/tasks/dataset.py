@@ -92,8 +92,16 @@ class Dataset:
             "rows": self.fingerprint,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Resume exactly at `state`. Raises `UserError` if it is of another seed or of other problems."""
+    def load_state(self, state: Any) -> None:
+        """Resume exactly at `state`.
+
+        Raises `UserError` if it is of another seed or of other problems, and `ValueError` if it is no state.
+        """
+        if not isinstance(state, dict) or not {"seed", "epoch", "position"} <= state.keys():
+            raise ValueError("the position in the data is missing")
+        epoch, position = state["epoch"], state["position"]
+        if not (type(epoch) is type(position) is int and epoch >= 0 and position >= 0):
+            raise ValueError(f"the position in the data is epoch {epoch!r}, problem {position!r}")
         if state["seed"] != self.seed:
             raise UserError(
                 f"the checkpoint's data order has seed {state['seed']} but this run has seed {self.seed}; "
@@ -103,12 +111,14 @@ class Dataset:
         same = (
             state["rows"] == self.fingerprint
             if "rows" in state
-            else state["fingerprint"] == _by_prompts(self.problems)
+            else state.get("fingerprint") == _by_prompts(self.problems)
         )
         if not same:
             raise UserError(
                 "the training set is not the one of the checkpoint, so the run cannot resume at its "
                 "position; restore the data or start in a new run_dir"
             )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        if position > len(self.problems):
+            raise ValueError(f"the position in the data is {position} of {len(self.problems)} problems")
+        self.epoch, self.position = epoch, position
         self._order = self._shuffled()

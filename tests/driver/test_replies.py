@@ -44,11 +44,11 @@ class Raising(Generation):
 
 
 def test_objects_that_raise_when_they_are_read_do_not():
-    for generation, words in (
+    for unreadable, words in (
         (Raising.__new__(Raising), "is a Raising, not a Generation"),
         (Generation.__new__(Generation), "has no response_ids"),
     ):
-        assert problem([GOOD[0], generation]) == f"the response to request b {words}"
+        assert problem([GOOD[0], unreadable]) == f"the response to request b {words}"
 
 
 @pytest.mark.parametrize("reply", [None, "text", GOOD[:1], [*GOOD, GOOD[0]], tuple(GOOD), [GOOD, GOOD]])

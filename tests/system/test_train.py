@@ -7,6 +7,7 @@ processes with a cluster of their own, as users have them.
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_fipo.checkpoint.manifest import hash_files, list_files, read_manifest, write_manifest
+from megatron_fipo.run_dir.loop_state import LOOP_FILE
 from tests.system.conftest import Train
 from tests.system.runs import (
     ROOT,
@@ -92,6 +95,23 @@ def test_a_run_of_other_settings_is_refused_and_left_alone(two_iterations):
     assert "--allow-change" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert (two_iterations / "config.yaml").read_bytes() == before
+
+
+def test_a_sampling_state_that_cannot_be_is_one_sentence_about_its_files(train, two_iterations, tmp_path):
+    """The checkpoint's checksums are right, as if another version had written it."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_iterations, run_dir, symlinks=True)
+    newest = max((run_dir / "checkpoints").glob("iteration_*"))
+    state = json.loads((newest / LOOP_FILE).read_text())
+    state["rollout"]["informative"] = -1
+    (newest / LOOP_FILE).write_text(json.dumps(state))
+    write_manifest(newest, hash_files(newest, list_files(newest)), read_manifest(newest).info)
+    done = train(run_dir, "iterations=9", "evaluation.before_training=true", expect=2)
+    assert (
+        f"checkpoint {newest} is damaged: its loop.json and tokens.npz do not give a state of sampling "
+        "(informative is -1, not a number of at least 0); restore it from a copy, or remove that folder to"
+    ) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

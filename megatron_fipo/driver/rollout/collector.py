@@ -13,15 +13,16 @@ number and not on timing. `rollout.unfinished` selects the admission rule (`admi
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.admission import admission_for
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused, nothing_informative
+from megatron_fipo.driver.rollout.collector_state import CollectorState
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, parse_request_id
-from megatron_fipo.driver.rollout.saved_groups import SavedGroup, pack_groups, unpack_groups
+from megatron_fipo.driver.rollout.saved_groups import SavedGroup
 from megatron_fipo.driver.rollout.trajectories import Overlong, ScoredGroup, trajectories
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
@@ -222,37 +223,35 @@ class Collector:
         """Everything needed to resume, bit for bit. Only while paused."""
         if self._running:
             raise RuntimeError("state() needs pause() first")
-        groups, tokens = pack_groups(self._carried())
-        values = {
-            "dataset": self._dataset.state(),
-            "serial": self._serial,
-            "first_serial": self._first_serial,
-            "base": self._base,
-            "filtered": {str(serial): list(why) for serial, why in self._filtered.items()},
-            "informative": self._informative,
-            "informative_dropped": self._informative_dropped,
-            "counts": asdict(self.counts),
-            "groups": groups,
-        }
-        return RolloutState(values, tokens)
+        return CollectorState(
+            dataset=self._dataset.state(),
+            serial=self._serial,
+            first_serial=self._first_serial,
+            base=self._base,
+            filtered=self._filtered,
+            informative=self._informative,
+            informative_dropped=self._informative_dropped,
+            counts=self.counts,
+            groups=self._carried(),
+        ).pack()
 
     def load_state(self, saved: RolloutState) -> None:
         """Restore a `state`; call `resume` next.
 
         Groups of older versions, which saved no scores, are scored here. Raises `UserError` if the state
-        belongs to other data. Only while paused.
+        belongs to other data, and `ValueError` for one that `state` does not give. Only while paused.
         """
         if self._running:
             raise RuntimeError("load_state() needs pause() first")
-        state = saved.values
-        self._dataset.load_state(state["dataset"])
-        self._serial, self._first_serial, self._base = state["serial"], state["first_serial"], state["base"]
-        self._filtered = {int(serial): (why, tokens) for serial, (why, tokens) in state["filtered"].items()}
-        self._informative, self._informative_dropped = state["informative"], state["informative_dropped"]
-        self.counts = CollectCounts(**state["counts"])
+        # Before the groups: their problems may be missing in other data.
+        self._dataset.load_state(saved.values.get("dataset"))
         problems = {problem.problem_id: problem for problem in self._dataset.problems}
+        state = CollectorState.unpack(saved, problems)
+        self._serial, self._first_serial, self._base = state.serial, state.first_serial, state.base
+        self._filtered, self.counts = state.filtered, state.counts
+        self._informative, self._informative_dropped = state.informative, state.informative_dropped
         self._unfinished, self._waiting = {}, {}
-        for group, scores in unpack_groups(state["groups"], saved.tokens, problems):
+        for group, scores in state.groups:
             if not group.finished:
                 self._unfinished[group.serial] = group
             elif scores is not None:

@@ -16,7 +16,9 @@ import numpy as np
 
 from megatron_fipo.batching.trajectory import VersionSpan
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response
+from megatron_fipo.driver.rollout.replies import HIGHEST_LOG_PROB
 from megatron_fipo.engine.protocol import NO_LOG_PROBS, NO_TOKENS
+from megatron_fipo.scorer.result import UnusableResultError, plain_score
 from megatron_fipo.tasks.task import Problem, Score
 
 SavedGroup = tuple[PromptGroup, list[Score] | None]
@@ -57,30 +59,89 @@ def unpack_groups(
 ) -> list[SavedGroup]:
     """The inverse of `pack_groups`, with the problems by id.
 
-    Also reads the values of versions before 0.2, which have no scores.
+    Also reads the values of versions before 0.2, which have no scores. Raises `ValueError`, `KeyError`, `TypeError`
+    or `AttributeError` for values that `pack_groups` does not give.
     """
-    columns = {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in tokens.items()}
+    columns = _columns(tokens)
     position = 0
     groups = []
     for saved in values:
         responses = []
         for response in saved["responses"]:
             if "tokens" in response:
-                part = slice(position, position + response["tokens"])
+                part = slice(position, position + natural(response, "tokens"))
                 ids, log_probs = columns[TOKEN_IDS][part], columns[LOG_PROBS][part]
                 position = part.stop
+                if position > len(columns[TOKEN_IDS]):
+                    raise ValueError("the responses have more tokens than the columns")
             else:
                 ids, log_probs = _old_columns(response)
             spans = [VersionSpan(**span) for span in response["spans"]]
             responses.append(Response(ids, log_probs, spans, response["finish_reason"]))
-        scores = saved.get("scores")
-        groups.append(
-            (
-                PromptGroup(saved["serial"], problems[saved["problem_id"]], responses),
-                None if scores is None else [Score(**score) for score in scores],
-            )
-        )
+        if saved["problem_id"] not in problems:
+            raise ValueError(f"there is no problem {saved['problem_id']!r}")
+        if not responses:
+            raise ValueError(f"group {saved['serial']} has no responses")
+        group = PromptGroup(natural(saved, "serial"), problems[saved["problem_id"]], responses)
+        for index, loaded in enumerate(responses):
+            if fault := _fault(loaded):
+                raise ValueError(f"response {index} of group {group.group_id} {fault}")
+        groups.append((group, _scores(group, saved.get("scores"))))
+    if position != len(columns[TOKEN_IDS]):
+        raise ValueError("the responses have fewer tokens than the columns")
     return groups
+
+
+def natural(values: Mapping[str, Any], name: str) -> int:
+    """A number of at least 0. Raises `KeyError`, or `ValueError` if it is not one."""
+    value = values[name]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r}, not a number of at least 0")
+    return value
+
+
+def _columns(tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Token ids and log-probs, of one length; empty columns if there are none, as before version 0.2."""
+    columns = {TOKEN_IDS: NO_TOKENS, LOG_PROBS: NO_LOG_PROBS}
+    dtypes = {name: column.dtype for name, column in columns.items()}
+    for name, parts in tokens.items():
+        column = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if column.dtype != dtypes.get(name):
+            raise ValueError(f"the column {name} has the dtype {column.dtype}")
+        columns[name] = column
+    if len(columns[TOKEN_IDS]) != len(columns[LOG_PROBS]):
+        raise ValueError("the columns differ in length")
+    return columns
+
+
+def _fault(response: Response) -> str | None:
+    """What no response has, or None."""
+    length = len(response.token_ids)
+    if len(response.log_probs) != length:
+        return "has log-probs whose number differs from its tokens"
+    if length and response.token_ids.min() < 0:
+        return "has a negative token id"
+    if not (response.log_probs <= HIGHEST_LOG_PROB).all() or not np.isfinite(response.log_probs).all():
+        return "has log-probs that are NaN, infinite or > 0"
+    if response.finish_reason not in ("stop", "length", None):
+        return f"has finish reason {response.finish_reason!r}"
+    starts, ends = [span.start for span in response.spans], [span.end for span in response.spans]
+    if [*starts, length] != [0, *ends] or any(type(span.version) is not int for span in response.spans):
+        return "has weight versions that do not cover its tokens"
+    return None
+
+
+def _scores(group: PromptGroup, values: Any) -> list[Score] | None:
+    if values is None:
+        return None
+    if not group.finished or len(values) != len(group.responses):
+        raise ValueError(
+            f"group {group.group_id} has {len(values)} scores for {len(group.responses)} responses, or is unfinished"
+        )
+    try:
+        return [plain_score(Score(**score)) for score in values]
+    except UnusableResultError as error:
+        raise ValueError(f"a score of group {group.group_id} {error}") from error
 
 
 def _old_columns(response: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
