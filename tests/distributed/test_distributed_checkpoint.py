@@ -199,11 +199,11 @@ def test_a_writer_gets_copies_of_pinned_memory(model):
     assert loaded <= live
 
 
-def with_small_buckets(function):
+def with_small_buckets(function, size: int = 5_000):
     """A rank's function, with gradients in buckets of a few tensors, each divided among the ranks."""
 
     def run(*arguments):
-        rank_model.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=5_000)
+        rank_model.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=size)
         return function(*arguments)
 
     return run
@@ -218,6 +218,16 @@ def test_buckets_of_gradients_do_not_show_in_a_checkpoint(model, saved, tmp_path
     write, read = with_small_buckets(step_and_save), with_small_buckets(load_and_step)
     straight = run_ranks(2, write, model, parallel, tmp_path, 2, {})
     assert_same_training(straight, run_ranks(2, read, model, parallel, tmp_path, {}))
+
+
+def test_ranks_may_have_no_element_of_a_bucket(model, tmp_path):
+    """With a bucket for each tensor the last ranks have only padding of most of them."""
+    parallel = replace(LAYOUTS["dp4"], overlap_communication=True)
+    write, read = with_small_buckets(step_and_save, 1), with_small_buckets(load_and_step, 1)
+    straight = run_ranks(4, write, model, parallel, tmp_path, 2, {})
+    assert_same_training(straight, run_ranks(4, read, model, parallel, tmp_path, {}))
+    ((losses, _, _),) = run_ranks(1, load_and_step, model, LAYOUTS["1"], tmp_path, {})
+    assert losses == pytest.approx(straight[0][0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
