@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_fipo.driver.rollout.replies import malformed
-from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
+from megatron_fipo.driver.rollout.replies import malformed, malformed_status
+from megatron_fipo.engine.protocol import EngineStatus, Generation, GenerationRequest, SamplingParams
 from tests.generations import generation
 
 SAMPLING = SamplingParams(1.0, 1.0, 4)
@@ -95,3 +95,16 @@ def test_what_cannot_be_is_named(changes, sentence):
     assert found is not None
     assert sentence in found
     assert "request b" in found
+
+
+def test_a_status_has_numbers():
+    assert malformed_status(EngineStatus(-1, 0)) is None
+    assert malformed_status(EngineStatus(1, np.int64(5), kv_tokens=7, kv_use=0.5, preemptions=1)) is None
+    for status, words in (
+        (None, "a NoneType, not an EngineStatus"),
+        ({"tokens": 1}, "a dict, not an EngineStatus"),
+        (EngineStatus(1, None), "tokens that is a NoneType"),  # type: ignore[arg-type]
+        (EngineStatus(1, 5, waiting="3"), "waiting that is a str"),  # type: ignore[arg-type]
+        (EngineStatus(1, 5, kv_use=float("nan")), "kv_use that is a float or not finite"),
+    ):
+        assert words in str(malformed_status(status))

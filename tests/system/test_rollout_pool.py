@@ -254,6 +254,13 @@ def test_answers_of_other_weights_are_never_used(pool, answers, caplog):
     assert "rollout engine 1 answered with weight version 99, not 2" in caplog.text
 
 
+def test_an_engine_with_a_malformed_status_is_started_again(pool, caplog):
+    ray.get(pool.loaded(wait=False)[0].cause.remote("no status", 1))
+    assert len(pool.loaded(wait=True)) == 2
+    assert pool.take_counts() == PoolCounts(restarts=1, malformed=1)
+    assert "rollout engine 0 answered status() with a NoneType, not an EngineStatus" in caplog.text
+
+
 def test_a_request_that_never_works_is_given_up_alone(pool, answers):
     pool.submit(some_requests(), SAMPLING)
     pool.submit([GenerationRequest("poison", (3, 4), 0)], SAMPLING)

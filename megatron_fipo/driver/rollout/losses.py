@@ -22,7 +22,7 @@ class PoolCounts:
     hangs: int = 0
     """Engines that did not answer a call, a health probe or an abort in time."""
     malformed: int = 0
-    """Malformed replies."""
+    """Malformed replies, answers to health probes included."""
 
 
 class Losses:

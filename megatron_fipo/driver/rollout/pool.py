@@ -29,7 +29,7 @@ from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
 from megatron_fipo.driver.rollout.kv_budget import KVBudget
 from megatron_fipo.driver.rollout.losses import Losses, PoolCounts
 from megatron_fipo.driver.rollout.pending_calls import PendingCall, PendingCalls
-from megatron_fipo.driver.rollout.replies import malformed
+from megatron_fipo.driver.rollout.replies import malformed, malformed_status
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from megatron_fipo.errors import UserError
 
@@ -170,10 +170,8 @@ class EnginePool:
     ) -> list[Generation | None]:
         """Answer all requests, in order; None for one that failed permanently.
 
-        For engines that serve the weights they load.
-
-        `on_finished` receives, at least every second, the number of finished requests. No other request may
-        be outstanding.
+        For engines that serve the weights they load. `on_finished` receives, at least every second, the number
+        of finished requests. No other request may be outstanding.
         """
         if self.outstanding:
             raise RuntimeError(f"generate() was called while {self.outstanding} requests are outstanding")
@@ -321,7 +319,10 @@ class EnginePool:
             check_cluster(ERROR_DELAY_S)
             self._lose(pending.engine, f"died: {why_it_died(error)}", "deaths")
         else:
-            if pending.method == RolloutEngine.ready.__name__:
+            reports = pending.method in (RolloutEngine.ready.__name__, RolloutEngine.status.__name__)
+            if reports and (problem := malformed_status(answer)) is not None:
+                self._lose(pending.engine, f"answered {pending.method}() with {problem}", "malformed")
+            elif pending.method == RolloutEngine.ready.__name__:
                 self._fleet.loaded(pending.engine, answer, time.monotonic())
                 self._losses.loaded = True
             elif pending.method == RolloutEngine.status.__name__:

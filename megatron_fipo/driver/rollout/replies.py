@@ -1,7 +1,9 @@
 """Validation of engine replies. No part of a reply is used before it has been checked here."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from megatron_fipo.engine.protocol import (
     NO_LOG_PROBS,
     NO_TOKENS,
+    EngineStatus,
     Generation,
     GenerationRequest,
     SamplingParams,
@@ -36,6 +39,18 @@ def malformed(
         problem = _malformed(generation, sampling.max_new_tokens - len(request.prefix), vocab_size, aborted)
         if problem is not None:
             return f"the response to request {request.request_id} {problem}"
+    return None
+
+
+def malformed_status(status: Any) -> str | None:
+    """What is wrong with an answer to `ready` or `status`, or None."""
+    if type(status) is not EngineStatus:
+        return f"a {type(status).__name__}, not an EngineStatus"
+    for field in fields(EngineStatus):
+        value = vars(status).get(field.name)
+        unknown = value is None and field.default is None
+        if not unknown and not (isinstance(value, Real) and math.isfinite(value)):
+            return f"{field.name} that is a {type(value).__name__} or not finite, not a number"
     return None
 
 
