@@ -130,7 +130,7 @@ class Loop:
             forward_passes=2 if config.objective.kl_coefficient else 1,
             peak_flops=components.trainer.peak_flops(),
         )
-        components.rollouts.take_usage()
+        components.rollouts.begin_usage()
         self.clock.take()
 
     def _iterate(self) -> None:

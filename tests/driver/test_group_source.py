@@ -1,10 +1,13 @@
 """Which engines get weights when: a restarted engine that fails its push must not disturb the others."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_fipo.config import Config, ModelConfig
+from megatron_fipo.driver.rollout.engine_usage import EngineUsage
+from megatron_fipo.driver.rollout.fleet import Fleet
 from megatron_fipo.driver.rollout.group_source import (
     Interrupted,
     LiveGroups,
@@ -13,7 +16,7 @@ from megatron_fipo.driver.rollout.group_source import (
     interrupting,
 )
 from megatron_fipo.driver.trainer_group import TrainerLostError
-from megatron_fipo.engine.protocol import SamplingParams
+from megatron_fipo.engine.protocol import EngineStatus, SamplingParams
 from megatron_fipo.errors import UserError
 from megatron_fipo.trainer.protocol import PushFailure
 
@@ -69,6 +72,7 @@ class Collector:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.paused = False
+        self.received_tokens = 0
 
     progress = "0 of 1 groups"
 
@@ -168,6 +172,58 @@ def test_an_interruption_undoes_before_the_state_is_saved(error, expected, undon
         raise error
     assert bool(calls) is undone
     assert caught.value.__cause__ is (error if type(error) is UserError else None)
+
+
+class ProbedPool(Pool):
+    """One engine, whose usage a real fleet measures; only `loaded(wait=True)` probes it."""
+
+    def __init__(self) -> None:
+        super().__init__({0: 0})
+        self.now, self.generated = 0.0, 0
+        self.fleet = Fleet(
+            1,
+            max_restarts=0,
+            load_timeout_s=9.0,
+            health_timeout_s=9.0,
+            stall_timeout_s=9.0,
+            loaded_version=0,
+            now=0.0,
+        )
+        self.fleet.loaded(0, self.status, 0.0)
+
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus(0, tokens=self.generated, generated_tokens=self.generated)
+
+    def loaded(self, wait: bool) -> dict[int, Any]:
+        if wait:
+            self.fleet.answered_probe(0, self.status, self.now)
+        return super().loaded(wait)
+
+    def take_usage(self) -> list[EngineUsage]:
+        return self.fleet.take_usage(self.now)
+
+    def work(self, seconds: float, tokens: int) -> None:
+        """A call, and a second without one."""
+        self.fleet.called(0, self.now)
+        self.now += seconds
+        self.generated += tokens
+        self.fleet.answered_call(0, 1, self.now)
+        self.now += 1.0
+
+
+def test_tokens_sampled_before_the_first_iteration_do_not_count_in_it():
+    """Of the evaluation before training neither the tokens nor the time are part of the first iteration."""
+    pool = ProbedPool()
+    source = rollouts(Trainer(), pool, Collector(0))
+    source.scorers = SimpleNamespace(take_seconds=lambda: 0.0)  # type: ignore[assignment]
+    pool.work(seconds=5.0, tokens=1000)
+    source.begin_usage()
+    pool.work(seconds=3.0, tokens=240)
+    source.push_weights(1)
+    (usage,) = source.take_usage().engines
+    assert usage.decode_tokens_per_s is not None
+    assert usage.decode_tokens_per_s * (1 - usage.idle) * 4.0 == pytest.approx(240)
 
 
 def test_only_live_groups_can_generate():

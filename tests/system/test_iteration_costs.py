@@ -97,6 +97,21 @@ def ranks(records: list[Record]) -> int:
     return 1 if "engine_1/idle" in iterations(records)[0].values else 2
 
 
+def test_an_engines_rate_over_its_busy_time_gives_the_tokens_of_the_first_iteration(records):
+    """The evaluation before it does not count, and no other precedes it."""
+    values = iterations(records)[0].values
+    engines = ("engine_0", "engine_1") if ranks(records) == 1 else ("engine_mean",)
+    sampled = sum(
+        values[f"{engine}/decode_tokens_per_s"] * (1 - values[f"{engine}/idle"]) * values["time/total"]
+        for engine in engines
+    )
+    sampling = values["time/rollout"] + values["time/rollout_wait"]
+    if len(engines) == 2:
+        sampling += values["time/handover"] + values["time/old_log_probs"] + values["time/update"]
+    received = values["throughput/rollout_tokens_per_s_per_gpu"] * sampling * len(engines)
+    assert sampled == pytest.approx(received, rel=0.02)
+
+
 def test_engines_report_their_load_and_ranks_their_memory(records):
     for record in iterations(records):
         values = record.values

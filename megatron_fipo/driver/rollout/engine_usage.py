@@ -2,7 +2,8 @@
 
 Requests, KV cache and counters are known from health probes only (`fleet.PROBE_EVERY_S`): running and waiting requests and
 the use of the KV cache are means over the probes answered while the engine held a request. Counters are differences, and
-what an engine counted after its last probe belongs to the next iteration, or is lost with the engine.
+what an engine counted after its last probe belongs to the next iteration, or is lost with the engine. Engines are also
+probed before each push of weights, with no request outstanding, so busy time and counters of an iteration belong together.
 """
 
 from collections.abc import Sequence

@@ -100,8 +100,11 @@ class GroupSource(Protocol):
     def take_counts(self) -> PoolCounts:
         """What happened to engines and requests since the last call."""
 
+    def begin_usage(self) -> None:
+        """The first iteration begins: what engines and scorers did before is not part of its usage."""
+
     def take_usage(self) -> RolloutUsage:
-        """What engines and scoring took since the last call."""
+        """What engines and scoring took since the last call, or since `begin_usage`."""
 
     def state(self) -> RolloutState:
         """What `load_state` needs to resume; empty without engines."""
@@ -209,6 +212,11 @@ class LiveGroups:
     def take_counts(self) -> PoolCounts:
         return self.pool.take_counts()
 
+    def begin_usage(self) -> None:
+        with interrupting():
+            self._loaded_engines()  # probes them: else what they counted since their last probe comes later
+        self.take_usage()
+
     def take_usage(self) -> RolloutUsage:
         tokens, self.collector.received_tokens = self.collector.received_tokens, 0
         return RolloutUsage(self.pool.take_usage(), tokens, self.scorers.take_seconds())
@@ -302,6 +310,8 @@ class ReplayGroups:
 
     def take_counts(self) -> PoolCounts:
         return PoolCounts()
+
+    def begin_usage(self) -> None: ...
 
     def take_usage(self) -> RolloutUsage:
         return RolloutUsage([], generated_tokens=0, scoring_s=0.0)
