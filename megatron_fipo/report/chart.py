@@ -113,13 +113,14 @@ def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
     for line in panel.lines:
         if line.metric in series:
             values = series[line.metric]
+            points = sum(map(math.isfinite, values.values()))
             axes.plot(
                 list(values),
                 list(values.values()),
                 color=_PLACEHOLDERS[line.color],
                 linestyle=(0, (2, 2)) if line.dashed else "-",
-                marker="o" if len(values) <= _MARKED_POINTS and not line.dashed else None,
-                linewidth=1.5 if len(values) <= _BARS else 1.0,
+                marker="o" if points <= _MARKED_POINTS and not line.dashed else None,
+                linewidth=1.5 if points <= _BARS else 1.0,
                 clip_on=False,  # lines along the edge are shown at full width
                 zorder=3,
             )

@@ -1,5 +1,6 @@
 """The data of a report: what a run's folder contains, read once."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +30,15 @@ class Run:
     def series(self, name: str) -> dict[int, float]:
         """Iteration → value of one metric, in ascending order; empty if the run does not have it.
 
-        A later line replaces an earlier one of the same iteration.
+        NaN where a line lacks it and others of its kind have it. A later line replaces an earlier one of the same
+        iteration.
         """
-        values = {record.iteration: record.values[name] for record in self.records if name in record.values}
+        kinds = {record.kind for record in self.records if name in record.values}
+        values = {
+            record.iteration: record.values.get(name, math.nan)
+            for record in self.records
+            if record.kind in kinds
+        }
         return dict(sorted(values.items()))
 
     def evaluations(self) -> list[Record]:

@@ -25,12 +25,15 @@ def test_times_counters_and_samples_of_one_iteration():
     meter = UsageMeter(0.0)
     meter.probed(status())
     meter.began(2.0)
+    meter.probed(status(50))  # busy, but no request runs or waits yet: no sample
     meter.probed(
         status(100, running=4, waiting=2, kv_use=0.25, preemptions=1, prefix_queries=40, prefix_hits=10)
     )
     meter.probed(status(300, running=8, kv_use=0.75, preemptions=1, prefix_queries=50, prefix_hits=20))
     meter.ended(6.0)
-    meter.probed(status(320, preemptions=3, prefix_queries=80, prefix_hits=20))  # idle: no sample of requests
+    meter.probed(
+        status(320, running=8, preemptions=3, prefix_queries=80, prefix_hits=20)
+    )  # idle: no sample of requests
     assert meter.take(8.0) == EngineUsage(
         idle=0.5,
         running=6.0,

@@ -14,10 +14,13 @@ import pytest
 from megatron_fipo.errors import UserError
 from megatron_fipo.objective.metrics import METRICS
 from megatron_fipo.report import write_report
+from megatron_fipo.report.chart import draw
 from megatron_fipo.report.cost_figures import WHERE_THE_TIME_WENT
 from megatron_fipo.report.figures import SECTIONS
+from megatron_fipo.report.panel import Line, Panel
+from megatron_fipo.report.run_data import Run
 from megatron_fipo.report.samples import choose_samples, color_reach, render_samples
-from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog
+from megatron_fipo.run_dir.metrics_log import MetricsLog, Record, Sample, SampleLog
 from tests.report.synthetic_run import write_synthetic_run
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -164,6 +167,27 @@ def test_gaps_and_wild_values_are_drawn(tmp_path: Path) -> None:
     assert {"Mean of exp F before clipping", "Training response length", WHERE_THE_TIME_WENT.title} <= set(
         page.figures
     )
+
+
+@pytest.mark.parametrize(("missing", "pieces"), [((), 1), ((4,), 2), ((1, 8), 1)])
+def test_a_line_ends_where_a_value_is_missing(missing: tuple[int, ...], pieces: int) -> None:
+    """An evaluation at every second iteration leaves its line in one piece."""
+    records = [
+        Record("iteration", i, 0.0, {"length/mean": 9.0} | ({} if i in missing else {"reward/mean": i / 8}))
+        for i in range(1, 9)
+    ]
+    records += [Record("evaluation", i, 0.0, {"evaluation/avg_at_k": i / 8}) for i in range(0, 9, 2)]
+    panel = Panel("t", "c", (Line("reward/mean", "reward"),))
+    assert _pieces(panel, Run("run", records)) == pieces
+    assert _pieces(Panel("t", "c", (Line("evaluation/avg_at_k", "a"),)), Run("run", records)) == 1
+
+
+def _pieces(panel: Panel, run: Run) -> int:
+    """How many times the pen is set down to draw the only line of a panel."""
+    (path,) = re.findall(
+        r'd="([^"]*)"[^>]*stroke: var\(--blue\)[^>]*stroke-width: 1.5', draw(panel, run) or ""
+    )
+    return path.count("M")
 
 
 def test_a_run_without_metrics_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

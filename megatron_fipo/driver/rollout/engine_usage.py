@@ -1,7 +1,7 @@
 """What each engine did during an iteration: times and counters between two readings. No engines, Ray or clock.
 
 Requests, KV cache and counters are known from health probes only (`fleet.PROBE_EVERY_S`): running and waiting requests and
-the use of the KV cache are means over the probes answered while the engine held a request. Counters are differences, and
+the use of the KV cache are means over the probes whose answer shows a request. Counters are differences, and
 what an engine counted after its last probe belongs to the next iteration, or is lost with the engine. Engines are also
 probed before each push of weights, with no request outstanding, so busy time and counters of an iteration belong together.
 """
@@ -81,7 +81,8 @@ class UsageMeter:
         self._hits += status.prefix_hits - last.prefix_hits
         if status.preemptions is not None:
             self._preemptions = (self._preemptions or 0) + status.preemptions - (last.preemptions or 0)
-        if self._busy_since is not None:
+        # Without a call its numbers may be old; with one the request may be on its way, or prefilled.
+        if self._busy_since is not None and status.running + status.waiting > 0:
             self._samples.append(status)
 
     def take(self, now: float) -> EngineUsage:
