@@ -92,7 +92,8 @@ def throughput_values(
 ) -> dict[str, float]:
     """Tokens per second and device, of the iteration and of its two sides; and the wait of the trainer.
 
-    Engines may sample while the driver waits for groups and, with `sampled_during_update`, while the ranks work.
+    Without tokens from the engines their rate is absent: they had nothing to sample, as in a replay and at the end of
+    `one_step_off`. Engines may sample while the driver waits for groups and, with `sampled_during_update`, while the ranks work.
     """
     training = seconds["old_log_probs"] + seconds["update"]
     waiting = seconds["rollout"] + seconds["rollout_wait"]
@@ -102,7 +103,7 @@ def throughput_values(
         "throughput/train_tokens_per_s_per_gpu": _rate(work.tokens, training * devices.ranks),
         "wait/trainer": _rate(waiting, seconds["total"]),
     }
-    if devices.engines:
+    if generated_tokens:
         values["throughput/rollout_tokens_per_s_per_gpu"] = _rate(
             generated_tokens, sampling * devices.engines
         )

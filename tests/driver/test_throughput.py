@@ -52,6 +52,18 @@ def test_engines_that_sample_during_the_update_have_that_time_too():
     assert values["throughput/rollout_tokens_per_s_per_gpu"] == 1200 / 16 / 3
 
 
+def test_engines_without_anything_to_sample_have_no_rate():
+    """The last iteration of `one_step_off`: its groups were sampled during the one before."""
+    values = throughput_values(
+        WORK, 0, Devices(2, 3, 5), {**SECONDS, "rollout": 0.01, "rollout_wait": 0.0}, False
+    )
+    assert values.keys() == {
+        "throughput/tokens_per_s_per_gpu",
+        "throughput/train_tokens_per_s_per_gpu",
+        "wait/trainer",
+    }
+
+
 def test_mfu_is_the_work_of_the_model_over_the_peak_of_all_ranks():
     flops = ModelFlops(per_token=1000, per_pair=2, per_row=100)
     forward = 1000 * 400 + 2 * (100**2 + 300**2) / 2 + 100 * 250
