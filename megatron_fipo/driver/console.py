@@ -27,7 +27,7 @@ from megatron_fipo.phases import PHASES
 _COLUMNS = (
     ("reward", "reward/mean", "{:+.3f}"),
     ("accuracy", "accuracy/mean", "{:.3f}"),
-    ("length", "length/mean", "{:.0f}"),
+    ("length", "length/mean", "{:>5.0f} tokens"),
     ("influence", "influence/mean", "{:.4f}"),
 )
 _SUMMARY_ROWS = (
@@ -39,15 +39,15 @@ _SUMMARY_ROWS = (
     ("truncated", "evaluation/truncated", "{:.1%}"),
 )
 _RATES = (
-    ("", "throughput/tokens_per_s_per_gpu", "{:,.0f} tokens/s/GPU"),
-    ("rollout", "throughput/rollout_tokens_per_s_per_gpu", "{:,.0f}"),
-    ("training", "throughput/train_tokens_per_s_per_gpu", "{:,.0f}"),
-    ("MFU", "mfu/update", "{:.1%}"),
+    ("iteration", "throughput/tokens_per_s_per_gpu"),
+    ("engines", "throughput/rollout_tokens_per_s_per_gpu"),
+    ("trainer", "throughput/train_tokens_per_s_per_gpu"),
 )
+"""Label and metric, in tokens/s per GPU."""
 _LARGE_PHASE = 0.05
 """Share of an iteration from which a phase is named in its row."""
-_REST = "other"
-"""Label of the last phase, and of all that are not named."""
+_REST = "rest"
+"""Label of all phases that are not named."""
 _ABSENT = "-"
 FIRST_PROGRESS_S = 60.0
 """Seconds in a phase after which a console without a terminal prints its progress for the first time."""
@@ -114,9 +114,8 @@ class Console:
             f"{title} {_cell(values, name, form):>6}" for title, name, form in _COLUMNS if name in values
         )
         width = len(str(self._total))
-        self._print(
-            f"iteration {iteration:>{width}}/{self._total}  {cells}  left {_duration(self.seconds_left)}"
-        )
+        left = f"  left {_duration(self.seconds_left)}" if iteration < self._total else ""
+        self._print(f"iteration {iteration:>{width}}/{self._total}  {cells}{left}")
         if values.get("time/total", 0.0) > 0:
             self._print(f"    {_cost(values)}", style="dim")
 
@@ -160,7 +159,7 @@ class Console:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the mean of the last iterations, evaluations included; None before the first has ended."""
+        """Until the last iteration ends: from the mean of the last ones, evaluations included. None before the first has ended."""
         if not self._durations:
             return None
         return sum(self._durations) / len(self._durations) * (self._total - self._iteration)
@@ -192,11 +191,17 @@ def _cost(values: Mapping[str, float]) -> str:
     """Where the time of an iteration went, largest part first, and its rates."""
     total = values["time/total"]
     shares = {phase.label: values.get(f"time/{phase.name}", 0.0) / total for phase in PHASES}
-    large = {label: share for label, share in shares.items() if share >= _LARGE_PHASE and label != _REST}
+    large = {label: share for label, share in shares.items() if share >= _LARGE_PHASE}
     parts = [*sorted(large.items(), key=lambda part: -part[1]), (_REST, 1 - sum(large.values()))]
     where = ", ".join(f"{label} {share:.0%}" for label, share in parts)
-    rates = [f"{title} {_cell(values, name, form)}".strip() for title, name, form in _RATES if name in values]
-    return "  ".join((f"{total:.1f} s: {where}", *rates))
+    row = [f"{total:.1f} s: {where}"]
+    rates = [f"{title} {_cell(values, name, '{:,.0f}')}" for title, name in _RATES if name in values]
+    if rates:
+        device = "GPU" if "memory/device_gib" in values else "rank or engine"
+        row.append(f"tokens/s per {device}: {', '.join(rates)}")
+    if "mfu/update" in values:
+        row.append(f"MFU {_cell(values, 'mfu/update', '{:.1%}')}")
+    return "  ".join(row)
 
 
 def _cell(values: Mapping[str, float], name: str, form: str) -> str:

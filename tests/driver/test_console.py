@@ -37,7 +37,7 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
         lines[0] == "held-out after 0: avg@4 0.270  cons@4 0.400  pass@4 0.640  length 29.0  (150 problems)"
     )
     assert lines[1].startswith(
-        "iteration  1/20  reward -0.250  accuracy  0.375  length     41  influence 1.0123  left "
+        "iteration  1/20  reward -0.250  accuracy  0.375  length    41 tokens  influence 1.0123  left "
     )
     assert lines[3].startswith("[bold]noted[/bold] word word")
     assert all(character.isprintable() for line in lines for character in line)
@@ -57,11 +57,26 @@ def test_a_second_row_shows_where_the_time_went_and_the_rates() -> None:
     }
     with Console(3, file) as console:
         console.iteration(1, {**_VALUES, **costs})
-        console.iteration(2, {**_VALUES, **costs, "mfu/update": 0.412})
+        console.iteration(2, {**_VALUES, **costs, "memory/device_gib": 61.0, "mfu/update": 0.412})
+        console.iteration(3, {"time/total": 4.0, "time/update": 3.0, "time/other": 1.0})
     rows = file.getvalue().splitlines()
-    cost = "    40.0 s: update 65%, rollout 25%, other 10%  1,234 tokens/s/GPU  rollout 2,346  training 3,457"
-    assert rows[1] == cost
-    assert rows[3] == f"{cost}  MFU 41.2%"
+    where, rates = (
+        "    40.0 s: update 65%, rollout 25%, other 7%, rest 3%",
+        "iteration 1,234, engines 2,346, trainer 3,457",
+    )
+    assert rows[1] == f"{where}  tokens/s per rank or engine: {rates}"
+    assert rows[3] == f"{where}  tokens/s per GPU: {rates}  MFU 41.2%"
+    assert rows[5] == "    4.0 s: update 75%, other 25%, rest 0%"
+
+
+def test_the_last_iteration_has_no_time_left() -> None:
+    """An evaluation and the saving of the model may follow, which nothing predicts."""
+    file = io.StringIO()
+    with Console(2, file) as console:
+        console.phase("rollout")
+        console.iteration(1, _VALUES)
+        console.iteration(2, _VALUES)
+    assert ["left" in row for row in file.getvalue().splitlines()] == [True, False]
 
 
 def test_color_forced_by_the_environment_does_not_reach_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
