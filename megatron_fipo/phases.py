@@ -19,10 +19,10 @@ class Phase:
 
 PHASES = (
     Phase("rollout", "rollout", "waits for the groups of this iteration"),
-    Phase("plan", "planning", "computes advantages and packing and stores the batch for the ranks"),
+    Phase("plan", "plan", "computes advantages and packing and stores the batch for the ranks"),
     Phase(
         "handover",
-        "hand-over",
+        "handover",
         "sends the batch to the ranks, and waits for the slowest rank after the reporting one",
     ),
     Phase("old_log_probs", "old log-probs", "waits for log-probs of the old and the reference policy"),

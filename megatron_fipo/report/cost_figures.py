@@ -20,9 +20,10 @@ PHASE_COLORS: dict[str, Color] = {
 WHERE_THE_TIME_WENT = Panel(
     "Where the time went",
     "Seconds of each iteration, from the end of the one before to its own end; the parts add up to it. Evaluation, checkpoint "
-    "and log are those of the iteration before. Rollout usually dominates and grows with response length. Healthy: "
-    "everything besides rollout, old log-probs and update is thin.",
+    "and log are those of the iteration before. The legend shows the last iteration. Rollout, old log-probs and update grow with "
+    "response length. Healthy: the other parts are thin, except the evaluation when there is one.",
     tuple(Line(f"time/{phase.name}", phase.label, PHASE_COLORS[phase.name]) for phase in PHASES),
+    unit="s",
     stacked=True,
 )
 
@@ -33,13 +34,14 @@ COST = Section(
         Panel(
             "Tokens per second and GPU",
             "Of the complete iteration (prompt and response tokens trained on, over all GPUs), of the engines (response "
-            "tokens sampled) and of the trainer (tokens trained on). Healthy: level; the trainer's rate falls slowly as "
-            "responses grow, since attention costs L².",
+            "tokens received) and of the trainer (tokens trained on). On a CPU each rank and each engine counts as one GPU. "
+            "Healthy: level; the trainer's rate falls slowly as responses grow, since attention costs L².",
             (
                 Line("throughput/tokens_per_s_per_gpu", "iteration"),
                 Line("throughput/rollout_tokens_per_s_per_gpu", "engines", "orange"),
                 Line("throughput/train_tokens_per_s_per_gpu", "trainer", "teal"),
             ),
+            unit="tokens/s",
             from_zero=True,
         ),
         Panel(
@@ -61,48 +63,72 @@ COST = Section(
         ),
         Panel(
             "KV cache and prefix cache",
-            "Use of the KV cache while an engine has requests, and share of prompt tokens that were not computed again, means "
-            "over the engines. Healthy: a high use without preemptions.",
+            "Means over the engines.",
             (
-                Line("engine_mean/kv_use", "KV cache in use"),
-                Line("engine_mean/prefix_hits", "prefix hits", "teal"),
+                Line(
+                    "engine_mean/kv_use",
+                    "KV cache in use",
+                    note="Use of the KV cache while an engine has requests. Healthy: high, without preemptions.",
+                ),
+                Line(
+                    "engine_mean/prefix_hits",
+                    "prefix hits",
+                    "teal",
+                    note="Prefix hits: share of prompt and prefix tokens that were not computed again.",
+                ),
             ),
             unit="share",
             from_zero=True,
         ),
         Panel(
             "Requests in an engine",
-            "Running and waiting in the engine while it has any, and requests preempted for lack of space, means over the "
-            "engines. Healthy: many running, none waiting, few preempted.",
+            "Running and waiting in the engine while it has any, means over the engines. Healthy: many running, none waiting.",
             (
                 Line("engine_mean/running", "running"),
                 Line("engine_mean/waiting", "waiting", "orange"),
-                Line("engine_mean/preemptions", "preempted", "magenta"),
+                Line(
+                    "engine_mean/preemptions",
+                    "preemptions",
+                    "magenta",
+                    note="Preemptions: requests stopped for lack of space and computed again. Healthy: few.",
+                ),
             ),
             from_zero=True,
         ),
         Panel(
             "Peak memory",
-            "GiB of the rank that needs most: allocated and reserved on its device during the iteration, and in host memory "
-            "since it began. Healthy: level; growth of host memory is a leak.",
+            "Of the rank that needs most.",
             (
-                Line("memory/device_gib", "device, allocated"),
+                Line(
+                    "memory/device_gib",
+                    "device, allocated",
+                    note="Device memory: the largest during the iteration. Healthy: level.",
+                ),
                 Line("memory/reserved_gib", "device, reserved", "grey"),
-                Line("memory/host_gib", "host", "orange"),
+                Line(
+                    "memory/host_gib",
+                    "host",
+                    "orange",
+                    note="Host memory: the largest since the rank's process began, so it never falls. Healthy: it levels off "
+                    "when responses stop growing; steady growth after that is a leak.",
+                ),
             ),
+            unit="GiB",
             from_zero=True,
         ),
         Panel(
             "Overhead",
-            "Seconds within the phases above: storing the batch for the ranks, unpickling it and making shards (the slowest "
-            "rank), scoring, and the dump.",
+            "Parts of the phases above: put stores the batch for the ranks, unpickle reads it and shards waits for its parts "
+            "(both of the slowest rank), dump writes the responses. Scoring is added up over all scorers, evaluations "
+            "included, while the driver does other work: it may be larger than the iteration.",
             (
-                Line("overhead/put", "store"),
+                Line("overhead/put", "put"),
                 Line("overhead/unpickle", "unpickle", "teal"),
                 Line("overhead/shards", "shards", "orange"),
                 Line("overhead/scoring", "scoring", "magenta"),
                 Line("overhead/dump", "dump", "grey"),
             ),
+            unit="s",
             from_zero=True,
         ),
         Panel(

@@ -6,7 +6,7 @@ from html import escape
 
 from megatron_fipo.report.chart import draw, panel_series
 from megatron_fipo.report.figures import SECTIONS
-from megatron_fipo.report.panel import Panel, Section
+from megatron_fipo.report.panel import Panel, Section, Unit
 from megatron_fipo.report.run_data import Run
 from megatron_fipo.report.samples import render_samples
 from megatron_fipo.report.style import STYLE
@@ -124,18 +124,21 @@ def _section(section: Section, run: Run) -> str:
 
 
 def _figure(panel: Panel, svg: str, run: Run) -> str:
-    series, share = panel_series(panel, run), panel.unit == "share"
-    keys = []
+    series = panel_series(panel, run)
+    keys, notes = [], []
     for line in panel.lines:
         if line.metric in series:
             last = [value for value in series[line.metric].values() if math.isfinite(value)][-1]
             mark = "area" if panel.stacked else ("dashes" if line.dashed else "line")
-            keys.append(_key(mark, line.color, f"{escape(line.label)} <b>{_number(last, share)}</b>"))
+            keys.append(_key(mark, line.color, f"{escape(line.label)} <b>{_number(last, panel.unit)}</b>"))
+            notes.append(line.note)
     if panel.band and panel.band.low in series and panel.band.high in series:
         keys.append(_key("band", panel.band.color, escape(panel.band.label)))
+    unit = "" if panel.unit in ("number", "share") else f", {panel.unit}"
+    caption = " ".join(filter(None, (panel.caption, *notes)))
     return (
-        f'<figure><h3>{escape(panel.title)}</h3><p class="keys">{"".join(keys)}</p>{svg}'
-        f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
+        f'<figure><h3>{escape(panel.title)}{unit}</h3><p class="keys">{"".join(keys)}</p>{svg}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -166,8 +169,10 @@ def _headline_number(value: float, share: bool) -> str:
     return f"{100 * value:.1f} %" if share else f"{value:,.1f}"
 
 
-def _number(value: float, share: bool) -> str:
-    if share:
+def _number(value: float, unit: Unit) -> str:
+    if unit == "s":
+        return f"{value:,.1f} s"
+    if unit == "share":
         return f"{100 * value:.1f} %" if value == 0 or abs(value) >= 0.001 else f"{100 * value:.2g} %"
     if abs(value) >= 1000:
         return f"{value:,.0f}"

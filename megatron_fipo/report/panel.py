@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Color = Literal["blue", "orange", "teal", "magenta", "grey", "brown", "violet", "sky", "green", "red", "gold"]
-Unit = Literal["number", "share"]
-"""`share`: a fraction, shown as a percentage."""
+Unit = Literal["number", "share", "s", "GiB", "tokens/s"]
+"""`share`: a fraction, shown as a percentage. Units other than `number` and `share` stand in the panel's heading."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Line:
     label: str
     color: Color = "blue"
     dashed: bool = False
+    note: str = ""
+    """A sentence after the panel's caption, shown if the run has the metric."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Panel:
     lines: tuple[Line, ...]
     band: Band | None = None
     unit: Unit = "number"
+    """Of all lines."""
     reference: float | None = None
     """A horizontal line to compare with."""
     stacked: bool = False

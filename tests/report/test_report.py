@@ -169,6 +169,28 @@ def test_gaps_and_wild_values_are_drawn(tmp_path: Path) -> None:
     )
 
 
+def test_headings_and_legends_have_units_and_captions_only_what_is_drawn(tmp_path: Path, full: Path) -> None:
+    """The local engine reports neither its KV cache nor preemptions, and a CPU has no device memory."""
+    values = {"engine_mean/prefix_hits": 0.4, "engine_mean/running": 3.0, "memory/host_gib": 2.5}
+    MetricsLog(tmp_path).log("iteration", 1, values | {"time/rollout": 12.34, "time/plan": 0.004})
+    page, complete = _report(tmp_path)[1].text, _Page(full.read_text(encoding="utf-8")).text
+    for sentence in ("Use of the KV cache", "Preemptions:", "Device memory:"):
+        assert sentence not in page
+        assert sentence in complete
+    assert "Prefix hits:" in page
+    assert "Host memory:" in page
+    assert "Peak memory, GiB" in page
+    assert "Where the time went, srollout 12.3 splan 0.0 s" in page  # tags omitted
+
+
+def test_phases_and_overheads_have_the_names_of_their_metrics() -> None:
+    lines = [line for panel in _PANELS for line in panel.lines]
+    named = [line for line in lines if line.metric.startswith(("time/", "overhead/"))]
+    assert len(named) > len(WHERE_THE_TIME_WENT.lines)
+    for line in named:
+        assert line.label.replace("-", "_").replace(" ", "_") == line.metric.partition("/")[2]
+
+
 @pytest.mark.parametrize(("missing", "pieces"), [((), 1), ((4,), 2), ((1, 8), 1)])
 def test_a_line_ends_where_a_value_is_missing(missing: tuple[int, ...], pieces: int) -> None:
     """An evaluation at every second iteration leaves its line in one piece."""
