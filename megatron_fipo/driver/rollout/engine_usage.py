@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from megatron_fipo.engine.protocol import NO_WEIGHTS, EngineStatus
 
 MAX_LISTED_ENGINES = 16
-"""With more engines only mean, minimum and maximum over them are logged: trackers are not made for thousands of charts."""
+"""With more engines only mean, minimum and maximum over them are logged."""
 _NOTHING = EngineStatus(NO_WEIGHTS, tokens=0)
 
 
