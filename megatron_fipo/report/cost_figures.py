@@ -32,7 +32,7 @@ COST = Section(
     (
         WHERE_THE_TIME_WENT,
         Panel(
-            "Tokens per second and GPU",
+            "Throughput per GPU",
             "Of the complete iteration (prompt and response tokens trained on, over all GPUs), of the engines (response "
             "tokens received) and of the trainer (tokens trained on). On a CPU each rank and each engine counts as one GPU. "
             "Healthy: level; the trainer's rate falls slowly as responses grow, since attention costs L².",
