@@ -4,7 +4,6 @@ A node with an old view is a rank whose listings of folders are empty, or a file
 """
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
@@ -30,15 +29,17 @@ from tests.run_dir.claimed_run import claim, claimed, save, write_ranks
 from tests.run_dir.saved_run import RANKS, settings, train_and_write, unlock
 
 
-def list_nothing() -> None:
+def list_nothing(empty: Path) -> None:
+    """Every listing is that of an empty folder."""
+    scandir = os.scandir
     os.listdir = lambda path=".": []
-    os.scandir = lambda path=".": nullcontext(iter(()))
+    os.scandir = lambda path=".": scandir(empty)
 
 
-def write_with_an_old_view(rank: int, world_size: int, model: Path, folder: Path):
+def write_with_an_old_view(rank: int, world_size: int, model: Path, folder: Path, empty: Path):
     """Rank 1 never sees a file in a listing."""
     if rank == 1:
-        list_nothing()
+        list_nothing(empty)
         assert list_files(folder) == []
     return train_and_write(rank, world_size, model, 1, folder)[0]
 
@@ -46,9 +47,11 @@ def write_with_an_old_view(rank: int, world_size: int, model: Path, folder: Path
 def test_ranks_hash_their_files_whatever_listings_show(saved_run, tmp_path):
     directory = RunDirectory(tmp_path / "run")
     claim(directory, settings(saved_run.model, tmp_path / "run"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
     try:
         pending = directory.begin_save(LoopState(1, 1))
-        parts = run_ranks(RANKS, write_with_an_old_view, saved_run.model, pending.partial)
+        parts = run_ranks(RANKS, write_with_an_old_view, saved_run.model, pending.partial, empty)
         names = sorted(name for part in parts for name in part)
         assert names == [name for name in list_files(pending.partial) if not name.startswith(DRIVER_FILES)]
         assert all(any(name.startswith("weights/__") for name in part) for part in parts)
