@@ -195,8 +195,9 @@ class Loop:
         values = {
             **rollout_values(collected, batch.trajectories, state.weight_version - 1),
             **{
-                f"engines/{name}": float(count)
-                for name, count in asdict(components.rollouts.take_counts()).items()
+                f"{processes}/{name}": float(count)
+                for processes, counts in asdict(components.rollouts.take_counts()).items()
+                for name, count in counts.items()
             },
             **over_mini_steps(trained.report.mini_steps),
             "learning_rate": lr,

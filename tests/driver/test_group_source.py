@@ -12,9 +12,12 @@ from megatron_fipo.driver.rollout.group_source import (
     Interrupted,
     LiveGroups,
     ReplayGroups,
+    RolloutCounts,
     StopUnsavedError,
     interrupting,
 )
+from megatron_fipo.driver.rollout.losses import PoolCounts
+from megatron_fipo.driver.scoring.pool import ScorerCounts
 from megatron_fipo.driver.trainer_group import TrainerLostError
 from megatron_fipo.engine.protocol import EngineStatus, SamplingParams
 from megatron_fipo.errors import UserError
@@ -224,6 +227,18 @@ def test_tokens_sampled_before_the_first_iteration_do_not_count_in_it():
     (usage,) = source.take_usage().engines
     assert usage.decode_tokens_per_s is not None
     assert usage.decode_tokens_per_s * (1 - usage.idle) * 4.0 == pytest.approx(240)
+
+
+def test_counts_are_those_of_engines_and_scorers():
+    class Counting:
+        def __init__(self, counts: Any) -> None:
+            self.take_counts = lambda: counts
+
+    engines, scorers = PoolCounts(restarts=1), ScorerCounts(retries=2)
+    live = rollouts(Trainer(), Counting(engines), Collector(0))  # type: ignore[arg-type]
+    live.scorers = Counting(scorers)  # type: ignore[assignment]
+    assert live.take_counts() == RolloutCounts(engines, scorers)
+    assert ReplayGroups(None).take_counts() == RolloutCounts()  # type: ignore[arg-type]
 
 
 def test_only_live_groups_can_generate():

@@ -129,6 +129,7 @@ class ScorersAndRequests(RuleBasedStateMachine):
             assert self.queue.failed_starts(number) == self.failed_starts[number]
             at = self.queue.request_of(number)
             call = self.running.get(number)
+            assert self.queue.attempts(number) == (0 if at is None else self.attempts[at.key])
             assert (None if at is None else at.key) == (call[0].key if call else self.retry.get(number))
 
 

@@ -48,7 +48,7 @@ TINY = (
     "tracking.tensorboard=false",
 )
 VICTIMS = ("driver", "trainer rank", "rollout engine", "checkpoint writer")
-NOT_COMPARED = (*COSTS, "engines/")
+NOT_COMPARED = (*COSTS, "engines/", "scorers/")
 STARTS = 5
 """Times the command is run before a run counts as lost."""
 START_TIMEOUT_S = 900.0

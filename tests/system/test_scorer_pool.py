@@ -10,7 +10,7 @@ import pytest
 
 from megatron_fipo.driver.scoring import queue
 from megatron_fipo.driver.scoring.failures import LEAST_FAILURES
-from megatron_fipo.driver.scoring.pool import MAX_FAILED_STARTS, ScoreResult, ScorerPool
+from megatron_fipo.driver.scoring.pool import MAX_FAILED_STARTS, ScorerCounts, ScoreResult, ScorerPool
 from megatron_fipo.errors import UserError
 from tests.scorer.faulty import GOOD, SETTINGS, FaultyScorer, Unloadable
 from tests.scorer.requests import request
@@ -62,6 +62,9 @@ def test_failures_cost_their_own_group_and_a_lost_process_one_retry(pools, monke
     scores = pool.score([request(key, 2, truth) for key, truth in enumerate(behaviours)])
     assert scores == [None if truth in always else [GOOD, GOOD] for truth in behaviours]
     assert pool.outstanding == 0
+    # nan and raise fail once, the other four twice, and each of `once` once
+    assert pool.take_counts() == ScorerCounts(retries=8, restarts=12, failures=14)
+    assert pool.take_counts() == ScorerCounts()
     kinds = ["gave the reward nan", "raised KeyError", "took more", "needed more", "did not answer", "died"]
     assert len(pools.logged) == len(kinds)
     assert all(any(kind in line and "problem p" in line for line in pools.logged) for kind in kinds)

@@ -76,6 +76,8 @@ def test_a_reward_that_breaks_stops_the_run_with_its_state_and_a_later_one_resum
     first = iterations(run_dir)
     assert first
     assert sum(step["groups/unscored"] for step in first) < 10
+    assert all(step["scorers/failures"] >= step["groups/unscored"] for step in first)
+    assert all(step["scorers/retries"] == step["scorers/restarts"] == 0 for step in first)
     gc.collect()  # the error's traceback holds the lock of the run's folder
     train(run_dir, *settings, f"iterations={len(first) + 1}")
     assert len(iterations(run_dir)) == len(first) + 1
@@ -93,7 +95,11 @@ def test_slow_and_dying_scorers_leave_no_trace_in_the_weights(train, tmp_path, m
     train(tmp_path / "calm", *settings)
     monkeypatch.setattr(cluster, "ScorerActor", erratic(tmp_path))
     train(tmp_path / "troubled", *settings, "reward.scorers=3")
-    pairs = zip(iterations(tmp_path / "calm"), iterations(tmp_path / "troubled"), strict=True)
-    assert all(same_numbers(*pair, *SAMPLED_AHEAD) for pair in pairs)
+    calm, troubled = iterations(tmp_path / "calm"), iterations(tmp_path / "troubled")
+    pairs = zip(calm, troubled, strict=True)
+    assert all(same_numbers(*pair, *SAMPLED_AHEAD, "scorers/") for pair in pairs)
+    for name in ("retries", "restarts", "failures"):
+        assert sum(step[f"scorers/{name}"] for step in calm) == 0
+        assert sum(step[f"scorers/{name}"] for step in troubled) > 0
     assert (tmp_path / "4").exists()
     assert weights(tmp_path / "calm") == weights(tmp_path / "troubled")

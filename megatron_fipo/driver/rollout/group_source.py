@@ -12,6 +12,7 @@ they get new weights:
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_fipo.config import Config
@@ -22,7 +23,7 @@ from megatron_fipo.driver.rollout.dump import DumpFolder
 from megatron_fipo.driver.rollout.engine_usage import RolloutUsage
 from megatron_fipo.driver.rollout.losses import PoolCounts
 from megatron_fipo.driver.rollout.pool import EnginePool
-from megatron_fipo.driver.scoring.pool import ScorerPool
+from megatron_fipo.driver.scoring.pool import ScorerCounts, ScorerPool
 from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
@@ -64,6 +65,14 @@ def interrupting(undo: Callable[[], object] = lambda: None) -> Iterator[None]:
         raise Interrupted from error
 
 
+@dataclass(frozen=True)
+class RolloutCounts:
+    """What happened to engines and scorers since the last call."""
+
+    engines: PoolCounts = field(default_factory=PoolCounts)
+    scorers: ScorerCounts = field(default_factory=ScorerCounts)
+
+
 class GroupSource(Protocol):
     """The loop's view of where groups come from.
 
@@ -97,8 +106,8 @@ class GroupSource(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
         """The scores of an evaluation's responses, in order; None for a group that could not be scored."""
 
-    def take_counts(self) -> PoolCounts:
-        """What happened to engines and requests since the last call."""
+    def take_counts(self) -> RolloutCounts:
+        """What happened to engines and scorers since the last call."""
 
     def begin_usage(self) -> None:
         """The first iteration begins: what engines and scorers did before is not part of its usage."""
@@ -209,8 +218,8 @@ class LiveGroups:
         with interrupting():
             return self.scorers.score(requests, self.check_stop)
 
-    def take_counts(self) -> PoolCounts:
-        return self.pool.take_counts()
+    def take_counts(self) -> RolloutCounts:
+        return RolloutCounts(self.pool.take_counts(), self.scorers.take_counts())
 
     def begin_usage(self) -> None:
         with interrupting():
@@ -308,8 +317,8 @@ class ReplayGroups:
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
         raise RuntimeError("a replay has no scorers")
 
-    def take_counts(self) -> PoolCounts:
-        return PoolCounts()
+    def take_counts(self) -> RolloutCounts:
+        return RolloutCounts()
 
     def begin_usage(self) -> None: ...
 

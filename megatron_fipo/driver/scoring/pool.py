@@ -35,6 +35,18 @@ class ScoreResult:
     """In the order of the responses; None if one could not be scored."""
 
 
+@dataclass
+class ScorerCounts:
+    """What happened to scorers and groups, those of evaluations included."""
+
+    retries: int = 0
+    """Groups sent again, counted each time."""
+    restarts: int = 0
+    """Scorers started again, for any reason."""
+    failures: int = 0
+    """Calls of a scorer without scores, whether or not the group was sent again, and starts that failed."""
+
+
 class ScorerPool:
     """`size` actors of one class (see `protocol.Scorer`), numbered from 0. Single-threaded."""
 
@@ -56,6 +68,7 @@ class ScorerPool:
         self._actor_class = actors.options(num_cpus=0, scheduling_strategy="SPREAD")
         self._queue = ScoringQueue(size, timeout_s=settings.timeout_s, now=time.monotonic())
         self._watch = FailureWatch(max_failure_share, log)
+        self._counts = ScorerCounts()
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, tuple[int, ScoreRequest | None]] = {}
         """Scorer and request of each call without an answer; None for `ready`."""
@@ -132,6 +145,11 @@ class ScorerPool:
             self.abandon()
         return [scores[request.key] for request in requests]
 
+    def take_counts(self) -> ScorerCounts:
+        """The counts since the last call."""
+        counts, self._counts = self._counts, ScorerCounts()
+        return counts
+
     def take_seconds(self) -> float:
         """Seconds between the requests and the answers since the last call, added up over the scorers."""
         seconds, self._seconds = self._seconds, 0.0
@@ -174,6 +192,7 @@ class ScorerPool:
         for number, request in self._queue.start_calls(time.monotonic()):
             self._pending[self._actors[number].score.remote(request)] = number, request
             self._sent_at[number] = time.monotonic()
+            self._counts.retries += self._queue.attempts(number) > 1
 
     def _receive(self, reference: Any, number: int, request: ScoreRequest | None) -> None:
         try:
@@ -200,7 +219,7 @@ class ScorerPool:
             self._watch.ended(None)
             self._end(self._queue.ended(number), answer)
         elif answer.kind.repeatable:
-            self._watch.happened(answer)
+            self._failed(answer)
             self._watch.ended(answer)
             self._end(self._queue.ended(number), None)
         else:
@@ -215,17 +234,22 @@ class ScorerPool:
         """End a scorer's process and start another."""
         self._kill(number)
         self._pending = {reference: call for reference, call in self._pending.items() if call[0] != number}
-        self._watch.happened(failure)
+        self._failed(failure)
         key = self._queue.lost(number, time.monotonic())
         if key is not None:
             self._watch.ended(failure)
             self._end(key, None)
         if self._queue.failed_starts(number) < MAX_FAILED_STARTS:
+            self._counts.restarts += 1
             self._start(number)
         else:
             self._refusal = UserError(
                 f"a scorer could not start {MAX_FAILED_STARTS} times in a row; the last reason: {failure.reason}"
             )
+
+    def _failed(self, failure: Failure) -> None:
+        self._counts.failures += 1
+        self._watch.happened(failure)
 
     def _withdraw(self) -> None:
         for key in self._queue.withdraw():

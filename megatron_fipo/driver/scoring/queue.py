@@ -132,6 +132,11 @@ class ScoringQueue:
 
     # -- questions -------------------------------------------------------------------------------------------
 
+    def attempts(self, number: int) -> int:
+        """Calls so far for the request that the scorer runs or will run first; 0 without one."""
+        job = self._scorers[number].job
+        return 0 if job is None else job.attempts
+
     def failed_starts(self, number: int) -> int:
         """How often in a row the scorer was lost before it had loaded."""
         return self._scorers[number].failed_starts
