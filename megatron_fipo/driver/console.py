@@ -122,14 +122,13 @@ class Console:
     def evaluation(self, iteration: int, values: Mapping[str, float]) -> None:
         """The weights after `iteration` (0: before training) were evaluated with `values`."""
         k = _cell(values, "evaluation/k", "{:.0f}")
-        problems = _cell(values, "evaluation/problems", "{:.0f}")
         scores = "  ".join(
             f"{title}@{k} {_cell(values, 'evaluation/' + name, '{:.3f}')}"
             for title, name in (("avg", "avg_at_k"), ("cons", "cons_at_k"), ("pass", "pass_at_k"))
         )
         length = _cell(values, "evaluation/length_mean", "{:.1f}")
         self._print(
-            f"held-out after {iteration}: {scores}  length {length}  ({problems} problems)", style="bold cyan"
+            f"held-out after {iteration}: {scores}  length {length}  ({_problems(values)})", style="bold cyan"
         )
 
     def note(self, text: str) -> None:
@@ -202,6 +201,15 @@ def _cost(values: Mapping[str, float]) -> str:
     if "mfu/update" in values:
         row.append(f"MFU {_cell(values, 'mfu/update', '{:.1%}')}")
     return "  ".join(row)
+
+
+def _problems(values: Mapping[str, float]) -> str:
+    """How many problems an evaluation is of, and how many it had to exclude."""
+    scored, failed = _cell(values, "evaluation/problems", "{:.0f}"), values.get("evaluation/failed", 0.0)
+    if not failed:
+        return f"{scored} problems"
+    total = values["evaluation/problems"] + failed
+    return f"{scored} of {total:.0f} problems; {failed:.0f} could not be scored or sampled"
 
 
 def _cell(values: Mapping[str, float], name: str, form: str) -> str:

@@ -43,6 +43,16 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
     assert all(character.isprintable() for line in lines for character in line)
 
 
+def test_an_evaluation_explains_the_problems_that_it_excludes() -> None:
+    file = io.StringIO()
+    with Console(20, file) as console:
+        console.evaluation(1, {**_EVALUATION, "evaluation/problems": 149.0, "evaluation/failed": 1.0})
+        console.evaluation(2, {**_EVALUATION, "evaluation/failed": 0.0})
+    excluding, complete = file.getvalue().splitlines()
+    assert excluding.endswith("length 29.0  (149 of 150 problems; 1 could not be scored or sampled)")
+    assert complete.endswith("length 29.0  (150 problems)")
+
+
 def test_a_second_row_shows_where_the_time_went_and_the_rates() -> None:
     file = io.StringIO()
     costs = {

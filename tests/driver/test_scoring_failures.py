@@ -52,4 +52,5 @@ def test_every_kind_has_a_fix_and_is_logged_once():
     assert [line.partition(" for")[0] for line in logged] == [
         f"the scorer s {kind.value}" for kind in FailureKind
     ]
-    assert all("response 0 " in line and "groups/unscored" in line for line in logged)
+    counted = "; groups that they cost are counted in groups/unscored, problems of an evaluation in evaluation/failed"
+    assert all("response 0 " in line and line.endswith(counted) for line in logged)

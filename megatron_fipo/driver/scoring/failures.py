@@ -37,8 +37,8 @@ class FailureWatch:
         if failure.kind not in self._logged:
             self._logged.add(failure.kind)
             self._log(
-                f"{failure.reason}; further failures of this kind are not shown, and groups that they cost are "
-                "counted in groups/unscored"
+                f"{failure.reason}; further failures of this kind are not shown; groups that they cost are counted in "
+                "groups/unscored, problems of an evaluation in evaluation/failed"
             )
 
     def ended(self, failure: Failure | None) -> None:
