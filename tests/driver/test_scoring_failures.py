@@ -1,5 +1,6 @@
 """Failures to score are logged once per kind; too large a share of them ends the run with the reason and the fix."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,8 +38,27 @@ def test_the_sentence_has_the_share_the_last_reason_and_the_fix():
     assert stopped_by(watch) == (
         "12 of the last 30 groups could not be scored, above reward.max_failure_share = 0.1; the last reason: the "
         "scorer s time for response 11 to problem p; make the reward function faster or raise reward.timeout_s, then "
-        "run the same command again"
+        "run the command again with the correction; a training run resumes"
     )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "too_low"),
+    [
+        ({FailureKind.TIME}, True),
+        ({FailureKind.TIME, None}, False),
+        ({FailureKind.TIME, FailureKind.RAISED}, False),
+        ({FailureKind.MEMORY}, False),
+    ],
+)
+def test_a_limit_that_every_group_exceeds_is_called_too_low(kinds, too_low):
+    watch = FailureWatch(0.1, lambda _: None)
+    for _ in range(LEAST_FAILURES):
+        for kind in kinds:
+            watch.ended(None if kind is None else failure(kind))
+    words = "; all exceeded the limit, which is probably too low for this reward function; make the reward function faster"
+    assert (words in (stopped_by(watch) or "")) == too_low
+    assert stopped_by(watch) is not None
 
 
 def test_every_kind_has_a_fix_and_is_logged_once():

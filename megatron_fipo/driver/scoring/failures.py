@@ -28,8 +28,8 @@ class FailureWatch:
         self._max_share = max_share
         self._log = log
         self._logged: set[FailureKind] = set()
-        self._window: deque[bool] = deque(maxlen=WINDOW)
-        """Whether each of the last groups failed."""
+        self._window: deque[FailureKind | None] = deque(maxlen=WINDOW)
+        """Why each of the last groups failed; None if it was scored."""
         self._last: Failure | None = None
 
     def happened(self, failure: Failure) -> None:
@@ -43,18 +43,21 @@ class FailureWatch:
 
     def ended(self, failure: Failure | None) -> None:
         """A group was scored (None) or could not be."""
-        self._window.append(failure is not None)
+        self._window.append(None if failure is None else failure.kind)
         self._last = failure or self._last
 
     def raise_if_too_many(self) -> None:
         """Raises `UserError` if the share of failures is above the limit."""
-        failures = sum(self._window)
+        failures = len(self._window) - self._window.count(None)
         if self._last is None or failures < LEAST_FAILURES:
             return
         if failures <= self._max_share * len(self._window):
             return
+        cause = ""
+        if self._window.count(FailureKind.TIME) == len(self._window):
+            cause = "all exceeded the limit, which is probably too low for this reward function; "
         raise UserError(
             f"{failures} of the last {len(self._window)} groups could not be scored, above "
             f"reward.max_failure_share = {self._max_share:g}; the last reason: {self._last.reason}; "
-            f"{_FIX[self._last.kind]}, then run the same command again"
+            f"{cause}{_FIX[self._last.kind]}, then run the command again with the correction; a training run resumes"
         )
