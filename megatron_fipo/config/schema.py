@@ -241,8 +241,8 @@ class RewardConfig:
     overlong_factor: float = number(1.0, least=0)
     """Penalty at the limit."""
     scorers: int = number(1, least=1, most=1024)
-    """Processes that score, beside the engines. One takes 90 MB and about 1 s to start, and scores a group of 16 responses of
-    20,480 tokens in 5 ms (dapo_math) or 50 ms (countdown): enough for two cores. More for a slow reward."""
+    """Processes that score, beside the engines. One takes 90 MB and starts in 1 s on an idle core, and scores a group of 16
+    responses of 20,480 tokens in 5 ms (dapo_math) or 50 ms (countdown): enough for two cores. More for a slow reward."""
     timeout_s: float = number(10.0, above=0, most=86400)
     """Seconds that scoring one response may take. A group with a slower one is scored once more, by a fresh process, then
     dropped and counted (groups/unscored)."""
