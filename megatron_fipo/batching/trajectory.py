@@ -42,7 +42,7 @@ class Trajectory:
     finish_reason: str
     """`stop` (end-of-sequence token seen) or `length` (cut at the response limit)."""
     reward: float = 0.0
-    """Input of the advantage: the scorer's value plus the overlong penalty."""
+    """Input of the advantage: the reward function's value plus the overlong penalty."""
     accuracy: float = 0.0
     """Input of dynamic sampling and evaluation: correct (1.0) or wrong (0.0), before shaping."""
     advantage: float = 0.0

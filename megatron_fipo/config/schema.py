@@ -235,7 +235,7 @@ class RewardConfig:
     """How a response is scored."""
 
     name: str = choice("dapo_math", "countdown")
-    """The scorer."""
+    """The reward function."""
     overlong_buffer: int = number(4096, least=0)
     """Last tokens of the response limit over which the penalty grows linearly; 0 for no penalty."""
     overlong_factor: float = number(1.0, least=0)

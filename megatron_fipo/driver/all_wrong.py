@@ -20,7 +20,7 @@ class WrongResponse:
     ground_truth: str
     response: str
     answer: str
-    """As the scorer extracted it."""
+    """As the reward function extracted it."""
     truncated: bool
     """At `rollout.max_response_length`."""
 

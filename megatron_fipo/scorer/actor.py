@@ -8,14 +8,13 @@ from megatron_fipo.scorer.limits import TimeLimitError, limit_memory, within
 from megatron_fipo.scorer.protocol import (
     Failure,
     FailureKind,
-    FinishedResponse,
     ScoreRequest,
     ScorerSettings,
 )
 from megatron_fipo.scorer.result import UnusableResultError, plain_score, shown_error
 from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.response_text import ResponseText
-from megatron_fipo.tasks.task import Problem, Score
+from megatron_fipo.tasks.task import Score
 
 
 class ScorerActor:
@@ -36,8 +35,8 @@ class ScorerActor:
 
     def score(self, request: ScoreRequest) -> list[Score] | Failure:
         scores: list[Score] = []
-        for index, response in enumerate(request.responses):
-            result = self._score_response(request.problem, index, response)
+        for index in range(len(request.responses)):
+            result = self._score_response(request, index)
             if isinstance(result, Failure):
                 return result  # the group will not be used
             scores.append(result)
@@ -52,12 +51,12 @@ class ScorerActor:
         )
         return tokenizer
 
-    def _score_response(self, problem: Problem, index: int, response: FinishedResponse) -> Score | Failure:
-        settings = self._settings
+    def _score_response(self, request: ScoreRequest, index: int) -> Score | Failure:
+        settings, problem, response = self._settings, request.problem, request.responses[index]
 
         def failure(kind: FailureKind, what: str) -> Failure:
-            where = f"response {index} to problem {problem.problem_id}"
-            return Failure(kind, f"the scorer {settings.reward_name} {what} for {where}")
+            where = f"response {index + 1} of {len(request.responses)} to problem {problem.problem_id}"
+            return Failure(kind, f"the reward function {settings.reward_name} {what} for {where}")
 
         def score() -> Score:
             text = self._text.ending(response.token_ids, self._reward.reads_last)

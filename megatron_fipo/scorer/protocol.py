@@ -71,7 +71,7 @@ class Failure:
 
     kind: FailureKind
     reason: str
-    """A clause that names scorer, problem and response."""
+    """A clause that names the reward function, the problem and, if it is known, the response (from 1)."""
 
 
 class Scorer(Protocol):

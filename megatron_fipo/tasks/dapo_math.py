@@ -1,4 +1,4 @@
-"""The scorer `dapo_math`: DAPO's rule-based mathematics reward, which FIPO uses.
+"""The reward function `dapo_math`: DAPO's rule-based mathematics reward, which FIPO uses.
 
 The last `Answer: ...` line is normalized and compared as a string, so `0.5` does not equal `1/2`. The
 normalization is that of the appendix of Minerva (arXiv 2206.14858) for MATH. Its order matters: each step

@@ -1,6 +1,6 @@
 """Data sources and rewards by the names that `data.source` and `reward.name` use.
 
-A new task is a `DataSource`, or a `Scorer` with the check of its answers, and a line here.
+A new task is a `DataSource`, or a `RewardFunction` with the check of its answers, and a line here.
 """
 
 import logging

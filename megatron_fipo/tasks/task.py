@@ -1,4 +1,4 @@
-"""What a task consists of: problems from a data source, and a scorer for the responses."""
+"""What a task consists of: problems from a data source, and a reward function for the responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ Log = Callable[[str], None]
 class Problem:
     """A prompt, tokenized, with its verifiable answer.
 
-    `ground_truth` is what the scorer compares with; `data_source` may select among several scorers.
+    `ground_truth` is what the reward function compares with; `data_source` may select among several of them.
     """
 
     problem_id: str
@@ -50,7 +50,7 @@ class Score:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class Scorer(Protocol):
+class RewardFunction(Protocol):
     """A pure function of the response (decoded without special tokens); it must not raise on any text."""
 
     def __call__(self, response_text: str, problem: Problem, finish_reason: str) -> Score: ...
@@ -58,15 +58,15 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """A scorer, the answers that it can compare with, and the part of a response that it reads."""
+    """A reward function, the answers that it can compare with, and the part of a response that it reads."""
 
-    score: Scorer
+    score: RewardFunction
     obstacle: Callable[[str], str | None]
     """Why no response can be right for a ground truth, as the end of a sentence; None if one can."""
     doubt: Callable[[str], str | None] = lambda _: None
     """What in a ground truth makes a right response look wrong, as a noun; None if nothing does."""
     reads_last: int | None = None
-    """Last characters of the response on which the score depends; the scorer gets no others. None: all."""
+    """Last characters of the response on which the score depends; the reward function gets no others. None: all."""
 
 
 class PromptTooLongError(UserError):

@@ -10,7 +10,7 @@ from megatron_fipo.scorer.protocol import Failure, FailureKind
 
 
 def failure(kind: FailureKind, number: int = 0) -> Failure:
-    return Failure(kind, f"the scorer s {kind.value} for response {number} to problem p")
+    return Failure(kind, f"the reward function s {kind.value} for response {number} of 16 to problem p")
 
 
 def stopped_by(watch: FailureWatch) -> str | None:
@@ -37,7 +37,7 @@ def test_the_sentence_has_the_share_the_last_reason_and_the_fix():
         watch.ended(failure(FailureKind.TIME, number) if number < 12 else None)
     assert stopped_by(watch) == (
         "12 of the last 30 groups could not be scored, above reward.max_failure_share = 0.1; the last reason: the "
-        "scorer s time for response 11 to problem p; make the reward function faster or raise reward.timeout_s, then "
+        "reward function s time for response 11 of 16 to problem p; make the reward function faster or raise reward.timeout_s, then "
         "run the command again with the correction; a training run resumes"
     )
 
@@ -70,7 +70,7 @@ def test_every_kind_has_a_fix_and_is_logged_once():
             watch.ended(failure(kind, number))
         assert stopped_by(watch) is not None
     assert [line.partition(" for")[0] for line in logged] == [
-        f"the scorer s {kind.value}" for kind in FailureKind
+        f"the reward function s {kind.value}" for kind in FailureKind
     ]
     counted = "; groups that they cost are counted in groups/unscored, problems of an evaluation in evaluation/failed"
     assert all("response 0 " in line and line.endswith(counted) for line in logged)

@@ -84,6 +84,9 @@ def nested(depth: int) -> dict[str, Any]:
     return {"value": value}
 
 
+calls = itertools.count()
+
+
 BEHAVIOURS: dict[str, Callable[[], Any]] = {
     "good": lambda: GOOD,
     "whole numbers": lambda: Score(-1, 0, ""),  # type: ignore[arg-type]
@@ -115,6 +118,7 @@ BEHAVIOURS: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
     "number": lambda: 1.0,
     "raise": lambda: {}["missing"],
+    "raise at every second call": lambda: {}["missing"] if next(calls) % 2 else GOOD,
     "exit": lambda: sys.exit(3),
     "slow": lambda: time.sleep(60),
     "loop": lambda: all(True for _ in itertools.count()),

@@ -96,14 +96,18 @@ def ask(child: ProcessPoolExecutor) -> Ask:
         ("memory", FailureKind.MEMORY, "needed more than reward.memory_mb = 300 MB"),
     ],
 )
-def test_a_failure_names_scorer_problem_and_response(ask, behaviour, kind, words):
+def test_a_failure_names_reward_function_problem_and_response(ask, behaviour, kind, words):
     failure = ask(behaviour, 3)
     assert failure.kind == kind
     assert words in failure.reason
-    assert failure.reason.startswith("the scorer faulty ")
-    assert failure.reason.endswith("for response 0 to problem p7")
+    assert failure.reason.startswith("the reward function faulty ")
+    assert failure.reason.endswith("for response 1 of 3 to problem p7")
     assert len(failure.reason.encode()) < 400
     assert ask("good") == [GOOD], "the limits of the next response are its own"
+
+
+def test_a_failure_counts_responses_from_one(ask):
+    assert ask("raise at every second call", 3).reason.endswith(" for response 2 of 3 to problem p7")
 
 
 def test_scores_have_the_order_of_the_responses_and_plain_numbers(ask):

@@ -93,7 +93,7 @@ def test_too_many_failures_end_the_run_and_lose_no_result(pools):
         (
             Unloadable,
             {},
-            f"could not start {MAX_FAILED_STARTS} times in a row; the last reason: the scorer faulty died",
+            f"could not start {MAX_FAILED_STARTS} times in a row; the last reason: scorer 0 \\(faulty\\) died",
         ),
     ],
 )

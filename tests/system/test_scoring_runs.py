@@ -69,7 +69,8 @@ def test_a_reward_that_breaks_stops_the_run_with_its_state_and_a_later_one_resum
         done = train(run_dir, *settings, "iterations=50", expect=2)
     assert "groups could not be scored, above reward.max_failure_share = 0.1" in done.stderr
     assert (
-        "the scorer countdown gave the reward nan (float), not a finite number for response 0" in done.stderr
+        "the reward function countdown gave the reward nan (float), not a finite number for response 1 of 4 to"
+        in done.stderr
     )
     assert done.stdout.count("gave the reward nan") == 1
     assert "state saved" in done.stdout

@@ -228,7 +228,7 @@ class ScorerPool:
     def _lose(self, number: int, kind: FailureKind, what: str) -> None:
         request = self._queue.request_of(number)
         load = "" if request is None else f" with the responses to problem {request.problem.problem_id}"
-        self._replace(number, Failure(kind, f"the scorer {self._settings.reward_name}{load} {what}"))
+        self._replace(number, Failure(kind, f"scorer {number} ({self._settings.reward_name}){load} {what}"))
 
     def _replace(self, number: int, failure: Failure) -> None:
         """End a scorer's process and start another."""

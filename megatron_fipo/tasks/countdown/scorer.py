@@ -1,4 +1,4 @@
-"""The scorer `countdown`: an exact verifier."""
+"""The reward function `countdown`: an exact verifier."""
 
 from megatron_fipo.tasks.countdown.problems import CountdownProblem, evaluate, expressions, parse_expression
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
