@@ -70,6 +70,10 @@ def start_engines(
 def start_scorers(config: Config, model_path: str, log: Callable[[str], None]) -> ScorerPool:
     """The processes that score responses of the model in `model_path`."""
     reward = config.reward
+    log(
+        f"{reward.scorers} scorer{'s' if reward.scorers > 1 else ''} ({reward.name}; {reward.timeout_s:g} s and "
+        f"{reward.memory_mb:,} MB per response)"
+    )
     settings = ScorerSettings(
         str(Path(model_path).resolve()),
         config.model.trust_remote_code,

@@ -73,6 +73,7 @@ def test_a_reward_that_breaks_stops_the_run_with_its_state_and_a_later_one_resum
         in done.stderr
     )
     assert done.stdout.count("gave the reward nan") == 1
+    assert "\n1 scorer (countdown; 10 s and 1,024 MB per response)\n" in done.stdout
     assert "state saved" in done.stdout
     first = iterations(run_dir)
     assert first
