@@ -119,6 +119,10 @@ def test_max_prompts_ends_an_iteration_with_the_groups_there_are():
             r"none of 12 prompts .*\(6 all right, 6 all wrong, 0 failed, 0 not scored, 0 too old\).*responses_per_prompt",
         ),
         (["failed"], "requests of all 12 prompts failed"),
+        (
+            ["unscored", "failed"],
+            r"none of 12 prompts .*\(6 not scored, 6 failed\).*correct the reward function",
+        ),
     ],
 )
 def test_nothing_to_train_on_is_an_error_with_the_fix(outcomes, message):

@@ -67,6 +67,12 @@ class CollectCounts:
 def nothing_informative(counts: CollectCounts, example: WrongResponse | None) -> str:
     """Why a collection ended without a group to train on, and the fix. `example` is shown if no response is right."""
     filtered = counts.all_right + counts.all_wrong
+    if not filtered and counts.unscored:
+        return (
+            f"none of {counts.prompts} prompts could be scored or answered ({counts.unscored} not scored, "
+            f"{counts.failed} failed), so there is nothing to train on: correct the reward function, whose first "
+            "failure is reported above, or its limits reward.timeout_s and reward.memory_mb"
+        )
     if not filtered and counts.failed:
         return f"the requests of all {counts.failed} prompts failed; see {ray_logs()}"
     found = (
