@@ -4,6 +4,7 @@
 the answers of the ranks into one result.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -57,6 +58,10 @@ class RankActor:
     def start(self, load_worker: Callable[[], type[TrainerRank]], **arguments: Any) -> None:
         """Make the worker. Not in `__init__`, whose exceptions reach the driver only as text."""
         self._worker = load_worker()(**arguments)
+        # The objects of the imported modules stay. Else every collection looks through them, for example several
+        # times while a rank reads its share of a batch.
+        gc.collect()
+        gc.freeze()
 
     def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         """Run a method of the worker, by the name that `TrainerGroup.call` takes from the rank's protocol."""

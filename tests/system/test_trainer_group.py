@@ -1,5 +1,6 @@
 """The trainer's ranks with real actors: the first failure ends the group, and every later call raises it again."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -52,6 +53,9 @@ def rank_class(dies_in: str = "") -> Any:
                 raise ZeroDivisionError("no rows")
             return self.rank
 
+        def frozen(self) -> int:
+            return gc.get_freeze_count()
+
         def _die(self, method: str) -> None:
             if method == dies_in:
                 print("Fatal Python error: Aborted", file=sys.stderr, flush=True)
@@ -98,6 +102,14 @@ def test_a_rank_that_refuses_its_settings_ends_the_group_with_its_sentence():
     with pytest.raises(TrainerLostError, match=r"^no such model; give another$"):
         TrainerGroup(lambda: rank_class(dies_in="refuses"), 2, 0)
     assert placements() == []
+
+
+def test_garbage_collection_on_a_rank_skips_what_it_has_imported():
+    rank = rank_class()
+    group = TrainerGroup(lambda: rank, 1, 0)
+    (frozen,) = group.call(rank.frozen)
+    group.shutdown()
+    assert frozen > 10_000
 
 
 def test_without_an_address_a_cluster_is_started_whatever_runs_already():

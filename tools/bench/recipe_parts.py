@@ -104,6 +104,8 @@ class EmptyRank(RLRank):
     """A rank without a model, in place `rank` of a context-parallel group of the recipe's size."""
 
     def __init__(self, rank: int, world_size: int, config: Config) -> None:
+        import megatron_fipo.batching.shard  # noqa: F401 (torch, as on a real rank)
+
         self.rank = rank
         self.config = config
 
