@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +96,11 @@ class Stages:
         self.seconds[f"{name}, wall"] = time.perf_counter() - wall
 
 
+def log(message: str) -> None:
+    """Not to the standard output, which has the result."""
+    print(message, file=sys.stderr)
+
+
 def recipe(groups: int, data_parallel_size: int, model: Path) -> Config:
     return load_config(
         Path("examples/qwen2.5-32b/fipo.yaml"),
@@ -118,7 +124,7 @@ def rehearse(groups: str, data_parallel_size: str) -> dict[str, float]:
         save_tokenizer(folder, SYMBOLS)
         config = recipe(int(groups), int(data_parallel_size), folder)
         with (
-            ray_cluster(None, workers=ENGINES + RANKS, log=print, store_bytes=STORE_BYTES),
+            ray_cluster(None, workers=ENGINES + RANKS, log=log, store_bytes=STORE_BYTES),
             contextlib.ExitStack() as stack,
         ):
             pool = EnginePool(
@@ -131,7 +137,7 @@ def rehearse(groups: str, data_parallel_size: str) -> dict[str, float]:
                 loaded_weights_serve=True,
             )
             stack.callback(pool.shutdown)
-            scorers = start_scorers(config, str(folder), print)
+            scorers = start_scorers(config, str(folder), log)
             stack.callback(scorers.shutdown)
             trainer = EmptyTrainer(config)
             stack.callback(trainer.shutdown)
@@ -190,7 +196,7 @@ def make_collector(
         for index in range(8_000)
     ]
     overlong = Overlong(LIMIT, config.reward.overlong_buffer, config.reward.overlong_factor)
-    watch = AllWrongWatch(ResponseText(checked_tokenizer(str(folder), False)), print)
+    watch = AllWrongWatch(ResponseText(checked_tokenizer(str(folder), False)), log)
     return Collector(
         Dataset(problems, config.seed),
         pool,
