@@ -1,5 +1,6 @@
 """The result of one rollout: the unit of data between sampling and packing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,12 @@ class VersionSpan:
     version: int
     start: int
     end: int
+
+
+def covers(spans: Sequence[VersionSpan], length: int) -> bool:
+    """Whether the spans follow one another from the first to the last of `length` tokens."""
+    starts, ends = [span.start for span in spans], [span.end for span in spans]
+    return [*starts, length] == [0, *ends]
 
 
 @dataclass(eq=False)

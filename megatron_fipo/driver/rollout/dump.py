@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.batching.trajectory import Trajectory, VersionSpan, covers
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts
 from megatron_fipo.driver.rollout.collector import Collected
+from megatron_fipo.driver.rollout.replies import outside_vocabulary
 from megatron_fipo.driver.rollout.trajectories import ScoredGroup
 from megatron_fipo.errors import UserError, first_line, listed, writing
 
@@ -266,12 +267,10 @@ def _fault(trajectory: Trajectory, vocab_size: int) -> str | None:
     if not len(trajectory.prompt_ids) or not len(trajectory.response_ids):
         return "has no prompt or no response tokens"
     ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        invalid = ids.min() if ids.min() < 0 else ids.max()
+    if (invalid := outside_vocabulary(ids, vocab_size)) is not None:
         return f"has the token id {invalid}, but the model's vocabulary has {vocab_size}"
     if {len(trajectory.response_mask), len(trajectory.rollout_log_probs)} != {trajectory.response_length}:
         return "has a mask or log-probs whose length differs from its tokens"
-    starts, ends = [span.start for span in trajectory.spans], [span.end for span in trajectory.spans]
-    if [*starts, trajectory.response_length] != [0, *ends]:
+    if not covers(trajectory.spans, trajectory.response_length):
         return "has weight versions that do not cover its tokens"
     return None

@@ -54,6 +54,19 @@ def malformed_status(status: Any) -> str | None:
     return None
 
 
+def outside_vocabulary(ids: np.ndarray, vocab_size: int) -> int | None:
+    """The lowest of the ids (at least one) if it is negative, else the highest if it is too large, else None."""
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0:
+        return lowest
+    return highest if highest >= vocab_size else None
+
+
+def are_log_probs(values: np.ndarray) -> bool:
+    """Whether all are finite and at most `HIGHEST_LOG_PROB`."""
+    return bool((np.isfinite(values) & (values <= HIGHEST_LOG_PROB)).all())
+
+
 def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> str | None:
     if type(generation) is not Generation:
         return f"is a {type(generation).__name__}, not a Generation"
@@ -78,10 +91,9 @@ def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> s
         return None if unfinished else "is empty"
     if len(ids) > limit:
         return f"has {len(ids)} tokens, more than the {limit} allowed"
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        invalid = ids.min() if ids.min() < 0 else ids.max()
+    if (invalid := outside_vocabulary(ids, vocab_size)) is not None:
         return f"has the token id {invalid}, outside the vocabulary of {vocab_size}"
-    if not np.isfinite(log_probs).all() or log_probs.max() > HIGHEST_LOG_PROB:
+    if not are_log_probs(log_probs):
         return "has log-probs that are NaN, infinite or > 0"
     return None
 

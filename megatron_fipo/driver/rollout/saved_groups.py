@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fipo.batching.trajectory import VersionSpan
+from megatron_fipo.batching.trajectory import VersionSpan, covers
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response
-from megatron_fipo.driver.rollout.replies import HIGHEST_LOG_PROB
+from megatron_fipo.driver.rollout.replies import are_log_probs
 from megatron_fipo.engine.protocol import NO_LOG_PROBS, NO_TOKENS
 from megatron_fipo.scorer.result import UnusableResultError, plain_score
 from megatron_fipo.tasks.task import Problem, Score
@@ -121,12 +121,11 @@ def _fault(response: Response) -> str | None:
         return "has log-probs whose number differs from its tokens"
     if length and response.token_ids.min() < 0:
         return "has a negative token id"
-    if not (response.log_probs <= HIGHEST_LOG_PROB).all() or not np.isfinite(response.log_probs).all():
+    if not are_log_probs(response.log_probs):
         return "has log-probs that are NaN, infinite or > 0"
     if response.finish_reason not in ("stop", "length", None):
         return f"has finish reason {response.finish_reason!r}"
-    starts, ends = [span.start for span in response.spans], [span.end for span in response.spans]
-    if [*starts, length] != [0, *ends] or any(type(span.version) is not int for span in response.spans):
+    if not covers(response.spans, length) or any(type(span.version) is not int for span in response.spans):
         return "has weight versions that do not cover its tokens"
     return None
 

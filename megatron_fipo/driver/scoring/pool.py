@@ -211,11 +211,11 @@ class ScorerPool:
     def _answered(
         self, number: int, request: ScoreRequest | None, answer: list[Score] | Failure | None
     ) -> None:
-        if request is not None:
-            self._seconds += time.monotonic() - self._sent_at[number]
         if request is None:
             self._queue.loaded(number)
-        elif not isinstance(answer, Failure):
+            return
+        self._seconds += time.monotonic() - self._sent_at[number]
+        if not isinstance(answer, Failure):
             self._watch.ended(None)
             self._end(self._queue.ended(number), answer)
         elif answer.kind.repeatable:
