@@ -11,15 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
 from megatron_fipo.checkpoint.random_weights import write_random_model
-from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_fipo.model import parallel as model_parallel
-from megatron_fipo.trainer.rank_model import RankModel
+from megatron_fipo.config import ParallelConfig
 from tests.distributed.test_distributed_checkpoint import forked_managers  # noqa: F401 (a fixture)
 from tests.distributed.test_policy_grid import LAYOUTS
 from tests.ranks import run_ranks
+from tools.bench.distributed_checkpoint import make_policy
 
 MOST = 1.3
-"""Times the rank's own part: room for the messages of the plan, and for what tensor-parallel ranks all have."""
+"""Times the rank's own part, because of the messages of the plan and of what tensor-parallel ranks all have."""
 BYTES_PER_PARAMETER = 14
 """bfloat16 weights; float32 weights and two moments."""
 CONFIG = {
@@ -67,13 +66,7 @@ def peak_bytes(call, trace: Path) -> int:
 def save_and_load(rank: int, world_size: int, folder: Path, sizes: ParallelConfig, target: Path):
     """Bytes of a rank's own part, what its save adds at most, what it writes, what its load adds at most."""
     torch.set_num_threads(1)
-    model_parallel.initialize(sizes, seed=1)
-    settings = ModelConfig(path=str(folder), dtype="bfloat16")
-    policy = RankModel(settings, sizes, HeadConfig(), OptimizerSettings(), 1.0, torch.device("cpu"))
-    policy.load_hf(folder)
-    for chunk in policy.chunks:
-        chunk.zero_grad_buffer()
-    policy.optimizer.step()
+    policy = make_policy(folder, sizes)
     parameters = sum(parameter.numel() for parameter in policy.modules[0].parameters())
     own = BYTES_PER_PARAMETER * parameters / (sizes.data_parallel_size * sizes.context_parallel_size)
     writer, arguments = CheckpointWriter(), (policy.modules, policy.optimizer, target)

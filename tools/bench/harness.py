@@ -72,7 +72,7 @@ def in_own_process(module: str, *arguments: object, threads: int | None = 1) -> 
 
 
 def resident(field: str) -> int:
-    """A size of this process from /proc/self/status, in bytes: `VmRSS` is memory now, `VmHWM` the most so far."""
+    """A size from /proc/self/status, in bytes: `VmRSS` is memory now, `RssAnon` its private part, `VmHWM` the most so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

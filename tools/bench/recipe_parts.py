@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,13 +16,14 @@ import numpy as np
 from megatron_fipo.config import Config
 from megatron_fipo.engine.protocol import EngineStatus, Generation, GenerationRequest, SamplingParams
 from megatron_fipo.trainer.protocol import IterationReport, RankCosts, RankIteration, RLRank
+from tools.bench.harness import resident
 
 if TYPE_CHECKING:
     import ray
 
     from megatron_fipo.batching.rank_share import RankShare
 
-LIMIT = 20_480
+SHORTEST, LIMIT = 8, 20_480
 MEDIAN_LENGTH, LENGTH_SPREAD = 8_400, 0.6
 """Log-normal, cut at `LIMIT`: the mean is about 9,500 tokens."""
 INFORMATIVE = 0.4
@@ -65,7 +65,7 @@ class RandomEngine:
 
     def _answer(self, request: GenerationRequest) -> Generation:
         rng = np.random.default_rng(request.seed)
-        length = int(min(max(MEDIAN_LENGTH * np.exp(LENGTH_SPREAD * rng.standard_normal()), 8), LIMIT))
+        (length,) = response_lengths(rng.standard_normal(1)).tolist()
         tokens = rng.integers(PROMPT, VOCABULARY, length, dtype=np.int32)
         informative = random.Random(request.prompt_ids[0]).random() < INFORMATIVE
         tokens[-2:] = (RIGHT if informative and rng.random() < 0.5 else WRONG), END
@@ -93,11 +93,13 @@ class PeakMemory:
 
 
 def private_bytes() -> int:
-    """Anonymous memory of this process that is resident."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")
-    )
-    return int(line.split()[1]) * 1024
+    """Resident memory of this process that no file and no other process shares."""
+    return resident("RssAnon")
+
+
+def response_lengths(normal: np.ndarray) -> np.ndarray:
+    """Numbers of response tokens from standard normal numbers, int64."""
+    return np.clip(MEDIAN_LENGTH * np.exp(LENGTH_SPREAD * normal), SHORTEST, LIMIT).astype(np.int64)
 
 
 class EmptyRank(RLRank):

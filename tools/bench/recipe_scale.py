@@ -49,9 +49,7 @@ from megatron_fipo.tasks.task import Problem
 from tests.tiny_qwen2 import save_qwen2, save_tokenizer
 from tools.bench.harness import heading, in_own_process, measurement, parser, table
 from tools.bench.recipe_parts import (
-    LENGTH_SPREAD,
     LIMIT,
-    MEDIAN_LENGTH,
     PROMPT,
     SYMBOLS,
     VOCABULARY,
@@ -59,6 +57,7 @@ from tools.bench.recipe_parts import (
     PeakMemory,
     RandomEngine,
     private_bytes,
+    response_lengths,
 )
 
 FULL = 512
@@ -248,13 +247,10 @@ def lists(groups: str) -> dict[str, float]:
 
 def pickled_replies(groups: int) -> bytes:
     rng = np.random.default_rng(0)
-    lengths = np.minimum(
-        MEDIAN_LENGTH * np.exp(LENGTH_SPREAD * rng.standard_normal(groups * 16)), LIMIT
-    ).astype(int)
     return pickle.dumps(
         [
             (tuple(rng.integers(PROMPT, VOCABULARY, length).tolist()), tuple((-rng.random(length)).tolist()))
-            for length in lengths
+            for length in response_lengths(rng.standard_normal(groups * 16))
         ]
     )
 
