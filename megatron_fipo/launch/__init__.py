@@ -1,0 +1,1 @@
+"""Slurm jobs: typed settings, the batch script that they become, and its submission. Runs where `sbatch` does."""

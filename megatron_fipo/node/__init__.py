@@ -1,0 +1,1 @@
+"""What runs on every node of a job, before and beside training."""
