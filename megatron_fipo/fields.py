@@ -3,94 +3,37 @@
     half_life: float = number(32.0, above=0, finite=False)
     name: str = choice("fipo", "dapo", "grpo")
     run_dir: str = file_path(REQUIRED)
+    engine: str = hook("local", "vllm")
 
 Loading, validation, `megatron-fipo config` and the loss read the same metadata. Standard library only.
 """
 
-import difflib
-import math
+import ast
+import inspect
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+import textwrap
+from dataclasses import field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
+
+from megatron_fipo.field_rules import (
+    Choices,
+    FilePath,
+    FreeValues,
+    Hook,
+    HookSum,
+    NamedHooks,
+    NamedTexts,
+    Range,
+    Rule,
+    Sections,
+    Variables,
+    name_fault,
+)
 
 REQUIRED = "???"
 """The default of a setting that has none: a value must be given."""
 _KEY = "setting"
-
-
-def quoted(value: Any) -> str:
-    """A value as Python writes it, on one line, shortened if it is long text."""
-    return repr(f"{value[:77]}..." if isinstance(value, str) and len(value) > 80 else value)
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a number may take. Bounds that are None do not exist."""
-
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    finite: bool = True
-
-    def __contains__(self, value: Any) -> bool:
-        return (
-            isinstance(value, (int, float))
-            and (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-            and (math.isfinite(value) if self.finite else not math.isnan(value))
-        )
-
-    def refusal(self, value: Any) -> str:
-        """What is wrong with a value outside the range."""
-        infinite = isinstance(value, float) and math.isinf(value)
-        rule = "finite" if self.finite and infinite else str(self)
-        return f"must be {rule}, not {value}"
-
-    def __str__(self) -> str:
-        names = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        bounds = [f"{name} {bound:g}" for name, bound in names.items() if bound is not None]
-        return " and ".join(bounds) or "finite"
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The strings that a setting may take."""
-
-    names: tuple[str, ...]
-
-    def __contains__(self, value: Any) -> bool:
-        return value in self.names
-
-    def refusal(self, value: Any) -> str:
-        """What is wrong with another value, with the nearest choice."""
-        nearest = difflib.get_close_matches(str(value), self.names, n=1)
-        return f"must be {self}, not {quoted(value)}" + (
-            f" (did you mean '{nearest[0]}'?)" if nearest else ""
-        )
-
-    def __str__(self) -> str:
-        return "one of " + ", ".join(self.names)
-
-
-@dataclass(frozen=True)
-class FilePath:
-    """Text that names a file or folder. Loading replaces a leading `~` by the home folder."""
-
-    def __contains__(self, value: Any) -> bool:
-        return isinstance(value, str) and bool(value.strip()) and "\0" not in value
-
-    def refusal(self, value: Any) -> str:
-        """What is wrong with a value that names no file."""
-        return f"must be the path of a file or folder, not {quoted(value)}"
-
-    def __str__(self) -> str:
-        return "a path; a leading ~ is the home folder"
-
-
-Rule = Range | Choices | FilePath
 
 
 def number(
@@ -106,9 +49,10 @@ def number(
     return field(default=default, metadata={_KEY: Range(least, most, above, below, finite)})
 
 
-def choice(default: str, *others: str) -> Any:
-    """A field that holds one of the given strings, the first by default."""
-    return field(default=default, metadata={_KEY: Choices((default, *others))})
+def choice(default: str | None, *others: str) -> Any:
+    """A field that holds one of the given strings, the first by default. None: none of them by default."""
+    names = (*(() if default is None else (default,)), *others)
+    return field(default=default, metadata={_KEY: Choices(names)})
 
 
 def file_path(default: str | None) -> Any:
@@ -116,9 +60,59 @@ def file_path(default: str | None) -> Any:
     return field(default=default, metadata={_KEY: FilePath()})
 
 
+def hook(default: str | None, *others: str) -> Any:
+    """A field that holds the name of a built-in part, the first by default, or an import path. None: nothing by default."""
+    return field(default=default, metadata={_KEY: Hook((*(() if default is None else (default,)), *others))})
+
+
+def hook_sum(default: str | None, *others: str) -> Any:
+    """A field that holds a hook or a weighted sum of hooks."""
+    names = (*(() if default is None else (default,)), *others)
+    return field(default=default, metadata={_KEY: HookSum(Hook(names))})
+
+
+def named_hook_sums(*names: str) -> Any:
+    """A field that holds sums of hooks by name, empty by default."""
+    return field(default_factory=dict, metadata={_KEY: NamedHooks(HookSum(Hook(names)))})
+
+
+def named_texts(*names: str) -> Any:
+    """A field that holds texts by some of the given names, empty by default."""
+    return field(default_factory=dict, metadata={_KEY: NamedTexts(names)})
+
+
+def sections() -> Any:
+    """A field that holds sections of one class by name, empty by default."""
+    return field(default_factory=dict, metadata={_KEY: Sections()})
+
+
+def free_values() -> Any:
+    """A field that holds any values by name, empty by default."""
+    return field(default_factory=dict, metadata={_KEY: FreeValues()})
+
+
+def variables() -> Any:
+    """A field that holds values of environment variables by name, empty by default."""
+    return field(default_factory=dict, metadata={_KEY: Variables()})
+
+
 def rule_of(item: Any) -> Rule | None:
     """The rule for the values of a dataclass field, None if it has none."""
     return item.metadata.get(_KEY)
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass; fields without one are absent."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, following in pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = inspect.cleandoc(str(following.value.value))  # type: ignore[union-attr]
+    return docs
 
 
 def expand_home(path: str) -> str:
@@ -137,10 +131,15 @@ def first_violation(settings: Any, prefix: str = "") -> str | None:
     """
     for item in fields(settings):
         key, value, rule = f"{prefix}{item.name}", getattr(settings, item.name), rule_of(item)
-        if is_dataclass(value):
-            if (found := first_violation(value, f"{key}.")) is not None:
+        parts = {key: value}
+        if isinstance(rule, Sections) and isinstance(value, dict):
+            parts = {f"{key}.{name}": part for name, part in value.items() if name_fault(name) is None}
+        for part, section in parts.items():
+            if is_dataclass(section) and (found := first_violation(section, f"{part}.")) is not None:
                 return found
-        elif rule is not None and value not in rule and not (value is None and item.default is None):
+        if is_dataclass(value):
+            continue
+        if rule is not None and value not in rule and not (value is None and item.default is None):
             return f"{key} {rule.refusal(value)}"
     return None
 

@@ -37,23 +37,35 @@ def check_output_file(file: Path, setting: str) -> None:
             _write_a_block(_target(file).parent)
 
 
-def write_output(file: Path, content: str) -> None:
-    """Write a file, which is complete or as it was before, and make its folder. Raises UserError."""
+def write_output(file: Path, content: str | bytes) -> None:
+    """Write a file, which is complete or as it was before, and make its folder. Text becomes UTF-8. Raises UserError."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
     with writing(file):
         if not _replaceable(file):
-            file.write_text(content, encoding="utf-8")
+            file.write_bytes(data)
             return
         file = _target(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{secrets.token_hex(4)}.partial")
         try:
-            with partial.open("x", encoding="utf-8") as stream:
-                stream.write(content)
+            with partial.open("xb") as stream:
+                stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def point_link(link: Path, target: str | None) -> None:
+    """Point a symbolic link, new or not, to `target` atomically; None removes it. Raises OSError."""
+    fresh = link.with_name(f".{link.name}")
+    fresh.unlink(missing_ok=True)
+    if target is None:
+        link.unlink(missing_ok=True)
+    else:
+        fresh.symlink_to(target)
+        fresh.replace(link)
 
 
 def write_table(file: Path, rows: Iterable[dict[str, Any]]) -> None:

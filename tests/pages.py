@@ -1,6 +1,7 @@
-"""The Python code of documentation pages, executed as printed, so that a page and its tests cannot differ."""
+"""The Python code and the commands of documentation pages, executed as printed, so that a page and its tests cannot differ."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,16 @@ def run_blocks(page: str, *blocks: int) -> dict[str, Any]:
     for index in blocks or range(len(code)):
         exec(compile(code[index], f"{page}, block {index}", "exec"), names)
     return names
+
+
+def shown_commands(text: str, command: str) -> list[list[str]]:
+    """The arguments of every `megatron-fipo COMMAND EXAMPLE ...` in a page or in the comments of a YAML file, in order.
+
+    EXAMPLE is a file of this repository; commands with a placeholder in its place are left out. A command may continue on
+    the next line after a backslash.
+    """
+    joined = re.sub(r"\\\n#? *", " ", text)
+    found = [
+        shlex.split(line, comments=True) for line in re.findall(rf"megatron-fipo {command} ([^`\n]+)", joined)
+    ]
+    return [words for words in found if words and (ROOT / words[0]).is_file()]

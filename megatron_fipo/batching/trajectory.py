@@ -45,7 +45,7 @@ class Trajectory:
     """float32 [response length]: natural-log probability under the rollout engine. A health metric, never used
     as the loss's old log-probs."""
     spans: list[VersionSpan]
-    """Which weights sampled which tokens. Covers the response without gaps."""
+    """Which weights sampled which tokens. Covers the response without gaps: tool output belongs to the span before it."""
     finish_reason: str
     """`stop` (end-of-sequence token seen) or `length` (cut at the response limit)."""
     reward: float = 0.0
@@ -55,6 +55,8 @@ class Trajectory:
     advantage: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
     """Additional values that the reward logs, such as the extracted answer."""
+    set_name: str = ""
+    """Of the problem, in `data.sets`; empty if it is from none."""
 
     def __post_init__(self) -> None:
         self.prompt_ids = np.asarray(self.prompt_ids, dtype=np.int32)
@@ -75,3 +77,13 @@ class Trajectory:
     @property
     def response_length(self) -> int:
         return len(self.response_ids)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Response tokens that were sampled from the policy."""
+        return int(self.response_mask.sum())
+
+    @property
+    def turns(self) -> int:
+        """Turns of the policy: runs of sampled tokens. A finished response ends with one."""
+        return 1 + int(np.count_nonzero(np.diff(self.response_mask) < 0))

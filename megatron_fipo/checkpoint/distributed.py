@@ -2,8 +2,8 @@
 
 The files are independent of the parallel layout that wrote them and have the same names on CPU and GPU. The
 caller (`run_dir/run_directory.py`) decides in which folder a checkpoint is and when it counts as complete.
-Megatron's format contains pickles (its index, the optimizer's hyperparameters), so load only folders that you
-trust.
+Megatron's format contains pickles (its index, the optimizer's hyperparameters), which are read as data alone
+(`plain_pickles.py`).
 
 Memory. N is the number of parameters of this rank's tensor × pipeline shard, D the number of data × context
 ranks; weights and optimizer are 14N bytes. A rank stores the 1/D of the optimizer's state that it has
@@ -18,6 +18,7 @@ import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before 
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,7 +47,9 @@ from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fipo import progress
 from megatron_fipo.checkpoint.optimizer_blocks import loadable_optimizer_state, sharded_optimizer_state
+from megatron_fipo.checkpoint.plain_pickles import INDEX_FILE, plain_pickles
 from megatron_fipo.checkpoint.rank_errors import (
     join_by_rank,
     one_line,
@@ -65,11 +68,12 @@ from megatron_fipo.model.mcore import (
     full_precision,
     is_quantized,
     make_optimizer_state,
+    report_loaded_tensors,
 )
 
 POLL_S = 0.05
-INDEX_FILE = ".metadata"
-"""torch's name."""
+SIZE_EVERY_S = 1.0
+"""Seconds between two looks at how much the writers have written."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +144,23 @@ class CheckpointWriter:
         Collective over all ranks: an all-reduce of one number per check; at the end a gather of the written
         records (a few hundred bytes per tensor), the index written by rank 0, and a barrier.
 
-        UserError with the reason, on every rank, if a writer failed or was killed; the save is then over and
-        its folder is invalid. If rank 0 fails to write the index after all data was written, only rank 0
+        UserError with the reason, on every rank, if a writer failed, LostError if one was killed; the save is then
+        over and its folder is invalid. If rank 0 fails to write the index after all data was written, only rank 0
         raises, and the others wait for it until the caller ends them.
         """
         pending = self._pending
         if pending is None:
             return True
+        written, look_at = 0, 0.0
         while not pending.caller.is_current_async_call_done(blocking=False, no_dist=False):
             if not blocking:
                 return False
             time.sleep(POLL_S)
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + SIZE_EVERY_S
+                if (size := _size(pending.folder, self.files)) > written:
+                    written = size
+                    progress.advance()
         self._pending = None
         problems: dict[int, str] = {}
         try:
@@ -162,7 +172,8 @@ class CheckpointWriter:
         except OSError as error:
             raise write_error(pending.folder, str(error)) from None
         own = pending.problem or _writer_failure(pending.process)
-        raise_on_all_ranks(pending.folder, {**problems, **({dist.get_rank(): own} if own else {})})
+        killed = pending.process is not None and (pending.process.exitcode or 0) < 0
+        raise_on_all_ranks(pending.folder, {**problems, **({dist.get_rank(): own} if own else {})}, killed)
         return True
 
 
@@ -247,14 +258,18 @@ def _architecture(modules: list[Any]) -> dict[str, Any]:
 def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path) -> dict[str, Any]:
     """Load weights into the modules; returns the loaded state, including the optimizer's part."""
     state = _sharded_state(modules, optimizer, is_loading=True)
-    _check_fit(modules, state, folder)
-    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _replicas())
-    try:
-        loaded = dist_checkpointing.load(state, str(folder), strategy)
-    except CheckpointException as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged: {join_by_rank(reasons_by_rank(error))}; use an earlier one"
-        ) from None
+    with plain_pickles():
+        _check_fit(modules, state, folder)
+        report_loaded_tensors(progress.advance)
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(folder)), _replicas()
+        )
+        try:
+            loaded = dist_checkpointing.load(state, str(folder), strategy)
+        except CheckpointException as error:
+            raise UserError(
+                f"checkpoint {folder} is damaged: {join_by_rank(reasons_by_rank(error))}; use an earlier one"
+            ) from None
     for name, module in zip(_names(modules), modules, strict=True):
         module.load_state_dict(loaded[name], strict=False)  # `_extra_state` objects are not stored
     return loaded
@@ -332,6 +347,11 @@ def _files_of(request: AsyncRequest) -> list[str]:
     if dist.get_rank() == 0:
         names += [INDEX_FILE, CONFIG_FNAME, *filter(None, [COMMON_STATE_FILE])]
     return names
+
+
+def _size(folder: Path, names: Sequence[str]) -> int:
+    """Bytes in these files so far."""
+    return sum((folder / name).stat().st_size for name in names if (folder / name).exists())
 
 
 def _fork_writer(folder: Path, request: AsyncRequest) -> _Pending:

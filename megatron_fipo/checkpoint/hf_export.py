@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_fipo import progress
 from megatron_fipo.checkpoint.hf_writer import HFWriter
 from megatron_fipo.checkpoint.shard_layouts import ModelMap, join, map_model
 from megatron_fipo.errors import UserError
@@ -63,6 +64,7 @@ def iterate_hf_tensors(
     sending: list[tuple[dist.Work, torch.Tensor]] = []
     for weight in model.weights:
         tensors = _collect(weight, model, stages[weight.megatron], sending) if participates else None
+        progress.advance()
         for index, name in enumerate(weight.names):
             yield name, None if tensors is None else tensors[index].cpu() if to_host else tensors[index]
         del tensors

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from megatron_fipo import progress
 from megatron_fipo.checkpoint.finite import check_stored_values, is_finite
 from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.shard_layouts import map_model, shard
@@ -48,6 +49,7 @@ def load_hf_weights(
         if not is_finite(values.to(parameter.dtype)):
             check_stored_values(opened.source, parameter.dtype, weight.names)
         parameter.copy_(values)
+        progress.advance()
         if is_quantized(parameter):
             exact[parameter] = values.contiguous()
     return exact

@@ -9,6 +9,7 @@ system at different times. No collectives here; the caller gathers the ranks' re
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from megatron_fipo import progress
 from megatron_fipo.errors import UserError, writing
 
 Result = TypeVar("Result")
@@ -97,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{path} cannot be read ({error.strerror}), so the folder is not a complete checkpoint"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is damaged and does not describe its checkpoint ({error!r})") from None
 
 
@@ -135,12 +137,21 @@ def lasting(find: Callable[[], list[str]], within_s: float) -> list[str]:
     return found
 
 
+def unsettled_s(folder: Path) -> float:
+    """Seconds for which a node may still have an old view of a checkpoint, which was complete when its manifest was written."""
+    written = (folder / NAME).stat().st_mtime
+    return min(max(written + NODE_CACHE_S - time.time(), 0.0), NODE_CACHE_S)
+
+
 def check_file(path: Path, written: FileRecord | None) -> str | None:
     """The problem of a file with this record in the manifest (None: no record), or None if it is intact."""
     if written is None:
         return f"{path} is not in the manifest"
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be read for ever
+            return f"{path} has no content: it is a folder, pipe or device"
+        size = status.st_size
         if size != written.size:
             return f"{path} has {size:,} bytes instead of {written.size:,}"
         if record_file(path) != written:
@@ -158,6 +169,7 @@ def record_file(path: Path) -> FileRecord:
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
+            progress.advance()
             size += len(block)
     return FileRecord(size, digest.hexdigest())
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import LostError, UserError
 
 RESERVE_BYTES = 16 * 2**20
 """More than the size of the files that only rank 0 writes: the index and the common state."""
@@ -32,25 +32,31 @@ def write_obstacle(folder: Path) -> dict[int, str]:
     return {}
 
 
-def raise_on_all_ranks(folder: Path, problems: dict[int, str]) -> None:
+def raise_on_all_ranks(folder: Path, problems: dict[int, str], lost: bool = False) -> None:
     """UserError on every rank if any rank has a problem. A rank's report about itself takes precedence.
 
-    One gather.
+    It is a LostError if this process or another gives `lost`: its writer was killed. One gather.
     """
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
-    known = {rank: text for found in gathered for rank, text in found.items()}
-    known.update((rank, found[rank]) for rank, found in enumerate(gathered) if rank in found)
+    dist.all_gather_object(gathered, (problems, lost))
+    reports = [found for found, _ in gathered]
+    known = {rank: text for found in reports for rank, text in found.items()}
+    known.update((rank, found[rank]) for rank, found in enumerate(reports) if rank in found)
     if known:
-        raise write_error(folder, join_by_rank(known))
+        kind = LostError if any(lost for _, lost in gathered) else UserError
+        raise write_error(folder, join_by_rank(known), kind)
 
 
-def write_error(folder: Path, reason: str) -> UserError:
-    """A UserError for a failed save, with the free space of the disk and how to resume."""
+def write_error(folder: Path, reason: str, kind: type[UserError] = UserError) -> UserError:
+    """An error of a failed save, with the free space of the disk and, unless it is a loss, how to resume."""
     free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free)" if folder.is_dir() else ""
-    return UserError(
-        f"cannot write the checkpoint {folder}{free}: {reason}; fix this, then run the same command to "
-        "resume from the previous checkpoint"
+    return kind(
+        f"cannot write the checkpoint {folder}{free}: {reason}"
+        + (
+            ""
+            if kind is LostError
+            else "; fix this, then run the same command to resume from the previous checkpoint"
+        )
     )
 
 

@@ -23,6 +23,10 @@ COMPARED_BYTES = 2**24
 """Bytes of each tensor in memory while two tensors are compared."""
 
 
+MAX_INDEX_BYTES = 100_000_000
+"""Of the index. safetensors has the same limit for the header of a file."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor's entry in a file's header."""
@@ -175,6 +179,8 @@ class SafetensorsFolder:
 def _parse_index(path: Path) -> dict[str, str]:
     """The file of each tensor. UserError unless it is an index that transformers and vLLM can read."""
     try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"it has more than {MAX_INDEX_BYTES:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         files = content["weight_map"]
         if not (isinstance(content["metadata"], dict) and isinstance(files, dict) and files):

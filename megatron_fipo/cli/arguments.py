@@ -6,7 +6,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-from megatron_fipo.fields import expand_home
+from megatron_fipo.field_rules import FilePath
+from megatron_fipo.fields import expand_home, field_docs
 
 Handler = Callable[[argparse.Namespace], int]
 """Runs a command and returns its exit code."""
@@ -57,6 +58,11 @@ def add_overrides(command: Parser, example: str) -> None:
     )
 
 
+def option_help(settings: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass, as the help text of its option."""
+    return {name: " ".join(doc.split()).replace("%", "%%") for name, doc in field_docs(settings).items()}
+
+
 def _override(text: str) -> str:
     if "=" not in text:
         raise argparse.ArgumentTypeError(
@@ -67,6 +73,11 @@ def _override(text: str) -> str:
 
 def path(text: str) -> Path:
     """The path of a file or folder; a leading `~` that the shell has left is replaced."""
+    rule = FilePath()
+    if (
+        text not in rule
+    ):  # as the empty text of a shell variable that is not set: Path("") is the current folder
+        raise argparse.ArgumentTypeError(rule.refusal(text))
     try:
         return Path(expand_home(text))
     except ValueError as error:

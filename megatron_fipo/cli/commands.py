@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_fipo.cli.arguments import Subparsers, add_command, add_overrides, path
 from megatron_fipo.cli.streams import say
+from megatron_fipo.environment import HUB_OFFLINE
 
 
 def add_train(commands: Subparsers) -> None:
@@ -15,8 +16,8 @@ def add_train(commands: Subparsers) -> None:
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the plan (ranks, parameters and memory per rank, tokens per step) and stop; "
-        "needs only the model's config.json",
+        help="print the plan (ranks, memory, times) and stop, as `plan` does, which has more options; needs only the "
+        "model's config.json",
     )
     command.add_argument(
         "--allow-change",
@@ -59,20 +60,19 @@ def run_train(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config, validate
 
     config = load_config(arguments.config, arguments.overrides, note=say)
-    from megatron_fipo.families.registry import read_model_config
+    from megatron_fipo.families.registry import read_architecture
 
-    family, architecture = read_model_config(config.model.path)
+    architecture = read_architecture(config.model.path)
     # `train` validates again with the machine. Here errors appear before Ray and Megatron-Core are imported,
     # which takes seconds.
     validate(config, architecture)
     if arguments.dry_run:
-        from rich.console import Console
+        from megatron_fipo.cli.case_options import read_case
+        from megatron_fipo.cli.plan import print_case
 
-        from megatron_fipo.plan.plan import make_plan
-        from megatron_fipo.plan.render import print_plan
-
-        print_plan(config, architecture, make_plan(config, family, architecture), Console())
+        print_case(read_case(config))
         return 0
+    os.environ.setdefault(HUB_OFFLINE, "1")  # read when huggingface_hub is imported
     from megatron_fipo.driver.train import train
 
     return train(config, [key for key in arguments.allow_change.split(",") if key], arguments.replay)
@@ -96,7 +96,7 @@ def add_evaluate(commands: Subparsers) -> None:
 
 EVALUATE_HELP = """\
     Evaluate a model in Hugging Face format on the held-out problems: avg@k, cons@k, pass@k and response
-    length.
+    length, a row for each set.
 
     CONFIG gives data, reward, rollout and evaluation settings, usually those of the training run; its
     model.path is replaced by HF_DIR. Without CONFIG the defaults apply; override them with key=value. Nothing
@@ -108,7 +108,7 @@ EVALUATE_HELP = """\
     examples:
       megatron-fipo evaluate examples/countdown/base-model examples/countdown/fipo.yaml
       megatron-fipo evaluate runs/countdown-fipo/model examples/countdown/fipo.yaml --output trained.jsonl
-      megatron-fipo evaluate /models/Qwen2.5-7B data.source=jsonl data.evaluation_path=aime.jsonl
+      megatron-fipo evaluate /models/Qwen2.5-7B data.source=parquet evaluation.sets.aime24=data/aime24.parquet
 """
 
 
@@ -126,6 +126,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from megatron_fipo.families.registry import read_architecture
 
     validate_evaluation(config, read_architecture(config.model.path))
+    os.environ.setdefault(HUB_OFFLINE, "1")  # read when huggingface_hub is imported
     from megatron_fipo.driver.evaluate import evaluate
 
     model_name = Path(os.path.abspath(config.model.path)).name
@@ -215,7 +216,7 @@ def add_config(commands: Subparsers) -> None:
     command.add_argument(
         "command",
         nargs="?",
-        choices=("train", "sft"),
+        choices=("train", "sft", "launch"),
         default="train",
         help="the command that the settings are for (default: train)",
     )
@@ -234,6 +235,7 @@ CONFIG_HELP = """\
 def run_config(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import Config, SftConfig
     from megatron_fipo.config.describe import describe
+    from megatron_fipo.launch.settings import LaunchSettings
 
-    print(describe(Config if arguments.command == "train" else SftConfig))
+    print(describe({"train": Config, "sft": SftConfig, "launch": LaunchSettings}[arguments.command]))
     return 0

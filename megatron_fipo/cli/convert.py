@@ -1,6 +1,7 @@
 """The `convert` command: a Hugging Face folder to a Megatron checkpoint folder, and back."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -127,8 +128,8 @@ def run_to_hf(arguments: argparse.Namespace) -> int:
 def _target(arguments: argparse.Namespace) -> Path:
     if arguments.target is None:
         raise UserError("convert needs DST, the folder to make (only --dry-run works without)")
-    source = arguments.source.resolve()
-    if source in arguments.target.resolve().parents:
+    source, target = (Path(os.path.realpath(folder)) for folder in (arguments.source, arguments.target))
+    if source in target.parents:
         raise UserError(f"DST {arguments.target} is inside SRC {arguments.source}; choose a folder outside")
     check_new_folder(arguments.target, "DST")
     return arguments.target

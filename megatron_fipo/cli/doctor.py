@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_fipo.config.gpu_rules import fp8_obstacle
 from megatron_fipo.engine.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
-from megatron_fipo.environment import Accelerators, has_nvidia_apex, installed_version
+from megatron_fipo.environment import Accelerators, device_names, has_nvidia_apex, installed_version
 
 Severity = Literal["ok", "optional", "missing"]
 """`ok`; `optional`: absent, training works without it; `missing`: absent, nothing runs."""
@@ -196,10 +196,9 @@ def _cuda() -> tuple[str | None, tuple[str, ...], tuple[int, int] | None]:
     except (ImportError, OSError):
         return None, (), None
     devices = range(torch.cuda.device_count())
-    names = tuple(torch.cuda.get_device_name(index) for index in devices)
     return (
         torch.version.cuda,
-        names,
+        tuple(device_names()),
         min((torch.cuda.get_device_capability(index) for index in devices), default=None),
     )
 

@@ -3,42 +3,57 @@
 Heavy packages are imported inside functions, so that the command line starts fast.
 """
 
-from megatron_fipo.config.load import differences, load_config, save_config
+from megatron_fipo.config.load import differences, load_config, load_stored_config, save_config
 from megatron_fipo.config.rules import validate, validate_evaluation, validate_sft
 from megatron_fipo.config.schema import (
     BatchConfig,
     Config,
-    DataConfig,
-    EvaluationConfig,
     HeadConfig,
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
-    RewardConfig,
+    RecoveryConfig,
     RolloutConfig,
-    SftConfig,
-    SftDataConfig,
-    SftOptimizerSettings,
     TrackingConfig,
+)
+from megatron_fipo.config.sft_schema import SftConfig, SftDataConfig, SftOptimizerSettings
+from megatron_fipo.config.task_schema import (
+    FILE_SOURCES,
+    CodeReward,
+    DataConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    EvaluationSet,
+    HttpReward,
+    RewardConfig,
+    TrainingSet,
 )
 
 __all__ = [
+    "FILE_SOURCES",
     "BatchConfig",
+    "CodeReward",
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
+    "EvaluationSet",
     "HeadConfig",
+    "HttpReward",
     "ModelConfig",
     "OptimizerSettings",
     "ParallelConfig",
+    "RecoveryConfig",
     "RewardConfig",
     "RolloutConfig",
     "SftConfig",
     "SftDataConfig",
     "SftOptimizerSettings",
     "TrackingConfig",
+    "TrainingSet",
     "differences",
     "load_config",
+    "load_stored_config",
     "save_config",
     "validate",
     "validate_evaluation",

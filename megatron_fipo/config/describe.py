@@ -1,15 +1,13 @@
 """The schema as a commented YAML file: every setting with its meaning and default, taken from the schema's source."""
 
-import ast
 import inspect
 import textwrap
 from dataclasses import MISSING, fields, is_dataclass
-from itertools import pairwise
 from typing import Any
 
 import yaml
 
-from megatron_fipo.fields import rule_of
+from megatron_fipo.fields import field_docs, rule_of
 
 
 def describe(schema: type, indent: int = 0) -> str:
@@ -26,20 +24,6 @@ def describe(schema: type, indent: int = 0) -> str:
             comment += f"\n{str(rule).capitalize()}."
         blocks.append(f"{_comment(comment)}\n{item.name}: {_yaml(_default(item))}")
     return textwrap.indent("\n".join(blocks), " " * indent)
-
-
-def field_docs(schema: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass; fields without one are absent."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for statement, following in pairwise(body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = inspect.cleandoc(str(following.value.value))  # type: ignore[union-attr]
-    return docs
 
 
 def _default(item: Any) -> Any:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 
 def settings(schema: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -24,6 +24,21 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{key}.")
         else:
             yield key, value
+
+
+def is_mapping(kind: Any) -> bool:
+    """Whether a setting of type `kind` takes names with values."""
+    return get_origin(kind) is dict
+
+
+def entry_type(kind: Any) -> Any:
+    """What the names of a mapping have: `str`, `Any`, or the class of a section."""
+    return get_args(kind)[1]
+
+
+def is_section_mapping(kind: Any) -> bool:
+    """Whether a setting of type `kind` takes names with sections."""
+    return is_mapping(kind) and is_dataclass(entry_type(kind))
 
 
 def nearest_key(key: str, root: Any, siblings: Any = ()) -> str | None:

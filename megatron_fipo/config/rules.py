@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from megatron_fipo.config.divisibility import check_divisibility
+from megatron_fipo.config.environment_rules import check_environment
 from megatron_fipo.config.gpu_rules import (
     check_accelerators,
     check_adam,
@@ -10,15 +11,15 @@ from megatron_fipo.config.gpu_rules import (
     check_layers,
     check_precision,
 )
-from megatron_fipo.config.schema import Config, ParallelConfig, RolloutConfig, SftConfig
+from megatron_fipo.config.judge_rules import check_judges
+from megatron_fipo.config.schema import Config, ParallelConfig, RolloutConfig
+from megatron_fipo.config.set_rules import check_data, check_limits
+from megatron_fipo.config.sft_schema import SftConfig
 from megatron_fipo.environment import Accelerators, Machine
 from megatron_fipo.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_fipo.families.family import Architecture
-
-FILE_SOURCES = ("parquet", "jsonl")
-"""Data sources that read `data.train_path` and `data.evaluation_path`; others generate their problems."""
 
 
 def validate(
@@ -28,6 +29,7 @@ def validate(
 
     Without `architecture` the checks against the model are skipped, without `machine` those against cores and GPUs.
     """
+    check_environment(config)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
@@ -36,18 +38,18 @@ def validate(
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
     _check_rollout(config, architecture)
-    if config.reward.overlong_buffer >= config.rollout.max_response_length:
-        raise UserError(
-            f"reward.overlong_buffer={config.reward.overlong_buffer} must be below "
-            f"rollout.max_response_length={config.rollout.max_response_length}; 0 turns the penalty off"
-        )
-    _check_data(config, training=True)
+    check_data(config, training=True)
+    check_limits(config, training=True)
+    check_judges(config)
     _check_positions(config.rollout, architecture)
 
 
 def validate_evaluation(config: Config, architecture: "Architecture | None" = None) -> None:
     """Check what evaluation needs; checks across training settings are skipped. Raises UserError."""
-    _check_data(config, training=False)
+    check_environment(config)
+    check_data(config, training=False)
+    check_limits(config, training=False)
+    check_judges(config)
     _check_positions(config.rollout, architecture)
 
 
@@ -88,7 +90,7 @@ def _check_machine(
     engines = (
         rollout.num_engines * rollout.engine_tensor_parallel_size if rollout is not None and apart else 0
     )
-    if parallel.world_size + engines > available:
+    if parallel.world_size + engines > available and not machine.may_grow:
         ranks = (
             f"the sizes of `parallel` need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
@@ -154,7 +156,7 @@ def _check_batch(config: Config) -> None:
             f"rollout.max_prompts={rollout.max_prompts} can never give batch.prompts_per_iteration={batch.prompts_per_iteration}; "
             "raise it"
         )
-    longest = rollout.max_prompt_length + rollout.max_response_length
+    longest = rollout.longest_sequence
     multiple = parallel.pack_multiple(config.model.token_multiple)
     padded = -(-longest // multiple) * multiple
     capacity = batch.max_tokens_per_micro_batch * parallel.context_parallel_size
@@ -180,6 +182,10 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
                 raise UserError(
                     f"rollout.{key}={getattr(rollout, key)} needs rollout.engine=vllm, not {rollout.engine}"
                 )
+        if rollout.vllm:
+            raise UserError(
+                f"rollout.vllm has arguments of vLLM and needs rollout.engine=vllm, not {rollout.engine}"
+            )
     if rollout.placement == "colocated" and rollout.mode != "synchronous":
         raise UserError(
             f"rollout.placement=colocated needs rollout.mode=synchronous, not {rollout.mode}: engines sleep during updates"
@@ -206,11 +212,13 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
             f"rollout.unfinished=continue with rollout.mode={rollout.mode} needs rollout.max_staleness of at least {least}, not "
             f"{rollout.max_staleness}: responses that continue under new weights would be dropped as too old"
         )
-    if config.objective.correction != "none" and rollout.top_p < 1:
-        raise UserError(
-            f"objective.correction={config.objective.correction} compares complete distributions, but rollout.top_p={rollout.top_p} "
-            "truncates them; set rollout.top_p=1 or objective.correction=none"
-        )
+    for key, complete in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        value = getattr(rollout, key)
+        if config.objective.correction != "none" and value != complete:
+            raise UserError(
+                f"objective.correction={config.objective.correction} compares complete distributions, but rollout.{key}={value} "
+                f"truncates them; set rollout.{key}={complete} or objective.correction=none"
+            )
     if config.deterministic and (rollout.mode == "fully_asynchronous" or rollout.unfinished == "continue"):
         raise UserError(
             "deterministic=true needs rollout.mode=synchronous or one_step_off and rollout.unfinished=drop: otherwise timing "
@@ -218,25 +226,8 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
         )
 
 
-def _check_data(config: Config, training: bool) -> None:
-    data = config.data
-    if data.source == "countdown" and config.reward.name != "countdown":
-        raise UserError(f"data.source=countdown needs reward.name=countdown, not {config.reward.name}")
-    if data.source not in FILE_SOURCES:
-        return
-    if training and not data.train_path:
-        raise UserError(f"data.source={data.source} needs data.train_path, a file of training rows")
-    if not data.evaluation_path and (
-        not training or config.evaluation.every or config.evaluation.before_training
-    ):
-        hint = ", or evaluation.every=0 and evaluation.before_training=false" if training else ""
-        raise UserError(
-            f"data.source={data.source} needs data.evaluation_path, a file of held-out rows{hint}"
-        )
-
-
 def _check_positions(rollout: RolloutConfig, architecture: "Architecture | None") -> None:
-    longest = rollout.max_prompt_length + rollout.max_response_length
+    longest = rollout.longest_sequence
     if architecture is not None and longest > architecture.max_position_embeddings:
         raise UserError(
             f"rollout.max_prompt_length={rollout.max_prompt_length} + max_response_length={rollout.max_response_length} = "

@@ -8,8 +8,10 @@ on the fields (`fields.py`). Names of parallel settings are Megatron-Core's own.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_fipo.fields import REQUIRED, choice, file_path, number
+from megatron_fipo.config.task_schema import DataConfig, EnvironmentConfig, EvaluationConfig, RewardConfig
+from megatron_fipo.fields import REQUIRED, choice, file_path, free_values, hook, number, variables
 from megatron_fipo.objective.config import ObjectiveConfig
 
 
@@ -155,7 +157,7 @@ class OptimizerSettings:
 class RolloutConfig:
     """Sampling of responses, and dynamic sampling of groups."""
 
-    engine: str = choice("local", "vllm")
+    engine: str = hook("local", "vllm")
     """`vllm` generates with vLLM; `local` with transformers, for small models and machines without vLLM."""
     num_engines: int = number(1, least=1)
     """Engine replicas; requests are spread over them."""
@@ -179,6 +181,9 @@ class RolloutConfig:
     faster and wastes a few percent."""
     max_prompts: int = number(20480, least=1)
     """Prompts that dynamic sampling may start for one iteration before it continues with the groups it has."""
+    filter_by: str = choice("accuracy", "reward")
+    """What must differ within a group for training to use it. `reward`, before the overlong penalty, is for rewards that have
+    other values than right and wrong; a reward function that returns a number alone is accurate if it is above 0."""
     max_staleness: int = number(1, least=0)
     """Largest number of weight versions between a group's oldest token and its update; older groups are dropped. With
     `continue`, 2 or 3 avoid dropping long responses more often than short ones. In `fully_asynchronous` it also limits
@@ -187,6 +192,16 @@ class RolloutConfig:
     """Sampling temperature. The head divides logits by the same number."""
     top_p: float = number(1.0, above=0, most=1)
     """Nucleus truncation while sampling."""
+    top_k: int = number(0, least=0)
+    """Number of most likely tokens to sample from; 0 for all."""
+    min_p: float = number(0.0, least=0, most=1)
+    """Least probability of a sampled token, as a share of the most likely token's; 0 for no truncation."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, also in evaluation: `stop: ["</answer>"]`. The response includes them; its finish reason
+    is `stop`."""
+    vllm: dict[str, Any] = free_values()
+    """Arguments of vLLM's engine (`AsyncEngineArgs`) for rollout.engine=vllm: `vllm: {max_num_seqs: 256, quantization: fp8}`.
+    docs/rollout-engines.md lists those that follow from other settings and are refused here."""
     max_prompt_length: int = number(2048, least=1)
     """Longest prompt in tokens; longer ones are refused when the dataset is read."""
     max_response_length: int = number(20480, least=1)
@@ -211,63 +226,15 @@ class RolloutConfig:
     dump_every: int = number(0, least=0)
     """Iterations between dumps of the trained trajectories to run_dir/rollouts, for `train --replay`; 0 for none."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an empty stop string."""
+        if "" in self.stop:
+            raise ValueError("stop must not contain an empty string, which every response contains")
 
-@dataclass
-class DataConfig:
-    """Problems to train on and held-out problems."""
-
-    source: str = choice("parquet", "jsonl", "countdown")
-    """`parquet` and `jsonl` read rows of prompt, reward_model.ground_truth, data_source; `countdown` generates problems."""
-    train_path: str | None = file_path(None)
-    """File of training rows (parquet, jsonl)."""
-    evaluation_path: str | None = file_path(None)
-    """File of held-out rows (parquet, jsonl)."""
-    deduplicate: bool = True
-    """Keep the first of rows with the same prompt, and log how many were dropped."""
-    train_size: int = number(4000, least=1)
-    """Problems to generate for training (countdown)."""
-    evaluation_size: int = number(150, least=1)
-    """Held-out problems to generate (countdown)."""
-
-
-@dataclass
-class RewardConfig:
-    """How a response is scored."""
-
-    name: str = choice("dapo_math", "countdown")
-    """The reward function."""
-    overlong_buffer: int = number(4096, least=0)
-    """Last tokens of the response limit over which the penalty grows linearly; 0 for no penalty."""
-    overlong_factor: float = number(1.0, least=0)
-    """Penalty at the limit."""
-    scorers: int = number(1, least=1, most=1024)
-    """Processes that score, beside the engines. One takes 90 MB and starts in 1 s on an idle core, and scores a group of 16
-    responses of 20,480 tokens in 5 ms (dapo_math) or 50 ms (countdown): enough for two cores. More for a slow reward."""
-    timeout_s: float = number(10.0, above=0, most=86400)
-    """Seconds that scoring one response may take. A group with a slower one is scored once more, by a fresh process, then
-    dropped and counted (groups/unscored)."""
-    memory_mb: int = number(1024, least=64, most=2**20)
-    """Memory that scoring one response may take, in addition to what a scorer uses once it has loaded."""
-    max_failure_share: float = number(0.1, least=0, most=1)
-    """Share of groups that could not be scored, of the last 200, above which the run stops with its state saved (from 10
-    such groups on); 1 never stops it."""
-
-
-@dataclass
-class EvaluationConfig:
-    """Measurements on the held-out problems. The response limit is `rollout.max_response_length`."""
-
-    every: int = number(5, least=0)
-    """Iterations between evaluations; 0 evaluates after the last only, which is always evaluated if there are held-out
-    problems."""
-    samples_per_problem: int = number(32, least=1)
-    """k of avg@k, cons@k, pass@k."""
-    temperature: float = number(1.0, least=0)
-    """Sampling temperature of evaluation."""
-    top_p: float = number(0.7, above=0, most=1)
-    """Nucleus truncation of evaluation."""
-    before_training: bool = True
-    """Evaluate the starting weights first."""
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.max_prompt_length + self.max_response_length
 
 
 @dataclass
@@ -284,6 +251,21 @@ class CheckpointConfig:
     """Number of checkpoints with the best held-out accuracy (avg@k) to keep in addition."""
     keep_every: int = number(0, least=0)
     """Also keep each checkpoint whose iteration is a multiple of this; 0 for none."""
+
+
+@dataclass
+class RecoveryConfig:
+    """What a run does when a trainer rank, its node or a checkpoint writer is lost: it starts the ranks again and resumes from
+    the last checkpoint, while engines and scorers stay."""
+
+    max_restarts: int = number(3, least=0)
+    """Times the ranks are started again without a new checkpoint in between; then the command ends with exit code 86."""
+    placement_timeout_s: float = number(600.0, above=0)
+    """Seconds to wait for other resources after a node was lost."""
+    stall_timeout_s: float = number(600.0, above=0)
+    """Seconds in which a working trainer may finish no micro-batch, tensor or block of a file on any rank, or in which a rank
+    may not answer at all, before it counts as lost. Must be longer than the longest micro-batch, kernel compilation and
+    import included."""
 
 
 @dataclass
@@ -311,9 +293,11 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     run_dir: str = file_path(REQUIRED)
     """Folder of the run's state, metrics, report and model. An existing run of the same config is resumed."""
     iterations: int = number(500, least=1)
@@ -328,51 +312,8 @@ class Config:
     """Save, stop and exit with code 85 at the first safe point after this long; null for no limit."""
     ray_address: str | None = None
     """Address of a running Ray cluster; null starts one on this machine."""
-
-
-@dataclass
-class SftDataConfig:
-    """Traces to imitate: written-out searches of generated countdown problems."""
-
-    train_size: int = number(4000, least=1)
-    """Problems to write traces for. The held-out problems are never among them."""
-
-
-@dataclass
-class SftOptimizerSettings:
-    """AdamW for supervised training."""
-
-    lr: float = number(3e-3, above=0)
-    """Learning rate after the warm-up (AdamW); it falls along a half cosine to lr / 10 at the last step."""
-    warmup_steps: int = number(50, least=0)
-    """Steps over which the rate rises linearly from 0."""
-    weight_decay: float = number(0.01, least=0)
-    """Decoupled weight decay, not applied to norms and biases."""
-    adam_beta2: float = number(0.98, least=0, below=1)
-    """Decay of the second moment; short runs need a shorter memory than 0.999."""
-    clip_grad: float = number(1.0, least=0)
-    """Largest global gradient norm; 0 for none."""
-
-
-@dataclass
-class SftConfig:
-    """Supervised training from random weights: how the base model of a small task is made."""
-
-    model_config_path: str = file_path(REQUIRED)
-    """Folder with config.json and tokenizer in Hugging Face format. No weights are needed: they are initialized from
-    `seed`."""
-    output_dir: str = file_path(REQUIRED)
-    """Folder of the trained model, in Hugging Face format."""
-    dtype: str = choice("float32", "bfloat16")
-    """Dtype of parameters and activations."""
-    layer_spec: str = choice("auto", "portable", "transformer_engine")
-    """Modules of a layer, as in `train`."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data: SftDataConfig = field(default_factory=SftDataConfig)
-    optimizer: SftOptimizerSettings = field(default_factory=SftOptimizerSettings)
-    steps: int = number(1000, least=1)
-    """Optimizer steps."""
-    tokens_per_step: int = number(3000, least=1)
-    """Tokens of complete traces per optimizer step, over all ranks."""
-    seed: int = number(1, least=0)
-    """Seed of initialization, data and order."""
+    env: dict[str, str] = variables()
+    """Environment variables of trainer ranks, engines and scorers, on all nodes: `env: {NCCL_DEBUG: INFO}`, or
+    env.NCCL_DEBUG=INFO; null removes one. Not for secrets."""
+    placement_timeout_s: float = number(600.0, above=0)
+    """Seconds to wait until the Ray cluster has the resources of the ranks and of the engines: nodes may still join it."""

@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from megatron_fipo.config.yaml_text import LIST, MAPPING, NULL, TEXT, has_meaning
-from megatron_fipo.fields import REQUIRED, quoted
+from megatron_fipo.field_rules import quoted
+from megatron_fipo.fields import REQUIRED
 
 _DIGITS = r"(?:0|[1-9][0-9]*)"
 _INTEGER = re.compile(rf"[-+]?{_DIGITS}")
@@ -31,7 +32,7 @@ _TAGS = {
 
 
 def convert(node: yaml.Node, kind: Any) -> Any:
-    """The value of a setting of type `kind`: str, bool, int, float, a tuple of these, or one of them `| None`.
+    """The value of a setting of type `kind`: str, bool, int, float, a tuple of these (also of any length), or one of them `| None`.
 
     Text is returned exactly as written. Raises ValueError, as the end of a sentence that begins with the key.
     """
@@ -53,6 +54,38 @@ def convert(node: yaml.Node, kind: Any) -> Any:
     return _CONVERSIONS[required](node, kind)
 
 
+def free_value(node: yaml.Node) -> Any:
+    """The value of a setting that has no declared type, by the rules of YAML 1.2: quoted text is text.
+
+    Raises ValueError, as the end of a sentence that begins with the key.
+    """
+    try:
+        return _free_value(node)
+    except RecursionError:  # an alias within its own anchor
+        raise ValueError("is nested too deeply") from None
+
+
+def _free_value(node: yaml.Node) -> Any:
+    refuse_tag(node)
+    if isinstance(node, yaml.MappingNode):
+        return {_text(name, str): _free_value(value) for name, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_free_value(item) for item in node.value]
+    if is_null(node):
+        return None
+    assert isinstance(node, yaml.ScalarNode)
+    if node.style is None:
+        text = node.value.strip(" ")
+        for kind, is_one in (
+            (bool, text in _BOOLEANS),
+            (int, _INTEGER.fullmatch(text)),
+            (float, _NUMBER.fullmatch(text) or _SPECIAL.fullmatch(text)),
+        ):
+            if is_one:
+                return _CONVERSIONS[kind](node, kind)
+    return _text(node, str)
+
+
 def is_list(kind: Any) -> bool:
     """Whether a setting of type `kind` takes a list."""
     return any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
@@ -71,7 +104,11 @@ def refuse_tag(node: yaml.Node) -> None:
 
 def _tuple(node: yaml.Node, required: Any, kind: Any) -> tuple:
     kinds = get_args(required)
-    if not isinstance(node, yaml.SequenceNode) or len(node.value) != len(kinds):
+    if not isinstance(node, yaml.SequenceNode):
+        raise ValueError(f"must be {_name(kind)}")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(node.value)
+    if len(node.value) != len(kinds):
         raise ValueError(f"must be {_name(kind)}")
     return tuple(convert(item, part) for item, part in zip(node.value, kinds, strict=True))
 
@@ -126,6 +163,8 @@ def _name(kind: Any) -> str:
     parts = get_args(kind)
     if NoneType in parts:
         return " or ".join("null" if part is NoneType else _name(part) for part in parts)
+    if get_origin(kind) is tuple and parts[-1] is Ellipsis:
+        return f"a list of values, each {_name(parts[0])}"
     if get_origin(kind) is tuple:
         return f"a list of {len(parts)} values, each {_name(parts[0])}"
     return _NAMES[kind]

@@ -27,7 +27,7 @@ class WrongResponse:
     def __str__(self) -> str:
         """One sentence for the user."""
         end = self.response[-SHOWN_CHARACTERS:].strip()
-        cut = ", cut at rollout.max_response_length," if self.truncated else ""
+        cut = ", cut at its limit of tokens," if self.truncated else ""
         found = (
             "no valid answer was found in it"
             if self.answer == NO_ANSWER

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from megatron_fipo.checkpoint.manifest import read_manifest, wrong_names
+from megatron_fipo.checkpoint.manifest import lasting, read_manifest, unsettled_s, wrong_names
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.loop_state import LoopState
@@ -38,7 +38,9 @@ class CheckpointSaver:
     def load(self, checkpoint: Path) -> bool:
         """Check every file of a checkpoint and load it into the ranks. False if another parallel layout wrote it."""
         # First, because a rank waits for a file that its node does not show yet.
-        self.directory.refuse_damaged(checkpoint, wrong_names(checkpoint, read_manifest(checkpoint)))
+        recorded = read_manifest(checkpoint)
+        wrong = lasting(lambda: wrong_names(checkpoint, recorded), unsettled_s(checkpoint))
+        self.directory.refuse_damaged(checkpoint, wrong)
         self.directory.refuse_damaged(checkpoint, self.trainer.check_files(checkpoint))
         return self.trainer.load(checkpoint)
 

@@ -1,10 +1,10 @@
-"""The Ray cluster of a run, and the rollout engines and scorers on it."""
+"""The Ray cluster of a run, and the rollout engines, scorers and environments on it."""
 
 import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from ray.util.placement_group import PlacementGroup
 
 from megatron_fipo.config import Config
 from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster, is_lost
+from megatron_fipo.driver.joined_cluster import watching
 from megatron_fipo.driver.own_cluster import OwnCluster
+from megatron_fipo.driver.ray_access import OPTIONS, loopback_as_written, need_any_token, own_token
 from megatron_fipo.driver.ray_storage import (
     RAY_FOLDER,
     check_shared_memory,
@@ -22,15 +24,21 @@ from megatron_fipo.driver.ray_storage import (
     remove_session_folder,
     worker_variables,
 )
+from megatron_fipo.driver.rollout.environments import EnvironmentPool
+from megatron_fipo.driver.rollout.episode_pool import EpisodePool
 from megatron_fipo.driver.rollout.pool import EnginePool
 from megatron_fipo.driver.scoring.pool import ScorerPool
+from megatron_fipo.driver.scoring.rehearsal import Trial, rehearse
 from megatron_fipo.engine.registry import engine_type
-from megatron_fipo.environment import Machine, this_machine
+from megatron_fipo.environment import HUB_OFFLINE, Machine, this_machine
+from megatron_fipo.environments.actor import EnvironmentActor
+from megatron_fipo.environments.protocol import WorkerSettings
 from megatron_fipo.errors import RAY_LOGS_VARIABLE, UserError, first_line
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.scorer.actor import ScorerActor
 from megatron_fipo.scorer.protocol import ScorerSettings
+from megatron_fipo.tasks.task import Problem
 from megatron_fipo.weight_sync.transport import BUCKETS_IN_STORE, transport_for
 
 OBJECT_STORE_BASE_BYTES = 128 * 2**20
@@ -62,28 +70,70 @@ def start_engines(
         vocab_size=read_architecture(Path(model_path)).vocab_size,
         gpus_per_engine=rollout.engine_tensor_parallel_size if machine.gpus else 0,
         keep_batches=config.deterministic,
+        placement_timeout_s=config.placement_timeout_s,
         loaded_weights_serve=trainer is None,
         trainer_placement=trainer if rollout.placement == "colocated" else None,
     )
 
 
-def start_scorers(config: Config, model_path: str, log: Callable[[str], None]) -> ScorerPool:
-    """The processes that score responses of the model in `model_path`."""
-    reward = config.reward
+def start_scorers(
+    config: Config, model_path: str, rewards: tuple[str, ...], log: Callable[[str], None]
+) -> ScorerPool:
+    """The processes that score responses of the model in `model_path` by these rewards, as `reward.name` writes them."""
+    reward, settings = config.reward, ScorerSettings.of(config, model_path, rewards)
     log(
-        f"{reward.scorers} scorer{'s' if reward.scorers > 1 else ''} ({reward.name}; {reward.timeout_s:g} s and "
+        f"{reward.scorers} scorer{'s' if reward.scorers > 1 else ''} ({', '.join(rewards)}; {reward.timeout_s:g} s and "
         f"{reward.memory_mb:,} MB per response)"
-    )
-    settings = ScorerSettings(
-        str(Path(model_path).resolve()),
-        config.model.trust_remote_code,
-        reward.name,
-        reward.timeout_s,
-        reward.memory_mb,
     )
     return ScorerPool(
         ScorerActor, settings, reward.scorers, max_failure_share=reward.max_failure_share, log=log
     )
+
+
+def try_rewards(config: Config, model_path: str, trials: Sequence[Trial], log: Callable[[str], None]) -> None:
+    """Try the rewards that the user brings, on every node (`rehearse`)."""
+    rewards = tuple(sorted({trial.request.problem.task.reward for trial in trials}))
+    rehearse(ScorerActor, ScorerSettings.of(config, model_path, rewards), trials, log)
+
+
+def start_environments(
+    config: Config,
+    model_path: str,
+    environments: dict[str, Problem],
+    engines: EnginePool,
+    log: Callable[[str], None],
+) -> EpisodePool:
+    """The processes of these environments (import paths, each with a problem to try it with), in front of the engines.
+
+    Returns once they have loaded. Raises `UserError` if one cannot be used.
+    """
+    environment = config.environment
+    log(
+        f"{environment.workers} environment worker{'s' if environment.workers > 1 else ''} ({', '.join(environments)}; "
+        f"{environment.timeout_s:g} s per answer, {environment.memory_mb:,} MB per process, at most {environment.max_turns} turns)"
+    )
+    settings = WorkerSettings(
+        str(Path(model_path).resolve()),
+        config.model.trust_remote_code,
+        environments,
+        os.getcwd(),
+        environment.max_observation_tokens,
+        environment.timeout_s,
+        environment.memory_mb,
+    )
+    workers = EnvironmentPool(
+        EnvironmentActor,
+        settings,
+        environment.workers,
+        max_failure_share=environment.max_failure_share,
+        log=log,
+    )
+    try:
+        workers.wait_until_loaded()
+    except UserError:
+        workers.shutdown()
+        raise
+    return EpisodePool(engines, workers, environment, lockstep=config.deterministic)
 
 
 def run_cluster(
@@ -95,6 +145,7 @@ def run_cluster(
         workers=config.parallel.world_size + config.rollout.num_engines,
         log=log,
         store_bytes=object_store_bytes(config, architecture),
+        environment=config.env,
     )
 
 
@@ -109,7 +160,7 @@ def object_store_bytes(config: Config, architecture: Architecture) -> int:
     )
     buckets = BUCKETS_IN_STORE * max(config.rollout.weight_bucket_mb * 2**20, embedding)
     responses = config.batch.prompts_per_iteration * config.batch.responses_per_prompt
-    tokens = responses * (config.rollout.max_prompt_length + config.rollout.max_response_length)
+    tokens = responses * config.rollout.longest_sequence
     needed = OBJECT_STORE_BASE_BYTES + buckets + tokens * STORED_BYTES_PER_TOKEN
     return min(needed, psutil.virtual_memory().total // 3)
 
@@ -121,23 +172,30 @@ def ray_cluster(
     workers: int,
     log: Callable[[str], None],
     store_bytes: int = OBJECT_STORE_BASE_BYTES,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Machine]:
     """Join the cluster at `address`, or start one on this machine with just enough CPUs that ends with the run.
 
-    Yields what ranks and engines may use: the complete cluster in the first case, this machine in the second. Raises
-    `UserError` if Ray cannot start or be joined, or (`ClusterLostError`) if the started cluster ends before the run does.
+    Yields what ranks and engines may use: the complete cluster in the first case, this machine in the second. What
+    variables they need they set by themselves, since they may run on another kind of machine; `environment` (`env`) comes in
+    addition. Raises
+    `UserError` if Ray cannot start or be joined, or (`ClusterLostError`) if the cluster ends before the run does.
     """
-    machine = this_machine()
-    # One connection keeps the launch order that Megatron-Core needs to overlap tensor-parallel communication with GEMMs.
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if machine.gpus else {"OMP_NUM_THREADS": "1"}
+    variables = {HUB_OFFLINE: os.environ.setdefault(HUB_OFFLINE, "1"), **(environment or {})}
     with contextlib.ExitStack() as stack:
         if address:
-            stack.enter_context(logs_in(connect(address, environment)))
+            need_any_token()
+            stack.enter_context(logs_in(connect(address, variables)))
+            stack.enter_context(watching(ray.get_runtime_context().gcs_address))
             resources = ray.cluster_resources()
-            machine = Machine(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+            machine = Machine(
+                cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)), may_grow=True
+            )
         else:
+            machine = this_machine()
             own = stack.enter_context(own_cluster(workers, store_bytes, log))
-            connect(own, environment | worker_variables(os.environ))
+            with loopback_as_written():
+                connect(own, variables | worker_variables(os.environ))
         try:
             yield machine
         except UserError:
@@ -161,9 +219,11 @@ def own_cluster(workers: int, store_bytes: int, log: Callable[[str], None]) -> I
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     keep_logs = False
     try:
-        with logs_in(folder / RAY_FOLDER / "session_latest/logs"):
+        with logs_in(folder / RAY_FOLDER / "session_latest/logs"), own_token(folder):
             cluster = OwnCluster(
                 folder,
+                log,
+                **OPTIONS,
                 num_cpus=workers,
                 include_dashboard=False,
                 object_store_memory=store_bytes,
@@ -200,6 +260,8 @@ def connect(address: str, environment: dict[str, str]) -> Path:
     A handler of SIGTERM stays as it is.
     """
     handler = signal.getsignal(signal.SIGTERM)
+    # Of a group that ends only the first failure is read; Ray would print those of the others.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         context: Any = ray.init(
             address=address,

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_fipo.phases import PHASES
+from megatron_fipo.run_dir.evaluation_names import evaluation_metric, sets_in
 
 # column title, metric name, format
 _COLUMNS = (
@@ -31,13 +33,14 @@ _COLUMNS = (
     ("influence", "influence/mean", "{:.4f}"),
 )
 _SUMMARY_ROWS = (
-    ("avg@k", "evaluation/avg_at_k", "{:.3f}"),
-    ("cons@k", "evaluation/cons_at_k", "{:.3f}"),
-    ("pass@k", "evaluation/pass_at_k", "{:.3f}"),
-    ("response length, mean", "evaluation/length_mean", "{:.1f}"),
-    ("response length, median", "evaluation/length_median", "{:.1f}"),
-    ("truncated", "evaluation/truncated", "{:.1%}"),
+    ("avg@k", "avg_at_k", "{:.3f}"),
+    ("cons@k", "cons_at_k", "{:.3f}"),
+    ("pass@k", "pass_at_k", "{:.3f}"),
+    ("response length, mean", "length_mean", "{:.1f}"),
+    ("response length, median", "length_median", "{:.1f}"),
+    ("truncated", "truncated", "{:.1%}"),
 )
+"""Label, metric of an evaluation set, format."""
 _RATES = (
     ("iteration", "throughput/tokens_per_s_per_gpu"),
     ("engines", "throughput/rollout_tokens_per_s_per_gpu"),
@@ -121,15 +124,19 @@ class Console:
 
     def evaluation(self, iteration: int, values: Mapping[str, float]) -> None:
         """The weights after `iteration` (0: before training) were evaluated with `values`."""
-        k = _cell(values, "evaluation/k", "{:.0f}")
-        scores = "  ".join(
-            f"{title}@{k} {_cell(values, 'evaluation/' + name, '{:.3f}')}"
-            for title, name in (("avg", "avg_at_k"), ("cons", "cons_at_k"), ("pass", "pass_at_k"))
-        )
-        length = _cell(values, "evaluation/length_mean", "{:.1f}")
-        self._print(
-            f"held-out after {iteration}: {scores}  length {length}  ({_problems(values)})", style="bold cyan"
-        )
+        rows = _evaluation_rows(values)
+        width = max(map(len, rows))
+        for title, of_set in rows.items():
+            cells = partial(_evaluation_cell, values, of_set)
+            scores = "  ".join(
+                f"{name}@{cells('k', '{:.0f}')} {cells(f'{name}_at_k', '{:.3f}')}"
+                for name in ("avg", "cons", "pass")
+            )
+            self._print(
+                f"held-out {title:{width}} after {iteration}: {scores}  length {cells('length_mean', '{:.1f}')}  "
+                f"({_problems(values, of_set)})",
+                style="bold cyan",
+            )
 
     def note(self, text: str) -> None:
         """Print a sentence."""
@@ -146,11 +153,13 @@ class Console:
         self._stop_live()
         if before is not None or after is not None:
             table = Table(title="Held-out problems", title_justify="left", title_style="bold")
-            for heading in ("", "before", "after", "change"):
-                table.add_column(heading, justify="left" if not heading else "right")
-            for title, name, form in _SUMMARY_ROWS:
-                if name in (before or {}) or name in (after or {}):
-                    table.add_row(title, *_before_after(before or {}, after or {}, name, form))
+            for heading in ("set", "", "before", "after", "change"):
+                table.add_column(heading, justify="left" if heading in ("set", "") else "right")
+            for row, of_set in _evaluation_rows({**(before or {}), **(after or {})}).items():
+                for title, metric, form in _SUMMARY_ROWS:
+                    name = evaluation_metric(metric, of_set)
+                    if name in (before or {}) or name in (after or {}):
+                        table.add_row(row, title, *_before_after(before or {}, after or {}, name, form))
             self._rich.print(table)
         for title, path in (("report", report_path), ("model", model_path)):
             if path is not None:
@@ -203,12 +212,26 @@ def _cost(values: Mapping[str, float]) -> str:
     return "  ".join(row)
 
 
-def _problems(values: Mapping[str, float]) -> str:
+def _evaluation_rows(values: Mapping[str, float]) -> dict[str, str | None]:
+    """Title and set of each row to show of an evaluation. Of several sets the last row is over all of them (None)."""
+    names = sets_in(values)
+    rows: dict[str, str | None] = {name: name for name in names}
+    if len(names) != 1:
+        rows[f"mean of {len(names)} sets" if names else "problems"] = None
+    return rows
+
+
+def _evaluation_cell(values: Mapping[str, float], of_set: str | None, name: str, form: str) -> str:
+    return _cell(values, evaluation_metric(name, of_set), form)
+
+
+def _problems(values: Mapping[str, float], of_set: str | None) -> str:
     """How many problems an evaluation is of, and how many it had to exclude."""
-    scored, failed = _cell(values, "evaluation/problems", "{:.0f}"), values.get("evaluation/failed", 0.0)
+    scored = _evaluation_cell(values, of_set, "problems", "{:.0f}")
+    failed = values.get(evaluation_metric("failed", of_set), 0.0)
     if not failed:
         return f"{scored} problems"
-    total = values["evaluation/problems"] + failed
+    total = values[evaluation_metric("problems", of_set)] + failed
     return f"{scored} of {total:.0f} problems; {failed:.0f} could not be scored or sampled"
 
 

@@ -5,13 +5,20 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_fipo.config import Config
-from megatron_fipo.driver.cluster import run_cluster, start_engines, start_scorers
+from megatron_fipo.driver.cluster import (
+    run_cluster,
+    start_engines,
+    start_environments,
+    start_scorers,
+    try_rewards,
+)
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate as evaluate_problems
+from megatron_fipo.driver.scoring.rehearsal import RESPONSE, trials
 from megatron_fipo.driver.tokenizer import checked_tokenizer, prints_date
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.outputs import check_output_file, write_table
-from megatron_fipo.tasks.registry import load_evaluation
+from megatron_fipo.tasks.registry import environments_of, load_evaluation, rewards_of
 from megatron_fipo.tasks.response_text import ResponseText
 
 
@@ -32,17 +39,25 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
             run_cluster(config, read_architecture(Path(model_dir)), console.note) as machine,
             contextlib.ExitStack() as stack,
         ):
+            own = trials(config, [], held_out, tokenizer.encode(RESPONSE, add_special_tokens=False))
+            try_rewards(config, model_dir, own, console.note)
             pool = start_engines(config, model_dir, machine, console.note)
             stack.callback(pool.shutdown)
-            scorers = start_scorers(config, model_dir, console.note)
+            scorers = start_scorers(config, model_dir, rewards_of(*held_out.values()), console.note)
             stack.callback(scorers.shutdown)
+            generate = pool.generate
+            if environments := environments_of(*held_out.values()):
+                episodes = start_environments(config, model_dir, environments, pool, console.note)
+                stack.callback(episodes.shutdown)
+                generate = episodes.generate
             evaluation = evaluate_problems(
-                pool.generate,
+                generate,
                 scorers.score,
                 held_out,
                 ResponseText(tokenizer),
                 config.evaluation,
                 max_new_tokens=config.rollout.max_response_length,
+                stop=config.rollout.stop,
                 seed=config.seed,
             )
         console.evaluation(0, evaluation.values)

@@ -1,11 +1,15 @@
 """Held-out accuracy from several responses per problem: avg@k, cons@k, pass@k and lengths. Pure functions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import comb
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
+from megatron_fipo.run_dir.evaluation_names import evaluation_metric
+from megatron_fipo.tasks.named_numbers import means
 from megatron_fipo.tasks.task import NO_ANSWER
 
 
@@ -18,9 +22,11 @@ class EvaluatedResponse:
     accuracy: float
     """1 for a right response, 0 for a wrong one."""
     length: int
-    """Response tokens."""
+    """Response tokens that were sampled."""
     truncated: bool
     """Cut at the response limit."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Of its score."""
 
 
 def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[str, float]:
@@ -28,7 +34,8 @@ def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[s
 
     `avg_at_k`: share of right responses. `cons_at_k`: see `consensus`. `pass_at_k`: share of problems with a right response.
     `length_q25`, `length_mean`, `length_median`, `length_q75` in tokens and `truncated`, the share of cut responses, are over
-    all responses. `k` and `problems` are the numbers of responses and problems.
+    all responses. `k` and `problems` are the numbers of responses and problems. The others are the named numbers of rewards,
+    each over the responses that have it.
     Raises ValueError without responses or for unequal numbers of them.
     """
     counts = {len(responses) for responses in problems}
@@ -40,7 +47,7 @@ def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[s
     right = [sum(response.accuracy > 0 for response in responses) for responses in problems]
     everything = [response for responses in problems for response in responses]
     q25, median, q75 = np.quantile([response.length for response in everything], [0.25, 0.5, 0.75]).tolist()
-    return {
+    return means(response.extra for response in everything) | {
         "avg_at_k": float(np.mean(right)) / k,
         "cons_at_k": float(np.mean([consensus(responses) for responses in problems])),
         "pass_at_k": float(np.mean([pass_at(k, k, count) for count in right])),
@@ -52,6 +59,29 @@ def evaluation_values(problems: Sequence[Sequence[EvaluatedResponse]]) -> dict[s
         "k": float(k),
         "problems": float(len(problems)),
     }
+
+
+def over_sets(sets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of an evaluation by name, from those of each set (`evaluation_values`, and `failed`).
+
+    `evaluation/SET/NAME` is of one set. `evaluation/NAME` is the mean over the sets, each with the same weight however many
+    problems it has: the average that tables of results print. `problems` and `failed` are sums. Quantiles have no mean, and
+    sets of different k have none of cons@k, pass@k and k; avg@k estimates the same with any k.
+    """
+    metrics = {}
+    same_k = len({values["k"] for values in sets.values()}) == 1
+    for metric in (
+        "avg_at_k",
+        *(("cons_at_k", "pass_at_k", "k") if same_k else ()),
+        "length_mean",
+        "truncated",
+    ):
+        metrics[evaluation_metric(metric)] = fmean(values[metric] for values in sets.values())
+    for metric in ("problems", "failed"):
+        metrics[evaluation_metric(metric)] = sum(values[metric] for values in sets.values())
+    for name, values in sets.items():
+        metrics |= {evaluation_metric(metric, name): value for metric, value in values.items()}
+    return metrics
 
 
 def consensus(responses: Sequence[EvaluatedResponse]) -> float:

@@ -37,7 +37,8 @@ from megatron_fipo.config import Config
 from megatron_fipo.driver.checkpoint_saver import CheckpointSaver
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.evaluation import evaluate
-from megatron_fipo.driver.iteration_metrics import rollout_values
+from megatron_fipo.driver.iteration_metrics import rollout_values, set_values
+from megatron_fipo.driver.recovery import Recovery
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.dump import write_dump
 from megatron_fipo.driver.rollout.group_source import GroupSource, Interrupted, interrupting
@@ -56,7 +57,7 @@ from megatron_fipo.phases import PhaseClock
 from megatron_fipo.run_dir.loop_state import LOOP_FILE, TOKENS_FILE, LoopState
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from megatron_fipo.tasks.task import Decode, Problem
+from megatron_fipo.tasks.task import Decode, HeldOut
 from megatron_fipo.trainer.protocol import TokenWeights
 
 
@@ -66,13 +67,14 @@ class LoopComponents:
 
     trainer: RLTrainer
     rollouts: GroupSource
-    held_out: list[Problem]
+    held_out: HeldOut
     """Empty if nothing is evaluated."""
     decode: Decode
     pad_token_id: int
     console: Console
     trackers: Trackers
     stop: Stop
+    recovery: Recovery
 
 
 class Loop:
@@ -159,6 +161,7 @@ class Loop:
                 self.saver.finish_if_written()
             with self.clock.phase("rollout_wait"):
                 components.rollouts.after_update()
+            check_stop(components.stop)  # before the push, which the resumed run does first
             with self.clock.phase("weight_sync"):
                 components.rollouts.push_weights(state.weight_version)
         finally:  # the iteration is complete, whatever happens to the engines
@@ -194,14 +197,16 @@ class Loop:
         state, components = self.state, self.components
         values = {
             **rollout_values(collected, batch.trajectories, state.weight_version - 1),
+            **set_values(batch.trajectories, self.config.data.sets),
             **{
                 f"{processes}/{name}": float(count)
                 for processes, counts in asdict(components.rollouts.take_counts()).items()
-                for name, count in counts.items()
+                for name, count in (counts or {}).items()
             },
             **over_mini_steps(trained.report.mini_steps),
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
+            **components.recovery.values(),
             **costs,
         }
         components.console.iteration(state.iteration, values)
@@ -236,12 +241,13 @@ class Loop:
         components.console.phase("evaluation")
         start = time.perf_counter()
         evaluation = evaluate(
-            lambda requests, sampling: components.rollouts.generate(requests, sampling, version),
+            lambda groups: components.rollouts.generate(groups, version),
             components.rollouts.score,
             components.held_out,
             components.decode,
             config.evaluation,
             max_new_tokens=config.rollout.max_response_length,
+            stop=config.rollout.stop,
             seed=config.seed,
         )
         self._log("evaluation", {**evaluation.values, "evaluation/seconds": time.perf_counter() - start})
@@ -264,6 +270,7 @@ class Loop:
     def _resume(self) -> None:
         checkpoint = self.directory.latest()
         if checkpoint is None:
+            self.components.recovery.resumes(read_metrics(self.directory.path), 0)
             self.metrics.truncate_after(-1)
             self.samples.truncate_after(-1)
             return
@@ -282,6 +289,7 @@ class Loop:
         except ValueError as error:
             fault = f"its {LOOP_FILE} and {TOKENS_FILE} do not give a state of sampling ({error})"
             self.directory.refuse_damaged(checkpoint, [fault])
+        self.components.recovery.resumes(read_metrics(self.directory.path), self.state.iteration)
         self.metrics.truncate_after(self.state.iteration)
         self.samples.truncate_after(self.state.iteration)
         again = (

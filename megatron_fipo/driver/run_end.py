@@ -7,6 +7,7 @@ from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.report import write_report
+from megatron_fipo.run_dir.losses import losses_sentence
 from megatron_fipo.run_dir.metrics_log import read_metrics
 
 MODEL = "model"
@@ -44,7 +45,7 @@ def write_report_of(run_dir: Path, console: Console) -> None:
 
 
 def summarize(run_dir: Path, console: Console) -> None:
-    """Log the use of the sampled tokens and print the table of held-out accuracy."""
+    """Log the use of the sampled tokens and what was lost, and print the table of held-out accuracy."""
     records = read_metrics(run_dir)
     iterations = [record.values for record in records if record.kind == "iteration"]
     generated = sum(values["tokens/generated"] for values in iterations)
@@ -57,6 +58,8 @@ def summarize(run_dir: Path, console: Console) -> None:
             f"{used:.1%} of the sampled tokens were trained on, {filtered:.1%} were in groups whose responses were all "
             f"correct or all wrong; {iterations[-1]['rollout/unused_share']:.1%} of the informative responses were unused"
         )
+    if iterations and (losses := losses_sentence(iterations[-1])) is not None:
+        console.note(losses)
     evaluations = {record.iteration: record.values for record in records if record.kind == "evaluation"}
     before, after = evaluations.get(0), evaluations.get(max(evaluations)) if evaluations else None
     console.summary(before, after, run_dir / "report.html", run_dir / MODEL)

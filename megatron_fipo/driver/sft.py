@@ -3,6 +3,7 @@
 Ranks, packing, head and optimizer are those of reinforcement learning; the loss is plain cross-entropy on the response.
 """
 
+import contextlib
 import math
 import random
 import tempfile
@@ -20,6 +21,7 @@ from megatron_fipo.config import (
     HeadConfig,
     ModelConfig,
     OptimizerSettings,
+    RecoveryConfig,
     SftConfig,
     validate_sft,
 )
@@ -58,10 +60,13 @@ def train(config: SftConfig) -> None:
         Progress() as progress,
         ray_cluster(None, workers=config.parallel.world_size, log=progress.console.print),
         tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as stack,
     ):
         initial = Path(folder) / "initial"
         _write_initial_model(config, initial)
         trainer = SftTrainer(_rank_settings(config, initial), int(machine.gpus > 0))
+        stack.callback(trainer.shutdown)
+        trainer.start()
         for line in trainer.describe():
             progress.console.print(line)
         bar = progress.add_task("supervised training", total=config.steps)
@@ -74,7 +79,6 @@ def train(config: SftConfig) -> None:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         trainer.export_hf(initial, target)
-        trainer.shutdown()
     print(f"model {target}")
 
 
@@ -156,4 +160,5 @@ def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
         seed=config.seed,
         deterministic=False,
         outside_wait_s=0.0,
+        stall_timeout_s=RecoveryConfig().stall_timeout_s,
     )

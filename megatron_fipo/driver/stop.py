@@ -1,14 +1,4 @@
-"""Requests to stop a run before its last iteration, and the exit codes.
-
-    exit code   meaning
-    0           done
-    1           a bug in the driver; its traceback is printed (a bug in a rank ends with 2, its traceback in the log)
-    2           an error that the user can fix, or a disk, an engine or Ray that failed; one sentence is printed
-    85          SIGTERM, SIGUSR1 or `max_walltime_minutes`: state saved, run the same command again
-    130         Ctrl-C (SIGINT): state saved; or Ctrl-C twice: stopped at once, with the state of the last checkpoint
-
-Slurm requeues a job that ends with 85 if `RequeueExit=85` is configured.
-"""
+"""Requests to stop a run before its last iteration."""
 
 import contextlib
 import signal
@@ -19,8 +9,8 @@ from typing import Any
 
 import psutil
 
-SAVED = 85
-INTERRUPTED = 130
+from megatron_fipo.exit_codes import INTERRUPTED, SAVED
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

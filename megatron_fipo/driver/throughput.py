@@ -60,7 +60,7 @@ class Work:
 def work_of(trained: Sequence[Trajectory]) -> Work:
     """The work of an iteration that trains on these responses."""
     lengths = [trajectory.length for trajectory in trained]
-    return Work(lengths, sum(int(trajectory.response_mask.sum()) for trajectory in trained))
+    return Work(lengths, sum(trajectory.sampled_tokens for trajectory in trained))
 
 
 def cost_values(

@@ -4,24 +4,28 @@
 the answers of the ranks into one result.
 """
 
-import gc
-import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from megatron_fipo.config import RecoveryConfig
 from megatron_fipo.driver.actor_logs import why_it_died
 from megatron_fipo.driver.cluster_loss import ERROR_DELAY_S, check_cluster, is_lost
-from megatron_fipo.driver.placement import node_by_node, reserve
+from megatron_fipo.driver.placement import (
+    PLACEMENT_TIMEOUT_S,
+    node_by_node,
+    reserve,
+    wait_until_placed,
+)
+from megatron_fipo.driver.rank_actor import RankActor, TrainerLostError, raised, start_actor, submit
+from megatron_fipo.driver.rank_watch import RankWatch
 from megatron_fipo.driver.ray_wait import wait_for_one
-from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.trainer.protocol import (
     IterationReport,
     PushFailure,
@@ -43,40 +47,28 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Value = TypeVar("Value")
-_logger = logging.getLogger(__name__)
-
-
-class TrainerLostError(UserError):
-    """A rank died or failed, and all ranks with it: nothing more can be trained or saved in this process."""
-
-
-class RankActor:
-    """The Ray actor of one rank. Imports the worker on the rank: the driver never imports Megatron-Core."""
-
-    _worker: TrainerRank
-
-    def start(self, load_worker: Callable[[], type[TrainerRank]], **arguments: Any) -> None:
-        """Make the worker. Not in `__init__`, whose exceptions reach the driver only as text."""
-        self._worker = load_worker()(**arguments)
-        # The objects of the imported modules stay. Else every collection looks through them, for example several
-        # times while a rank reads its share of a batch.
-        gc.collect()
-        gc.freeze()
-
-    def call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
-        """Run a method of the worker, by the name that `TrainerGroup.call` takes from the rank's protocol."""
-        return getattr(self._worker, method)(*arguments, **keywords)
-
-
-START_METHODS = (RankActor.start.__name__, TrainerRank.rendezvous.__name__, TrainerRank.setup.__name__)
-"""A rank that dies in one of these has lost nothing."""
+LOOK_EVERY_S = 1.0
+"""Seconds between two looks at the ranks while they work."""
+PEER_DELAY_S = 5.0
+"""Seconds by which a rank may fail before the death of the rank that caused it is seen."""
+ABANDONABLE = frozenset(
+    method.__name__
+    for method in (
+        RankActor.start,
+        TrainerRank.rendezvous,
+        TrainerRank.setup,
+        RLRank.check_files,
+        RLRank.load,
+    )
+)
+"""Before they have returned there is nothing to save, so the run may stop at once."""
 
 
 class TrainerGroup:
     """`world_size` ranks of one worker class. A method runs on all ranks at once; results are by rank.
 
     A rank that dies leaves the others waiting inside a collective, so the first failure ends all of them. It
-    is raised as `TrainerLostError`, and again by every later call.
+    is raised as one of the errors of `rank_actor.py`, and again by every later call until `start`.
     """
 
     def __init__(
@@ -85,38 +77,57 @@ class TrainerGroup:
         world_size: int,
         gpus_per_rank: int,
         gpu_share: float = 1.0,
+        recovery: RecoveryConfig | None = None,
+        check: Callable[[], None] = lambda: None,
+        placement_timeout_s: float = PLACEMENT_TIMEOUT_S,
         **worker_arguments: Any,
     ) -> None:
-        """Start the ranks. Each reserves `gpus_per_rank` GPUs and takes `gpu_share` of them.
+        """Reserve the resources of the ranks: `gpus_per_rank` GPUs each, of which a rank takes `gpu_share`.
 
         The rest is for a colocated engine. `load_worker` runs on the rank and imports the worker class.
+        `check` is called while the ranks start and load, and may raise.
 
-        Raises `UserError` if the cluster has no space for the ranks; then, or when a rank fails, nothing
-        stays reserved.
+        Raises `UserError` if the cluster has no space for the ranks.
         """
-        self._failure: TrainerLostError | None = None
+        self._load_worker = load_worker
+        self._arguments = worker_arguments
+        self._recovery = recovery or RecoveryConfig()
+        self._check = check
+        self._failure: Exception | None = None
+        self._options = {"num_cpus": 1, "num_gpus": gpus_per_rank * gpu_share}
+        self._size = world_size
         bundle = {"CPU": 1, "GPU": gpus_per_rank} if gpus_per_rank else {"CPU": 1}
         self.placement: PlacementGroup = reserve(
-            bundle, world_size, "trainer ranks", "lower the parallel sizes"
+            bundle, world_size, "trainer ranks", "lower the parallel sizes", placement_timeout_s
         )
-        remote: Any = ray.remote(RankActor)
-        self.actors: list[ActorHandle] = [
-            remote.options(
-                num_cpus=1,
-                num_gpus=gpus_per_rank * gpu_share,
+        self.actors: list[ActorHandle] = []
+        self._nodes: list[str] = []
+
+    def start(self) -> None:
+        """Start the ranks; also again, after ending those that are left. The resources stay reserved meanwhile.
+
+        Raises `NoSpareNodeError` if those of a lost node are not found elsewhere within `recovery.placement_timeout_s`.
+        """
+        self.end_ranks()
+        self._failure, self._nodes = None, []
+        wait_until_placed(self.placement, self._recovery.placement_timeout_s, self._check)
+        self.actors = [
+            start_actor(
+                **self._options,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.placement, placement_group_bundle_index=bundle_index
                 ),
-            ).remote()
+            )
             for bundle_index in node_by_node(self.placement)
         ]
+        self._watch = RankWatch(self.actors, self._recovery.stall_timeout_s)
         starts = [
-            actor.start.remote(load_worker, rank=rank, world_size=world_size, **worker_arguments)
+            actor.start.remote(self._load_worker, rank=rank, world_size=self._size, **self._arguments)
             for rank, actor in enumerate(self.actors)
         ]
-        self._results(starts, RankActor.start.__name__)
+        self._nodes = self._results(starts, RankActor.start.__name__)
         method = TrainerRank.rendezvous.__name__
-        (rendezvous,) = self._results([_submit(self.actors[0], method)], method)
+        (rendezvous,) = self._results([submit(self.actors[0], method)], method)
         self.call(TrainerRank.setup, rendezvous)
 
     def call(
@@ -127,8 +138,8 @@ class TrainerGroup:
     ) -> list[Result]:
         """Run `method`, a method of the rank's protocol, on every rank and wait for all.
 
-        Pass large arguments through `put_once`. Raises `TrainerLostError` with the first failure of the
-        group, from this call or an earlier one.
+        Pass large arguments through `put_once`. Raises the first failure of the group, from this call or an
+        earlier one.
         """
         return self.call_while(None, method, *arguments, **keywords)
 
@@ -143,8 +154,14 @@ class TrainerGroup:
         if self._failure is not None:
             raise self._failure
         name = method.__name__
-        calls = [_submit(actor, name, *arguments, **keywords) for actor in self.actors]
+        calls = [submit(actor, name, *arguments, **keywords) for actor in self.actors]
         return self._results(calls, name, meanwhile)
+
+    def check(self) -> None:
+        """Between calls: raises `TrainerLostError` if a rank died or does not answer."""
+        if self._failure is not None:
+            raise self._failure
+        self._end_if_lost((), "no method")
 
     def describe(self) -> list[str]:
         """What rank 0 runs on, a line for each part."""
@@ -154,13 +171,18 @@ class TrainerGroup:
         """Write the weights as a Hugging Face folder, config and tokenizer from `source`."""
         self.call(TrainerRank.export_hf, str(source), str(target))
 
+    def end_ranks(self) -> None:
+        """End all ranks, also those that hang."""
+        if not is_lost():
+            for actor in self.actors:
+                ray.kill(actor)
+        self.actors = []
+
     def shutdown(self) -> None:
         """End all ranks and release their reservation."""
-        if is_lost():
-            return
-        for actor in self.actors:
-            ray.kill(actor)
-        remove_placement_group(self.placement)
+        self.end_ranks()
+        if not is_lost():
+            remove_placement_group(self.placement)
 
     def _results(
         self, calls: list[Any], method: str, meanwhile: Callable[[], None] | None = None
@@ -168,14 +190,18 @@ class TrainerGroup:
         """The answers of all ranks to a call of each, in order of the ranks; the first failure ends the group."""
         results: dict[int, Any] = {}
         waiting = {reference: rank for rank, reference in enumerate(calls)}
+        self._watch.began()
         while waiting:
-            finished = wait_for_one(list(waiting), math.inf if meanwhile is None else 0.0)
-            if not finished:
-                assert meanwhile is not None
+            finished = wait_for_one(list(waiting), LOOK_EVERY_S if meanwhile is None else 0.0)
+            if not finished and meanwhile is not None:
                 meanwhile()
             for reference in finished:
                 rank = waiting.pop(reference)
                 results[rank] = self._result(rank, method, reference)
+                self._watch.finished(rank)
+            self._end_if_lost(waiting.values(), method)
+            if method in ABANDONABLE:
+                self._check()
         return [results[rank] for rank in range(len(calls))]
 
     def _result(self, rank: int, method: str, reference: Any) -> Any:
@@ -183,19 +209,30 @@ class TrainerGroup:
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            self._failure = _describe(rank, method, error)
-            self.shutdown()
-            raise self._failure from error
+            failure = raised(rank, method, error)
+            if isinstance(failure, TrainerLostError):
+                check_cluster(ERROR_DELAY_S)
+                if (dead := self._watch.dead_rank(PEER_DELAY_S)) is not None:
+                    failure = self._lost(*dead, method)
+            self._end(failure, error)
         except ray.exceptions.RayError as error:
             check_cluster(ERROR_DELAY_S)
-            advice = (
-                "" if method in START_METHODS else "; run the same command to resume from the last checkpoint"
-            )
-            self._failure = TrainerLostError(
-                f"trainer rank {rank} died in {method}: {why_it_died(error)}{advice}"
-            )
-            self.shutdown()
-            raise self._failure from error
+            self._end(self._lost(rank, f"died: {why_it_died(error)}", method), error)
+
+    def _end_if_lost(self, working: Collection[int], method: str) -> None:
+        check_cluster()
+        if (lost := self._watch.look(working)) is not None:
+            check_cluster(ERROR_DELAY_S)
+            self._end(self._lost(*lost, method))
+
+    def _lost(self, rank: int, what: str, method: str) -> TrainerLostError:
+        node = f" on {self._nodes[rank]}" if self._nodes else ""
+        return TrainerLostError(f"trainer rank {rank}{node}, in {method}, {what}")
+
+    def _end(self, failure: Exception, cause: BaseException | None = None) -> NoReturn:
+        self._failure = failure
+        self.end_ranks()
+        raise failure from cause
 
 
 @dataclass(frozen=True)
@@ -211,8 +248,19 @@ class Trained:
 class RLTrainer(TrainerGroup):
     """The ranks of a reinforcement-learning run."""
 
-    def __init__(self, config: "Config", gpus_per_rank: int, gpu_share: float) -> None:
-        super().__init__(rl_worker, config.parallel.world_size, gpus_per_rank, gpu_share, config=config)
+    def __init__(
+        self, config: "Config", gpus_per_rank: int, gpu_share: float, check: Callable[[], None]
+    ) -> None:
+        super().__init__(
+            rl_worker,
+            config.parallel.world_size,
+            gpus_per_rank,
+            gpu_share,
+            config.recovery,
+            check,
+            config.placement_timeout_s,
+            config=config,
+        )
 
     def peak_flops(self) -> float | None:
         """Dense BF16 FLOP/s of all ranks' GPUs together; None if one is not known, or without GPUs."""
@@ -300,18 +348,3 @@ def sft_worker() -> type[SftRank]:
     from megatron_fipo.trainer.sft_worker import SftWorker
 
     return SftWorker
-
-
-def _submit(actor: ActorHandle, method: str, *arguments: Any, **keywords: Any) -> ray.ObjectRef:
-    """Start a call. Its name shows the method instead of `call` in process titles and Ray's messages."""
-    return actor.call.options(name=f"{RankActor.__name__}.{method}").remote(method, *arguments, **keywords)
-
-
-def _describe(rank: int, method: str, error: ray.exceptions.RayTaskError) -> TrainerLostError:
-    cause = error.cause
-    if isinstance(cause, UserError):
-        return TrainerLostError(str(cause))
-    _logger.error("%s", error)  # the rank's traceback, which the sentence would hide
-    return TrainerLostError(
-        f"trainer rank {rank} failed in {method}: {type(cause).__name__}: {first_line(cause)}"
-    )

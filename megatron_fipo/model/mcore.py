@@ -4,6 +4,7 @@ All other modules work with every supported release.
 """
 
 import inspect
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import Adam, DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 SUPPORTED = ((0, 16), (0, 20))
 """First supported release, and the first release that is not known to work."""
@@ -77,6 +79,14 @@ def full_precision(parameter: torch.Tensor) -> torch.Tensor:
 def is_quantized(parameter: torch.Tensor) -> bool:
     """Whether the parameter is one of Transformer Engine's FP8 tensors."""
     return is_float8tensor(parameter)
+
+
+def report_loaded_tensors(report: Callable[[], None]) -> None:
+    """Call `report` after each tensor that this process loads from a distributed checkpoint, from now on.
+
+    torch's planner has an empty method for this, and Megatron's strategy offers no way to give it another planner.
+    """
+    DefaultLoadPlanner.commit_tensor = lambda *_: report()  # type: ignore[method-assign]
 
 
 def uses_decoupled_gradients(optimizer: MegatronOptimizer) -> bool:

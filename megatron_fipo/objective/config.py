@@ -4,6 +4,7 @@
 `FIPOConfig`, the argument of `fipo_loss`.
 """
 
+import math
 from dataclasses import dataclass
 
 from megatron_fipo.fields import check, choice, number
@@ -35,6 +36,9 @@ class ObjectiveConfig:
     """The ratio is clipped above at 1 + clip_high (grpo: at 1 + clip_low)."""
     dual_clip: float = number(10.0, above=1)
     """The paper's c: bound of the loss on negative advantages, and the ratio above which a token leaves FutureKL."""
+    filter_future_kl: bool = True
+    """Exclude tokens with a ratio above dual_clip from FutureKL, whatever their advantage (the paper's M_k). false is the
+    paper's ablation without the filter; the dual clip and the drop rule do not change."""
     drop_dual_clipped: bool = True
     """Drop a response with more than one token of negative advantage and ratio above dual_clip (fipo only)."""
     normalization: str = choice("token_mean", "reference_micro_batch")
@@ -87,6 +91,11 @@ class ObjectiveConfig:
     def weights_tokens(self) -> bool:
         """Whether influence weights may differ from 1."""
         return self.name == "fipo"
+
+    @property
+    def future_kl_limit(self) -> float:
+        """Largest log-ratio that enters FutureKL; infinity without the filter."""
+        return math.log(self.dual_clip) if self.filter_future_kl else math.inf
 
     @property
     def corrects(self) -> bool:

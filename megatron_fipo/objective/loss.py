@@ -10,7 +10,6 @@ Notation: R rows on this rank, S sequences in the micro-batch, Δ log-ratio, r =
 weight.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -134,8 +133,8 @@ def log_ratios(
 
 
 def without_outliers(tokens: Tokens, objective: ObjectiveConfig) -> Tensor:
-    """Step 2: x = Δ·M with M = 1 if Δ ≤ ln c, else 0, for either sign of A. [R], without gradient."""
-    inlier = tokens.log_ratio <= math.log(objective.dual_clip)
+    """Step 2: x = Δ·M with M = 1 if Δ ≤ ln c or without the filter, else 0, for either sign of A. [R], without gradient."""
+    inlier = tokens.log_ratio <= objective.future_kl_limit
     return torch.where(inlier, tokens.log_ratio.detach(), 0.0)
 
 

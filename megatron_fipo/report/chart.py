@@ -7,16 +7,16 @@ remains text, in the page's typeface.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from megatron_fipo.report.panel import Panel
+from megatron_fipo.report.panel import Color, Panel
 from megatron_fipo.report.run_data import Run
 
 _PLACEHOLDERS = {
@@ -80,17 +80,30 @@ def draw(panel: Panel, run: Run) -> str | None:
     series = panel_series(panel, run)
     if not series:
         return None
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+
+    def paint(axes: Axes) -> None:
         if panel.stacked:
             _draw_stack(axes, panel, series)
         else:
             _draw_lines(axes, panel, series)
         _finish_axes(axes, panel, series, run.iterations)
+
+    return drawing(panel.title, paint)
+
+
+def drawing(title: str, paint: Callable[[Axes], None], size: tuple[float, float] = _SIZE_INCHES) -> str:
+    """What `paint` draws, as an `<svg>` element in the page's style; `size` in inches. Its colors are those of `ink`."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot())
         buffer = StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _themed(buffer.getvalue(), panel.title)
+    return _themed(buffer.getvalue(), title)
+
+
+def ink(name: Literal["ink", "faint"] | Color) -> str:
+    """A color of the page, as matplotlib takes it."""
+    return _PLACEHOLDERS[name]
 
 
 def _draw_lines(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]]) -> None:

@@ -109,8 +109,8 @@ COST = Section(
                     "memory/host_gib",
                     "host",
                     "orange",
-                    note="Host memory: the largest since the rank's process began, so it never falls. Healthy: it levels off "
-                    "when responses stop growing; steady growth after that is a leak.",
+                    note="Host memory: the largest since the rank's process began, so it falls only when ranks start again. "
+                    "Healthy: it levels off when responses stop growing; steady growth after that is a leak.",
                 ),
             ),
             unit="GiB",

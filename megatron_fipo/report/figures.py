@@ -1,8 +1,13 @@
 """The panels of a report and their explanations. Pure data; `chart.py` draws it."""
 
+from collections.abc import Sequence
+from typing import get_args
+
 from megatron_fipo.objective.metrics import METRICS
 from megatron_fipo.report.cost_figures import COST
 from megatron_fipo.report.panel import Band, Color, Line, Panel, Section
+from megatron_fipo.report.run_data import REWARD
+from megatron_fipo.run_dir.evaluation_names import evaluation_metric
 
 COLORS: tuple[Color, ...] = ("blue", "orange", "magenta", "teal", "grey")
 
@@ -13,32 +18,74 @@ def loss_lines(panel: str) -> tuple[Line, ...]:
     return tuple(Line(metric.name, metric.label, color) for metric, color in zip(found, COLORS, strict=False))
 
 
-SECTIONS = (
+def sections(sets: Sequence[str], numbers: Sequence[str] = ()) -> tuple[Section, ...]:
+    """All sections of a report: those of training, with the panels of the evaluation sets in the first.
+
+    `numbers` are the metrics `reward/NAME` of the run, which have one panel.
+    """
+    first, *others = TRAINING
+    reward, *panels = first.panels
+    terms = (reward_terms(numbers),) if numbers else ()
+    return (Section(first.title, (*held_out_panels(sets), reward, *terms, *panels)), *others)
+
+
+def reward_terms(numbers: Sequence[str]) -> Panel:
+    """The panel of all numbers that rewards give with their scores; dashed if there are more than colors."""
+    colors: tuple[Color, ...] = get_args(Color)
+    lines = (
+        Line(name, name.removeprefix(REWARD), colors[index % len(colors)], dashed=index >= len(colors))
+        for index, name in enumerate(numbers)
+    )
+    return Panel(
+        "Reward terms",
+        "Numbers that the reward function gives with each score, and the rewards of the terms of a sum before their weights: "
+        "means over the responses trained on that have them. Healthy: the terms that you want rise, and none rises at the "
+        "cost of another.",
+        tuple(lines),
+    )
+
+
+def held_out_panels(sets: Sequence[str]) -> tuple[Panel, ...]:
+    """Accuracy and length of each set, and before them accuracy over all if there are several."""
+    if not sets:  # a run of an earlier version
+        return (_accuracy("", None), _length("", None))
+    over_all = (_accuracy(f", mean of {len(sets)} sets", None),) if len(sets) > 1 else ()
+    return (*over_all, *(make(f", {name}", name) for name in sets for make in (_accuracy, _length)))
+
+
+def _accuracy(suffix: str, of_set: str | None) -> Panel:
+    return Panel(
+        f"Held-out accuracy{suffix}",
+        "Of the held-out problems. Healthy: avg@k rises. If it rises while pass@k falls, "
+        "the policy only becomes more certain of what it could already solve.",
+        (
+            Line(evaluation_metric("avg_at_k", of_set), "avg@k"),
+            Line(evaluation_metric("cons_at_k", of_set), "cons@k", "orange"),
+            Line(evaluation_metric("pass_at_k", of_set), "pass@k", "teal"),
+        ),
+        unit="share",
+    )
+
+
+def _length(suffix: str, of_set: str | None) -> Panel:
+    low, high = (evaluation_metric(name, of_set) for name in ("length_q25", "length_q75"))
+    return Panel(
+        f"Held-out response length{suffix}",
+        "Tokens per response. In the paper, length and accuracy grow together: longer reasoning "
+        "pays off. Length that grows without accuracy is drift.",
+        (
+            Line(evaluation_metric("length_mean", of_set), "mean"),
+            Line(evaluation_metric("length_median", of_set), "median", "orange"),
+        ),
+        Band(low, high, "middle half"),
+        from_zero=True,
+    )
+
+
+TRAINING = (
     Section(
         "Does it learn?",
         (
-            Panel(
-                "Held-out accuracy",
-                "Problems that were never trained on. Healthy: avg@k rises. If it rises while pass@k falls, "
-                "the policy only becomes more certain of what it could already solve.",
-                (
-                    Line("evaluation/avg_at_k", "avg@k"),
-                    Line("evaluation/cons_at_k", "cons@k", "orange"),
-                    Line("evaluation/pass_at_k", "pass@k", "teal"),
-                ),
-                unit="share",
-            ),
-            Panel(
-                "Held-out response length",
-                "Tokens per response. In the paper, length and accuracy grow together: longer reasoning "
-                "pays off. Length that grows without accuracy is drift.",
-                (
-                    Line("evaluation/length_mean", "mean"),
-                    Line("evaluation/length_median", "median", "orange"),
-                ),
-                Band("evaluation/length_q25", "evaluation/length_q75", "middle half"),
-                from_zero=True,
-            ),
             Panel(
                 "Training reward and accuracy",
                 "Mean over the responses trained on, after groups that were all right or all wrong were "
@@ -61,7 +108,10 @@ SECTIONS = (
                 "Truncated responses",
                 "Share cut at the response limit. Healthy: a few per cent; with more, the limit, not the "
                 "model, determines the length.",
-                (Line("rollout/truncated", "training"), Line("evaluation/truncated", "held-out", "orange")),
+                (
+                    Line("rollout/truncated", "training"),
+                    Line(evaluation_metric("truncated"), "held-out", "orange"),
+                ),
                 unit="share",
                 from_zero=True,
             ),
@@ -173,3 +223,4 @@ SECTIONS = (
     ),
     COST,
 )
+"""The sections of a report without the panels of evaluation sets."""

@@ -1,25 +1,28 @@
 """The report as one HTML page without scripts or external files, for light and dark screens and for print."""
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
 from megatron_fipo.report.chart import draw, panel_series
-from megatron_fipo.report.figures import SECTIONS
+from megatron_fipo.report.figures import sections
 from megatron_fipo.report.panel import Panel, Section, Unit
 from megatron_fipo.report.run_data import Run
 from megatron_fipo.report.samples import render_samples
 from megatron_fipo.report.style import STYLE
+from megatron_fipo.run_dir.evaluation_names import evaluation_metric
+from megatron_fipo.run_dir.losses import losses_sentence
 from megatron_fipo.run_dir.metrics_log import Record
 
-# title, metric, whether it is a share
+# title, metric of an evaluation set, whether it is a share
 _HEADLINE = (
-    ("Accuracy, avg@{k}", "evaluation/avg_at_k", True),
-    ("Accuracy, cons@{k}", "evaluation/cons_at_k", True),
-    ("Accuracy, pass@{k}", "evaluation/pass_at_k", True),
-    ("Response length, mean", "evaluation/length_mean", False),
-    ("Response length, median", "evaluation/length_median", False),
-    ("Truncated", "evaluation/truncated", True),
+    ("Accuracy, avg@{k}", "avg_at_k", True),
+    ("Accuracy, cons@{k}", "cons_at_k", True),
+    ("Accuracy, pass@{k}", "pass_at_k", True),
+    ("Response length, mean", "length_mean", False),
+    ("Response length, median", "length_median", False),
+    ("Truncated", "truncated", True),
 )
 
 
@@ -29,18 +32,36 @@ def render_page(run: Run) -> str:
         (
             _header(run),
             _headline(run),
-            *(_section(section, run) for section in SECTIONS),
+            *(_section(section, run) for section in sections(run.evaluation_sets(), run.reward_numbers())),
             f"<section><h2>Responses, token by token</h2>{render_samples(run.samples)}</section>",
             _configuration(run),
         )
     )
+    return html_page(run.name, body)
+
+
+def html_page(title: str, body: str) -> str:
+    """A complete page in the style of the report, from HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(run.name)} · Megatron-FIPO</title><style>{STYLE}</style></head>"
+        f"<title>{escape(title)} · Megatron-FIPO</title><style>{STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
+
+
+def html_figure(title: str, keys: Sequence[str], svg: str, caption: str) -> str:
+    """A figure of the page. `keys` are those of `key`; title and caption are text."""
+    return (
+        f'<figure><h3>{escape(title)}</h3><p class="keys">{"".join(keys)}</p>{svg}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def key(mark: str, color: str, label: str) -> str:
+    """An entry of a figure's legend: `mark` is line, dashes, area or band; `label` is HTML."""
+    return f'<span><i class="{mark}" style="--c:var(--{color})"></i>{label}</span>'
 
 
 def _header(run: Run) -> str:
@@ -52,6 +73,9 @@ def _header(run: Run) -> str:
         f"{start:%Y-%m-%d %H:%M} UTC",
         _minutes(max(times) - min(times)),
     ]
+    trained = [record.values for record in run.records if record.kind == "iteration"]
+    if trained and (losses := losses_sentence(trained[-1])) is not None:
+        facts.append(losses)
     if model:
         facts.insert(0, f"model {escape(model)}")
     if objective:
@@ -67,16 +91,13 @@ def _headline(run: Run) -> str:
             "so accuracy before and after training is unknown.</p>"
         )
     before, after = evaluations[0], evaluations[-1]
-    k = f"{after.values['evaluation/k']:.0f}" if _has(after, "evaluation/k") else "k"
+    k, problems = (after.values.get(evaluation_metric(name), math.nan) for name in ("k", "problems"))
+    known_k = f"{k:.0f}" if math.isfinite(k) else "k"
     rows = "".join(
-        _headline_row(title.format(k=k), before, after, name, share)
-        for title, name, share in _HEADLINE
-        if _has(before, name) or _has(after, name)
-    )
-    problems = (
-        f"{after.values['evaluation/problems']:,.0f} problems"
-        if _has(after, "evaluation/problems")
-        else "the problems"
+        _headline_row(of_set, title.format(k=known_k), before, after, name, share)
+        for of_set, prefix in _headline_sets(run.evaluation_sets())
+        for title, metric, share in _HEADLINE
+        if _has(before, name := evaluation_metric(metric, prefix)) or _has(after, name)
     )
     once = before is after
     heads = (
@@ -84,20 +105,29 @@ def _headline(run: Run) -> str:
         if once
         else f"<th>{_when(before)}</th><th>{_when(after)}</th><th>change</th>"
     )
+    measured = f"{problems:,.0f} held-out problems" if math.isfinite(problems) else "the held-out problems"
+    responses = "one response" if k == 1 else f"{known_k} responses"
     return (
         f'<section class="headline"><h2>Held-out problems{"" if once else ", before and after"}</h2>'
         '<div class="scroll">'
-        f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"<p>Measured on {problems} that were not trained on, with {k} responses each. avg@{k} is the mean "
-        f"accuracy of a response, cons@{k} the accuracy of the answer given by most responses, pass@{k} the "
-        "share of problems that at least one response solves.</p></section>"
+        f"<table><thead><tr><th></th><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<p>Measured on {measured}, with {responses} each. avg@{known_k} is the "
+        f"mean accuracy of a response, cons@{known_k} the accuracy of the answer given by most responses, "
+        f"pass@{known_k} the share of problems that at least one response solves.</p></section>"
     )
 
 
-def _headline_row(title: str, before: Record, after: Record, name: str, share: bool) -> str:
+def _headline_sets(sets: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Title and set of each part of the table; None is over all sets."""
+    over_all = [("" if not sets else f"mean of {len(sets)} sets", None)] if len(sets) != 1 else []
+    return [*over_all, *((name, name) for name in sets)]
+
+
+def _headline_row(of_set: str, title: str, before: Record, after: Record, name: str, share: bool) -> str:
+    heads = f"<tr><th>{escape(of_set)}</th><th>{title}</th>"
     old, new = before.values.get(name, math.nan), after.values.get(name, math.nan)
     if before is after:
-        return f"<tr><th>{title}</th><td><b>{_headline_number(new, share)}</b></td></tr>"
+        return f"{heads}<td><b>{_headline_number(new, share)}</b></td></tr>"
     change = (
         "–"
         if math.isnan(new - old)
@@ -107,7 +137,7 @@ def _headline_row(title: str, before: Record, after: Record, name: str, share: b
         f"<td>{_headline_number(old, share)}</td><td><b>{_headline_number(new, share)}</b></td>"
         f"<td>{change.replace('-', '−')}</td>"
     )
-    return f"<tr><th>{title}</th>{cells}</tr>"
+    return f"{heads}{cells}</tr>"
 
 
 def _section(section: Section, run: Run) -> str:
@@ -130,20 +160,13 @@ def _figure(panel: Panel, svg: str, run: Run) -> str:
         if line.metric in series:
             last = [value for value in series[line.metric].values() if math.isfinite(value)][-1]
             mark = "area" if panel.stacked else ("dashes" if line.dashed else "line")
-            keys.append(_key(mark, line.color, f"{escape(line.label)} <b>{_number(last, panel.unit)}</b>"))
+            keys.append(key(mark, line.color, f"{escape(line.label)} <b>{_number(last, panel.unit)}</b>"))
             notes.append(line.note)
     if panel.band and panel.band.low in series and panel.band.high in series:
-        keys.append(_key("band", panel.band.color, escape(panel.band.label)))
+        keys.append(key("band", panel.band.color, escape(panel.band.label)))
     unit = "" if panel.unit in ("number", "share") else f", {panel.unit}"
     caption = " ".join(filter(None, (panel.caption, *notes)))
-    return (
-        f'<figure><h3>{escape(panel.title)}{unit}</h3><p class="keys">{"".join(keys)}</p>{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _key(mark: str, color: str, label: str) -> str:
-    return f'<span><i class="{mark}" style="--c:var(--{color})"></i>{label}</span>'
+    return html_figure(f"{panel.title}{unit}", keys, svg, caption)
 
 
 def _configuration(run: Run) -> str:

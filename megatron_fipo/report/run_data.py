@@ -9,7 +9,11 @@ import yaml
 from megatron_fipo.errors import UserError
 from megatron_fipo.report.samples import choose_samples
 from megatron_fipo.run_dir import CONFIG_FILE
+from megatron_fipo.run_dir.evaluation_names import sets_in
 from megatron_fipo.run_dir.metrics_log import Record, Sample, read_metrics
+
+REWARD = "reward/"
+"""Begins the metrics of rewards: `reward/mean`, and `reward/NAME` of each number that the reward function names."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class Run:
             (record for record in self.records if record.kind == "evaluation"),
             key=lambda record: record.iteration,
         )
+
+    def evaluation_sets(self) -> list[str]:
+        """The sets that any evaluation measured, oldest first; empty for a run of an earlier version."""
+        return list(dict.fromkeys(name for record in self.evaluations() for name in sets_in(record.values)))
+
+    def reward_numbers(self) -> list[str]:
+        """The metrics of numbers that the reward function names, in order."""
+        names = {name for record in self.records for name in record.values if name.startswith(REWARD)}
+        return sorted(names - {f"{REWARD}mean"})
 
     @property
     def iterations(self) -> int:

@@ -36,12 +36,15 @@ header p { max-width: none; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 0 7px 44px; text-align: right; border-bottom: 1px solid var(--faint);
   white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; font-weight: 400; color: var(--ink); }
+tbody th { text-align: left; font-weight: 400; color: var(--ink); }
+th:first-child { padding-left: 0; }
+tbody th + th { padding-left: 18px; }
 thead th { color: var(--quiet); font-weight: 400; font-size: 13px; }
-tbody tr:first-child td { font-size: 24px; padding-top: 4px; padding-bottom: 4px; }
+.headline tbody tr:first-child td { font-size: 24px; padding-top: 4px; padding-bottom: 4px; }
 .headline p { color: var(--quiet); font-size: 13px; margin-top: 12px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 20px;
   align-items: start; }
+.grid.wide { grid-template-columns: 1fr; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); gap: 20px;
   margin-top: 20px; }
 figure { margin: 0; padding: 16px 18px; background: var(--panel); border-radius: 8px; display: grid;
@@ -74,7 +77,7 @@ pre { margin: 0; font: 13px/1.7 ui-monospace, SFMono-Regular, Menlo, Consolas, "
 @media (max-width: 640px) {
   main { padding: 24px 16px 40px; }
   th, td { padding-left: 18px; }
-  tbody tr:first-child td { font-size: 18px; }
+  .headline tbody tr:first-child td { font-size: 18px; }
 }
 details { background: var(--panel); border-radius: 8px; padding: 12px 18px; }
 summary { cursor: pointer; }

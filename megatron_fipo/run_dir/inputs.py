@@ -6,7 +6,7 @@ next day. So a resumed run is compared with the stored one by what its paths con
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -24,10 +24,10 @@ class RunInputs:
     model: dict[str, str] | None
     """Digest of each file that decides how the model is built and its text is tokenized, by file name. The
     weights are not among them: a resumed run has those of its checkpoint."""
-    train: str | None
-    """Fingerprint of the training problems."""
-    held_out: str | None
-    """Fingerprint of the held-out problems."""
+    train: str | dict[str, str] | None
+    """Fingerprint of the training problems; of those of each set, by name, with `data.sets`."""
+    held_out: dict[str, str] | None
+    """Fingerprint of each evaluation set, by name."""
     prompt_time: str | None
     """When the run first started, in ISO 8601: the time that a chat template may print."""
 
@@ -52,6 +52,8 @@ def read_inputs(owner: Path) -> RunInputs:
         return RunInputs(model_files(copies) if copies.is_dir() else None, None, None, None)
     try:
         inputs = RunInputs(**json.loads(path.read_text()))
+        if isinstance(inputs.held_out, str):  # before there were several sets
+            inputs = replace(inputs, held_out=None)
         datetime.fromisoformat(inputs.prompt_time or "")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
@@ -73,13 +75,35 @@ def input_changes(stored: RunInputs, inputs: RunInputs) -> dict[str, str | None]
     changes: dict[str, str | None] = {}
     if stored.model is not None:
         changes["model.path"] = _changed_files(stored.model, inputs.model or {})
-    for key, problems, before, after in (
-        ("data.train_path", "training problems", stored.train, inputs.train),
-        ("data.evaluation_path", "held-out problems", stored.held_out, inputs.held_out),
-    ):
-        if before is not None:
-            changes[key] = None if before == after else f"{key} has other {problems} than the run"
+    if isinstance(stored.train, dict) and isinstance(inputs.train, dict):
+        for name in sorted(stored.train.keys() & inputs.train.keys()):
+            key = f"data.sets.{name}.path"
+            same = stored.train[name] == inputs.train[name]
+            changes[key] = None if same else f"{key} has other training problems than the run"
+    elif stored.train is not None:
+        same = stored.train == inputs.train
+        changes["data.train_path"] = (
+            None if same else "data.train_path has other training problems than the run"
+        )
     return changes
+
+
+def set_changes(stored: RunInputs, inputs: RunInputs) -> list[str]:
+    """What changed in the evaluation sets, which a run may change, in one sentence; empty if nothing did."""
+    if stored.held_out is None:
+        return []
+    before, after = stored.held_out, inputs.held_out or {}
+    changes = [f"{name} is new" for name in after.keys() - before.keys()]
+    changes += [f"{name} is gone" for name in before.keys() - after.keys()]
+    changes += [
+        f"{name} has other problems" for name in before.keys() & after.keys() if before[name] != after[name]
+    ]
+    if not changes:
+        return []
+    return [
+        f"the evaluation sets changed ({', '.join(sorted(changes))}), so evaluation/avg_at_k, which "
+        "checkpoint.keep_best uses, does not compare with that of earlier iterations"
+    ]
 
 
 def _changed_files(before: dict[str, str], after: dict[str, str]) -> str | None:

@@ -155,11 +155,17 @@ def read_samples(run_dir: Path) -> Iterator[Sample]:
 def _read_objects(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file.
 
-    A last line that does not parse was left incomplete by a crash; it is ignored with a warning.
+    A last line that does not parse was left incomplete by a crash; it is ignored with a warning. Raises `UserError`.
     """
-    if not path.exists():
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
         return
-    with path.open("rb") as file:
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; choose another run_dir or fix this one"
+        ) from None
+    with stream as file:
         line, number = file.readline(), 1
         while line:
             following = file.readline()

@@ -12,22 +12,23 @@
     run_dir/metrics.jsonl, samples.jsonl      the logs
     run_dir/model/                            the trained model in Hugging Face format
     run_dir/report.html
+    run_dir/logs/                             of the jobs that trained here
 
 A checkpoint is written under a name that starts with a dot and renamed when it is complete. Before it is
 removed it gets such a name again. So every visible checkpoint is complete; one that is not was damaged by
 something else, and is refused.
 """
 
-import fcntl
 import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_fipo.checkpoint import manifest
 from megatron_fipo.checkpoint.companions import copy_companions
@@ -41,10 +42,13 @@ from megatron_fipo.checkpoint.manifest import (
     sync,
     write_manifest,
 )
-from megatron_fipo.config import Config, load_config, save_config
+from megatron_fipo.config import Config, save_config
 from megatron_fipo.errors import UserError, writing
-from megatron_fipo.run_dir import CONFIG_FILE
-from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, read_inputs, write_inputs
+from megatron_fipo.outputs import point_link
+from megatron_fipo.run_dir import CONFIG_FILE, LOGS
+from megatron_fipo.run_dir.evaluation_names import MAIN, evaluation_metric
+from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, read_inputs, write_inputs
+from megatron_fipo.run_dir.lock import LOCK, RunLock
 from megatron_fipo.run_dir.loop_state import (
     LOOP_FILE,
     TOKENS_FILE,
@@ -54,10 +58,9 @@ from megatron_fipo.run_dir.loop_state import (
 )
 from megatron_fipo.run_dir.metrics_log import read_metrics
 from megatron_fipo.run_dir.retention import checkpoints_to_remove
-from megatron_fipo.run_dir.settings_change import refuse_changes, refuse_unknown
+from megatron_fipo.run_dir.settings_change import accepted_changes, refuse_unknown
 
 LATEST = "latest"
-LOCK = ".lock"
 NAME = re.compile(r"iteration_(\d{6,})")
 DRIVER_FILES = (LOOP_FILE, TOKENS_FILE, CONFIG_FILE, INPUTS_FILE, "hf/")
 """The files of a checkpoint that the driver writes; the ranks write the others."""
@@ -82,7 +85,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._lock_file: IO[str] | None = None
+        self._lock: RunLock | None = None
         self._config: Config | None = None
         self._inputs: RunInputs | None = None
 
@@ -96,8 +99,9 @@ class RunDirectory:
         """Lock the folder for this run until the process ends, and create it if it does not exist.
 
         Returns one line for each setting that differs from the newest checkpoint's and is permitted by
-        `allow_change`; settings that name files are compared by content. Raises `UserError` if the folder
-        belongs to a run with other settings or inputs, is in use by another process, or contains other files,
+        `allow_change`, and one for changed evaluation sets. Files are compared by content. One more line if the folder
+        has no real lock (`RunLock.note`). Raises `UserError` if the folder belongs to a run with other settings or inputs,
+        is in use by another process, or contains other files,
         and if its newest checkpoint is not complete.
         """
         refuse_unknown(allow_change)
@@ -106,21 +110,19 @@ class RunDirectory:
             if self.path.exists():
                 _refuse_other_folder(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock = self._lock or RunLock(self.path)
             self._refuse_copied_link()
             owner = self._owner()
             allowed: list[str] = []
             if owner:
-                changes = input_changes(read_inputs(owner), inputs)
-                before = load_config(owner / CONFIG_FILE, [])
-                allowed = refuse_changes(owner, before, config, allow_change, changes)
+                allowed = accepted_changes(owner, config, inputs, allow_change)
             save_config(config, stored)  # before anything else, because this file marks the folder as a run's
             write_inputs(self.path, inputs)
             self.checkpoints.mkdir(exist_ok=True)
-            self._remove_leftovers()
+            self.remove_leftovers()
             self._point_to_latest()
         self._config, self._inputs = config, inputs
-        return allowed
+        return [*allowed, *filter(None, [self._lock.note])]
 
     def latest(self) -> Path | None:
         """The newest checkpoint. Raises `UserError` if it is not complete or has another format."""
@@ -232,26 +234,17 @@ class RunDirectory:
         shutil.rmtree(pending.partial, ignore_errors=True)
 
     def _claimed(self) -> tuple[Config, RunInputs]:
-        if self._config is None or self._inputs is None:
+        if self._config is None or self._inputs is None or self._lock is None:
             raise RuntimeError("call claim() before saving")
+        self._lock.check()
         return self._config, self._inputs
-
-    def _lock(self) -> None:
-        if self._lock_file is not None:
-            return
-        self._lock_file = open(self.path / LOCK, "w")  # noqa: SIM115 (open until the process ends)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {self.path}; wait for it or choose another run_dir"
-            ) from None
 
     def _owner(self) -> Path | None:
         """The folder whose settings the run must keep.
 
         Its newest checkpoint; without one, the run's own folder if an iteration has been logged.
         """
+        _list_anew(self.checkpoints)
         checkpoint = self.latest()
         if checkpoint is None:
             trained = any(record.kind == "iteration" for record in read_metrics(self.path))
@@ -268,8 +261,8 @@ class RunDirectory:
             return []
         return sorted((path for path in self.checkpoints.iterdir() if NAME.fullmatch(path.name)), key=_number)
 
-    def _remove_leftovers(self) -> None:
-        """Remove what killed runs left partly written or partly removed.
+    def remove_leftovers(self) -> None:
+        """Remove what killed runs and lost ranks left partly written or partly removed.
 
         The lock ensures that no other run uses it.
         """
@@ -294,20 +287,14 @@ class RunDirectory:
 
     def _point_to_latest(self) -> None:
         """Point `latest` to the newest checkpoint, atomically."""
-        link, fresh = self.checkpoints / LATEST, self.checkpoints / f".{LATEST}"
         found = self._visible()
-        fresh.unlink(missing_ok=True)
-        if found:
-            fresh.symlink_to(found[-1].name)
-            fresh.replace(link)
-        else:
-            link.unlink(missing_ok=True)
+        point_link(self.checkpoints / LATEST, found[-1].name if found else None)
 
     def _retain(self, config: Config) -> None:
         keep = config.checkpoint
         # From the log, because a checkpoint may be evaluated after it was saved, also by a resumed run.
         accuracies = {
-            record.iteration: record.values.get("evaluation/avg_at_k")
+            record.iteration: record.values.get(evaluation_metric(MAIN))
             for record in read_metrics(self.path)
             if record.kind == "evaluation"
         }
@@ -316,6 +303,17 @@ class RunDirectory:
             hidden = self.checkpoints / f".{_name(iteration)}.{secrets.token_hex(4)}"
             (self.checkpoints / _name(iteration)).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _list_anew(folder: Path) -> None:
+    """Let this node list a folder anew: it may show what was there a minute ago, until it changes the folder itself.
+
+    Else a run that continues on another node could resume from an older checkpoint.
+    """
+    probe = folder / f".{secrets.token_hex(4)}"
+    with suppress(OSError):  # there is no such folder, or it cannot be written, which `claim` reports
+        probe.touch()
+        probe.unlink()
 
 
 def _name(iteration: int) -> str:
@@ -339,7 +337,9 @@ def _refuse_other_folder(run_dir: Path) -> None:
     def left_by_a_start(path: Path) -> bool:
         if path.name == "checkpoints":
             return path.is_dir() and not any(path.iterdir())
-        return path.name == LOCK or (locked and path.name.startswith((CONFIG_FILE, INPUTS_FILE)))
+        if path.name == LOGS or path.name.startswith(LOCK):
+            return True
+        return locked and path.name.startswith((CONFIG_FILE, INPUTS_FILE))
 
     if not all(left_by_a_start(path) for path in run_dir.iterdir()):
         raise UserError(f"run_dir {run_dir} has other files than those of a run; choose another folder")

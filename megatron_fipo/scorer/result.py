@@ -1,11 +1,13 @@
 """Whether what a reward function returned is a usable score, and how it is named if it is not. Pure."""
 
 import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from megatron_fipo.errors import one_line
+from megatron_fipo.errors import one_line, shown
+from megatron_fipo.tasks.named_numbers import is_finite_number, named_numbers, number_name_fault
+from megatron_fipo.tasks.rewards import Term
 from megatron_fipo.tasks.task import Score
 
 MAX_CHARACTERS = 2**20
@@ -19,29 +21,62 @@ class UnusableResultError(Exception):
 
 
 def plain_score(result: Any) -> Score:
-    """The same score with values of exactly float, str and what JSON gives. Raises `UnusableResultError`.
+    """The score with values of exactly float, str and what JSON gives. Raises `UnusableResultError`.
+
+    A number alone is a reward, and accurate if it is above 0.
 
     `reward` must be a finite number and `accuracy` 0 or 1 (int or float), `answer` text, and `extra` an
-    object that JSON gives back unchanged, since scores are saved with the state of a run. Raises any other
-    error of a value that raises when it is read.
+    object that JSON gives back unchanged, since scores are saved with the state of a run; its numbers need names that
+    metrics may have. Raises any other error of a value that raises when it is read.
     """
+    if is_finite_number(result):
+        reward = float(result)
+        return Score(reward, accuracy=float(reward > 0))
     if not isinstance(result, Score):
-        raise UnusableResultError(f"returned {_shown(result)}, not a Score")
-    if not _is_number(result.reward):
-        raise UnusableResultError(f"gave the reward {_shown(result.reward)}, not a finite number")
-    if not _is_number(result.accuracy) or result.accuracy not in (0, 1):
-        raise UnusableResultError(f"gave the accuracy {_shown(result.accuracy)}, not 0 or 1")
+        raise UnusableResultError(f"returned {shown(result)}, not a finite number or a Score")
+    if not is_finite_number(result.reward):
+        raise UnusableResultError(f"gave the reward {shown(result.reward)}, not a finite number")
+    if not is_finite_number(result.accuracy) or result.accuracy not in (0, 1):
+        raise UnusableResultError(f"gave the accuracy {shown(result.accuracy)}, not 0 or 1")
     if type(result.answer) is not str or not _is_unicode(result.answer):
-        raise UnusableResultError(f"gave the answer {_shown(result.answer)}, not valid text")
+        raise UnusableResultError(f"gave the answer {shown(result.answer)}, not valid text")
     text = _as_json(result.extra)
     if text is None:
         raise UnusableResultError(
-            f"gave {_shown(result.extra)} as extra, not an object of JSON values nested at most {MAX_NESTING} deep"
+            f"gave {shown(result.extra)} as extra, not an object of JSON values nested at most {MAX_NESTING} deep"
         )
     size = len(result.answer) + len(text)
     if size > MAX_CHARACTERS:
         raise UnusableResultError(f"gave answer and extra of {size:,} characters, above {MAX_CHARACTERS:,}")
-    return Score(float(result.reward), float(result.accuracy), result.answer, json.loads(text))
+    extra = json.loads(text)
+    for name in named_numbers(extra):
+        if (fault := number_name_fault(name)) is not None:
+            raise UnusableResultError(f"gave a number in extra that {fault}")
+    return Score(float(result.reward), float(result.accuracy), result.answer, extra)
+
+
+def plain_scores(results: Any, count: int) -> list[Score]:
+    """`plain_score` of each of `count` results of a function that scores a group. Raises `UnusableResultError`."""
+    if not isinstance(results, Sequence) or len(results) != count:
+        given = f"{len(results)}" if isinstance(results, Sequence) else shown(results)
+        raise UnusableResultError(f"returned {given}, not a list of {count} scores")
+    return [plain_score(result) for result in results]
+
+
+def total(terms: Sequence[Term], scores: Sequence[Score]) -> Score:
+    """The score of one response by a sum of rewards, with accuracy and answer of the first term.
+
+    Each term's own reward, without its weight, is in `extra` as `Term.metric`, unless it is alone. Of other values with the
+    same name that of the first term counts. Raises `UnusableResultError` if the sum is above what a float can hold.
+    """
+    reward = sum(term.weight * score.reward for term, score in zip(terms, scores, strict=True))
+    if not is_finite_number(reward):
+        raise UnusableResultError(f"gave {shown(reward)} as the weighted sum, not a finite number")
+    if len(terms) == 1:
+        return replace(scores[0], reward=reward)
+    extra = {key: value for score in reversed(scores) for key, value in score.extra.items()}
+    extra |= {term.metric: score.reward for term, score in zip(terms, scores, strict=True)}
+    return replace(scores[0], reward=reward, extra=extra)
 
 
 def shown_error(error: BaseException) -> str:
@@ -53,12 +88,6 @@ def shown_error(error: BaseException) -> str:
         text = "without a message"
     text = text.encode(errors="backslashreplace").decode()
     return f"{name} ({text if len(text) <= 250 else text[:247] + '...'})"
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is an int or float that a float can hold, and finite."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
 
 
 def _is_unicode(text: str) -> bool:
@@ -90,12 +119,3 @@ def _nesting(value: Any) -> int:
 
 def _children(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return item.values() if isinstance(item, dict) else item
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, with its type, in at most about 60 characters of ASCII."""
-    try:
-        text = ascii(value)
-    except Exception:  # the `__repr__` of an unknown object
-        text = "an object"
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -8,7 +8,7 @@ works on the result of the step before.
 import re
 import unicodedata
 
-from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
+from megatron_fipo.tasks.task import NO_ANSWER, Completion, Reward, Score
 
 SEARCHED_CHARACTERS = 300
 """The answer must start within the last characters of the response."""
@@ -52,22 +52,25 @@ _REMOVED = (
 )
 """Units and notation that do not affect the value, removed in this order, at any position."""
 
-_REWRITTEN = (
-    (re.compile(r".*?\$(.*?)\$.*"), r"$\1$"),  # only the text between the first two dollar signs
-    (re.compile(r"\\text\{(.*?)\}"), r"\1"),
-    (re.compile(r"\\textbf\{(.*?)\}"), r"\1"),
-    (re.compile(r"\\overline\{(.*?)\}"), r"\1"),
-    (re.compile(r"\\boxed\{(.*)\}"), r"\1"),
+_WRAPPERS = (
+    re.compile(r"\\text\{(.*?)\}"),
+    re.compile(r"\\textbf\{(.*?)\}"),
+    re.compile(r"\\overline\{(.*?)\}"),
+    re.compile(r"\\boxed\{(.*)\}"),
+)
+"""Replaced by their content, in this order, each on one line."""
+
+_BRACED = (
     (re.compile(r"frac([^{])(.)"), r"frac{\1}{\2}"),  # \frac12 and \frac1b
     (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),
 )
 
 
-def score_dapo_math(response_text: str, problem: Problem, finish_reason: str) -> Score:
+def score_dapo_math(completion: Completion) -> Score:
     """+1 if the last answer of the response equals the ground truth after normalization, else -1."""
-    found = _ANSWER.findall(response_text[-SEARCHED_CHARACTERS:])
+    found = _ANSWER.findall(completion.text[-SEARCHED_CHARACTERS:])
     answer = normalize_answer(found[-1]) if found else NO_ANSWER
-    correct = answer == normalize_answer(problem.ground_truth)
+    correct = answer == normalize_answer(completion.problem.ground_truth)
     return Score(reward=1.0 if correct else -1.0, accuracy=float(correct), answer=answer)
 
 
@@ -99,7 +102,7 @@ _DOUBTS = (
     ("a zero at the front", re.compile(r"0\d")),
     ("a full stop at the end", re.compile(r".*[^.]\.$")),
     ("delimiters or markup", re.compile(r".*(\\\(|\\\[|\*\*|</?\w+>)")),
-    ("a sentence", re.compile(r"([^\\{}]*\b[A-Za-z]{2,}[ ,]+){4}")),
+    ("a sentence", re.compile(r"(?>[^\\{}]*?\b[A-Za-z]{2,}[ ,]+){4}")),  # atomic: else it may take seconds
     ("characters of another script than ASCII", re.compile(r".*[^\x00-\x7f]")),
 )
 
@@ -123,9 +126,38 @@ def normalize_answer(text: str) -> str:
         text = text.replace(before, after)
     for expression in _REMOVED:
         text = text.replace(expression, "")
-    for pattern, replacement in _REWRITTEN:
+    lines = [_between_dollars(line) for line in text.split("\n")]
+    for wrapper in _WRAPPERS:
+        lines = [_unwrapped(wrapper, line) for line in lines]
+    text = "\n".join(lines)
+    for pattern, replacement in _BRACED:
         text = pattern.sub(replacement, text)
     text = text.replace("$", "")
     if text.replace(",", "").isdigit():
         text = text.replace(",", "")
     return text.strip()
+
+
+def _between_dollars(line: str) -> str:
+    """What is between the first two dollar signs, with them; the line if it has fewer."""
+    parts = line.split("$", 2)
+    return f"${parts[1]}$" if len(parts) == 3 else line
+
+
+def _unwrapped(wrapper: re.Pattern[str], line: str) -> str:
+    """The line with each wrapper replaced by its content.
+
+    Nothing after the last brace can match. Searching there would take quadratic time.
+    """
+    head, brace, tail = line.rpartition("}")
+    return wrapper.sub(r"\1", head + brace) + tail
+
+
+DAPO_MATH = Reward(
+    score_dapo_math,
+    obstacle=lambda problem: dapo_math_obstacle(problem.ground_truth),
+    doubt=lambda problem: dapo_math_doubt(problem.ground_truth),
+    reads_last=SEARCHED_CHARACTERS,
+    reads_columns=False,
+)
+"""The reward `dapo_math`."""

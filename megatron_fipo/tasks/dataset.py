@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.task import Problem
@@ -32,18 +32,42 @@ def _joint_digest(parts: Iterable[tuple[str, str]]) -> str:
     return joint.hexdigest()
 
 
+class ProblemOrder(Protocol):
+    """The problems of training, in an endless order: those of one set (`Dataset`) or of several (`mixture.Mixture`)."""
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """All of them, once each."""
+
+    def fresh(self) -> "ProblemOrder":
+        """The same order at its start."""
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems."""
+
+    def put_back(self, count: int) -> None:
+        """Undo the last `count` problems taken: the next `take` returns them again."""
+
+    def state(self) -> dict[str, Any]:
+        """The position as JSON values."""
+
+    def load_state(self, state: Any) -> None:
+        """Resume exactly at `state`. Raises `UserError` if it is of other problems, and `ValueError` if it is no state."""
+
+
 class Dataset:
     """Problems in an order that depends on the seed and the epoch only; each epoch has a new order.
 
     The order is computed from a hash instead of a random generator, so it is the same on every machine and
-    library version.
+    library version. Sets of one run have a `name`, which gives each its own order.
     """
 
-    def __init__(self, problems: Sequence[Problem], seed: int):
+    def __init__(self, problems: Sequence[Problem], seed: int, name: str = ""):
         if not problems:
             raise UserError("the training set has no problems; check data.train_path or data.train_size")
         self.problems = list(problems)
         self.seed = seed
+        self.name = name
         self.epoch = 0
         self.position = 0
         self.fingerprint = fingerprint(self.problems)
@@ -53,8 +77,19 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.problems)
 
+    @property
+    def taken(self) -> int:
+        """Problems taken so far."""
+        return self.epoch * len(self.problems) + self.position
+
+    def fresh(self) -> "Dataset":
+        return Dataset(self.problems, self.seed, self.name)
+
     def _shuffled(self) -> list[int]:
-        return sorted(range(len(self.problems)), key=lambda index: digest(self.seed, self.epoch, index))
+        named = (self.name,) if self.name else ()
+        return sorted(
+            range(len(self.problems)), key=lambda index: digest(*named, self.seed, self.epoch, index)
+        )
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems, across the end of an epoch if necessary."""
@@ -70,7 +105,7 @@ class Dataset:
 
     def put_back(self, count: int) -> None:
         """Undo the last `count` problems taken: the next `take` returns them again."""
-        epoch, position = divmod(self.epoch * len(self.problems) + self.position - count, len(self.problems))
+        epoch, position = divmod(self.taken - count, len(self.problems))
         if count < 0 or epoch < 0:
             raise ValueError(
                 f"{count} problems cannot be put back after {self.epoch} epochs and {self.position} problems"

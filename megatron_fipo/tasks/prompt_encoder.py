@@ -2,9 +2,10 @@
 
 import ast
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.tasks.row import is_blank
@@ -29,6 +30,14 @@ class PromptEncoder:
     now: datetime
     """The time that a chat template may print (Llama 3.1's prints the date), fixed so that a resumed run has
     the same prompts."""
+    system_prompt: str | None = None
+    """System message of messages that have none."""
+    wraps_texts: bool = False
+    """A plain text becomes a message of the user."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further values that the chat template reads."""
+    _shared: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Each token id once: with an int object for every token, prompts would take four times the memory."""
 
     @property
     def has_chat_template(self) -> bool:
@@ -39,9 +48,11 @@ class PromptEncoder:
 
         Messages are formatted by the tokenizer's chat template, which adds its own special tokens; other
         texts get those that the tokenizer adds by default. Without a template a single message of the user
-        is its content. Raises `UserError` that names `where` for other messages without a template, and for a
-        prompt without tokens or refused by the template, and `PromptTooLongError` for one above the limit.
+        is its content. Raises `UserError` that names `where` for other messages without a template, for a text if there
+        is a system prompt and texts are not wrapped, and for a prompt without tokens or refused by the template, and
+        `PromptTooLongError` for one above the limit.
         """
+        prompt = self._complete(where, prompt)
         if isinstance(prompt, str):
             text, templated = prompt, False
         elif self.has_chat_template:
@@ -50,12 +61,32 @@ class PromptEncoder:
             text, templated = _only_content(where, prompt), False
         if is_blank(text):
             raise UserError(f"{where}: the chat template makes a blank text of the prompt; fix the template")
-        prompt_ids = tuple(self.tokenizer(text, add_special_tokens=not templated)["input_ids"])
+        ids = self.tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        prompt_ids = tuple(map(self._shared.setdefault, ids, ids))
         if not prompt_ids:
             raise UserError(f"{where} has a prompt without tokens; give it text")
         if len(prompt_ids) > self.max_prompt_length:
-            raise PromptTooLongError(where, len(prompt_ids), self.max_prompt_length)
+            raise PromptTooLongError(where, prompt_ids, self.max_prompt_length)
         return text, prompt_ids
+
+    def truncated(self, prompt_ids: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """The last tokens of a prompt above the limit, as many as are allowed, and their text."""
+        last = prompt_ids[-self.max_prompt_length :]
+        return str(self.tokenizer.decode(list(last))), last
+
+    def _complete(self, where: str, prompt: Prompt) -> Prompt:
+        """The prompt as messages if texts are wrapped, with the system prompt."""
+        if isinstance(prompt, str) and self.wraps_texts:
+            prompt = (("user", prompt),)
+        if self.system_prompt is None:
+            return prompt
+        if isinstance(prompt, str):
+            raise UserError(
+                f"{where} has a plain text as its prompt, to which data.system_prompt cannot be added; set "
+                "data.text_prompts=user_message, or remove the system prompt"
+            )
+        has_one = any(role == "system" for role, _ in prompt)
+        return prompt if has_one else (("system", self.system_prompt), *prompt)
 
     def _apply_template(self, where: str, prompt: tuple[tuple[str, str], ...]) -> str:
         messages = [{"role": role, "content": content} for role, content in prompt]
@@ -66,6 +97,7 @@ class PromptEncoder:
                     tokenize=False,
                     add_generation_prompt=True,
                     chat_template=with_fixed_time(self.tokenizer.get_chat_template(), self.now),
+                    **self.template_arguments,
                 )
             )
         except Exception as error:  # a template may raise anything, by itself or by a wrong operation

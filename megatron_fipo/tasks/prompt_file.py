@@ -1,151 +1,157 @@
-"""The data sources `parquet` and `jsonl`: problems from a file with one problem per row.
+"""Problems from rows: of files, or of a function of the user's.
 
-Columns: `prompt`, `reward_model.ground_truth`, `data_source`, `extra_info.index`. Files are read as a stream,
-and a duplicate prompt is dropped before it is tokenized: the published training file of DAPO repeats 17
-thousand prompts about a hundred times.
+Rows are read as a stream, and a duplicate prompt is dropped before it is tokenized: the published training file of DAPO
+repeats 17 thousand prompts about a hundred times.
 """
 
 import logging
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from megatron_fipo.config import DataConfig
-from megatron_fipo.errors import UserError, listed
+from megatron_fipo.config import Config, EvaluationSet, TrainingSet
+from megatron_fipo.errors import UserError
+from megatron_fipo.field_rules import is_import_path
 from megatron_fipo.tasks.dataset import digest
-from megatron_fipo.tasks.row import Row, parse_row
-from megatron_fipo.tasks.row_reader import ROW_UNITS, read_rows
+from megatron_fipo.tasks.row import ColumnNames, parse_row
+from megatron_fipo.tasks.row_files import row_files
+from megatron_fipo.tasks.row_function import function_rows
+from megatron_fipo.tasks.row_notes import RowNotes
+from megatron_fipo.tasks.row_reader import ROW_UNITS, read_rows, wanted_of
 from megatron_fipo.tasks.task import EncodePrompt, Log, Problem, PromptTooLongError
 
 logger = logging.getLogger(__name__)
 
-NAMED_ROWS = 5
-"""Rows that a message names; it counts the others."""
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Where the rows of a set are, and how they are read."""
+
+    path: str | None
+    """None only for a function."""
+    source: str
+    """A format of `ROW_UNITS`, or the import path of a function."""
+    names: ColumnNames = field(default_factory=ColumnNames)
+    answer: str = "verbatim"
+    overlong: str = "error"
+    deduplicate: bool = True
+    keep_columns: bool = False
+    """Problems have all columns of their rows whose values are those of JSON."""
+
+    @property
+    def title(self) -> str:
+        """The set in messages."""
+        return self.path or self.source
 
 
-def file_problems(
-    config: DataConfig, encode: EncodePrompt, *, held_out: bool, seed: int, log: Log
-) -> list[Problem]:
-    """The data sources `parquet` and `jsonl`, as `DataSource`. The file order does not depend on the seed."""
-    path = config.evaluation_path if held_out else config.train_path
-    if path is None and held_out:
-        return []
-    if path is None:
-        raise UserError(f"data.source is {config.source} but data.train_path is not set; give the file")
-    return read_problems(Path(path), config.source, encode, config.deduplicate, log)
+def row_settings(
+    config: Config, of_set: TrainingSet | EvaluationSet | None, keep_columns: bool = False
+) -> RowSettings:
+    """The settings of a set, or of `data.train_path` for None."""
+    data = config.data
+    columns = {**data.columns, **({} if of_set is None else of_set.columns)}
+    return RowSettings(
+        data.train_path if of_set is None else of_set.path,
+        (of_set and of_set.source) or data.source,
+        ColumnNames(**columns),
+        (of_set and of_set.answer) or data.answer,
+        data.overlong_prompts,
+        data.deduplicate,
+        keep_columns,
+    )
 
 
-def read_problems(
-    path: Path,
-    file_format: str,
-    encode: EncodePrompt,
-    deduplicate: bool,
-    log: Log = logger.info,
-) -> list[Problem]:
-    """All problems of a file, in file order.
+def read_problems(settings: RowSettings, encode: EncodePrompt, log: Log = logger.info) -> list[Problem]:
+    """All problems of a set, in the order of its rows.
 
-    With `deduplicate`, only the first of the rows with the same prompt is used. A problem's id is its
-    `extra_info.index`, or its row number if it has none, or both if the index is a repeated one. `log`
-    receives the number of rows dropped, the rows with the same prompt and different answers, and how prompts
-    were read where a file leaves that open. Raises `UserError` that names the file if it cannot be read, and
-    the row or line if it has no usable prompt or answer; it names the rows with a prompt above the limit
-    together.
+    With `deduplicate`, only the first of the rows with the same prompt is used. A problem's id is that of its row, or the
+    row's number if it has none, or both if the id is a repeated one. `log` receives the number of rows dropped, the rows
+    with the same prompt and different answers, and how prompts were read where a row leaves that open. Raises `UserError`
+    that names the file if it cannot be read, and the row or line if it has no usable prompt or answer; it names the rows with
+    a prompt above the limit together.
     """
-    unit = ROW_UNITS[file_format]
     problems: dict[str, Problem] = {}
-    notes = _Notes(path, unit)
-    for number, values in read_rows(path, file_format):
-        where = f"{path} {unit} {number}"
-        row = parse_row(where, values)
-        if notes.repeats(number, row) and deduplicate:
+    unit = ROW_UNITS.get(settings.source, "row")
+    notes = RowNotes(settings.title, unit, log)
+    different = 0
+    for located in _rows(settings, notes):
+        row = parse_row(located.where, located.values, settings.names, settings.answer)
+        repeats = notes.repeats(located.label, row)
+        if repeats and settings.deduplicate:
             continue
         try:
-            text, prompt_ids = encode(where, row.prompt)
+            text, prompt_ids = encode(located.where, row.prompt)
         except PromptTooLongError as error:
-            notes.too_long[number] = error
-            continue
-        name = str(number) if row.index is None else row.index
+            notes.too_long(located.label, error)
+            if settings.overlong != "truncate_left":
+                continue
+            text, prompt_ids = encode.truncated(error.prompt_ids)
+        different += not repeats
+        name = str(located.number) if row.index is None else row.index
         while name in problems:
-            name = f"{name}@{number}"
+            name = f"{name}@{located.number}"
         content = digest(row.prompt, row.ground_truth, row.data_source, row.index).hex()
-        problems[name] = Problem(name, prompt_ids, text, row.ground_truth, row.data_source, content)
-    notes.refuse_too_long()
+        columns = _json_columns(located.values, notes.left_out) if settings.keep_columns else {}
+        problems[name] = Problem(name, prompt_ids, text, row.ground_truth, row.data_source, content, columns)
+    if settings.overlong == "error":
+        notes.refuse_too_long()
+    if not notes.rows:
+        raise UserError(f"{settings.title} has no rows; check the file")
+    notes.report(settings.deduplicate, settings.overlong, encode)
     if not problems:
-        raise UserError(f"{path} has no rows; give a file with at least one problem")
-    notes.report(log, deduplicate, encode.has_chat_template)
-    same = len(notes.first) - len({problem.prompt_text for problem in problems.values()})
-    if same > 0:
-        log(
-            f"{path}: {same:,} of {len(notes.first):,} different prompts have the formatted text of another one; check "
-            "the chat template"
+        raise UserError(
+            f"{settings.title}: every prompt is above rollout.max_prompt_length, so data.overlong_prompts=drop leaves none; "
+            "raise the limit"
         )
+    notes.report_equal_texts(different, problems.values())
     return list(problems.values())
 
 
-@dataclass
-class _Notes:
-    """What to report about the rows of a file once it has been read."""
+class _Located(NamedTuple):
+    where: str
+    """Names the row in errors."""
+    label: str
+    """Names it in messages about the set: its number, or file and number if there are several files."""
+    number: int
+    """Of one file as the file counts; of several files, from 0 over all of them."""
+    values: Mapping[str, Any]
 
-    path: Path
-    unit: str
-    first: dict[bytes, tuple[int, str]] = field(default_factory=dict)
-    """Number and answer of the first row with each prompt, by the prompt's digest."""
-    rows: int = 0
-    as_messages: int = 0
-    """Rows whose prompt is a list of messages."""
-    as_json: int = 0
-    """Rows whose prompt is JSON text of messages."""
-    repeated: int = 0
-    contradictions: int = 0
-    """Rows whose answer differs from that of the first row with the same prompt."""
-    contradicting: list[str] = field(default_factory=list)
-    """The first of them, for the message."""
-    too_long: dict[int, PromptTooLongError] = field(default_factory=dict)
-    """By row number."""
 
-    def repeats(self, number: int, row: Row) -> bool:
-        """Count the row; whether an earlier row has the same prompt."""
-        self.rows += 1
-        self.as_messages += not isinstance(row.prompt, str)
-        self.as_json += row.prompt_was_json
-        key = digest(row.prompt)
-        if key not in self.first:
-            self.first[key] = (number, row.ground_truth)
-            return False
-        self.repeated += 1
-        first, answer = self.first[key]
-        if answer != row.ground_truth:
-            self.contradictions += 1
-            if self.contradictions <= NAMED_ROWS:
-                self.contradicting.append(f"{first} ({answer!r:.40}) and {number} ({row.ground_truth!r:.40})")
-        return True
-
-    def refuse_too_long(self) -> None:
-        """Raise `UserError` that names the rows with a prompt above the limit, if there are any."""
-        errors = list(self.too_long.values())
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            longest = max(error.tokens for error in errors)
-            raise UserError(
-                f"{self.path}: {len(errors):,} of {self.rows:,} rows have a prompt above rollout.max_prompt_length, "
-                f"the longest with {longest} tokens ({self.unit}s {listed(list(map(str, self.too_long)), NAMED_ROWS)}); "
-                "raise the limit or remove these rows"
+def _rows(settings: RowSettings, notes: RowNotes) -> Iterator[_Located]:
+    if is_import_path(settings.source):
+        for number, values in function_rows(settings.source, settings.path, os.getcwd()):
+            where = f"{settings.title} row {number}" + (
+                "" if settings.path is None else f" of {settings.source}"
             )
+            yield _Located(where, str(number), number, values)
+        return
+    assert settings.path is not None
+    unit, wanted = ROW_UNITS[settings.source], wanted_of(settings.names, settings.keep_columns)
+    files, position = row_files(Path(settings.path), settings.source), 0
+    for file in files:
+        for number, values in read_rows(file, settings.source, wanted):
+            where = f"{file} {unit} {number}"
+            if len(files) == 1:
+                yield _Located(where, str(number), number, values)
+            else:
+                yield _Located(where, f"{file.name}:{number}", position, values)
+            position += 1
+    notes.left_out |= wanted.left_out
 
-    def report(self, log: Log, deduplicate: bool, has_chat_template: bool) -> None:
-        """One sentence for each thing that a user should know of the file."""
-        if deduplicate and self.repeated:
-            log(f"{self.path}: dropped {self.repeated:,} of {self.rows:,} rows with a duplicate prompt")
-        if self.contradictions:
-            used = "the first answer is used" if deduplicate else "all are used"
-            log(
-                f"{self.path}: rows with the same prompt have different answers, {used}: {self.unit}s "
-                f"{listed(self.contradicting, NAMED_ROWS, self.contradictions)}; correct the file if that is not intended"
-            )
-        if self.as_json:
-            log(f"{self.path}: {self.as_json:,} prompts are JSON text of messages and are read as messages")
-        if self.as_messages and not has_chat_template:
-            log(
-                f"{self.path}: the tokenizer has no chat template, so the {self.as_messages:,} prompts stored as a "
-                "message of the user are its content alone"
-            )
+
+def _json_columns(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """The columns of a row whose values are those of JSON. The names of the others are added to `left_out`."""
+    kept = {name: value for name, value in values.items() if _is_json(value)}
+    if len(kept) < len(values):
+        left_out.update(values.keys() - kept.keys())
+    return kept
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_json(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, (str, int, float))

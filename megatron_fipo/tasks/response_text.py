@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fipo.tasks.task import Turn
+
 MARGIN = 16
 """Characters at the front of a decoded tail that are not used: it may begin within a character of up to 4 bytes,
 and decoders treat the first token differently, for example without its space."""
@@ -53,3 +55,14 @@ class ResponseText:
         while start > 0 and (token_ids[start] in self._byte_ids or not self([token_ids[start]])):
             start -= 1
         return start
+
+
+def turns_of(
+    text: ResponseText, token_ids: np.ndarray, observations: Sequence[tuple[int, int]]
+) -> tuple[Turn, ...]:
+    """The turns of a response: `observations` are the ranges (start, end) of `token_ids` that an environment gave, rising."""
+    turns, start = [], 0
+    for begin, end in observations:
+        turns.append(Turn(text(token_ids[start:begin]), text(token_ids[begin:end])))
+        start = end
+    return (*turns, Turn(text(token_ids[start:]), ""))

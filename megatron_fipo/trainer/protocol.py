@@ -92,6 +92,8 @@ class RankSettings:
     deterministic: bool
     outside_wait_s: float
     """Longest time that a rank may wait for something outside the group while the others are inside a collective."""
+    stall_timeout_s: float
+    """After this long without progress the driver ends the group."""
 
 
 class TrainerRank(Protocol):
@@ -136,7 +138,7 @@ class RLRank(TrainerRank, Protocol):
         """Begin to write weights, optimizer and random states into a checkpoint's folder (collective)."""
 
     def save_finished(self, blocking: bool) -> bool:
-        """Whether everything is on disk (collective). UserError with the writer's reason if it failed."""
+        """Whether everything is on disk (collective). UserError with the writer's reason if it failed, LostError if it was killed."""
 
     def hash_files(self, folder: str) -> dict[str, "FileRecord"]:
         """Size and checksum of the files that this rank wrote into a checkpoint's folder."""

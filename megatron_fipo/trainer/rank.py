@@ -2,6 +2,7 @@
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
+import math
 import os
 import socket
 from datetime import timedelta
@@ -17,13 +18,18 @@ from megatron_fipo.environment import BF16_PEAK_FLOPS, find_accelerators, instal
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
+from megatron_fipo.network import host_and_port, interface_of, listen, node_address, socket_variables
 from megatron_fipo.objective.kernels.choice import describe_kernels
 from megatron_fipo.trainer.active import RankFacts, active_lines
 from megatron_fipo.trainer.protocol import RankSettings, TrainerRank
 from megatron_fipo.trainer.rank_model import RankModel
 
 COLLECTIVE_TIMEOUT_S = 1800.0
-"""Seconds a rank waits for the others, in addition to their wait for the engines."""
+"""Seconds a rank waits for the others, in addition to their wait for the engines.
+
+Only for a group whose driver is gone: while it watches, heartbeats notice a hanging group sooner. Not shorter, because the
+others wait this long in one collective while a rank that makes progress reads a checkpoint from a slow disk.
+"""
 
 
 class MegatronRank(TrainerRank):
@@ -33,34 +39,45 @@ class MegatronRank(TrainerRank):
         self.rank = rank
         self.world_size = world_size
         self.settings = settings
+        # Megatron-Core needs this launch order to overlap tensor-parallel communication with GEMMs.
+        os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._listener: socket.socket | None = None
+        """Of rank 0, between `rendezvous` and `setup`."""
 
     def rendezvous(self) -> str:
-        """A free address on this rank's node for the process group."""
-        import ray
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return f"tcp://{ray.util.get_node_ip_address()}:{port}"
+        """Listen for the other ranks on this rank's node. Returns address and port, for `setup`."""
+        self._listener = listen(node_address())
+        host, port = self._listener.getsockname()[:2]
+        return f"{host}:{port}"
 
     def setup(self, rendezvous: str) -> None:
         """Join the process group, build the model and take the starting weights."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
+            watch_nccl(self.settings.stall_timeout_s)
         else:
             torch.set_num_threads(1)
         if self.settings.deterministic:
             be_deterministic()
+        os.environ |= socket_variables(interface_of(node_address()), os.environ)
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S + self.settings.outside_wait_s)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=rendezvous,
+            store=self._store(rendezvous, timeout),
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S + self.settings.outside_wait_s),
+            timeout=timeout,
         )
         self.build()
+
+    def _store(self, rendezvous: str, timeout: timedelta) -> dist.TCPStore:
+        """The ranks' store. Made here because one that torch makes listens on all interfaces."""
+        host, port = host_and_port(rendezvous)
+        listener = None if self._listener is None else self._listener.detach()  # the store closes it
+        self._listener = None
+        return dist.TCPStore(host, port, self.world_size, self.rank == 0, timeout, master_listen_fd=listener)
 
     def build(self) -> None:
         """The part of `setup` after the process group. UserError if this machine or the model does not fit the settings."""
@@ -131,6 +148,20 @@ class MegatronRank(TrainerRank):
             and first_replica
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
+
+
+def watch_nccl(stall_timeout_s: float) -> None:
+    """Let NCCL's watchdog end the process after an error or a timeout, with a trace of its collectives.
+
+    A variable that the user has set stays.
+    """
+    for name, value in {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(math.ceil(stall_timeout_s)),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def be_deterministic() -> None:

@@ -30,6 +30,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
+from megatron_fipo import progress
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
@@ -222,6 +223,7 @@ class RankModel:
         """Run Megatron's schedule over the micro-batches; returns the records of the loss functions on the last stage."""
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
+            progress.advance()
             shard: PackedShard = next(iterator)
             output = forward_log_probs(
                 model,

@@ -64,6 +64,7 @@ class RLWorker(MegatronRank, RLRank):
             config.seed,
             config.deterministic,
             config.rollout.timeout_s,
+            config.recovery.stall_timeout_s,
         )
         super().__init__(rank, world_size, settings)
         self.config = config

@@ -7,7 +7,6 @@ unpack and load them. This module lists the tensors, calls the engines, gives ea
 It has not run on several GPUs. The tests drive vLLM's trainer engine with everything but the communicator.
 """
 
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.network import free_port, node_address
 from megatron_fipo.weight_sync.checksum import Checksums
 from megatron_fipo.weight_sync.object_store import EngineCalls
 from megatron_fipo.weight_sync.transport import WeightSyncError
@@ -134,16 +134,13 @@ class NcclTransport:
 
     def _join(self, client: "_Client") -> Any:
         """vLLM's trainer engine, its communicator with all workers made."""
-        import ray
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        address = node_address()  # vLLM listens there alone
         init_info = NCCLTrainerInitInfo(
-            master_address=ray.util.get_node_ip_address(),
-            master_port=port,
+            master_address=address,
+            master_port=free_port(address),
             world_size=1 + len(client.engines) * self._workers_per_engine,
             packed=True,
             packed_buffer_size_bytes=self._buffer_bytes,

@@ -16,12 +16,15 @@ import ray
 import torch
 from torch import Tensor
 
+from megatron_fipo import progress
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.checksum import as_bytes, tensor_checksum
 from megatron_fipo.weight_sync.transport import WeightSyncError
 
 CHECKSUM_THREADS = min(4, os.cpu_count() or 1)
 """One thread reads about 6 GB/s."""
+WAIT_S = 1.0
+"""Seconds between two signs of progress while the engines have time left."""
 
 
 class ObjectStoreTransport:
@@ -109,10 +112,10 @@ class EngineCalls:
         waiting = {call: number for number, call in calls.items()}
         results = {}
         while waiting:
-            done, _ = wait(
-                waiting, timeout=max(0.0, self._deadline - time.monotonic()), return_when=FIRST_COMPLETED
-            )
-            if not done:
+            progress.advance()
+            left = max(0.0, self._deadline - time.monotonic())
+            done, _ = wait(waiting, timeout=min(left, WAIT_S), return_when=FIRST_COMPLETED)
+            if not done and left <= WAIT_S:
                 number, *others = waiting.values()
                 also = f", nor did {', '.join(map(str, others))}" if others else ""
                 raise WeightSyncError(

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 import megatron_fipo.cli.main as cli
-from megatron_fipo.errors import UserError
+from megatron_fipo.driver.cluster_loss import ClusterLostError
+from megatron_fipo.driver.rank_actor import TrainerLostError, TrainerRefusedError
+from megatron_fipo.errors import LostError, UserError
 
 ROOT = Path(__file__).parents[2]
 COUNTDOWN = ["examples/countdown/fipo.yaml", "model.path=examples/countdown/model-config"]
@@ -37,7 +39,9 @@ assert not heavy, heavy
     return done
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["simulate", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     done = run_without(
         {"torch", "numpy", "ray", "transformers", "megatron", "yaml", "rich"}, arguments, code=0
@@ -54,7 +58,9 @@ def test_a_mistyped_key_is_named_before_torch_is_imported(arguments):
     assert "did you mean 'seed'?" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sft", "report", "doctor", "config"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "sft", "report", "doctor", "preflight", "config", "launch", "simulate"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])
@@ -84,7 +90,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path):
         (["train", *COUNTDOWN, "parallel.tensor_model_parallel_size=3"], "does not divide"),
         (["train", *COUNTDOWN, "model.path=absent"], "no model folder absent"),
         (["evaluate", "absent", *COUNTDOWN], "no model folder absent"),
-        (["evaluate", "examples/countdown/model-config", "data.source=jsonl"], "needs data.evaluation_path"),
+        (["evaluate", "examples/countdown/model-config", "data.source=jsonl"], "needs evaluation.sets"),
         (["sft", "examples/countdown/sft.yaml", "parallel.tensor_model_parallel_size=4"], "does not divide"),
         (["sft", "examples/countdown/sft.yaml", "rollout.top_p=1"], "unknown key 'rollout'"),
         (["report", "absent"], "absent"),
@@ -105,6 +111,7 @@ def test_a_mistake_is_one_sentence_and_code_2(arguments, message, capsys):
         ["train", *COUNTDOWN, "--dry-run", "x"],
         ["evaluate", "m", "--output", "o", "c", "d"],
         ["doctor", "x=1"],
+        ["preflight", "--min-tmp-gib=much"],
         [],
     ],
 )
@@ -178,7 +185,17 @@ def test_the_table_of_evaluate_goes_where_output_says(monkeypatch):
     assert calls[3][2] == Path("runs/evaluation/model-config.jsonl")
 
 
-@pytest.mark.parametrize(("raised", "code"), [(UserError("fix it"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (UserError("fix it"), 2),
+        (TrainerRefusedError("the disk is full"), 2),
+        (LostError("rank 3 died"), 86),
+        (TrainerLostError("rank 3 died"), 86),
+        (ClusterLostError(), 86),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_exit_codes_of_a_run(raised, code, monkeypatch, capsys):
     def train(config, allow_change, replay):
         raise raised

@@ -1,5 +1,6 @@
 """Every setting with odd values, by file and by override: a value of exactly the declared type, or one sentence."""
 
+import itertools
 import math
 import random
 from dataclasses import fields, is_dataclass
@@ -32,10 +33,22 @@ def is_exactly(value: Any, kind: Any) -> bool:
         return value is None
     if get_origin(kind) is tuple:
         parts = get_args(kind)
+        if parts[-1] is Ellipsis:
+            return type(value) is tuple and all(is_exactly(item, parts[0]) for item in value)
         return type(value) is tuple and len(value) == len(parts) and all(map(is_exactly, value, parts))
+    if get_origin(kind) is dict:
+        return type(value) is dict and all(map(is_entry, value.items(), itertools.repeat(get_args(kind)[1])))
     if parts := get_args(kind):
         return any(is_exactly(value, part) for part in parts)
     return type(value) is kind
+
+
+def is_entry(entry: tuple[Any, Any], kind: Any) -> bool:
+    name, value = entry
+    if is_dataclass(kind):
+        check_types(value)
+        return type(name) is str and type(value) is kind
+    return type(name) is str and (kind is Any or type(value) is kind)
 
 
 def check_types(config: Any) -> None:
@@ -115,7 +128,7 @@ def test_an_odd_value_has_the_declared_type_or_is_refused_in_one_sentence(
     for key, text in cases(schema, from_file):
         value = outcome(schema, key, text, tmp_path, from_file)
         accepted += value is not None
-        if value is None or isinstance(value, tuple):
+        if value is None or isinstance(value, (tuple, dict)):
             continue
         expected = as_declared(text, kinds[key], from_file)
         if expected in ("~", "~/x") and value != expected:  # a path

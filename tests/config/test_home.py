@@ -10,7 +10,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from tests.run_dir.claimed_run import MODEL, claim, save
 
-PATHS = ["model.path", "data.train_path", "data.evaluation_path", "run_dir"]
+PATHS = ["model.path", "data.train_path", "evaluation.sets.one", "run_dir"]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def home(tmp_path, monkeypatch):
 
 
 def values(config) -> list[str]:
-    return [config.model.path, config.data.train_path, config.data.evaluation_path, config.run_dir]
+    return [config.model.path, config.data.train_path, config.evaluation.sets["one"].path, config.run_dir]
 
 
 @pytest.mark.parametrize("rest", ["", "/x", "/x/../y", "/a b/é", "/~/x", "/x/"])
@@ -28,12 +28,14 @@ def test_the_home_folder_in_overrides_and_files(home, rest, tmp_path):
     notes: list[str] = []
     path = tmp_path / "c.yaml"
     path.write_text(
-        f'model: {{path: "~{rest}"}}\nrun_dir: "~{rest}"\ndata:\n  train_path: "~{rest}"\n  evaluation_path: "~{rest}"',
+        f'model: {{path: "~{rest}"}}\nrun_dir: "~{rest}"\ndata:\n  train_path: "~{rest}"\n'
+        f'evaluation: {{sets: {{one: "~{rest}"}}}}',
         encoding="utf-8",
     )
     from_file = load_config(path, [], note=notes.append)
     assert values(from_file) == [f"{home}{rest}"] * 4
-    assert notes == [f"~ is the home folder: {', '.join(f'{key}={home}{rest}' for key in PATHS)}"]
+    keys = ["model.path", "data.train_path", "evaluation.sets.one.path", "run_dir"]
+    assert notes == [f"~ is the home folder: {', '.join(f'{key}={home}{rest}' for key in keys)}"]
     if rest:  # `key=~` is null
         assert load_config(None, [f"{key}=~{rest}" for key in PATHS]) == from_file
     sft = load_config(None, ["model_config_path=~/m", "output_dir=~/o"], SftConfig, notes.append)

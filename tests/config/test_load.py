@@ -12,9 +12,10 @@ from megatron_fipo.config import (
     load_config,
     save_config,
 )
-from megatron_fipo.config.describe import describe, field_docs
+from megatron_fipo.config.describe import describe
 from megatron_fipo.config.load import leaves
 from megatron_fipo.errors import UserError
+from megatron_fipo.fields import field_docs
 
 REQUIRED = ["model.path=m", "run_dir=r"]
 

@@ -13,7 +13,8 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.environment import Accelerators, Machine
 from megatron_fipo.errors import UserError
-from megatron_fipo.fields import Range, rule_of
+from megatron_fipo.field_rules import Range
+from megatron_fipo.fields import rule_of
 from tests.config.test_load import schemas
 from tests.model.test_architecture import ARCHITECTURE
 
@@ -64,6 +65,30 @@ class TestValidate:
                 "raise it to at least 72",
             ),
             ("rollout.max_prompts=10", "can never give"),
+            (
+                "reward.by_data_source.a=code reward.code.test_timeout_s=6",
+                "above half of reward.timeout_s=10",
+            ),
+            ("reward.name=http", "needs reward.http.url"),
+            ("reward.by_data_source.a=http", "needs reward.http.url"),
+            (
+                "reward.name=http reward.http.url=https://me:secret@host/",
+                "reward.http.url has a user or password",
+            ),
+            ("reward.name=http reward.http.url=ftp://host/", "must be https://HOST:PORT/PATH"),
+            ("reward.name=http reward.http.url=http://host:x/", "must be https://HOST:PORT/PATH"),
+            (
+                "reward.name=http reward.http.url=https://host reward.http.token_variable=ab-12",
+                "must be the name of an environment variable, not the token",
+            ),
+            (
+                "reward.name=http reward.http.url=http://host reward.http.token_variable=JUDGE_TOKEN",
+                "would send the token unencrypted",
+            ),
+            (
+                "reward.name=http reward.http.url=https://host",
+                "4 requests of 30 s and their waits may take 127 s; raise it to at least 142",
+            ),
             ("rollout.engine_tensor_parallel_size=2", "needs rollout.engine=vllm"),
             ("rollout.engine=vllm rollout.engine_tensor_parallel_size=3", "does not divide the model's"),
             ("rollout.placement=colocated", "needs rollout.engine=vllm"),
@@ -88,6 +113,15 @@ class TestValidate:
                 "needs rollout.max_staleness of at least 2",
             ),
             ("objective.correction=mis rollout.top_p=0.9", "compares complete distributions"),
+            (
+                "objective.correction=mis rollout.top_k=20",
+                "rollout.top_k=20 truncates them; set rollout.top_k=0",
+            ),
+            ("objective.correction=mis rollout.min_p=0.1", "rollout.min_p=0.1 truncates them"),
+            (
+                "rollout.vllm.max_num_seqs=8",
+                "rollout.vllm has arguments of vLLM and needs rollout.engine=vllm, not local",
+            ),
             ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
             ("max_walltime_minutes=0", "max_walltime_minutes must be above 0"),
             ("objective.correction_cap=0", "objective.correction_cap must be above 0"),
@@ -113,7 +147,39 @@ class TestValidate:
             ("reward.overlong_buffer=128", "must be below rollout.max_response_length=128"),
             ("reward.name=dapo_math", "needs reward.name=countdown"),
             ("data.source=jsonl reward.name=dapo_math", "needs data.train_path"),
-            ("data.source=jsonl reward.name=dapo_math data.train_path=t", "needs data.evaluation_path"),
+            ("data.source=jsonl reward.name=dapo_math data.train_path=t", "needs evaluation.sets"),
+            (
+                "evaluation.sets.aime24=a",
+                "data.source=countdown generates its problems; remove evaluation.sets",
+            ),
+            ("data.sets.math=a", "data.source=countdown generates its problems; remove data.sets"),
+            (
+                "data.source=jsonl reward.name=dapo_math data.train_path=t data.sets.math=a",
+                "data.train_path=t and data.sets are both given",
+            ),
+            (
+                "data.source=a.b:c reward.name=dapo_math",
+                "data.source=a.b:c needs evaluation.sets",
+            ),
+            (
+                "data.source=jsonl reward.name=dapo_math data.sets.math=a data.sets.math.max_response_length=129",
+                "needs evaluation.sets",
+            ),
+            (
+                "data.source=jsonl reward.name=dapo_math data.sets.math=a data.sets.math.max_response_length=129 "
+                "evaluation.sets.one=e",
+                "data.sets.math.max_response_length=129 must be at most rollout.max_response_length=128",
+            ),
+            (
+                "data.source=jsonl reward.name=dapo_math data.train_path=a evaluation.sets.one=e "
+                "evaluation.sets.one.max_response_length=129",
+                "evaluation.sets.one.max_response_length=129 must be at most rollout.max_response_length=128",
+            ),
+            (
+                "data.source=jsonl reward.name=dapo_math data.sets.math=a data.sets.math.max_response_length=20 "
+                "reward.overlong_buffer=20 evaluation.sets.one=e",
+                "reward.overlong_buffer=20 must be below data.sets.math.max_response_length=20",
+            ),
             (
                 "data.source=jsonl reward.name=dapo_math data.train_path=t evaluation.every=0",
                 "evaluation.before_training=false",
@@ -323,8 +389,8 @@ class TestValidate:
 
     def test_evaluation_needs_no_training_data_but_held_out_rows(self):
         rows = ["data.source=jsonl", "reward.name=dapo_math"]
-        validate_evaluation(load_config(None, [*VALID, *rows, "data.evaluation_path=e"]), ARCHITECTURE)
-        with pytest.raises(UserError, match=r"data\.evaluation_path"):
+        validate_evaluation(load_config(None, [*VALID, *rows, "evaluation.sets.one=e"]), ARCHITECTURE)
+        with pytest.raises(UserError, match=r"evaluation\.sets"):
             validate_evaluation(
                 load_config(None, [*VALID, *rows, "evaluation.every=0", "evaluation.before_training=false"])
             )

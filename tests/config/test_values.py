@@ -1,15 +1,18 @@
 """What the text of a setting means, in files and in overrides: the declared type decides."""
 
+import json
 import math
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.config import Config, load_config, save_config
+from megatron_fipo.config import Config, EvaluationSet, TrainingSet, load_config, save_config
 from megatron_fipo.config.keys import settings as settings_of
 from megatron_fipo.errors import UserError
-from megatron_fipo.fields import FilePath, rule_of
+from megatron_fipo.field_rules import FilePath
+from megatron_fipo.fields import rule_of
 
 REQUIRED = ["model.path=m", "run_dir=r"]
 LOOKS_LIKE_SOMETHING_ELSE = [
@@ -220,4 +223,43 @@ def test_any_text_of_an_override_is_taken_as_written(project):
 
 def test_every_setting_that_names_a_file_is_declared_as_a_path():
     declared = {key for key, item in settings_of(Config) if isinstance(rule_of(item), FilePath)}
-    assert declared == {"model.path", "run_dir", "data.train_path", "data.evaluation_path"}
+    assert declared == {"model.path", "run_dir", "data.train_path"}
+    for section in (TrainingSet, EvaluationSet):
+        assert {key for key, item in settings_of(section) if isinstance(rule_of(item), FilePath)} == {"path"}
+
+
+@dataclass(frozen=True)
+class Lists:
+    names: tuple[str, ...] = ()
+    sizes: tuple[int, ...] | None = None
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), max_size=10), max_size=5))
+def test_a_list_of_any_length_is_read_as_written(names):
+    found = load_config(
+        None,
+        [f"names={json.dumps(names, ensure_ascii=False)}", f"sizes={[len(name) for name in names]}"],
+        Lists,
+    )
+    assert found == Lists(tuple(names), tuple(len(name) for name in names))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("names=a", "names must be a list of values, each text"),
+        ("sizes=[1,x]", "sizes must be an integer, not 'x'"),
+        ("names=[[a]]", "names must be text, not a list"),
+    ],
+)
+def test_what_is_no_list(override, message):
+    with pytest.raises(UserError) as error:
+        load_config(None, [override], Lists)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("length", "accepted"), [(255, True), (256, False)])
+def test_a_path_has_names_that_a_file_system_takes(length, accepted):
+    assert (f"runs/{'a' * length}/x" in FilePath()) == accepted
+    assert ("é" * (length // 2) in FilePath()) == (length // 2 * 2 <= 255)
+    assert "a/" * 2001 not in FilePath()

@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_fipo.checkpoint import distributed
 from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_checkpoint
-from megatron_fipo.errors import UserError
+from megatron_fipo.checkpoint.rank_errors import raise_on_all_ranks
+from megatron_fipo.errors import LostError, UserError
 from tests.distributed.test_distributed_checkpoint import (
     forked_managers,  # noqa: F401 (a fixture)
     model,  # noqa: F401 (a fixture)
@@ -124,6 +125,20 @@ def kill_writer(rank, world_size, folder, target, again):
     writer.start(policy.modules, policy.optimizer, again, asynchronous=False)
     load_checkpoint(policy.modules, policy.optimizer, again)
     return message, float(policy.modules[0].decoder.final_layernorm.weight.data.mean())
+
+
+def report_a_problem(rank, world_size, folder, lost):
+    try:
+        raise_on_all_ranks(folder, {1: "its writer ended"} if rank == 1 else {}, lost and rank == 1)
+    except UserError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize(("lost", "kind"), [(True, LostError), (False, UserError)])
+def test_a_killed_writer_is_a_loss_on_every_rank_and_one_that_failed_is_not(tmp_path, lost, kind):
+    for found, message in run_ranks(2, report_a_problem, tmp_path, lost):
+        assert found is kind
+        assert ("fix this" in message) is not lost
 
 
 def test_a_killed_writer_fails_the_save_on_every_rank_and_the_next_one_is_whole(model, tmp_path):  # noqa: F811

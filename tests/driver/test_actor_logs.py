@@ -1,8 +1,13 @@
 """The first error in the output of a process: of a traceback its last line, without one the line that names a crash."""
 
-import pytest
+from pathlib import Path
 
-from megatron_fipo.driver.actor_logs import MAX_LENGTH, first_error
+import pytest
+import ray
+
+from megatron_fipo.driver.actor_logs import MAX_LENGTH, first_error, why_it_died
+from megatron_fipo.errors import LOG_DIR_VARIABLE, RAY_LOGS_VARIABLE
+from megatron_fipo.network import LOOPBACK
 
 TRACEBACK = """\
 :actor_name:LocalEngine
@@ -42,3 +47,36 @@ RuntimeError: engine core failed, see above
 )
 def test_the_first_error_is_found(output, expected):
     assert first_error(output) == expected
+
+
+def died(address: str) -> ray.exceptions.RayError:
+    """With the message that Ray has for an actor on the node with this address."""
+    message = f"The actor died unexpectedly before finishing this task.\n\tpid: 77\n\tip: {address}\n"
+    return ray.exceptions.RayError(message)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Ray's logs on this node, and those of the job."""
+    here, job = tmp_path / "here", tmp_path / "job"
+    for path, reason in (
+        (here / "worker-a-77.err", "ValueError: of this node\n"),
+        (job / "ray/node2/worker-b-77.err", "ValueError: of node2\n"),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(reason)
+    monkeypatch.setenv(RAY_LOGS_VARIABLE, str(here))
+    return here, job
+
+
+def test_the_reason_on_another_node_is_not_that_of_a_process_here(folders, monkeypatch):
+    here, job = folders
+    assert why_it_died(died(LOOPBACK)) == f"ValueError: of this node; see {here}/worker-a-77.err"
+    reason = "The actor died unexpectedly before finishing this task"
+    assert why_it_died(died("10.0.0.2")) == f"{reason}; see {here} on 10.0.0.2"
+    monkeypatch.setenv(LOG_DIR_VARIABLE, str(job))
+    assert why_it_died(died(LOOPBACK)) == f"ValueError: of this node; see worker-a-77.err in {job}"
+    assert why_it_died(died("10.0.0.2")) == f"ValueError: of node2; see {job}/ray/node2/worker-b-77.err"
+    (job / "ray/node3").mkdir()
+    (job / "ray/node3/worker-c-77.err").write_text("ValueError: of node3")
+    assert why_it_died(died("10.0.0.2")) == f"{reason}; see {job}"

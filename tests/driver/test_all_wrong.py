@@ -8,8 +8,9 @@ from megatron_fipo.driver.all_wrong import REPORT_AFTER_GROUPS, AllWrongWatch, W
 from megatron_fipo.driver.evaluation import evaluate
 from megatron_fipo.errors import UserError
 from megatron_fipo.scorer.protocol import FinishedResponse, ScoreRequest
-from megatron_fipo.tasks.registry import reward
+from megatron_fipo.tasks.dapo_math import score_dapo_math
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
+from tests.completions import scored
 from tests.driver.collecting import make, until_enough
 from tests.driver.toy_pool import ToyPool
 from tests.generations import generation
@@ -42,7 +43,7 @@ def test_the_first_groups_all_wrong_are_reported_once_with_an_example():
 
 def test_an_example_states_a_missing_answer_and_a_cut_response():
     text = str(WrongResponse("p", "34.0", "x" * 500 + "\n\x1b[31m end", NO_ANSWER, truncated=True))
-    assert "a response to problem p, cut at rollout.max_response_length, ends in 'xxx" in text
+    assert "a response to problem p, cut at its limit of tokens, ends in 'xxx" in text
     assert "no valid answer was found in it" in text
     assert len(text) < 500
     assert text.isprintable()
@@ -75,15 +76,15 @@ def test_the_collector_is_silent_once_a_response_is_right():
 @pytest.mark.parametrize(("answer", "reported"), [("Answer: 34", False), ("Answer: 35", True)])
 def test_an_evaluation_without_a_right_response_has_an_example(answer, reported):
     def score(requests):
-        rule = reward("dapo_math").score
         return [
-            [rule(answer, r.problem, response.finish_reason) for response in r.responses] for r in requests
+            [scored(score_dapo_math, answer, r.problem, response.finish_reason) for response in r.responses]
+            for r in requests
         ]
 
     evaluation = evaluate(
-        lambda requests, _: [generation((1,), (0.0,), "length", 0) for _ in requests],
+        lambda groups: [generation((1,), (0.0,), "length", 0) for group in groups for _ in group.requests],
         score,
-        [Problem(f"p{i}", (1,), "?", "34", "math") for i in range(3)],
+        {"one": [Problem(f"p{i}", (1,), "?", "34", "math") for i in range(3)]},
         lambda _: answer,
         EvaluationConfig(samples_per_problem=2),
         max_new_tokens=9,
@@ -92,5 +93,5 @@ def test_an_evaluation_without_a_right_response_has_an_example(answer, reported)
     assert (evaluation.all_wrong is not None) == reported
     if reported:
         assert "none of the 6 held-out responses is right" in evaluation.all_wrong
-        assert "cut at rollout.max_response_length" in evaluation.all_wrong
+        assert "cut at its limit of tokens" in evaluation.all_wrong
         assert "the answer read is '35', and the ground truth is '34'" in evaluation.all_wrong

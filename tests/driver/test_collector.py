@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts
 from megatron_fipo.driver.rollout.collector import SCORES_WAIT_S
 from megatron_fipo.driver.rollout.prompt_group import request_seed
+from megatron_fipo.driver.scoring.pool import ScoreResult
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.loop_state import RolloutState
 from tests.driver.collecting import N, make, responses, run, serials, train, until_enough
@@ -358,3 +360,49 @@ def test_sampling_ahead_begins_at_once():
     collector.pop_batch()
     collector.step(0.0)
     assert collector.counts.generated_tokens > 0
+
+
+# -- rollout.filter_by ---------------------------------------------------------------------------------------
+
+
+class Graded(ToyPool):
+    """All responses are right. Those of every second prompt differ in reward."""
+
+    def __init__(self) -> None:
+        super().__init__(["right"])
+        inner = self.scorers.poll
+
+        def poll(timeout_s: float) -> list[ScoreResult]:
+            return [self.graded(result) for result in inner(timeout_s)]
+
+        self.scorers.poll = poll  # type: ignore[method-assign]
+
+    @staticmethod
+    def graded(result: ScoreResult) -> ScoreResult:
+        assert result.scores is not None
+        step = 0.1 * (result.request.key % 2)
+        return replace(
+            result,
+            scores=[replace(score, reward=index * step) for index, score in enumerate(result.scores)],
+        )
+
+
+def test_groups_are_filtered_by_reward_if_that_is_set():
+    pool = Graded()
+    collector = make(pool, target=3, filter_by="reward")
+    collector.resume(0)
+    until_enough(collector)
+    collector.pause()
+    collected = collector.pop_batch()
+    assert serials(collected) == [1, 3, 5]
+    assert [t.reward for t in collected.groups[0]] == pytest.approx([0.0, 0.1, 0.2])
+    assert collected.counts.all_right == 3
+    assert collected.counts.all_wrong == 0
+
+
+def test_equal_accuracies_are_filtered_by_default_whatever_the_rewards_are():
+    collector = make(Graded(), target=1, max_prompts=6)
+    collector.resume(0)
+    until_enough(collector)
+    with pytest.raises(UserError, match=r"none of 6 prompts got both right and wrong answers \(6 all right"):
+        collector.pop_batch()

@@ -78,7 +78,7 @@ def test_a_wrong_value_anywhere_is_refused_or_restored_as_it_is(state):
 
 
 def test_a_missing_value_is_refused(state):
-    optional = {"scores", "extra", "unscored"}
+    optional = {"scores", "unscored"} | {"observations", "score"}  # the latter since there are environments
     for way in places(state.values):
         if way[-1] in optional or way[:-1] == ("filtered",) or isinstance(way[-1], int):
             continue  # a state with fewer groups is one too

@@ -10,16 +10,21 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.driver.console import Console
+from megatron_fipo.driver.evaluation_metrics import over_sets
 
 _VALUES = {"reward/mean": -0.25, "accuracy/mean": 0.375, "length/mean": 41.4, "influence/mean": 1.0123}
-_EVALUATION = {
-    "evaluation/avg_at_k": 0.27,
-    "evaluation/cons_at_k": 0.4,
-    "evaluation/pass_at_k": 0.64,
-    "evaluation/k": 4.0,
-    "evaluation/problems": 150.0,
-    "evaluation/length_mean": 29.0,
+_SET = {
+    "avg_at_k": 0.27,
+    "cons_at_k": 0.4,
+    "pass_at_k": 0.64,
+    "k": 4.0,
+    "problems": 150.0,
+    "failed": 0.0,
+    "length_mean": 29.0,
+    "length_median": 25.0,
+    "truncated": 0.0,
 }
+_EVALUATION = over_sets({"countdown": _SET})
 
 
 def test_a_log_gets_one_plain_line_per_iteration() -> None:
@@ -34,7 +39,8 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
     lines = file.getvalue().splitlines()
     assert len(lines) == 4
     assert (
-        lines[0] == "held-out after 0: avg@4 0.270  cons@4 0.400  pass@4 0.640  length 29.0  (150 problems)"
+        lines[0]
+        == "held-out countdown after 0: avg@4 0.270  cons@4 0.400  pass@4 0.640  length 29.0  (150 problems)"
     )
     assert lines[1].startswith(
         "iteration  1/20  reward -0.250  accuracy  0.375  length    41 tokens  influence 1.0123  left "
@@ -46,11 +52,33 @@ def test_a_log_gets_one_plain_line_per_iteration() -> None:
 def test_an_evaluation_explains_the_problems_that_it_excludes() -> None:
     file = io.StringIO()
     with Console(20, file) as console:
-        console.evaluation(1, {**_EVALUATION, "evaluation/problems": 149.0, "evaluation/failed": 1.0})
-        console.evaluation(2, {**_EVALUATION, "evaluation/failed": 0.0})
+        console.evaluation(1, over_sets({"countdown": {**_SET, "problems": 149.0, "failed": 1.0}}))
+        console.evaluation(2, _EVALUATION)
     excluding, complete = file.getvalue().splitlines()
     assert excluding.endswith("length 29.0  (149 of 150 problems; 1 could not be scored or sampled)")
     assert complete.endswith("length 29.0  (150 problems)")
+
+
+def test_several_sets_have_a_row_each_and_one_for_their_mean() -> None:
+    file = io.StringIO()
+    sets = over_sets({"aime24": _SET, "aime2025": {**_SET, "avg_at_k": 0.13, "failed": 2.0}})
+    with Console(20, file) as console:
+        console.evaluation(5, sets)
+        console.summary(sets, sets, None, None)
+    rows = [line for line in file.getvalue().splitlines() if line.startswith("held-out")]
+    assert [row.partition("  cons")[0] for row in rows] == [
+        "held-out aime24         after 5: avg@4 0.270",
+        "held-out aime2025       after 5: avg@4 0.130",
+        "held-out mean of 2 sets after 5: avg@4 0.200",
+    ]
+    assert [row.partition("(")[2] for row in rows] == [
+        "150 problems)",
+        "150 of 152 problems; 2 could not be scored or sampled)",
+        "300 of 302 problems; 2 could not be scored or sampled)",
+    ]
+    cells = [[cell.strip() for cell in line.split("│")] for line in file.getvalue().splitlines()]
+    assert [cell[1] for cell in cells if cell[2:3] == ["avg@k"]] == ["aime24", "aime2025", "mean of 2 sets"]
+    assert [cell[1] for cell in cells if cell[2:3] == ["response length, median"]] == ["aime24", "aime2025"]
 
 
 def test_a_second_row_shows_where_the_time_went_and_the_rates() -> None:
@@ -106,7 +134,7 @@ def test_missing_and_non_finite_values_are_not_numbers() -> None:
         console.evaluation(1, {})
     first, second = file.getvalue().splitlines()
     assert first.split() == ["iteration", "1/2", "reward", "-", "left", "-"]
-    assert second == "held-out after 1: avg@- -  cons@- -  pass@- -  length -  (- problems)"
+    assert second == "held-out problems after 1: avg@- -  cons@- -  pass@- -  length -  (- problems)"
 
 
 def test_time_left_follows_recent_iterations_and_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +167,9 @@ def test_the_summary_compares_and_keeps_paths_in_one_piece(tmp_path: Path) -> No
         )
     text = file.getvalue()
     rows = {
-        cells[1].strip(): [cell.strip() for cell in cells[2:5]]
+        cells[2].strip(): [cell.strip() for cell in cells[3:6]]
         for line in text.splitlines()
-        if len(cells := line.split("│")) == 6
+        if len(cells := line.split("│")) == 7
     }
     assert rows == {"avg@k": ["0.250", "0.500", "+0.250"], "response length, mean": ["30.0", "20.0", "-10.0"]}
     assert f"report {report}" in text.splitlines()

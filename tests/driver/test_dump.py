@@ -86,7 +86,7 @@ def test_what_is_read_is_what_was_written(tmp_path, groups, at_once) -> None:
         path = write_dump(tmp_path, 12, groups, 0.1 + 0.2)
     assert path == tmp_path / "iteration_000012.parquet"
     assert bits(read_dump(path)) == bits(groups)
-    assert read_header(path) == {"format": 2, "iteration": 12, "temperature": 0.1 + 0.2}
+    assert read_header(path) == {"format": 3, "iteration": 12, "temperature": 0.1 + 0.2}
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -122,12 +122,13 @@ def test_other_tools_see_plain_columns(tmp_path) -> None:
     ]
 
 
-def test_dumps_of_format_1_are_read(tmp_path) -> None:
-    """They had the log-probs in float64, exact values of float32."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_dumps_of_earlier_formats_are_read(tmp_path, number) -> None:
+    """Format 1 had the log-probs in float64, exact values of float32; neither had sets."""
     given_ = trajectory(rollout_log_probs=np.float32([-0.1, -1e-7, -30]))
     path = write_dump(tmp_path, 1, [[given_]], 1.0)
-    table = pyarrow.parquet.read_table(path).cast(dump.SCHEMAS[1])
-    header = {"format": 1, "iteration": 1, "temperature": 1.0}
+    table = pyarrow.parquet.read_table(path).select(dump.SCHEMAS[number].names).cast(dump.SCHEMAS[number])
+    header = {"format": number, "iteration": 1, "temperature": 1.0}
     pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), path)
     ((found,),) = read_dump(path)
     assert bits(found) == bits(given_)
@@ -184,16 +185,16 @@ def test_files_that_are_no_dumps_are_named(tmp_path) -> None:
     table = pyarrow.table({"group_id": ["a"]})
     pyarrow.parquet.write_table(table, other)
     for path, header in (
-        (newer, {"format": 3, "iteration": 1, "temperature": 1.0}),
+        (newer, {"format": 4, "iteration": 1, "temperature": 1.0}),
         (garbled, {"format": 1}),
     ):
         pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), path)
     columns = tmp_path / "columns.parquet"
-    header = {"format": 2, "iteration": 1, "temperature": 1.0}
+    header = {"format": 3, "iteration": 1, "temperature": 1.0}
     pyarrow.parquet.write_table(table.replace_schema_metadata({HEADER: json.dumps(header)}), columns)
     for path, message in {
         other: "other.parquet is a parquet file, but not a dump",
-        newer: "newer.parquet has format 3, but this version reads 1, 2",
+        newer: "newer.parquet has format 4, but this version reads 1, 2, 3",
         missing: r"cannot read .*missing.parquet \(No such file",
         garbled: "garbled.parquet is not a readable dump .*header is incomplete",
         columns: "columns.parquet is not a readable dump .*columns differ",

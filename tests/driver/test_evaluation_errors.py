@@ -9,8 +9,8 @@ from megatron_fipo.config import Config, DataConfig, ModelConfig
 from megatron_fipo.driver.cluster_loss import ClusterLostError
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.loop import Loop
+from megatron_fipo.driver.rank_actor import TrainerLostError
 from megatron_fipo.driver.rollout.group_source import Interrupted, StopUnsavedError
-from megatron_fipo.driver.trainer_group import TrainerLostError
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from megatron_fipo.tasks.task import Problem
@@ -24,7 +24,7 @@ def loop(tmp_path: Any, error: UserError) -> Loop:
 
     components: Any = SimpleNamespace(
         rollouts=SimpleNamespace(generate=generate, score=None),
-        held_out=[Problem("p", (1,), "prompt", "x", "test")],
+        held_out={"one": [Problem("p", (1,), "prompt", "x", "test")]},
         console=Console(1),
         trainer=None,
         decode=None,

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.driver.evaluation_metrics import EvaluatedResponse, consensus, evaluation_values, pass_at
+from megatron_fipo.driver.evaluation_metrics import (
+    EvaluatedResponse,
+    consensus,
+    evaluation_values,
+    over_sets,
+    pass_at,
+)
 from megatron_fipo.tasks.task import NO_ANSWER
 
 
@@ -75,3 +81,49 @@ def test_unequal_or_missing_responses_are_refused():
     for problems in refused:
         with pytest.raises(ValueError, match="same number of responses"):
             evaluation_values(problems)
+
+
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1),
+        st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=5),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_an_evaluation_has_the_values_of_each_set_and_their_mean_in_any_order(sets):
+    values = {
+        name: evaluation_values(
+            [[response(accuracy=float(right)) for right in problem] for problem in problems]
+        )
+        | {"failed": 1.0}
+        for name, problems in sets.items()
+    }
+    found = over_sets(values)
+    for name, one in values.items():
+        assert {key: found[f"evaluation/{name}/{key}"] for key in one} == one
+    same_k = len({one["k"] for one in values.values()}) == 1
+    of_k = {"cons_at_k", "pass_at_k", "k"}
+    assert {metric for metric in of_k if f"evaluation/{metric}" in found} == (of_k if same_k else set())
+    for metric in ("avg_at_k", *(sorted(of_k) if same_k else ()), "length_mean", "truncated"):
+        assert found[f"evaluation/{metric}"] == pytest.approx(
+            np.mean([one[metric] for one in values.values()])
+        )
+    assert found["evaluation/problems"] == sum(map(len, sets.values()))
+    assert found["evaluation/failed"] == len(sets)
+    assert over_sets(dict(reversed(values.items()))) == found
+    if len(sets) == 1:
+        (one,) = values.values()
+        assert found["evaluation/avg_at_k"] == one["avg_at_k"]
+
+
+def test_named_numbers_are_means_over_the_responses_that_have_them():
+    def named(**extra):
+        return EvaluatedResponse("1", 1.0, 10, False, extra)
+
+    values = evaluation_values(
+        [[named(tests=1, note="x", flag=True), named(tests=2.0)], [named(), named(a=-1)]]
+    )
+    assert (values["tests"], values["a"]) == (1.5, -1.0)
+    assert not {"note", "flag"} & set(values)
+    assert over_sets({"math": values | {"failed": 0.0}})["evaluation/math/tests"] == 1.5

@@ -106,7 +106,7 @@ class EnginesAndRequests(RuleBasedStateMachine):
     @rule()
     def dispatch(self):
         for call in self.dispatcher.start_calls(dict.fromkeys(self.fleet.numbers(State.SERVING), math.inf)):
-            self.fleet.called(call.engine, self.now)
+            self.fleet.called(call.engine, len(call.items), self.now)
             self.progressed.setdefault(call.engine, self.now)
             assert self.weights[call.engine] == self.current
             assert self.current is not None
@@ -317,7 +317,7 @@ def test_failures_in_a_row_condemn_an_engine(interrupted):
     engines = fleet(loaded_version=0)
     engines.loaded(0, status(), 0.0)
     for _ in range(FAILURES_IN_A_ROW + interrupted):
-        engines.called(0, 0.0)
+        engines.called(0, 1, 0.0)
     for _ in range(FAILURES_IN_A_ROW - 1):
         assert not engines.failed_call(0, 0.0)
     if interrupted:
@@ -328,7 +328,7 @@ def test_failures_in_a_row_condemn_an_engine(interrupted):
 def busy(tokens: int = 0) -> Fleet:
     engines = fleet(loaded_version=0, max_restarts=1)
     engines.loaded(0, status(tokens), 0.0)
-    engines.called(0, 1.0)
+    engines.called(0, 1, 1.0)
     return engines
 
 
@@ -354,9 +354,9 @@ def test_an_engine_without_calls_need_not_compute():
     engines.answered_call(0, 1, 2.0)
     engines.answered_probe(0, status(), 5000.0)
     assert engines.overdue(5000.0) == []
-    engines.called(0, 5000.0)
+    engines.called(0, 1, 5000.0)
     assert engines.overdue(5000.0 + STALL_S - 1) == []
-    engines.called(0, 5040.0)  # a further call is no progress
+    engines.called(0, 1, 5040.0)  # a further call is no progress
     assert len(engines.overdue(5000.0 + STALL_S)) == 1
 
 
@@ -364,11 +364,52 @@ def test_good_work_makes_up_for_restarts():
     engines = fleet(loaded_version=0, max_restarts=1)
     for start in range(5):
         engines.loaded(0, status(), 0.0)
-        engines.called(0, 0.0)
-        engines.called(0, 0.0)
+        engines.called(0, 1, 0.0)
+        engines.called(0, 1, 0.0)
         engines.answered_call(0, FORGIVEN_AFTER_ANSWERS - 1, 0.0)
         assert engines.restarts(0) == min(start, 1)
         engines.answered_call(0, 1, 0.0)
         assert engines.restarts(0) == 0
         assert engines.lost(0, 1.0)
     assert not engines.lost(0, 2.0)
+
+
+class TestUnfinished:
+    def probe(self, engines: Fleet, running: int, now: float, waiting: int = 0) -> None:
+        assert engines.probes_due(now) == [0]
+        engines.answered_probe(0, EngineStatus(0, int(now), waiting=waiting, running=running), now)
+
+    def test_all_that_was_sent_until_two_probes_have_seen_it(self):
+        engines = busy()
+        engines.called(0, 16, 2.0)
+        assert engines.unfinished(0) == 17
+        self.probe(engines, running=0, now=10.0)  # may not have seen the last call yet
+        assert engines.unfinished(0) == 17
+        self.probe(engines, running=5, now=20.0)
+        assert engines.unfinished(0) == 5
+
+    def test_those_sent_after_the_older_probe_are_added(self):
+        engines = busy()
+        for now in (10.0, 20.0):
+            self.probe(engines, running=3, now=now)
+        engines.called(0, 16, 21.0)
+        assert engines.unfinished(0) == 3 + 16
+        self.probe(engines, running=10, now=30.0, waiting=4)
+        assert engines.unfinished(0) == 10 + 4 + 16
+        self.probe(engines, running=10, now=40.0)
+        assert engines.unfinished(0) == 10
+
+    def test_a_call_sent_while_a_probe_is_under_way_is_not_lost(self):
+        engines = busy()
+        for now in (10.0, 20.0):
+            self.probe(engines, running=1, now=now)
+        engines.probes_due(30.0)
+        engines.called(0, 16, 30.5)
+        engines.answered_probe(0, EngineStatus(0, 30, running=1), 31.0)
+        assert engines.unfinished(0) == 1 + 16
+
+    def test_a_restarted_engine_has_none(self):
+        engines = busy()
+        engines.called(0, 16, 2.0)
+        assert engines.lost(0, 3.0)
+        assert engines.unfinished(0) == 0

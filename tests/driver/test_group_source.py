@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config import Config, ModelConfig
+from megatron_fipo.driver.rank_actor import TrainerLostError
 from megatron_fipo.driver.rollout.engine_usage import EngineUsage
 from megatron_fipo.driver.rollout.fleet import Fleet
 from megatron_fipo.driver.rollout.group_source import (
@@ -18,8 +19,7 @@ from megatron_fipo.driver.rollout.group_source import (
 )
 from megatron_fipo.driver.rollout.losses import PoolCounts
 from megatron_fipo.driver.scoring.pool import ScorerCounts
-from megatron_fipo.driver.trainer_group import TrainerLostError
-from megatron_fipo.engine.protocol import EngineStatus, SamplingParams
+from megatron_fipo.engine.protocol import EngineStatus
 from megatron_fipo.errors import UserError
 from megatron_fipo.trainer.protocol import PushFailure
 
@@ -177,6 +177,58 @@ def test_an_interruption_undoes_before_the_state_is_saved(error, expected, undon
     assert caught.value.__cause__ is (error if type(error) is UserError else None)
 
 
+class AbandonedPool(Pool):
+    """Records what is called, and is asleep between `sleep` and `wake`."""
+
+    def __init__(self) -> None:
+        super().__init__({0: 0, 1: 0})
+        self.calls: list[str] = []
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake(self) -> None:
+        self.calls.append("wake")
+
+    def abort(self) -> list[Any]:
+        self.calls.append("abort")
+        return []
+
+
+class LostTrainer(Trainer):
+    def push_weights(self, *_: Any) -> PushFailure | None:
+        raise TrainerLostError("rank 0 died")
+
+
+def abandoned(pool: AbandonedPool, trainer: Trainer, **settings: Any) -> LiveGroups:
+    live = rollouts(trainer, pool, Collector(0), **settings)
+    live.scorers = SimpleNamespace(abandon=lambda: pool.calls.append("scorers"))  # type: ignore[assignment]
+    return live
+
+
+def test_engines_that_sleep_during_an_update_are_woken_when_the_trainer_is_lost():
+    pool = AbandonedPool()
+    live = abandoned(pool, Trainer(), placement="colocated")
+    live.groups(1, 0)
+    live.abandon()
+    assert pool.calls == ["sleep", "scorers", "abort", "wake"]
+
+
+@pytest.mark.parametrize(("engine", "lost"), [("vllm", [0, 1]), ("local", [])])
+def test_only_engines_that_may_wait_inside_nccl_are_started_again(engine, lost):
+    pool = AbandonedPool()
+    live = abandoned(pool, LostTrainer(), engine=engine)
+    with pytest.raises(TrainerLostError):
+        live.push_weights(1)
+    live.abandon()
+    assert pool.lost == lost
+    calm = AbandonedPool()
+    live = abandoned(calm, Trainer(), engine=engine)
+    live.push_weights(1)
+    live.abandon()
+    assert calm.lost == []
+
+
 class ProbedPool(Pool):
     """One engine, whose usage a real fleet measures; only `loaded(wait=True)` probes it."""
 
@@ -208,7 +260,7 @@ class ProbedPool(Pool):
 
     def work(self, seconds: float, tokens: int) -> None:
         """A call, and a second without one."""
-        self.fleet.called(0, self.now)
+        self.fleet.called(0, 1, self.now)
         self.now += seconds
         self.generated += tokens
         self.fleet.answered_call(0, 1, self.now)
@@ -246,6 +298,6 @@ def test_only_live_groups_can_generate():
     replay = ReplayGroups(None)  # type: ignore[arg-type]
     assert not replay.live
     with pytest.raises(RuntimeError, match="no engines"):
-        replay.generate([], SamplingParams(1.0, 1.0, 1), 0)
+        replay.generate([], 0)
     with pytest.raises(RuntimeError, match="no scorers"):
         replay.score([])

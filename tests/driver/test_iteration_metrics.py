@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
-from megatron_fipo.driver.iteration_metrics import rollout_values
+from megatron_fipo.driver.iteration_metrics import rollout_values, set_values
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.objective.metrics import over_mini_steps
@@ -116,3 +116,32 @@ def test_mini_steps_become_one_number_per_statistic():
         "policy/tokens": 40.0,
         "policy/sigma_log_ratio": 0.0,
     }
+
+
+def test_each_set_has_its_share_accuracy_reward_and_length():
+    trained = [trajectory([(0, tokens)], reward=reward) for tokens, reward in ((4, 1.0), (8, -1.0), (6, 1.0))]
+    assert set_values(trained, ["a", "b"]) == {}
+    for member, name in zip(trained, "aab", strict=True):
+        member.set_name = name
+    assert set_values(trained, ["a", "b", "c"]) == {
+        "set/a/share": 2 / 3,
+        "set/a/accuracy": 0.5,
+        "set/a/reward": 0.0,
+        "set/a/length": 6.0,
+        "set/b/share": 1 / 3,
+        "set/b/accuracy": 1.0,
+        "set/b/reward": 1.0,
+        "set/b/length": 6.0,
+        "set/c/share": 0.0,
+    }
+
+
+def test_numbers_that_rewards_name_are_means_over_the_responses_that_have_them():
+    first, second, third = (trajectory([(0, 2)]) for _ in range(3))
+    first.extra = {"problem_id": "p", "answer": "3", "format": 1, "tests": 0.5}
+    second.extra = {"problem_id": "p", "answer": "3", "format": 0, "steps": [1, 2]}
+    values = rollout_values(
+        Collected([[first, second, third]], CollectCounts(prompts=1)), [first, second, third], 1
+    )
+    numbers = {name: value for name, value in values.items() if name.startswith("reward/")}
+    assert numbers == {"reward/mean": 1.0, "reward/format": 0.5, "reward/tests": 0.5}

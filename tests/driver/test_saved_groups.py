@@ -46,7 +46,8 @@ scores = st.builds(
     st.floats(allow_nan=False, allow_infinity=False),
     st.sampled_from([0.0, 1.0]),
     st.text(),
-    st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False) | st.lists(st.text())),
+    st.dictionaries(st.text(), st.lists(st.text()))
+    | st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False, allow_infinity=False)),
 )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from megatron_fipo.driver.scoring.queue import GRACE_S, START_TIMEOUT_S, ScoringQueue
+from megatron_fipo.driver.workers.queue import GRACE_S, START_TIMEOUT_S, WorkQueue
 from megatron_fipo.scorer.protocol import ScoreRequest
 from tests.scorer.requests import request
 
@@ -25,7 +25,7 @@ class ScorersAndRequests(RuleBasedStateMachine):
     def begin(self, size):
         self.now = 0.0
         self.size = size
-        self.queue = ScoringQueue(size, timeout_s=TIMEOUT_S, now=0.0)
+        self.queue = WorkQueue(size, timeout_s=TIMEOUT_S, now=0.0)
         self.loading = dict.fromkeys(range(size), START_TIMEOUT_S)
         """When each scorer that loads is overdue."""
         self.running: dict[int, tuple[ScoreRequest, float]] = {}
@@ -140,7 +140,7 @@ TestScorersAndRequests.settings = settings(max_examples=150, stateful_step_count
 def outcomes(losses: list[int], size: int, order: int) -> dict[int, bool]:
     """Whether each request was scored, if it kills its scorer `losses[key]` times, with random timing."""
     timing = random.Random(order)
-    queue = ScoringQueue(size, timeout_s=TIMEOUT_S, now=0.0)
+    queue = WorkQueue(size, timeout_s=TIMEOUT_S, now=0.0)
     left = dict(enumerate(losses))
     waiting, loading, running = list(left), set(range(size)), dict[int, int]()
     scored: dict[int, bool] = {}
@@ -181,7 +181,7 @@ def test_what_is_scored_depends_on_the_requests_and_not_on_timing(losses, size, 
 
 
 def test_a_key_may_be_used_again_only_after_its_request_has_ended():
-    queue = ScoringQueue(1, timeout_s=TIMEOUT_S, now=0.0)
+    queue = WorkQueue(1, timeout_s=TIMEOUT_S, now=0.0)
     queue.submit(request(4))
     with pytest.raises(ValueError, match="key 4 is already outstanding"):
         queue.submit(request(4))

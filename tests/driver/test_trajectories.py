@@ -5,7 +5,7 @@ import numpy as np
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response
 from megatron_fipo.driver.rollout.trajectories import Overlong, trajectories
-from megatron_fipo.tasks.task import Problem, Score
+from megatron_fipo.tasks.task import Problem, Score, TaskSettings
 from tests.generations import generation, plain
 
 
@@ -39,3 +39,11 @@ def test_a_trajectory_carries_what_sampling_and_scoring_learnt():
     )
     assert short.response_ids is responses[0].token_ids
     assert cut.finish_reason == "length"
+
+
+def test_the_penalty_begins_before_the_limit_of_the_set():
+    of_set = Problem("s/p", (3, 4), "prompt", "34", "test", task=TaskSettings("s", max_response_length=6))
+    group = PromptGroup(2, of_set, [response(2, "stop"), response(4, "stop"), response(6, "length")])
+    scored = trajectories(group, [Score(0.0, 1.0)] * 3, Overlong(8, buffer=4, factor=1.0))
+    assert [trajectory.reward for trajectory in scored] == [0.0, -0.5, -1.0]
+    assert {trajectory.set_name for trajectory in scored} == {"s"}

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_fipo.driver.rollout.pool import RequestResult
-from megatron_fipo.driver.rollout.prompt_group import parse_request_id
+from megatron_fipo.driver.rollout.prompt_group import RequestResult, parse_request_id
 from megatron_fipo.driver.scoring.pool import ScoreResult
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.scorer.protocol import ScoreRequest
@@ -110,6 +109,8 @@ class ToyPool:
         self.version = 0
         self.submitted: list[list[GenerationRequest]] = []
         """Every call of `submit`."""
+        self.limits: list[int] = []
+        """The response limit of each call."""
         self.waited: list[float] = []
         """The timeout of every call of `poll`."""
         self.most_groups = 0
@@ -125,7 +126,7 @@ class ToyPool:
         return len(self._outstanding)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None:
-        assert sampling.max_new_tokens == MAX_LENGTH
+        self.limits.append(sampling.max_new_tokens)
         assert not self._outstanding.keys() & {request.request_id for request in requests}
         self.submitted.append(list(requests))
         self._outstanding |= {request.request_id: request for request in requests}

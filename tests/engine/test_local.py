@@ -160,7 +160,7 @@ def test_status_and_abort_do_not_wait_for_a_call(shared_engine):
         shared_engine.abort()
 
 
-def test_sampling_follows_the_distribution_and_top_p_truncates():
+def test_sampling_follows_the_distribution_and_truncation():
     """Inverse CDF on an even grid of uniform numbers gives each token its exact probability."""
     probs = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.3])
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
@@ -179,6 +179,10 @@ def test_sampling_follows_the_distribution_and_top_p_truncates():
     assert shares(SamplingParams(1.0, 0.75, 1)) == pytest.approx(
         [0, 0.4 / 0.95, 0, 0.25 / 0.95, 0.3 / 0.95], abs=2e-4
     )
+    assert shares(SamplingParams(1.0, 1.0, 1, top_k=2)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
+    assert shares(SamplingParams(1.0, 0.6, 1, top_k=3)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
+    assert shares(SamplingParams(1.0, 1.0, 1, min_p=0.7)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
+    assert shares(SamplingParams(1.0, 1.0, 1, top_k=9, min_p=0.01)) == pytest.approx(probs.tolist(), abs=2e-4)
 
 
 def test_extreme_uniform_numbers_never_draw_an_impossible_token():

@@ -13,6 +13,7 @@ from megatron_fipo.engine.vllm_start import (
     check_model,
     check_vllm,
     check_weights,
+    executor,
     read_model,
 )
 from megatron_fipo.errors import UserError
@@ -183,3 +184,22 @@ def test_a_description_is_checked_without_weights_too(tmp_path, edit, message):
 def test_a_folder_without_end_token(tmp_path):
     with pytest.raises(UserError, match=r"set eos_token in tokenizer_config\.json"):
         read_model(replace(SETTINGS, model_path=str(save_model(tmp_path, end_token=False))))
+
+
+@pytest.mark.parametrize(
+    ("size", "spans_nodes", "name"), [(1, False, "uni"), (8, False, "mp"), (16, True, "ray")]
+)
+def test_the_workers_of_an_engine_are_ray_actors_only_if_it_spans_nodes(size, spans_nodes, name):
+    settings = VLLMSettings(
+        model_path="m",
+        dtype="bfloat16",
+        trust_remote_code=False,
+        load_weights=True,
+        max_model_len=100,
+        tensor_parallel_size=size,
+        gpu_memory_share=0.85,
+        max_num_seqs=8,
+        deterministic=False,
+        spans_nodes=spans_nodes,
+    )
+    assert executor(settings) == name

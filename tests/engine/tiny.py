@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from megatron_fipo.engine.protocol import GenerationRequest
+from megatron_fipo.driver.rollout.prompt_group import GroupRequest
+from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.tasks.task import Problem
 from tests.tiny_qwen2 import ragged_prompts, save_qwen2, save_tokenizer
 
 
@@ -17,6 +19,11 @@ def save_model(folder: Path, seed: int = 0, tied: bool = True, end_token: bool =
         tie_word_embeddings=tied,
         initializer_range=0.3,
     )
+
+
+def some_group(sampling: SamplingParams) -> GroupRequest:
+    """`some_requests` as one group."""
+    return GroupRequest(Problem("p", (), "", "", ""), some_requests(), sampling)
 
 
 def some_requests(prompts: int = 6, n: int = 4) -> list[GenerationRequest]:

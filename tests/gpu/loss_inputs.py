@@ -25,6 +25,7 @@ OBJECTIVES = {
     "fipo, no clip, half life 500": ObjectiveConfig(half_life=500.0, influence_clip=None),
     "dapo": ObjectiveConfig(name="dapo"),
     "grpo, KL, mis": ObjectiveConfig(name="grpo", kl_coefficient=0.1, correction="mis"),
+    "fipo, no filter": ObjectiveConfig(influence_clip=None, filter_future_kl=False),
 }
 GRID = 2.0**14
 MARGIN = 1e-3

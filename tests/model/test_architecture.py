@@ -58,6 +58,11 @@ class TestArchitecture:
             ({"hidden_size": None}, "hidden_size has to be a positive integer, not None"),
             ({"num_hidden_layers": "4"}, "num_hidden_layers"),
             ({"num_key_value_heads": 0}, "num_key_value_heads has to be a positive integer, not 0"),
+            ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads="),
+            (
+                {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 128, "head_dim": None},
+                "num_attention_heads=5 does not divide hidden_size=128",
+            ),
             ({"head_dim": 1.5}, "head_dim has to be a positive integer, not 1.5"),
             ({"vocab_size": True}, "vocab_size has to be a positive integer, not True"),
             ({"architectures": "Qwen2ForCausalLM"}, r"\(none named\) is not supported"),

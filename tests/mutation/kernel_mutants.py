@@ -112,6 +112,13 @@ KERNEL_MUTANTS = (
         (f"{OUTPUTS}[False-fipo_tis", LOSS),
     ),
     Mutant(
+        "kernels: FutureKL filtered at the dual clip although the filter is off",
+        "objective/kernels/launch.py",
+        '"FUTURE_KL_LIMIT": objective.future_kl_limit',
+        '"FUTURE_KL_LIMIT": float(torch.tensor(objective.dual_clip).log())',
+        (f"{OUTPUTS}[False-fipo_no_filter", LOSS),
+    ),
+    Mutant(
         "kernels: backward ignores the gradient of the loss",
         "objective/kernels/launch.py",
         "return grad_log_probs * grad_loss, by_entropy",

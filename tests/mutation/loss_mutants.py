@@ -119,6 +119,13 @@ MUTANTS = (
         (GOLDEN, LOSS),
     ),
     Mutant(
+        "the filter of FutureKL cannot be switched off",
+        "objective/config.py",
+        "math.log(self.dual_clip) if self.filter_future_kl else math.inf",
+        "math.log(self.dual_clip)",
+        (LOSS, "objective/test_padded.py::test_the_filter_of_future_kl_can_be_switched_off"),
+    ),
+    Mutant(
         "safety rule without its low bound",
         LOSS_FILE,
         "influence.clamp(*SAFE_INFLUENCE)",

@@ -77,7 +77,7 @@ def _response_loss(response: Response, objective: ObjectiveConfig) -> tuple[Tens
     ratio = delta.exp()
     x = torch.zeros(len(delta), dtype=torch.float64)
     for t in tokens:
-        if delta[t].item() <= math.log(settings.dual_clip):
+        if not settings.filter_future_kl or delta[t].item() <= math.log(settings.dual_clip):
             x[t] = delta[t].detach()
     future_kl = future_kl_by_definition(x, settings.half_life)
 

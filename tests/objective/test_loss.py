@@ -21,6 +21,9 @@ OBJECTIVES = {
     "fipo": replace(SAFE_7B, name="fipo"),
     "fipo_entropy_bonus": ObjectiveConfig(half_life=math.inf, entropy_coefficient=0.01),
     "fipo_no_clip_keeps_all": ObjectiveConfig(influence_clip=None, drop_dual_clipped=False, half_life=4.0),
+    "fipo_no_filter": ObjectiveConfig(
+        influence_clip=None, drop_dual_clipped=False, half_life=4.0, filter_future_kl=False
+    ),
     "fipo_reference": replace(SAFE_7B, name="fipo", normalization="reference_micro_batch"),
     "dapo": ObjectiveConfig(name="dapo"),
     "dapo_reference": ObjectiveConfig(name="dapo", normalization="reference_micro_batch"),
@@ -188,7 +191,8 @@ def test_no_split_changes_loss_or_gradient(cp, layout, expected) -> None:
 
 
 def test_the_grid_exercises_the_rules(expected) -> None:
-    """Responses are dropped under fipo and only there, and the reference's normalization really differs by packing."""
+    """Responses are dropped under fipo and only there, the reference's normalization really differs by packing, and the
+    filter of FutureKL changes F and the loss."""
     kept = {name: oracle.result.kept for (name, _), oracle in zip(CASES, expected, strict=True)}
     assert kept["fipo"] == [i != 5 for i in range(8)]
     assert all(kept["dapo"])
@@ -198,6 +202,14 @@ def test_the_grid_exercises_the_rules(expected) -> None:
         oracle.loss for (name, _), oracle in zip(CASES, expected, strict=True) if name == "fipo_reference"
     ]
     assert np.ptp(losses) > 1e-3
+    filtered, unfiltered = (
+        next(oracle for (case, _), oracle in zip(CASES, expected, strict=True) if case == name)
+        for name in ("fipo_no_clip_keeps_all", "fipo_no_filter")
+    )
+    added = unfiltered.result.future_kl[5] - filtered.result.future_kl[5]
+    assert added[[3, 120]].tolist() == pytest.approx([math.log(20.0)] * 2, abs=0.1)  # its outliers
+    assert added.min() >= 0
+    assert abs(unfiltered.loss - filtered.loss) > 1e-3
 
 
 def count_collectives(

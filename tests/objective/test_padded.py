@@ -40,6 +40,30 @@ def test_matches_the_oracle(normalization) -> None:
     assert not all(expected.kept)
 
 
+def test_the_filter_of_future_kl_can_be_switched_off() -> None:
+    """Without it a token above the dual clip enters F of the tokens before it: 3 and more at the token itself."""
+    found = {}
+    for filtered in (True, False):
+        config = FIPOConfig(influence_clip=None, drop_dual_clipped=False, filter_future_kl=filtered)
+        members, (log_probs, old, advantages, mask) = batch()
+        expected = oracle_loss(members, config)
+        result = fipo_loss(log_probs, old, advantages, mask, config)
+        result.loss.backward()
+        expected.loss.backward()
+        torch.testing.assert_close(result.future_kl, torch.stack(expected.future_kl), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            log_probs.grad, torch.stack([r.log_probs.grad for r in members]), rtol=1e-10, atol=1e-14
+        )
+        found[filtered] = result
+        outliers = ((log_probs - old).exp() > config.dual_clip) & mask.bool()
+    assert outliers.any()
+    added = found[False].future_kl - found[True].future_kl
+    assert (added[outliers] > 2.3).all()
+    assert (found[False].influence_weights != found[True].influence_weights).any()
+    share = "policy/dual_clip_fraction"
+    assert found[False].statistics[share] == found[True].statistics[share] > 0
+
+
 def test_whatever_lies_under_the_mask_is_ignored() -> None:
     _, (log_probs, old, advantages, mask) = batch()
     clean = fipo_loss(log_probs, old, advantages, mask)

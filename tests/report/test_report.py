@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.driver.evaluation_metrics import over_sets
 from megatron_fipo.errors import UserError
 from megatron_fipo.objective.metrics import METRICS
 from megatron_fipo.report import write_report
 from megatron_fipo.report.chart import draw
 from megatron_fipo.report.cost_figures import WHERE_THE_TIME_WENT
-from megatron_fipo.report.figures import SECTIONS
+from megatron_fipo.report.figures import reward_terms, sections
 from megatron_fipo.report.panel import Line, Panel
 from megatron_fipo.report.run_data import Run
 from megatron_fipo.report.samples import choose_samples, color_reach, render_samples
@@ -24,7 +25,7 @@ from megatron_fipo.run_dir.metrics_log import MetricsLog, Record, Sample, Sample
 from tests.report.synthetic_run import write_synthetic_run
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
-_PANELS = [panel for section in SECTIONS for panel in section.panels]
+_PANELS = [panel for section in sections(["countdown"]) for panel in section.panels]
 
 
 class _Page(HTMLParser):
@@ -126,15 +127,56 @@ def test_the_headline_compares_first_and_last_evaluation(tmp_path: Path) -> None
     ]
 
 
+def test_each_evaluation_set_has_its_figures_and_its_rows(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for iteration, accuracy in ((0, 0.25), (5, 0.5)):
+        values = {
+            "avg_at_k": accuracy,
+            "cons_at_k": 0.4,
+            "pass_at_k": 0.6,
+            "length_mean": 30.0,
+            "truncated": 0.0,
+        }
+        values |= {"k": 4.0, "problems": 30.0, "failed": 0.0, "length_median": 28.0}
+        sets = {"aime24": values, "aime25": {**values, "avg_at_k": 0.0}}
+        log.log("evaluation", iteration, over_sets(sets))
+    text, page = _report(tmp_path)
+    assert list(page.figures)[:5] == [
+        "Held-out accuracy, mean of 2 sets",
+        "Held-out accuracy, aime24",
+        "Held-out response length, aime24",
+        "Held-out accuracy, aime25",
+        "Held-out response length, aime25",
+    ]
+    assert all(paths > 0 for paths in page.figures.values())
+    rows = [re.sub(r"<[^>]*>", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    cells = [[cell for cell in row.split("|") if cell] for row in rows]
+    assert [row for row in cells if "Accuracy, avg@4" in row] == [
+        ["mean of 2 sets", "Accuracy, avg@4", "12.5 %", "25.0 %", "+12.5 points"],
+        ["aime24", "Accuracy, avg@4", "25.0 %", "50.0 %", "+25.0 points"],
+        ["aime25", "Accuracy, avg@4", "0.0 %", "0.0 %", "+0.0 points"],
+    ]
+    assert "Measured on 60 held-out problems, with 4 responses each" in page.text
+
+
 @pytest.mark.parametrize("objective", ["dapo", "grpo"])
 def test_a_run_without_influence_weights_says_what_is_left_out(tmp_path: Path, objective: str) -> None:
     _, page = _report(write_synthetic_run(tmp_path / "run", objective))
     assert "Influence weight, mean" not in page.figures
-    assert "Held-out accuracy" in page.figures
+    assert "Held-out accuracy, countdown" in page.figures
     assert re.search(
         r"Left out, because this run has no such data: Influence weight, mean, .*Mean of exp F", page.text
     )
     assert "tokens have no color" in page.text
+
+
+def test_what_a_run_lost_is_in_its_header(tmp_path: Path, full: Path) -> None:
+    assert "trained again" not in full.read_text()
+    log = MetricsLog(tmp_path / "run")
+    log.log("iteration", 1, {"recovery/restarts": 0, "recovery/lost_iterations": 0})
+    log.log("iteration", 2, {"recovery/restarts": 2, "recovery/lost_iterations": 1})
+    page = write_report(tmp_path / "run").read_text()
+    assert "the trainer was started again 2 times, 1 iteration was trained again" in page
 
 
 def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
@@ -146,6 +188,18 @@ def test_a_run_that_has_just_begun_is_reported(tmp_path: Path) -> None:
     assert "never evaluated" in page.text
     assert "no sample responses" in page.text
     assert "saved no config.yaml" in page.text
+
+
+def test_numbers_that_rewards_name_are_one_panel_whatever_their_names_are(tmp_path: Path) -> None:
+    names = [f"term{number:02}" for number in range(14)]
+    log = MetricsLog(tmp_path)
+    for iteration in (1, 2):
+        log.log("iteration", iteration, {"reward/mean": 0.5} | {f"reward/{name}": 0.1 for name in names})
+    _, page = _report(tmp_path)
+    assert list(page.figures) == ["Training reward and accuracy", "Reward terms"]
+    assert all(name in page.text for name in names)
+    panel = reward_terms([f"reward/{name}" for name in names])
+    assert len({(line.color, line.dashed) for line in panel.lines}) == len(names)
 
 
 def test_only_an_evaluation_and_only_zeros_are_drawn(tmp_path: Path) -> None:
@@ -314,7 +368,7 @@ def test_importing_the_report_brings_no_torch() -> None:
 
 
 def test_every_metric_of_the_loss_that_names_a_panel_is_drawn_there() -> None:
-    panels = {panel.title: panel.metrics for section in SECTIONS for panel in section.panels}
+    panels = {panel.title: panel.metrics for section in sections(["countdown"]) for panel in section.panels}
     for metric in METRICS:
         if metric.panel:
             assert metric.name in panels[metric.panel]

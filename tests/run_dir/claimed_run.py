@@ -13,7 +13,7 @@ from megatron_fipo.run_dir.run_directory import PendingSave, RunDirectory
 MODEL = Path(__file__).parents[2] / "examples/countdown/base-model"
 
 
-INPUTS = RunInputs(model_files(MODEL), "train", "held-out", "2026-11-28T09:30:00")
+INPUTS = RunInputs(model_files(MODEL), "train", {"one": "held-out"}, "2026-11-28T09:30:00")
 
 
 def config(run_dir: Path, *overrides: str) -> Config:

@@ -80,8 +80,8 @@ def resume(model: Path, run_dir: Path) -> tuple[Path, LoopState]:
 
 
 def unlock(directory: RunDirectory) -> None:
-    if directory._lock_file is not None:
-        directory._lock_file.close()
+    if directory._lock is not None:
+        directory._lock.release()
 
 
 def load_into_ranks(

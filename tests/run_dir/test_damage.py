@@ -3,6 +3,7 @@ changed.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -69,6 +70,16 @@ def by_dangling_link(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def by_pipe(checkpoint: Path) -> None:
+    """With a manifest that says that the file is empty, as a pipe is."""
+    path = shard(checkpoint)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][path.relative_to(checkpoint).as_posix()]["size"] = 0
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    path.unlink()
+    os.mkfifo(path)
+
+
 def half_copied(checkpoint: Path) -> None:
     for name in sorted(read_manifest(checkpoint).files)[::2]:
         (checkpoint / name).unlink()
@@ -132,6 +143,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated manifest": (lambda c: truncate(c / "manifest.json"), r"manifest\.json is damaged"),
     "manifest of another": (lambda c: shutil.copy(c.with_name(OLDER) / "manifest.json", c), "has other content|bytes instead of"),
     "manifest with wrong sizes": (lambda c: replace_in(c / "manifest.json", '"size": ', '"size": 1'), "bytes instead of"),
+    "manifest with an endless size": (lambda c: replace_in(c / "manifest.json", '"size": ', '"size": 1e999'), r"manifest\.json is damaged"),
+    "nested manifest": (lambda c: (c / "manifest.json").write_text("[" * 100_000), r"manifest\.json is damaged"),
+    "pipe for a shard": (by_pipe, r"\.distcp has no content: it is a folder, pipe or device"),
     "format of an older version": (lambda c: replace_in(c / "manifest.json", '"format": 1', '"format": 0'), "format 0 and this version"),
     "format of a later version": (lambda c: replace_in(c / "manifest.json", '"format": 1', '"format": 2'), "format 2 and this version"),
     "version without manifests": (older_format, r"manifest\.json cannot be read \(No such file"),

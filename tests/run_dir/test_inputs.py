@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 
 from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.manifest import hash_files, list_files, write_manifest
+from megatron_fipo.config import load_config
 from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir import CONFIG_FILE
 from megatron_fipo.run_dir.inputs import INPUTS_FILE, RunInputs, input_changes, model_files
 from megatron_fipo.run_dir.run_directory import RunDirectory
 from tests.run_dir.claimed_run import INPUTS, MODEL, claimed, config, save
 
-PATHS = ("data.train_path=train.parquet", "data.evaluation_path=test.parquet")
+PATHS = ("data.train_path=train.parquet", "evaluation.sets.one=test.parquet")
 
 
 def saved(run_dir: Path) -> RunDirectory:
@@ -39,7 +42,7 @@ def test_the_same_content_under_other_paths_is_the_same_run(tmp_path):
         changed = config(
             tmp_path / "run",
             "data.train_path=/data/t.parquet",
-            "data.evaluation_path=/data/e.parquet",
+            "evaluation.sets.one=/data/e.parquet",
             f"model.path={path}",
         )
         assert directory.claim(changed, inputs_of(Path(path))) == []
@@ -117,23 +120,50 @@ def test_the_tokens_of_tekken_identify_a_model(tmp_path):
     assert "tekken.json" in model_files(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [("train", "data.train_path"), ("held_out", "data.evaluation_path")]
-)
-def test_other_problems_under_the_same_path_are_another_run(tmp_path, name, key):
+def test_other_training_problems_under_the_same_path_are_another_run(tmp_path):
     directory = saved(tmp_path)
-    with pytest.raises(UserError, match=rf"{key} has other .* problems than the run"):
-        directory.claim(config(tmp_path, *PATHS), replace(INPUTS, **{name: "other"}))
-
-
-def test_other_held_out_problems_may_be_allowed_and_other_training_problems_may_not(tmp_path):
-    directory = saved(tmp_path)
-    settings = config(tmp_path, *PATHS, "rollout.temperature=0.9")
-    allowed = ["rollout.temperature", "data.train_path", "data.evaluation_path"]
-    assert len(directory.claim(settings, replace(INPUTS, held_out="other"), allowed)) == 2
-    with pytest.raises(UserError) as error:
-        directory.claim(settings, replace(INPUTS, train="other"), allowed)
+    settings = config(tmp_path, *PATHS)
+    with pytest.raises(
+        UserError, match=r"data\.train_path has other training problems than the run"
+    ) as error:
+        directory.claim(settings, replace(INPUTS, train="other"), ["data.train_path"])
     assert str(error.value).endswith("than the run): restore them, or choose another run_dir")
+
+
+@pytest.mark.parametrize(
+    ("sets", "change"),
+    [
+        ({"one": "held-out"}, None),
+        ({"one": "other"}, "one has other problems"),
+        ({"one": "held-out", "two": "x"}, "two is new"),
+        ({"two": "held-out"}, "one is gone, two is new"),
+        ({}, "one is gone"),
+    ],
+)
+def test_other_evaluation_sets_are_accepted_and_reported(tmp_path, sets, change):
+    directory = saved(tmp_path)
+    lines = directory.claim(config(tmp_path, "data.train_path=train.parquet"), replace(INPUTS, held_out=sets))
+    assert lines == ([] if change is None else [lines[0]])
+    if change is not None:
+        assert lines[0].startswith(f"the evaluation sets changed ({change}), so evaluation/avg_at_k")
+
+
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path):
+    """It had one held-out file, `data.evaluation_path`, and one fingerprint for it."""
+    directory = saved(tmp_path)
+    checkpoint = directory.latest()
+    stored = (checkpoint / CONFIG_FILE).read_text()
+    sets = re.search(r"evaluation:\n(  sets:\n(?:    .*\n)+)", stored)
+    assert sets is not None
+    stored = stored.replace(sets[1], "")
+    stored = stored.replace("data:\n", "data:\n  evaluation_path: test.parquet\n")
+    (checkpoint / CONFIG_FILE).write_text(stored)
+    record = json.loads((checkpoint / INPUTS_FILE).read_text())
+    (checkpoint / INPUTS_FILE).write_text(json.dumps(record | {"held_out": "digest"}))
+    write_manifest(checkpoint, hash_files(checkpoint, list_files(checkpoint)), {})
+    assert directory.claim(config(tmp_path, *PATHS), INPUTS) == []
+    with pytest.raises(UserError, match=r"line \d+: data.evaluation_path is now evaluation.sets"):
+        load_config(checkpoint / CONFIG_FILE, [])
 
 
 def test_prompts_keep_the_time_of_the_first_start(tmp_path):

@@ -4,6 +4,8 @@ A node with an old view is a rank whose listings of folders are empty, or a file
 """
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from megatron_fipo.trainer import rl_worker
 from megatron_fipo.trainer.rl_worker import RLWorker
 from tests.ranks import run_ranks
 from tests.run_dir.claimed_run import claim, claimed, save, write_ranks
+from tests.run_dir.claimed_run import config as settings_of
 from tests.run_dir.saved_run import RANKS, settings, train_and_write, unlock
 
 
@@ -78,7 +81,62 @@ def test_the_driver_waits_for_a_file_that_it_sees_late(tmp_path, monkeypatch):
     assert check_files(checkpoint, read_manifest(checkpoint).files) == []
 
 
-def test_the_driver_names_a_file_that_is_not_in_the_manifest(tmp_path):
+class OldView:
+    """This node's cached listing of a folder: it stays until the node itself changes the folder, as on NFS."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self._folder, self._names = folder, names
+        self._changed = folder.stat().st_mtime_ns
+        self._iterdir = Path.iterdir
+
+    def iterdir(self, path: Path) -> Iterator[Path]:
+        if path == self._folder and path.stat().st_mtime_ns == self._changed:
+            return iter([path / name for name in self._names])
+        return self._iterdir(path)
+
+
+def test_a_run_on_another_node_resumes_from_the_newest_checkpoint(tmp_path, monkeypatch):
+    first = claimed(tmp_path, "checkpoint.keep_last=2")
+    newest = [save(first, iteration) for iteration in (3, 4)][-1]
+    first._lock.release()
+    view = OldView(first.checkpoints, ["iteration_000003"])
+    monkeypatch.setattr(Path, "iterdir", lambda path: view.iterdir(path))
+    second = RunDirectory(tmp_path)
+    assert [path.name for path in second.checkpoints.iterdir()] == ["iteration_000003"]
+    second.prompt_time()  # what a command reads first
+    assert second.latest() == newest
+    claim(second, settings_of(tmp_path, "checkpoint.keep_last=2"))
+    assert second.latest() == newest
+    assert not [path for path in second.checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_waits_for_a_file_of_the_last_save_that_it_sees_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "POLL_S", 0.01)
+    directory = claimed(tmp_path)
+    checkpoint = save(directory, 3)
+    shard = checkpoint / "weights/__1_0.distcp"
+    hidden = shard.rename(tmp_path / "late")
+    appears = Timer(0.3, lambda: hidden.rename(shard))
+    appears.start()
+    ranks = SimpleNamespace(
+        check_files=lambda folder: check_files(folder, read_manifest(folder).files), load=lambda folder: True
+    )
+    try:
+        assert CheckpointSaver(directory, ranks).load(checkpoint)
+    finally:
+        appears.join()
+
+
+@pytest.mark.parametrize(("age_s", "wait_s"), [(0, 60), (50, 10), (61, 0), (10**6, 0), (-5, 60)])
+def test_a_view_is_old_for_a_minute_after_the_save(tmp_path, age_s, wait_s):
+    (tmp_path / manifest.NAME).touch()
+    written = time.time() - age_s
+    os.utime(tmp_path / manifest.NAME, (written, written))
+    assert abs(manifest.unsettled_s(tmp_path) - wait_s) < 5
+
+
+def test_the_driver_names_a_file_that_is_not_in_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "NODE_CACHE_S", 0.0)
     directory = claimed(tmp_path)
     checkpoint = save(directory, 3)
     intact = SimpleNamespace(check_files=lambda folder: [], load=lambda folder: True)

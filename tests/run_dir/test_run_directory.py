@@ -125,7 +125,7 @@ def test_what_killed_runs_left_is_removed_by_the_next(tmp_path):
     torn = directory.begin_save(LoopState(iteration=6))
     (directory.checkpoints / ".iteration_000004.removing").mkdir()
     (directory.checkpoints / ".latest").symlink_to("iteration_000001")
-    directory._lock_file.close()
+    directory._lock.release()
     later = claimed(tmp_path)
     assert later.latest() == older
     assert names(later) == ["iteration_000005", "latest"]
@@ -168,7 +168,7 @@ def test_the_best_checkpoint_may_be_evaluated_after_it_was_saved(tmp_path):
     """
     directory = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
     save(directory, 3)
-    directory._lock_file.close()
+    directory._lock.release()
     later = claimed(tmp_path, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
     log = MetricsLog(tmp_path)
     for iteration, accuracy in ((3, 0.9), (4, 0.1), (5, 0.2)):
@@ -255,7 +255,7 @@ def test_a_first_start_on_a_full_disk_can_be_repeated(tmp_path, monkeypatch, ste
         claim(directory, config(tmp_path))
     monkeypatch.undo()
     assert list(tmp_path.glob("config.yaml*"))
-    directory._lock_file.close()
+    directory._lock.release()
     assert claimed(tmp_path).latest() is None
 
 

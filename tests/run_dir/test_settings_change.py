@@ -1,11 +1,13 @@
 """Which settings a run may change when it resumes."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.run_dir.run_directory import RunDirectory
-from tests.run_dir.claimed_run import claim, claimed, config, save
+from tests.run_dir.claimed_run import INPUTS, claim, claimed, config, save
 
 
 def test_a_folder_belongs_to_its_settings(tmp_path):
@@ -17,6 +19,18 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     assert "optimizer.lr was 1e-06 and is 1e-05; rollout.temperature was 0.7 and is 0.8" in str(caught.value)
     assert "--allow-change optimizer.lr,rollout.temperature" in str(caught.value)
     assert (tmp_path / "config.yaml").read_bytes() == stored
+
+
+def test_an_earlier_run_had_the_filter_of_future_kl(tmp_path):
+    """A folder from before the setting has its default; the setting changes the mathematics, so another value is refused."""
+    directory = claimed(tmp_path)
+    save(directory, 1)
+    stored = tmp_path / "config.yaml"
+    lines = [line for line in stored.read_text().splitlines() if "filter_future_kl" not in line]
+    stored.write_text("\n".join(lines))
+    claim(directory, config(tmp_path, "objective.filter_future_kl=true"))
+    with pytest.raises(UserError, match="filter_future_kl was True and is False"):
+        claim(directory, config(tmp_path, "objective.filter_future_kl=false"))
 
 
 def test_named_settings_may_change_and_only_those(tmp_path):
@@ -97,6 +111,10 @@ def test_what_a_run_may_change(tmp_path, first, then):
         (["objective.normalization=reference_micro_batch"], "parallel.data_parallel_size=2"),
         (["objective.normalization=reference_micro_batch"], "parallel.context_parallel_size=2"),
         (["rollout.unfinished=continue"], "rollout.prompts_in_flight=7"),
+        (["environment.name=tools:python"], "environment.name=tools:search"),
+        (["environment.name=tools:python"], "environment.max_turns=3"),
+        ([], "environment.stop=[x]"),
+        ([], "environment.max_observation_tokens=7"),
     ],
 )
 def test_what_a_run_may_not_change(tmp_path, first, then):
@@ -137,3 +155,44 @@ def test_another_seed_is_refused_even_if_it_is_allowed(tmp_path):
     save(directory, 1)
     with pytest.raises(UserError, match=r"seed was 1 and is 2\): restore them, or choose another run_dir$"):
         claim(directory, config(tmp_path, "seed=2"), ["seed"])
+
+
+SETS = ("data.sets.math=m.parquet", "data.sets.code=c.parquet", "data.sets.code.weight=2")
+DIGESTS = replace(INPUTS, train={"math": "m", "code": "c"})
+
+
+def resumed_with_sets(run_dir, *changes, train=DIGESTS.train, allow=()):
+    directory = RunDirectory(run_dir)
+    directory.claim(config(run_dir, *SETS), DIGESTS)
+    save(directory, 1)
+    return directory.claim(config(run_dir, *SETS, *changes), replace(DIGESTS, train=train), allow)
+
+
+def test_training_sets_may_move_and_change_their_reward_if_that_is_allowed(tmp_path):
+    assert resumed_with_sets(tmp_path / "a", "data.sets.math=/data/other.parquet") == []
+    with pytest.raises(
+        UserError, match=r"data.sets.code.reward was None and is countdown\).*--allow-change data.sets$"
+    ):
+        resumed_with_sets(tmp_path / "b", "data.sets.code.reward=countdown")
+    allowed = resumed_with_sets(tmp_path / "c", "data.sets.code.max_response_length=9", allow=["data.sets"])
+    assert allowed == ["data.sets.code.max_response_length was None and is 9"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "message"),
+    [
+        (["data.sets.code.weight=3"], DIGESTS.train, r"data.sets.code.weight was 2.0 and is 3.0\)"),
+        ([], {"math": "m", "code": "x"}, r"data.sets.code.path has other training problems than the run\)"),
+        (
+            ["data.sets.more=x"],
+            DIGESTS.train | {"more": "x"},
+            r"\(data.sets.more was absent and is present\)",
+        ),
+        (["data.sets.code=null"], {"math": "m"}, r"\(data.sets.code was present and is absent\)"),
+        (["data.sets={}"], "m", "data.train_path has other training problems than the run"),
+    ],
+)
+def test_other_rows_sets_and_weights_are_refused_always(tmp_path, changes, train, message):
+    with pytest.raises(UserError, match=message) as error:
+        resumed_with_sets(tmp_path, *changes, train=train, allow=["data.sets", "data.train_path"])
+    assert str(error.value).endswith("restore them, or choose another run_dir")

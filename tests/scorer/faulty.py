@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fipo.config import RewardConfig
 from megatron_fipo.scorer.actor import ScorerActor
 from megatron_fipo.scorer.protocol import ScorerSettings
 from megatron_fipo.scorer.result import MAX_CHARACTERS, MAX_NESTING
-from megatron_fipo.tasks.registry import REWARDS
-from megatron_fipo.tasks.task import Problem, Reward, Score
+from megatron_fipo.tasks.rewards import REWARDS
+from megatron_fipo.tasks.task import Completion, Reward, Score, UnavailableError
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ScorerSettings(
     model_path=str(ROOT / "examples/countdown/base-model"),
     trust_remote_code=False,
-    reward_name="faulty",
-    timeout_s=0.5,
-    memory_mb=300,
+    rewards=("faulty",),
+    hook_folder=str(ROOT),
+    reward=RewardConfig(timeout_s=0.5, memory_mb=300),
 )
 GOOD = Score(1.0, 1.0, "3", {"steps": [1, 2]})
 
@@ -116,7 +117,11 @@ BEHAVIOURS: dict[str, Callable[[], Any]] = {
     "no JSON": lambda: replace(GOOD, extra={"value": object()}),
     "nan in extra": lambda: replace(GOOD, extra={"value": float("nan")}),
     "none": lambda: None,
-    "number": lambda: 1.0,
+    "number": lambda: 0.25,
+    "negative number": lambda: -1,
+    "true": lambda: True,
+    "infinity": lambda: float("inf"),
+    "unavailable": throw(UnavailableError("the judge is away")),
     "raise": lambda: {}["missing"],
     "raise at every second call": lambda: {}["missing"] if next(calls) % 2 else GOOD,
     "exit": lambda: sys.exit(3),
@@ -129,9 +134,9 @@ BEHAVIOURS: dict[str, Callable[[], Any]] = {
 }
 
 
-def score(response_text: str, problem: Problem, finish_reason: str) -> Score:
+def score(completion: Completion) -> Score:
     """The ground truth names what every response does. A path in it: only while there is no file there."""
-    behaviour, _, once = problem.ground_truth.partition("@")
+    behaviour, _, once = completion.problem.ground_truth.partition("@")
     if once:
         if Path(once).exists():
             return GOOD
@@ -143,7 +148,7 @@ class FaultyScorer(ScorerActor):
     """A real scorer with this reward."""
 
     def ready(self) -> None:
-        REWARDS["faulty"] = Reward(score, lambda _: None)
+        REWARDS["faulty"] = lambda _: Reward(score)
         super().ready()
 
 

@@ -13,25 +13,28 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_fipo.config import RewardConfig
 from megatron_fipo.driver.tokenizer import checked_tokenizer
 from megatron_fipo.errors import UserError
 from megatron_fipo.scorer.actor import ScorerActor
 from megatron_fipo.scorer.limits import TimeLimitError, within
-from megatron_fipo.scorer.protocol import Failure, FailureKind, ScoreRequest
-from megatron_fipo.tasks.registry import REWARDS
+from megatron_fipo.scorer.protocol import Failure, FailureKind, ScoreRequest, ScorerSettings
+from megatron_fipo.tasks.rewards import REWARDS
 from megatron_fipo.tasks.task import Score
+from tests.completions import scored
 from tests.scorer.faulty import GOOD, SETTINGS, FaultyScorer
 from tests.scorer.requests import request
 
-_actor: dict[type, ScorerActor] = {}
+_actor: dict[tuple[type, str], ScorerActor] = {}
 
 
-def answer(actor_class: type, settings: Any, sent: ScoreRequest) -> list[Score] | Failure:
+def answer(actor_class: type, settings: ScorerSettings, sent: ScoreRequest) -> list[Score] | Failure:
     """Runs in the child process, in its main thread, where an actor's methods run."""
-    if actor_class not in _actor:
-        _actor[actor_class] = actor_class(settings)
-        _actor[actor_class].ready()
-    return _actor[actor_class].score(sent)
+    key = (actor_class, repr(settings))
+    if key not in _actor:
+        _actor[key] = actor_class(settings)
+        _actor[key].ready()
+    return _actor[key].score(sent)
 
 
 def torch_is_loaded() -> bool:
@@ -46,6 +49,7 @@ def timer_after(seconds: float) -> tuple[float, float]:
 
 
 Ask = Callable[..., Any]
+TOO_LONG = ("own timer", "slow", "loop", "swallow")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,13 @@ def child() -> Iterator[ProcessPoolExecutor]:
 @pytest.fixture(scope="module")
 def ask(child: ProcessPoolExecutor) -> Ask:
     def ask(behaviour: str, responses: int = 1) -> list[Score] | Failure:
-        return child.submit(answer, FaultyScorer, SETTINGS, request(7, responses, behaviour)).result()
+        """Only a behaviour that takes too long meets the time limit, also on a slow machine."""
+        settings = (
+            SETTINGS
+            if behaviour in TOO_LONG
+            else replace(SETTINGS, reward=replace(SETTINGS.reward, timeout_s=60.0))
+        )
+        return child.submit(answer, FaultyScorer, settings, request(7, responses, behaviour)).result()
 
     return ask
 
@@ -80,8 +90,10 @@ def ask(child: ProcessPoolExecutor) -> Ask:
         ("too long", FailureKind.RESULT, "gave answer and extra of 1,048,590 characters, above 1,048,576"),
         ("huge number", FailureKind.RESULT, "000... (int), not a finite number"),
         ("type like str", FailureKind.RESULT, "gave the answer np.str_('3') (str_), not valid text"),
-        ("none", FailureKind.RESULT, "returned None (NoneType), not a Score"),
-        ("number", FailureKind.RESULT, "returned 1.0 (float), not a Score"),
+        ("none", FailureKind.RESULT, "returned None (NoneType), not a finite number or a Score"),
+        ("true", FailureKind.RESULT, "returned True (bool), not a finite number or a Score"),
+        ("infinity", FailureKind.RESULT, "returned inf (float), not a finite number or a Score"),
+        ("unavailable", FailureKind.UNAVAILABLE, "got no answer (UnavailableError (the judge is away))"),
         ("raise", FailureKind.RAISED, "raised KeyError ('missing')"),
         ("exit", FailureKind.RAISED, "raised SystemExit (3)"),
         ("interrupt", FailureKind.RAISED, "raised KeyboardInterrupt (KeyboardInterrupt)"),
@@ -142,12 +154,10 @@ def test_a_limit_that_ends_at_once_leaves_no_timer(child, seconds):
 def test_a_real_reward_scores_the_decoded_text_as_in_one_process(child):
     tokenizer = checked_tokenizer(SETTINGS.model_path, False)
     texts = ["#3*7+5", "3+7#3*7+5", "#3+7+5", "", "#3*7+5<eos>"]
-    problem_of = request(0, [tokenizer.encode(text) for text in texts], truth="3,7,5=26")
-    scores = child.submit(
-        answer, ScorerActor, replace(SETTINGS, reward_name="countdown"), problem_of
-    ).result()
-    reward = REWARDS["countdown"].score
-    expected = [reward(text.removesuffix("<eos>"), problem_of.problem, "stop") for text in texts]
+    problem_of = request(0, [tokenizer.encode(text) for text in texts], truth="3,7,5=26", reward="countdown")
+    scores = child.submit(answer, ScorerActor, replace(SETTINGS, rewards=("countdown",)), problem_of).result()
+    reward = REWARDS["countdown"](RewardConfig()).score
+    expected = [scored(reward, text.removesuffix("<eos>"), problem_of.problem) for text in texts]
     assert scores == expected
     assert [score.accuracy for score in scores] == [1.0, 1.0, 0.0, 0.0, 1.0]
 
@@ -157,6 +167,12 @@ def test_a_scorer_does_not_load_torch(child):
     assert not child.submit(torch_is_loaded).result()
 
 
-def test_an_unknown_reward_is_an_error_with_the_known_ones():
-    with pytest.raises(UserError, match=r"reward.name is 'other'; choose one of countdown, dapo_math"):
-        ScorerActor(replace(SETTINGS, reward_name="other")).ready()
+def test_a_number_alone_is_a_reward_and_right_if_above_zero(ask):
+    assert ask("number") == [Score(0.25, 1.0)]
+    assert ask("negative number") == [Score(-1.0, 0.0)]
+
+
+def test_a_reward_by_import_path_that_cannot_be_loaded_is_an_error(tmp_path):
+    settings = replace(SETTINGS, rewards=("no.such.module:score",), hook_folder=str(tmp_path))
+    with pytest.raises(UserError, match="there is no module no in"):
+        ScorerActor(settings).ready()

@@ -11,11 +11,14 @@ import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # else 15: other tests on this machine would starve ranks and engines
 
 import ray
 
 from megatron_fipo.driver.cluster import logs_in
-from tests.system.runs import ROOT, run_here, train_arguments
+from tests.system.runs import LONGEST_S, ROOT, run_here, train_arguments
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def cluster_of_runs() -> Iterator[str]:
         assert address, "Ray did not start"
         yield address
         owner.stdin.close()
-        assert owner.wait(timeout=60) == 0
+        assert owner.wait(timeout=LONGEST_S) == 0
 
 
 Train = Callable[..., subprocess.CompletedProcess]

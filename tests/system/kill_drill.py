@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from megatron_fipo.run_dir.metrics_log import read_metrics
-from tests.system.runs import COSTS
+from tests.system.runs import COSTS, RECOVERY
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/countdown/fipo.yaml"
@@ -48,7 +48,7 @@ TINY = (
     "tracking.tensorboard=false",
 )
 VICTIMS = ("driver", "trainer rank", "rollout engine", "checkpoint writer")
-NOT_COMPARED = (*COSTS, "engines/", "scorers/")
+NOT_COMPARED = (*COSTS, RECOVERY, "engines/", "scorers/")
 STARTS = 5
 """Times the command is run before a run counts as lost."""
 START_TIMEOUT_S = 900.0

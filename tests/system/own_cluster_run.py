@@ -22,6 +22,9 @@ def main() -> int:
         def pid(self) -> int:
             return os.getpid()
 
+        def hub_offline(self) -> str | None:
+            return os.environ.get("HF_HUB_OFFLINE")
+
         def sleep(self) -> None:
             time.sleep(1000)
 
@@ -34,6 +37,7 @@ def main() -> int:
                 json.dumps(
                     {
                         "actor": pid,
+                        "hub_offline": ray.get(actor.hub_offline.remote()),
                         "family": family,
                         "logs": ray_logs(),
                         "address": ray.get_runtime_context().gcs_address,

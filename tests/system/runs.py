@@ -1,6 +1,7 @@
 """Start `megatron-fipo` on tiny runs, in a process or in this one, and read what a run wrote."""
 
 import contextlib
+import gc
 import io
 import json
 import signal
@@ -14,6 +15,8 @@ import psutil
 from megatron_fipo.cli.main import main
 
 ROOT = Path(__file__).parents[2]
+LONGEST_S = 240.0
+"""Longest that a process may take to start or to end, on a machine that is ten times slower than usual."""
 MARK = "FIPO_TEST_RUN"
 """Environment variable that marks a process and all that descend from it."""
 TINY = [
@@ -46,10 +49,27 @@ def start(*arguments: object) -> subprocess.Popen:
     )
 
 
-def run(*arguments: object, expect: int = 0, timeout: float = 600) -> subprocess.CompletedProcess:
-    """Run the command as a process, on a Ray cluster of its own."""
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return check(done, expect)
+def run(
+    *arguments: object, expect: int = 0, timeout: float = 600, folder: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """Run the command as a process in `folder`, on a Ray cluster of its own."""
+    process = subprocess.Popen(
+        command(*arguments), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    return check(ended(process, timeout), expect)
+
+
+def ended(process: subprocess.Popen, timeout: float = LONGEST_S) -> subprocess.CompletedProcess:
+    """The process when it has ended, with its output. A process that has not ended within `timeout` seconds fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(
+            f"not ended after {timeout:g} s: {process.args}\n{shown(out)}{shown(err)}"
+        ) from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out or "", err or "")
 
 
 def run_here(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess:
@@ -58,12 +78,18 @@ def run_here(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
+    gc.collect()  # an exception may keep a run's lock, which a process releases when it ends
     return check(subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue()), expect)
 
 
-def check(done: subprocess.CompletedProcess, expect: int) -> subprocess.CompletedProcess:
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-6000:]
+def check(done: subprocess.CompletedProcess, expect: int = 0) -> subprocess.CompletedProcess:
+    assert done.returncode == expect, shown(done.stdout) + shown(done.stderr)
     return done
+
+
+def shown(output: str | None) -> str:
+    """The end of an output, for the message of a failed test."""
+    return (output or "")[-6000:]
 
 
 def iterations(run_dir: Path) -> list[dict]:
@@ -88,7 +114,9 @@ COSTS = (
     "evaluation/seconds",
 )
 """Metrics that measure time and memory."""
-BY_TIMING = (*COSTS, "tokens/generated", "tokens/dropped", "rollout/unused_share")
+RECOVERY = "recovery/"
+"""Metrics that count restarts."""
+BY_TIMING = (*COSTS, RECOVERY, "tokens/generated", "tokens/dropped", "rollout/unused_share")
 """Metrics that may differ between equal runs: costs, and the progress of prompts that were started and not used."""
 
 
@@ -104,7 +132,7 @@ def same_numbers(one: dict, other: dict, *excluded: str) -> bool:
 def wait_for_an_iteration(process: subprocess.Popen, run_dir: Path) -> None:
     deadline = time.monotonic() + 400
     while not ((run_dir / "metrics.jsonl").exists() and iterations(run_dir)):
-        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert process.poll() is None, shown(process.communicate()[0])
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

@@ -15,15 +15,15 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_fipo.config import RolloutConfig
-from megatron_fipo.driver import placement as placement_module
 from megatron_fipo.driver.rollout.engine_actors import COLOCATED_GPU_SHARE, EngineActors
 from megatron_fipo.driver.rollout.losses import PoolCounts
 from megatron_fipo.driver.rollout.pool import EnginePool, RequestResult
 from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
-from tests.engine.tiny import save_model, some_requests
+from tests.engine.tiny import save_model, some_group, some_requests
 from tests.generations import ids, plain
+from tests.system.runs import LONGEST_S
 from tests.system.troubled_engine import HEALTH_S, SAMPLING, STALL_S, TrainerRank, TroubledEngine
 
 
@@ -143,10 +143,8 @@ def test_engines_serve_the_weights_pushed_and_answer_as_one(shared_pool, trainer
     pool.wake()
     assert set(pool.stale()) == {0, 1}
     push(pool, trainer, pool.loaded(wait=True), folders[1], 2)
-    heard: list[int] = []
-    again = pool.generate(some_requests(), SAMPLING, heard.append)
+    again = pool.generate([some_group(SAMPLING)])
     assert texts(again) == list(tokens(answers[1]).values())
-    assert heard[-1] == len(again)
     assert pool.take_counts() == PoolCounts()
 
 
@@ -305,7 +303,7 @@ def test_an_engine_serves_what_it_loaded_and_without_any_left_the_run_ends_in_a_
         loaded_weights_serve=True,
     )
     try:
-        result = pool.generate(some_requests(), SAMPLING)
+        result = pool.generate([some_group(SAMPLING)])
         assert texts(result) == list(tokens(answers[1]).values())
         os.kill(pid(pool, 0), signal.SIGKILL)
         pool.submit(some_requests(), SAMPLING)
@@ -379,9 +377,12 @@ def test_an_engine_that_dies_at_its_start_says_why(cluster, message, reason):
     assert "\n" not in str(ended.value)
 
 
-def test_a_cluster_without_room_is_said(cluster, monkeypatch):
-    monkeypatch.setattr(placement_module, "PLACEMENT_TIMEOUT_S", 1.0)
-    with pytest.raises(UserError, match=r"50 rollout engines .* lower rollout\.num_engines"):
+def test_a_cluster_without_room_is_said(cluster):
+    message = (
+        r"50 rollout engines of 1 CPU each \([\d.]+ has \d+ of 6 CPUs free\), within 1 s \(placement_timeout_s\); "
+        r"lower rollout\.num_engines or add nodes"
+    )
+    with pytest.raises(UserError, match=message):
         EnginePool(
             LocalEngine,
             {},
@@ -389,6 +390,7 @@ def test_a_cluster_without_room_is_said(cluster, monkeypatch):
             vocab_size=1000,
             gpus_per_engine=0,
             keep_batches=False,
+            placement_timeout_s=1.0,
         )
 
 
@@ -418,9 +420,9 @@ def test_colocated_engines_share_the_gpus_of_the_ranks(cluster):
         for number in range(2):
             engines.start(number)
         gpus = [ray.get(rank.gpu.remote()) for rank in ranks]
-        assert sorted(ray.get(engines[number].gpu.remote(), timeout=60) for number in range(2)) == sorted(
-            gpus
-        )
+        assert sorted(
+            ray.get(engines[number].gpu.remote(), timeout=LONGEST_S) for number in range(2)
+        ) == sorted(gpus)
         assert len(set(gpus)) == 2
         engines.shutdown()
         with pytest.raises(UserError, match="3 engines of 1 GPUs do not fit 2 ranks"):

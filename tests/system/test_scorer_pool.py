@@ -1,5 +1,8 @@
 """The pool of scorers with real processes: a reward function that fails, hangs or kills its process costs its own group."""
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,11 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_fipo.driver.scoring import queue
-from megatron_fipo.driver.scoring.failures import LEAST_FAILURES
-from megatron_fipo.driver.scoring.pool import MAX_FAILED_STARTS, ScorerCounts, ScoreResult, ScorerPool
+from megatron_fipo.config import HttpReward, RewardConfig
+from megatron_fipo.driver.scoring.pool import ScorerCounts, ScoreResult, ScorerPool
+from megatron_fipo.driver.workers import queue
+from megatron_fipo.driver.workers.failures import LEAST_FAILURES
+from megatron_fipo.driver.workers.pool import MAX_FAILED_STARTS
 from megatron_fipo.errors import UserError
-from tests.scorer.faulty import GOOD, SETTINGS, FaultyScorer, Unloadable
+from megatron_fipo.scorer.actor import ScorerActor
+from tests.scorer.faulty import GOOD, ROOT, SETTINGS, FaultyScorer, Unloadable
 from tests.scorer.requests import request
 
 
@@ -93,7 +99,7 @@ def test_too_many_failures_end_the_run_and_lose_no_result(pools):
         (
             Unloadable,
             {},
-            f"could not start {MAX_FAILED_STARTS} times in a row; the last reason: scorer 0 \\(faulty\\) died",
+            f"could not start {MAX_FAILED_STARTS} times in a row; the last reason: scorer 0 died",
         ),
     ],
 )
@@ -136,3 +142,46 @@ def test_scorers_end_with_the_pool(pools):
     assert len(named) >= 2
     pool.shutdown()
     eventually(lambda: not any(process.is_running() for process in named))
+
+
+def test_a_judge_scores_and_its_failures_are_counted(pools):
+    judge = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/tasks/http/judge_server.py")], stdout=subprocess.PIPE, text=True
+    )
+    assert judge.stdout is not None
+    url = f"http://127.0.0.1:{int(judge.stdout.readline())}/"
+    reward = RewardConfig(timeout_s=60.0, http=HttpReward(url=url, timeout_s=10.0, backoff_s=0.01))
+    try:
+        pool = pools.start(actor_class=ScorerActor, rewards=("http",), reward=reward)
+        behaviours = ["full", "500,text,full", "404"]
+        full, repeated, missing = pool.score(
+            [request(key, 2, truth, reward="http") for key, truth in enumerate(behaviours)]
+        )
+    finally:
+        judge.kill()
+        judge.wait()
+    assert missing is None
+    for scores in (full, repeated):
+        assert scores is not None
+        assert [(score.reward, score.accuracy) for score in scores] == [(0.5, 1.0)] * 2
+    assert pool.take_counts() == ScorerCounts(failures=1, judge_retries=2, judge_failures=1)
+    assert any("it answers with status 404" in line for line in pools.logged)
+
+
+def test_a_scorer_without_the_token_of_its_judge_says_so(pools):
+    http = HttpReward(url="http://127.0.0.1:9/", token_variable="NO_SUCH_JUDGE_TOKEN")
+    pool = pools.start(
+        actor_class=ScorerActor, rewards=("http",), reward=RewardConfig(timeout_s=200.0, http=http)
+    )
+    with pytest.raises(
+        UserError, match="token_variable=NO_SUCH_JUDGE_TOKEN is not set in the environment of a scorer"
+    ):
+        pool.score([request(0, reward="http")])
+
+
+def test_answers_are_run_in_a_scorer(pools):
+    pool = pools.start(actor_class=ScorerActor, rewards=("code",), reward=RewardConfig())
+    truth = json.dumps({"inputs": ["1"], "outputs": ["2"]})
+    (scores,) = pool.score([request(0, 2, truth, reward="code")])
+    assert scores is not None
+    assert [(score.reward, score.extra["tests"]) for score in scores] == [(0.0, 1)] * 2

@@ -15,13 +15,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.runs import MARK, ROOT, command, default_signals, iterations, marked, train_arguments
-
-pytestmark = pytest.mark.timeout(1200)
+from tests.system.runs import (
+    LONGEST_S,
+    MARK,
+    ROOT,
+    command,
+    default_signals,
+    iterations,
+    marked,
+    shown,
+    train_arguments,
+)
 
 SETTINGS = ("evaluation.before_training=false", "checkpoint.every=0")
-LONGEST_END_S = 90.0
-"""From the signal to the end, on a loaded machine: an update, a checkpoint, the end of all processes."""
 
 
 class Run:
@@ -45,12 +51,22 @@ class Run:
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 400
         while not condition():
-            assert self.process.poll() is None, self.output.read_text()[-4000:]
+            assert self.process.poll() is None, shown(self.output.read_text())
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
     def send(self, number: int, to_group: bool = True) -> None:
         (os.killpg if to_group else os.kill)(self.process.pid, number)
+
+    def ended(self, code: int) -> str:
+        """Its output, after its end with this exit code: an update, a checkpoint and the end of all its processes."""
+        try:
+            found = self.process.wait(LONGEST_S)
+        except subprocess.TimeoutExpired:
+            found = None
+        output = self.output.read_text()
+        assert found == code, shown(output)
+        return output
 
     def left(self) -> list[psutil.Process]:
         """Every process that descends from this run."""
@@ -90,9 +106,9 @@ def test_a_signal_saves_and_leaves_nothing(train, tmp_path, number, code, to_gro
         for _ in range(times):
             run.send(number, to_group)
             time.sleep(0.2)
-        assert run.process.wait(LONGEST_END_S) == code, run.output.read_text()[-4000:]
+        output = run.ended(code)
         done = len(iterations(run.run_dir))
-        assert f"stopped after iteration {done}, state saved" in run.output.read_text()
+        assert f"stopped after iteration {done}, state saved" in output
         assert run.left() == []
     finally:
         run.end()
@@ -108,7 +124,7 @@ def test_a_signal_while_the_state_is_saved_loses_nothing(train, tmp_path):
         run.send(signal.SIGUSR1)
         run.wait_until(lambda: saving(run))
         run.send(signal.SIGTERM)
-        assert run.process.wait(LONGEST_END_S) == 85, run.output.read_text()[-4000:]
+        run.ended(85)
         done = len(iterations(run.run_dir))
         assert run.left() == []
     finally:
@@ -123,8 +139,7 @@ def test_a_run_whose_ray_is_killed_ends_with_one_sentence_and_its_log(train, tmp
     try:
         run.wait_until(lambda: (run.run_dir / "checkpoints/latest").exists())
         next(process for process in run.left() if victim in " ".join(process.cmdline())).kill()
-        assert run.process.wait(LONGEST_END_S) == 2, run.output.read_text()[-4000:]
-        output = run.output.read_text()
+        output = run.ended(86)
         assert "megatron-fipo: Ray's processes on this machine ended unexpectedly" in output
         assert "Traceback" not in output
         done = len(iterations(run.run_dir))

@@ -1,26 +1,31 @@
 """The command line end to end on real Ray, Megatron-Core and the bundled model: train, resume, stop, evaluate, parallel layouts.
 
 Runs are tiny (4 groups of 4 responses): they show that the parts work together and that no parallel layout changes the numbers,
-not that the model learns. Most runs take place in this process on one cluster. Those that are stopped or lose an engine are
-processes with a cluster of their own, as users have them.
+not that the model learns. Most runs take place in this process on one cluster. Those that are stopped are processes with a
+cluster of their own, as users have them.
 """
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_fipo.checkpoint.manifest import hash_files, list_files, read_manifest, write_manifest
 from megatron_fipo.run_dir.loop_state import LOOP_FILE
+from megatron_fipo.run_dir.metrics_log import read_metrics
+from megatron_fipo.tasks.countdown.problems import generate_problems
 from tests.system.conftest import Train
+from tests.system.disturbances import disturbing, titled, trained
 from tests.system.runs import (
     ROOT,
     TINY,
+    check,
+    ended,
     iterations,
     run,
     run_here,
@@ -30,11 +35,15 @@ from tests.system.runs import (
     wait_for_an_iteration,
     weights,
 )
-
-pytestmark = pytest.mark.timeout(1200)  # each run starts a trainer and an engine
+from tests.tasks.files import row, write
 
 EXACT = ("deterministic=true", "evaluation.before_training=false", "checkpoint.every=0")
 REFERENCE_LENGTH = 4
+
+TENSOR = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+CONTEXT = ("parallel.context_parallel_size=2",)
+PIPELINE = ("parallel.pipeline_model_parallel_size=2",)
+DATA = ("parallel.data_parallel_size=2",)
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +126,13 @@ def test_a_sampling_state_that_cannot_be_is_one_sentence_about_its_files(train, 
 @pytest.mark.parametrize(
     "layout",
     [
-        ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"),
-        ("parallel.context_parallel_size=2",),
-        ("parallel.pipeline_model_parallel_size=2",),
-        ("parallel.data_parallel_size=2",),
+        pytest.param((*TENSOR, *DATA), id="tensor-data"),
+        pytest.param((*CONTEXT, *PIPELINE), id="context-pipeline"),
+        pytest.param(TENSOR, id="tensor", marks=pytest.mark.slow),
+        pytest.param(CONTEXT, id="context", marks=pytest.mark.slow),
+        pytest.param(PIPELINE, id="pipeline", marks=pytest.mark.slow),
+        pytest.param(DATA, id="data", marks=pytest.mark.slow),
     ],
-    ids=["tensor", "context", "pipeline", "data"],
 )
 def test_another_layout_gives_the_same_first_iteration(train, two_iterations, tmp_path, layout):
     train(tmp_path / "parallel", "iterations=1", "evaluation.before_training=false", *layout)
@@ -139,7 +149,11 @@ def test_another_layout_gives_the_same_first_iteration(train, two_iterations, tm
 
 
 @pytest.mark.parametrize(
-    ("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)], ids=["ctrl-c", "preempted"]
+    ("signal_number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, 85, id="preempted", marks=pytest.mark.slow),  # as in test_signals.py
+    ],
 )
 def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(
     train, reference, tmp_path, signal_number, code
@@ -148,9 +162,7 @@ def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(
     process = start(*train_arguments(stopped, *EXACT, "iterations=1000"))
     wait_for_an_iteration(process, stopped)
     os.kill(process.pid, signal_number)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output[-4000:]
-    assert "state saved" in output
+    assert "state saved" in check(ended(process), code).stdout
     length = max(len(iterations(stopped)) + 1, REFERENCE_LENGTH)
     train(stopped, *EXACT, f"iterations={length}")
     undisturbed = reference(length)
@@ -158,6 +170,7 @@ def test_a_stopped_run_saves_and_ends_as_one_that_never_stopped(
     assert weights(stopped) == weights(undisturbed)
 
 
+@pytest.mark.slow  # a signal ends a run in the same way, and tests/driver/test_stop.py has the time limit
 def test_the_time_limit_saves_and_says_so(train, tmp_path):
     done = train(
         tmp_path / "short",
@@ -169,33 +182,20 @@ def test_the_time_limit_saves_and_says_so(train, tmp_path):
     assert "max_walltime_minutes=0.05 has passed" in done.stdout
 
 
-@pytest.mark.parametrize("engines", [1, 2])
+@pytest.mark.parametrize("engines", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_engine_that_is_killed_is_replaced_and_leaves_no_trace_in_the_numbers(
-    reference, tmp_path, engines
+    train, reference, tmp_path, engines
 ):
     robbed = tmp_path / "robbed"
     settings = (*EXACT, f"iterations={REFERENCE_LENGTH}", f"rollout.num_engines={engines}")
-    process = start(*train_arguments(robbed, *settings))
-    wait_for_an_iteration(process, robbed)
-    found = engine_pids(process.pid)
-    assert len(found) == engines
-    os.kill(found[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-4000:]
+    with disturbing(signal.SIGKILL, lambda: titled("ray::LocalEngine") if trained(robbed, 1) else []) as done:
+        train(robbed, *settings)
+    assert len(done.times) == 1
     robbed_values = iterations(robbed)
     assert sum(step["engines/deaths"] for step in robbed_values) == 1
     for one, other in zip(robbed_values, iterations(reference()), strict=True):
         assert same_numbers(one, other, "engines/")
     assert weights(robbed) == weights(reference())
-
-
-def engine_pids(driver: int) -> list[int]:
-    """Processes of the rollout engines of a run."""
-    return [
-        child.pid
-        for child in psutil.Process(driver).children(recursive=True)
-        if any("ray::LocalEngine" in word for word in child.cmdline())
-    ]
 
 
 @pytest.mark.parametrize("mode", ["one_step_off", "fully_asynchronous"])
@@ -273,6 +273,36 @@ def test_evaluate_prints_accuracy_and_writes_every_response(cluster_of_runs, tmp
     assert list(tmp_path.iterdir()) == [table]
 
 
+def test_several_sets_are_evaluated_in_one_run_and_may_change(train, tmp_path):
+    """Rows per set in the console, metrics per set in the log; another set in the resumed run is reported."""
+    problems = generate_problems(9, held_out=True, seed=1)
+    for name, part in {
+        "train": generate_problems(60, held_out=False, seed=1),
+        "one": problems[:4],
+        "two": problems[4:],
+    }.items():
+        rows = [row(problem.prompt, str(problem)) for problem in part]
+        write(tmp_path / f"{name}.jsonl", rows)
+    run_dir = tmp_path / "run"
+    files = (
+        "data.source=jsonl",
+        f"data.train_path={tmp_path}/train.jsonl",
+        f"evaluation.sets.one={tmp_path}/one.jsonl",
+    )
+    train(run_dir, *files, f"evaluation.sets.two={tmp_path}/two.jsonl", "iterations=1")
+    (values,) = [record.values for record in read_metrics(run_dir) if record.kind == "evaluation"][-1:]
+    assert (values["evaluation/one/problems"], values["evaluation/two/problems"]) == (4, 5)
+    both = [values["evaluation/one/avg_at_k"], values["evaluation/two/avg_at_k"]]
+    assert values["evaluation/avg_at_k"] == pytest.approx(sum(both) / 2)
+    table = (run_dir / "evaluations/iteration_000001.jsonl").read_text().splitlines()
+    assert [json.loads(line)["set"] for line in table] == ["one"] * 4 + ["two"] * 5
+
+    done = train(run_dir, *files, f"evaluation.sets.third={tmp_path}/two.jsonl", "iterations=2")
+    assert "the evaluation sets changed (third is new, two is gone)" in done.stdout
+    for title in ("one", "third", "mean of 2 sets"):
+        assert re.search(rf"^held-out {title} +after 2: avg@1 ", done.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -291,3 +321,28 @@ def test_bad_input_is_one_sentence(tmp_path, override, words):
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "refused").exists()
+
+
+def test_several_training_sets_have_their_shares_limits_and_metrics_and_resume(train, tmp_path):
+    """Rows of two files in one run; other weights are refused, and the resumed run continues the order."""
+    problems = generate_problems(80, held_out=False, seed=1)
+    for name, part in {"easy": problems[:60], "hard": problems[60:]}.items():
+        rows = [{"question": problem.prompt, "answer": str(problem)} for problem in part]
+        write(tmp_path / f"{name}.jsonl", rows)
+    run_dir = tmp_path / "run"
+    files = (
+        "data.source=jsonl",
+        "data.columns={prompt: question, ground_truth: answer}",
+        f"data.sets.easy={tmp_path}/easy.jsonl",
+        f"data.sets.hard={{path: {tmp_path}/hard.jsonl, weight: 0.5, max_response_length: 48}}",
+        f"evaluation.sets.held={tmp_path}/hard.jsonl",
+    )
+    train(run_dir, *files, "iterations=1")
+    done = train(run_dir, *files, "data.sets.hard.weight=2", "iterations=2", expect=2)
+    assert "data.sets.hard.weight was 0.5 and is 2.0" in done.stderr
+    train(run_dir, *files, "iterations=2")
+    records = [record.values for record in read_metrics(run_dir) if record.kind == "iteration"]
+    assert len(records) == 2
+    for values in records:
+        assert values["set/easy/share"] + values["set/hard/share"] == pytest.approx(1.0)
+        assert values.get("set/hard/length", 0.0) <= 48

@@ -8,7 +8,7 @@ import pyarrow.parquet
 
 from megatron_fipo.tasks.countdown.tokenizer import build_tokenizer
 from megatron_fipo.tasks.prompt_encoder import PromptEncoder
-from megatron_fipo.tasks.prompt_file import read_problems
+from megatron_fipo.tasks.prompt_file import RowSettings, read_problems
 
 NOW = datetime(2026, 11, 28, 9, 30)
 ENCODE = PromptEncoder(build_tokenizer(), 4000, NOW)
@@ -32,6 +32,8 @@ def write(path, rows):
     return path
 
 
-def read(path, tokenizer=None, limit=50, deduplicate=True, log=print):
+def read(path, tokenizer=None, limit=50, deduplicate=True, log=print, source=None, **settings):
     encode = PromptEncoder(tokenizer or build_tokenizer(), limit, NOW)
-    return read_problems(path, path.suffix[1:], encode, deduplicate, log)
+    source = source or path.suffix[1:]
+    rows = RowSettings(str(path), source, deduplicate=deduplicate, **settings)
+    return read_problems(rows, encode, log)

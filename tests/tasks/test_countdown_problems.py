@@ -21,17 +21,18 @@ from megatron_fipo.tasks.countdown.problems import (
     generate_problems,
     parse_expression,
 )
+from megatron_fipo.tasks.countdown.scorer import score_countdown
 from megatron_fipo.tasks.countdown.tokenizer import CHARACTERS, build_tokenizer, save_tokenizer
 from megatron_fipo.tasks.countdown.traces import supervised_trace
-from megatron_fipo.tasks.registry import reward
 from megatron_fipo.tasks.task import Problem
+from tests.completions import scored
 
 TRAIN = generate_problems(4000, held_out=False, seed=1)
 HELD_OUT = generate_problems(150, held_out=True, seed=1)
 
 
 def accuracy(problem: CountdownProblem, response: str) -> float:
-    return reward("countdown").score(response, Problem("", (), "", str(problem), ""), "stop").accuracy
+    return scored(score_countdown, response, Problem("", (), "", str(problem), "")).accuracy
 
 
 def parsed(text: str) -> Expression:

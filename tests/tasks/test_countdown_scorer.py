@@ -4,11 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.registry import reward
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.tasks.rewards import REWARDS
 from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
+from tests.completions import scored
 
-score = reward("countdown").score
+REWARD = REWARDS["countdown"](RewardConfig())
+
+
+def score(text: str, problem: Problem, finish_reason: str) -> Score:
+    return scored(REWARD.score, text, problem, finish_reason)
 
 
 def problem(ground_truth: str = "3,7,5=26") -> Problem:
@@ -67,11 +72,6 @@ def test_it_never_raises(response, finish_reason):
 
 @pytest.mark.parametrize("ground_truth", ["26", "", "3,7,5=0", "3,7=21", "3,7,5=126", "10,7,5=26"])
 def test_a_ground_truth_that_is_no_countdown_problem_has_an_obstacle(ground_truth):
-    assert "3,7,5=26" in reward("countdown").obstacle(ground_truth)
-    assert reward("countdown").obstacle("3,7,5=26") is None
-    assert "no solution" in reward("countdown").obstacle("1,1,1=99")
-
-
-def test_an_unknown_reward_names_the_known_ones():
-    with pytest.raises(UserError, match="'chess'; choose one of countdown, dapo_math"):
-        reward("chess")
+    assert "3,7,5=26" in (REWARD.obstacle(problem(ground_truth)) or "")
+    assert REWARD.obstacle(problem("3,7,5=26")) is None
+    assert "no solution" in (REWARD.obstacle(problem("1,1,1=99")) or "")

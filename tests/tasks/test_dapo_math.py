@@ -1,17 +1,25 @@
 """The DAPO reward agrees with every golden result of the published scorer and never raises."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.tasks.registry import reward
-from megatron_fipo.tasks.task import NO_ANSWER, Problem
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.tasks import dapo_math
+from megatron_fipo.tasks.rewards import REWARDS
+from megatron_fipo.tasks.task import NO_ANSWER, Problem, Score
+from tests.completions import scored
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden" / "dapo_scorer.jsonl").open()]
-score = reward("dapo_math").score
+REWARD = REWARDS["dapo_math"](RewardConfig())
+
+
+def score(text: str, problem: Problem, finish_reason: str) -> Score:
+    return scored(REWARD.score, text, problem, finish_reason)
 
 
 def problem(ground_truth: str) -> Problem:
@@ -82,7 +90,7 @@ def test_it_never_raises(response, ground_truth):
     ],
 )
 def test_a_ground_truth_that_no_response_can_match_is_named(ground_truth, why):
-    assert why in reward("dapo_math").obstacle(ground_truth)
+    assert why in (REWARD.obstacle(problem(ground_truth)) or "")
 
 
 @pytest.mark.parametrize(
@@ -90,9 +98,8 @@ def test_a_ground_truth_that_no_response_can_match_is_named(ground_truth, why):
     ["34", " 34\n", "\\boxed{34}", "\\frac{1}{2}", "(1, 2]", "x=5", "3,000", "1" * 292, "-7", "A"],
 )
 def test_a_ground_truth_without_an_obstacle_is_matched_by_itself(ground_truth):
-    assert reward("dapo_math").obstacle(ground_truth) is None
-    problem = Problem("p", (1,), "", ground_truth, "math")
-    assert score(f"So it is.\nAnswer: {ground_truth.strip()}", problem, "stop").accuracy == 1
+    assert REWARD.obstacle(problem(ground_truth)) is None
+    assert score(f"So it is.\nAnswer: {ground_truth.strip()}", problem(ground_truth), "stop").accuracy == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +116,7 @@ def test_a_ground_truth_without_an_obstacle_is_matched_by_itself(ground_truth):
     ],
 )
 def test_an_answer_that_a_model_writes_differently_has_a_doubt(ground_truth, doubt):
-    assert doubt in reward("dapo_math").doubt(ground_truth)
+    assert doubt in REWARD.doubt(problem(ground_truth))
 
 
 @pytest.mark.parametrize(
@@ -117,4 +124,59 @@ def test_an_answer_that_a_model_writes_differently_has_a_doubt(ground_truth, dou
     ["0", "0.5", "34", "-7", r"\frac{1}{2}", "x<y", "(0, 1)", "A", r"\text{no real roots exist}", "..."],
 )
 def test_an_ordinary_answer_has_no_doubt(ground_truth):
-    assert reward("dapo_math").doubt(ground_truth) is None
+    assert REWARD.doubt(problem(ground_truth)) is None
+
+
+PUBLISHED = (
+    (r".*?\$(.*?)\$.*", r"$\1$"),
+    (r"\\text\{(.*?)\}", r"\1"),
+    (r"\\textbf\{(.*?)\}", r"\1"),
+    (r"\\overline\{(.*?)\}", r"\1"),
+    (r"\\boxed\{(.*)\}", r"\1"),
+    (r"frac([^{])(.)", r"frac{\1}{\2}"),
+    (r"sqrt([^{])", r"sqrt{\1}"),
+)
+"""The expressions of the published normalization, which take quadratic time."""
+PIECES = (
+    *("\\text{", "\\textbf{", "\\overline{", "\\boxed{", "}", "$", "\n", "frac", "sqrt", "{", "a", "12"),
+    *("\\text", "text{", "\r", "\u2028", "b ", ","),
+)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+def test_normalization_is_the_published_one(text):
+    def published(text: str) -> str:
+        for pattern, replacement in PUBLISHED:
+            text = re.sub(pattern, replacement, text)
+        text = text.replace("$", "")
+        return (text.replace(",", "") if text.replace(",", "").isdigit() else text).strip()
+
+    prepared = text.split("=")[-1]
+    for before, after in dapo_math._REPLACED:
+        prepared = prepared.replace(before, after)
+    for expression in dapo_math._REMOVED:
+        prepared = prepared.replace(expression, "")
+    assert dapo_math.normalize_answer(text) == published(prepared)
+
+
+@given(
+    st.lists(st.sampled_from(["ab", "c", " ", ",", "1", "\\", "{", "}", "é", "d e"]), max_size=25).map(
+        "".join
+    )
+)
+def test_a_sentence_is_four_words(text):
+    four_words = re.match(r"([^\\{}]*\b[A-Za-z]{2,}[ ,]+){4}", text) is not None
+    assert (dict(dapo_math._DOUBTS)["a sentence"].match(text) is not None) == four_words
+
+
+@pytest.mark.parametrize(
+    "text", ["\\text{", "\\textbf{", "\\overline{", "\\boxed{", "$\n", "x", "frac", "\\text{\\mathrm{"]
+)
+def test_a_long_answer_takes_time_in_proportion(text):
+    """The published expressions would take minutes for each."""
+    dapo_math.normalize_answer(text * 200_000)
+
+
+def test_a_sentence_is_found_without_backtracking():
+    assert dapo_math.dapo_math_doubt("ab" + (" " * 90 + "ab") * 3 + " " * 10000 + "1") == "a sentence"
+    assert dapo_math.dapo_math_doubt(("ab" + " " * 9000) * 3 + "1") is None

@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_fipo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from megatron_fipo.config import Config, DataConfig, EvaluationSet, ModelConfig, RolloutConfig
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.countdown.tokenizer import build_tokenizer
 from megatron_fipo.tasks.registry import load_datasets, load_evaluation
-from megatron_fipo.tasks.row_reader import PARQUET_BATCH_ROWS
+from megatron_fipo.tasks.row_reader import BATCH_ROWS
 from tests.tasks.files import NOW, read, row, write
 
 TEMPLATE = "{% for m in messages %}{{ '|' + m['content'] + '|' }}{% endfor %}{% if add_generation_prompt %}&{% endif %}"
@@ -91,7 +91,7 @@ def test_answers_that_cannot_be_right_are_named_with_their_file(tmp_path):
     train = write(tmp_path / "train.jsonl", [row("1", "34"), row("2", "#### 34"), row("3", "a\u200b")])
     config = settings(source="jsonl", train_path=str(train))
     with pytest.raises(
-        UserError, match=r"train.jsonl: 2 of 3 answers cannot be scored by reward.name=dapo_math: the ground "
+        UserError, match=r"train.jsonl: 2 of 3 answers cannot be scored by the reward dapo_math: the ground "
     ):
         load_datasets(config, build_tokenizer(), NOW)
     write(train, [row("1", "34"), row("2", "#### 34")])
@@ -114,15 +114,13 @@ def test_answers_that_are_probably_written_differently_are_reported_once_for_a_f
 
 
 def test_parquet_files_larger_than_a_batch_keep_order_and_row_numbers(tmp_path):
-    rows = [row(str(i), str(i)) for i in range(PARQUET_BATCH_ROWS + 10)]
+    rows = [row(str(i), str(i)) for i in range(BATCH_ROWS + 10)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert [p.problem_id for p in read(path)] == [str(i) for i in range(len(rows))]
     rows[-3]["reward_model"] = {"ground_truth": None}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    with pytest.raises(
-        UserError, match=f"a.parquet row {PARQUET_BATCH_ROWS + 7} has no `reward_model.ground_truth`"
-    ):
+    with pytest.raises(UserError, match=f"a.parquet row {BATCH_ROWS + 7} has no `reward_model.ground_truth`"):
         read(path)
 
 
@@ -180,22 +178,22 @@ def test_damaged_files_are_named(tmp_path):
 
     def parquet(**options):
         path = tmp_path / "a.parquet"
-        rows = [row(f"{i}+" * 4, index=str(i)) for i in range(PARQUET_BATCH_ROWS + 50)]
+        rows = [row(f"{i}+" * 4, index=str(i)) for i in range(BATCH_ROWS + 50)]
         pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows), path, row_group_size=PARQUET_BATCH_ROWS, **options
+            pyarrow.Table.from_pylist(rows), path, row_group_size=BATCH_ROWS, **options
         )
-        return path, str(PARQUET_BATCH_ROWS + 20).encode()
+        return path, str(BATCH_ROWS + 20).encode()
 
     plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     path, late = parquet(**plain)
     damage(path, late + b"+", b"\xff" * len(late) + b"+")  # text that is not UTF-8
-    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {PARQUET_BATCH_ROWS} on \("):
+    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {BATCH_ROWS} on \("):
         read(path, limit=99)
     path, late = parquet(**plain)
     damage(
         path, b"\x14\x00\x00\x00" + late + b"+", b"\xff\xff\xff\xff" + late + b"+"
     )  # a length beyond the page
-    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {PARQUET_BATCH_ROWS} on \("):
+    with pytest.raises(UserError, match=rf"a.parquet cannot be read from row {BATCH_ROWS} on \("):
         read(path, limit=99)
     path, _ = parquet(compression="snappy")
     path.write_bytes(path.read_bytes()[:40] + b"\xff" * 400 + path.read_bytes()[440:])
@@ -237,31 +235,34 @@ def test_load_datasets_says_which_rows_of_which_file_went(tmp_path):
     train = write(tmp_path / "train.parquet", [row("1"), row("1"), row("2")])
     held_out = write(tmp_path / "test.jsonl", [row("9")] * 4)
     logged = []
-    load_datasets(
-        settings(train_path=str(train), evaluation_path=str(train)), build_tokenizer(), NOW, logged.append
-    )
+    config = settings(train_path=str(train))
+    config.evaluation.sets = {"same": EvaluationSet(str(train))}
+    load_datasets(config, build_tokenizer(), NOW, logged.append)
     dropped = f"{train}: dropped 1 of 3 rows with a duplicate prompt"
     assert [line for line in logged if "dropped" in line] == [dropped] * 2
-    assert logged[-1] == "2 of 2 held-out problems are also trained on"
+    assert logged[-1] == "2 of 2 problems of the evaluation set same are also trained on"
     logged.clear()
-    load_evaluation(
-        settings(source="jsonl", evaluation_path=str(held_out)), build_tokenizer(), NOW, logged.append
-    )
+    config = settings(source="jsonl")
+    config.evaluation.sets = {"one": EvaluationSet(str(held_out))}
+    load_evaluation(config, build_tokenizer(), NOW, logged.append)
     assert logged[0] == f"{held_out}: dropped 3 of 4 rows with a duplicate prompt"
 
 
 def test_load_datasets_from_files(tmp_path):
     train = write(tmp_path / "train.parquet", [row(str(i)) for i in range(5)])
     held_out = write(tmp_path / "test.parquet", [row("9+9")])
-    config = settings(source="parquet", train_path=str(train), evaluation_path=str(held_out))
+    other = write(tmp_path / "other.parquet", [row("8+8"), row("7+7")])
+    config = settings(source="parquet", train_path=str(train))
+    config.evaluation.sets = {"nine": EvaluationSet(str(held_out)), "others": EvaluationSet(str(other))}
     dataset, evaluation = load_datasets(config, build_tokenizer(), NOW)
     assert len(dataset) == 5
-    assert [p.prompt_text for p in evaluation] == ["9+9"]
+    texts = {name: [p.prompt_text for p in problems] for name, problems in evaluation.items()}
+    assert texts == {"nine": ["9+9"], "others": ["8+8", "7+7"]}
 
-    config.data.evaluation_path = None
-    assert load_datasets(config, build_tokenizer(), NOW)[1] == []
+    config.evaluation.sets = {}
+    assert load_datasets(config, build_tokenizer(), NOW)[1] == {}
     config.data.train_path = None
-    with pytest.raises(UserError, match=r"data.train_path is not set"):
+    with pytest.raises(UserError, match=r"neither data.train_path nor data.sets is set"):
         load_datasets(config, build_tokenizer(), NOW)
 
 
@@ -271,7 +272,8 @@ def test_load_datasets_of_countdown():
     dataset, evaluation = load_datasets(config, build_tokenizer(), NOW)
     assert len(dataset) == 30
     assert evaluation == load_evaluation(config, build_tokenizer(), NOW)
-    problem = evaluation[0]
+    assert evaluation.keys() == {"countdown"}
+    problem = evaluation["countdown"][0]
     assert problem.prompt_text == problem.ground_truth + ":"
     assert build_tokenizer().decode(list(problem.prompt_ids)) == problem.prompt_text
     config.rollout.max_prompt_length = 5
@@ -287,7 +289,7 @@ def test_a_tokenizer_without_an_end_and_an_unknown_source_are_refused():
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_datasets(settings(source="countdown"), tokenizer, NOW)
-    with pytest.raises(UserError, match="'csv'; choose one of parquet, jsonl, countdown"):
+    with pytest.raises(UserError, match="'csv'; choose one of parquet, jsonl, arrow, countdown, or an"):
         load_datasets(settings(source="csv"), build_tokenizer(), NOW)
 
 
@@ -343,7 +345,8 @@ def test_all_prompts_above_the_limit_are_named_together(tmp_path):
         read(write(tmp_path / "a.jsonl", rows))
     assert str(error.value) == (
         f"{tmp_path}/a.jsonl: 7 of 18 rows have a prompt above rollout.max_prompt_length, the longest with 57 tokens "
-        "(lines 12, 13, 14, 15, 16 and 2 more); raise the limit or remove these rows"
+        "(lines 12, 13, 14, 15, 16 and 2 more); raise the limit, remove these rows, or set data.overlong_prompts=drop "
+        "or truncate_left"
     )
 
 

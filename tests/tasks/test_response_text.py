@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_fipo.config import RewardConfig
 from megatron_fipo.tasks.countdown.tokenizer import build_tokenizer
-from megatron_fipo.tasks.registry import REWARDS
 from megatron_fipo.tasks.response_text import ResponseText
+from megatron_fipo.tasks.rewards import REWARDS
 from megatron_fipo.tasks.task import Problem
+from tests.completions import scored
 
 TEXT = "the answer is 34, naïve café 数学の答え 🙂🙃 don't 'a' . ! "
 
@@ -148,8 +150,7 @@ def test_a_long_response_is_not_decoded_for_its_end(name):
 @given(st.text(st.sampled_from("Answer: 34\n$x "), max_size=700))
 def test_the_rewards_read_no_more_than_they_state(text):
     problem = Problem("p", (1,), "", "34", "math")
-    score = REWARDS["dapo_math"].score
-    assert score(text[-(REWARDS["dapo_math"].reads_last or 0) :], problem, "stop") == score(
-        text, problem, "stop"
-    )
-    assert REWARDS["countdown"].reads_last is None
+    reward = REWARDS["dapo_math"](RewardConfig())
+    end = text[-(reward.reads_last or 0) :]
+    assert scored(reward.score, end, problem) == scored(reward.score, text, problem)
+    assert REWARDS["countdown"](RewardConfig()).reads_last is None

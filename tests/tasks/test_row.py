@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.prompt_file import read_problems
+from megatron_fipo.tasks.prompt_file import RowSettings, read_problems
 from megatron_fipo.tasks.row import parse_row
 from tests.tasks.files import ENCODE, row
 
@@ -245,7 +245,7 @@ def test_fuzz_files(tmp_path, name):
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist([values]), path)
         except (TypeError, ValueError, OverflowError, pyarrow.ArrowException):
             continue  # the format cannot hold these values
-        problems, error = _attempt(lambda: read_problems(path, path.suffix[1:], ENCODE, True))
+        problems, error = _attempt(lambda: read_problems(RowSettings(str(path), path.suffix[1:]), ENCODE))
         if problems is None:
             assert str(path) in error
         else:

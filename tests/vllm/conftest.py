@@ -13,10 +13,14 @@ import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault(
+    "RAY_worker_niceness", "0"
+)  # else 15: other tests on this machine would starve ranks and engines
 
 import ray
 
 from megatron_fipo.engine.vllm_engine import VLLMEngine
+from tests.checkpoint.editing import other_weights, put, set_text, shard
 from tests.vllm.model import MAX_MODEL_LEN, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +45,19 @@ def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
 
 
 @pytest.fixture(scope="session")
-def shared_engine(model_folder: Path, run: Callable[..., Any]) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(str(model_folder), "float32", max_model_len=MAX_MODEL_LEN)
+def sharded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model_folder` in two shards with a copy of the tied embedding as head; beside them files that the index does not list."""
+    folder = save_model(tmp_path_factory.mktemp("sharded"), seed=0)
+    put("lm_head.weight", lambda tensors: tensors["model.embed_tokens.weight"])(folder)
+    shard(folder)
+    other_weights("adapter_model.safetensors")(folder)
+    set_text("pytorch_model.bin", "not read")(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_engine(sharded_folder: Path, run: Callable[..., Any]) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(str(sharded_folder), "float32", max_model_len=MAX_MODEL_LEN, stop_strings=True)
     run(engine.ready())
     yield engine
     engine._llm.shutdown()

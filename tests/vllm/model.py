@@ -6,12 +6,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_fipo.engine.protocol import Generation, GenerationRequest
+from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from tests.generations import ids
 from tests.tiny_qwen2 import ragged_prompts, save_qwen2
 
 TOKENIZER = Path(__file__).parents[2] / "examples/countdown/base-model"
 MAX_MODEL_LEN = 200
+PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
 
 
 def save_model(folder: Path, seed: int) -> Path:

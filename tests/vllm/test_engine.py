@@ -1,26 +1,23 @@
 """The engine on the real vLLM compared with a teacher-forced pass of `transformers`, and with itself."""
 
 import asyncio
-import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.engine.protocol import NO_TOKENS, GenerationRequest, SamplingParams
-from megatron_fipo.engine.vllm_engine import VLLMEngine, _seed
+from megatron_fipo.engine.protocol import NO_TOKENS, Generation, GenerationRequest, SamplingParams
+from megatron_fipo.engine.stop_strings import Decode, decoder
+from megatron_fipo.engine.vllm_engine import VLLMEngine
+from megatron_fipo.engine.vllm_requests import seed_of
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.checksum import tensor_checksum
-from tests.checkpoint.editing import other_weights, put, set_text, shard
 from tests.generations import ids
 from tests.tiny_qwen2 import END
-from tests.vllm.model import MAX_MODEL_LEN, largest_difference, save_model, some_requests, weights
+from tests.vllm.model import MAX_MODEL_LEN, PLAIN, largest_difference, some_requests, weights
 
-PLAIN = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=40)
 LONG = replace(PLAIN, max_new_tokens=150)
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=24)
 
@@ -45,13 +42,35 @@ async def push(
 # -- generation ----------------------------------------------------------------------------------------------
 
 
+def test_the_engine_reads_its_folder_as_transformers_does(shared_engine, sharded_folder, run):
+    """The first test, on the weights that vLLM has loaded by itself."""
+    assert shared_engine._version == 0
+    requests = some_requests(4)
+    generations = run(shared_engine.generate(requests, PLAIN))
+    assert largest_difference(sharded_folder, requests, generations, 1.0) < 1e-4
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6), (0.7, 0.6), (0.0, 1.0)]
+    "change", [{}, {"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}, {"temperature": 0.0}], ids=str
 )
-def test_log_probs_are_those_before_truncation(engine, model_folder, run, temperature, top_p):
+def test_log_probs_are_those_before_truncation(engine, model_folder, run, change):
     requests = some_requests()
-    generations = run(engine.generate(requests, SamplingParams(temperature, top_p, 40)))
-    assert largest_difference(model_folder, requests, generations, temperature or 1.0) < 1e-4
+    generations = run(engine.generate(requests, replace(PLAIN, **change)))
+    assert largest_difference(model_folder, requests, generations, 1.0) < 1e-4
+
+
+@pytest.mark.parametrize("change", [{"top_k": 3}, {"min_p": 0.5}], ids=str)
+def test_top_k_and_min_p_truncate(engine, model_folder, run, change):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    prompt = some_requests(1)[0].prompt_ids
+    probs = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], -1).detach()
+    kept = set(probs.topk(3).indices.tolist())
+    if "min_p" in change:
+        kept = set((probs >= 0.5 * probs.max()).nonzero().flatten().tolist())
+    requests = [GenerationRequest(f"{index}", prompt, index) for index in range(200)]
+    sampling = replace(PLAIN, max_new_tokens=1, **change)
+    assert {ids(generation)[0] for generation in run(engine.generate(requests, sampling))} <= kept
+    assert len(kept) < 20
 
 
 def test_top_p_truncates(engine, model_folder, run):
@@ -76,16 +95,6 @@ def test_greedy_takes_the_most_likely_token(engine, model_folder, run):
         context.append(token)
 
 
-def test_a_response_depends_on_its_own_seed_only(engine, run):
-    requests = some_requests()
-    together = run(engine.generate(requests, PLAIN))
-    assert [ids(g) for g in run(engine.generate(requests, PLAIN))] == [ids(g) for g in together]
-    alone = [ids(run(engine.generate([request], PLAIN))[0]) for request in requests]
-    assert alone == [ids(g) for g in together]
-    others = run(engine.generate([replace(request, seed=request.seed + 50) for request in requests], PLAIN))
-    assert all(ids(other) != ids(generation) for other, generation in zip(others, together, strict=True))
-
-
 def test_finish_reasons(engine, run):
     seen: Counter[str] = Counter()
     for generation in run(engine.generate(some_requests(64), replace(PLAIN, max_new_tokens=25))):
@@ -99,6 +108,76 @@ def test_finish_reasons(engine, run):
     assert min(seen["stop"], seen["length"]) > 5
 
 
+def some_string(text: Decode, generations: list[Generation]) -> tuple[Generation, int, str]:
+    """Text of three tokens of a generation, the index of the first of them, as late as they are its first occurrence."""
+    found = [
+        (start, index)
+        for index, generation in enumerate(generations)
+        for start in range(len(ids(generation)) - 3)
+        if text(ids(generation)[start : start + 3]) not in text(ids(generation)[: start + 2])
+    ]
+    start, index = max(found)
+    return generations[index], start, text(ids(generations[index])[start : start + 3])
+
+
+def test_a_response_ends_with_a_stop_string(engine, model_folder, run):
+    """Each character is a token, so the string is completed by its third."""
+    text = decoder(str(model_folder), False)
+    requests = some_requests(32)
+    free = run(engine.generate(requests, GREEDY))
+    _, _, string = some_string(text, free)
+    generations = run(engine.generate(requests, replace(GREEDY, stop=(string, "never"))))
+    for generation, unlimited in zip(generations, free, strict=True):
+        end = text(ids(unlimited)).find(string)
+        if end < 0:
+            assert ids(generation) == ids(unlimited)
+        else:
+            assert text(ids(generation)).endswith(string)
+            assert ids(generation) == ids(unlimited)[: len(ids(generation))]
+            assert string not in text(ids(generation)[:-1])
+            assert generation.finish_reason == "stop"
+        assert len(generation.log_probs) == len(ids(generation))
+
+
+def test_a_stop_string_that_began_before_an_abort_ends_the_response(engine, model_folder, run):
+    text = decoder(str(model_folder), False)
+    requests = some_requests(16)
+    free = run(engine.generate(requests, GREEDY))
+    chosen, start, string = some_string(text, free)
+    request = requests[free.index(chosen)]
+    cut = replace(request, prefix=chosen.response_ids[: start + 2])
+    (rest,) = run(engine.generate([cut], replace(GREEDY, stop=(string,))))
+    assert ids(rest) == ids(chosen)[start + 2 : start + 3]
+    assert rest.finish_reason == "stop"
+    assert len(rest.log_probs) == 1
+
+
+def test_a_stop_token_ends_the_response(engine, run):
+    free = run(engine.generate(some_requests(1), GREEDY))[0]
+    token = ids(free)[5]
+    (generation,) = run(engine.generate(some_requests(1), replace(GREEDY, stop_token_ids=(token,))))
+    assert ids(generation) == ids(free)[: ids(free).index(token) + 1]
+    assert generation.finish_reason == "stop"
+
+
+def test_responses_to_one_prompt_differ(engine, run):
+    """Requests have no seeds of their own here."""
+    requests = [replace(some_requests(1)[0], request_id=f"{index}") for index in range(8)]
+    assert len({tuple(ids(generation)) for generation in run(engine.generate(requests, PLAIN))}) > 4
+
+
+@pytest.mark.parametrize(("prompt_tokens", "computed_once"), [(199 - 8, 128), (100, 0)])
+def test_the_responses_of_a_group_share_the_blocks_of_their_prompt(engine, run, prompt_tokens, computed_once):
+    """All 16 requests of a call reach vLLM before it has computed any. On a CPU a block of the cache has 128 tokens."""
+    prompt = tuple(2 + (7 * position + prompt_tokens) % 29 for position in range(prompt_tokens))
+    requests = [GenerationRequest(f"{index}", prompt, index) for index in range(16)]
+    before = run(engine.status())
+    run(engine.generate(requests, replace(PLAIN, max_new_tokens=8)))
+    after = run(engine.status())
+    assert after.prefix_queries - before.prefix_queries == 16 * prompt_tokens
+    assert after.prefix_hits - before.prefix_hits == 15 * computed_once
+
+
 def test_a_prefix_is_continued(engine, model_folder, run):
     full = run(engine.generate(some_requests(32), PLAIN))
     cut = [
@@ -110,9 +189,9 @@ def test_a_prefix_is_continued(engine, model_folder, run):
     assert largest_difference(model_folder, cut, rest, 1.0) < 1e-4
     assert {len(ids(generation)) for generation in rest if generation.finish_reason == "length"} == {30}
     assert len({ids(generation)[0] for generation in rest}) > 3
-    assert _seed(cut[0]) not in (
-        _seed(replace(cut[0], prefix=NO_TOKENS)),
-        _seed(replace(cut[0], prefix=cut[0].prefix[:5])),
+    assert seed_of(cut[0]) not in (
+        seed_of(replace(cut[0], prefix=NO_TOKENS)),
+        seed_of(replace(cut[0], prefix=cut[0].prefix[:5])),
     )
 
 
@@ -312,82 +391,3 @@ def test_weights_that_do_not_fit(engine, model_folder, run):
     run(push(engine, tensors, 5))
     requests = some_requests()
     assert largest_difference(model_folder, requests, run(engine.generate(requests, PLAIN)), 1.0) < 1e-4
-
-
-# -- start ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_path": "/nowhere"}, "no model folder /nowhere"),
-        ({"tensor_parallel_size": 3}, "engine_tensor_parallel_size=3 does not divide the 4 attention heads"),
-        ({"max_model_len": 257}, r"max_prompt_length \+ rollout.max_response_length.*256"),
-    ],
-)
-def test_refusals_at_start(model_folder, run, change, message):
-    arguments = {"model_path": str(model_folder), "dtype": "float32", "max_model_len": 64} | change
-    with pytest.raises(UserError, match=message):
-        run(VLLMEngine(**arguments).ready())
-
-
-def test_an_unknown_architecture(tmp_path, run):
-    folder = save_model(tmp_path, seed=0)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"qwen2"', '"quux"'))
-    with pytest.raises(UserError, match="model_type='quux'"):
-        run(VLLMEngine(str(folder), "float32", max_model_len=64).ready())
-
-
-def spoiled(folder: Path) -> None:
-    tensors = weights(folder)
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def other_head(folder: Path) -> None:
-    tensors = weights(folder)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (spoiled, "model.norm.weight in .* has NaN or infinite values in float32"),
-        (other_head, "lm_head.weight differs from model.embed_tokens.weight"),
-        (
-            lambda folder: shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors"),
-            "or also consolidated.safetensors",
-        ),
-        (
-            lambda folder: shutil.copy(folder / "model.safetensors", folder / "old.safetensors"),
-            "or also old.safetensors",
-        ),
-        (lambda folder: (folder / "hf_quant_config.json").write_text("{}"), "has hf_quant_config.json"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
-    ],
-)
-def test_a_folder_is_refused_before_vllm_starts(tmp_path, run, monkeypatch, edit, message):
-    folder = save_model(tmp_path, seed=0)
-    edit(folder)
-    monkeypatch.setattr(
-        "vllm.AsyncLLMEngine.from_vllm_config", lambda *args, **kwargs: pytest.fail("started")
-    )
-    with pytest.raises(UserError, match=message):
-        run(VLLMEngine(str(folder), "float32", max_model_len=64).ready())
-
-
-def test_an_accepted_folder_is_read_as_transformers_reads_it(tmp_path, run):
-    """Two shards with a copy of the tied embedding as head; beside them files that the index does not list."""
-    folder = save_model(tmp_path, seed=0)
-    put("lm_head.weight", lambda tensors: tensors["model.embed_tokens.weight"])(folder)
-    shard(folder)
-    other_weights("adapter_model.safetensors")(folder)
-    set_text("pytorch_model.bin", "not read")(folder)
-    engine = VLLMEngine(str(folder), "float32", max_model_len=MAX_MODEL_LEN)
-    run(engine.ready())
-    requests = some_requests(4)
-    generations = run(engine.generate(requests, PLAIN))
-    engine._llm.shutdown()
-    assert largest_difference(folder, requests, generations, 1.0) < 1e-4

@@ -7,8 +7,10 @@ import pytest
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.rollout.pool import EnginePool, PoolCounts
+from megatron_fipo.driver.rollout.prompt_group import GroupRequest
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
 from megatron_fipo.engine.vllm_engine import VLLMEngine
+from megatron_fipo.tasks.task import Problem
 from tests.generations import ids
 from tests.system.runs import iterations, run
 from tests.tiny_qwen2 import save_qwen2, save_tokenizer
@@ -63,7 +65,9 @@ def test_a_healthy_engine_finishes_calls_of_many_minutes(cluster, folder):
         requests = [GenerationRequest(str(seed), (5, 6, 7), seed) for seed in range(16)]
         pool.loaded(wait=True)
         start = time.monotonic()
-        generations = pool.generate(requests, SamplingParams(1.0, 1.0, LIMIT))
+        generations = pool.generate(
+            [GroupRequest(Problem("p", (5, 6, 7), "", "", ""), requests, SamplingParams(1.0, 1.0, LIMIT))]
+        )
         took = time.monotonic() - start
         lengths = [len(ids(generation)) for generation in generations]
         print(
@@ -101,7 +105,6 @@ def test_an_iteration_trains_on_responses_of_ten_thousand_tokens(folder, tmp_pat
         f"rollout.max_response_length={LIMIT}",
         "data.source=jsonl",
         f"data.train_path={tmp_path / 'rows.jsonl'}",
-        "data.evaluation_path=null",
         "reward.name=dapo_math",
         "reward.overlong_buffer=0",
         "evaluation.every=0",

@@ -79,6 +79,7 @@ class EmptyTrainer(RLTrainer):
 
     def __init__(self, config: Config) -> None:
         TrainerGroup.__init__(self, lambda: EmptyRank, RANKS, 0, config=config)
+        self.start()
 
 
 class Stages:
@@ -108,6 +109,8 @@ def recipe(groups: int, data_parallel_size: int, model: Path) -> Config:
             f"batch.mini_batch_prompts={min(groups, 64)}",
             f"rollout.prompts_in_flight={groups * 10 // 4}",
             f"rollout.num_engines={ENGINES}",
+            "parallel.context_parallel_size=4",
+            "batch.max_tokens_per_micro_batch=11264",
             f"parallel.data_parallel_size={data_parallel_size}",
             f"model.path={model}",
             f"data.train_path={model}",
@@ -136,7 +139,7 @@ def rehearse(groups: str, data_parallel_size: str) -> dict[str, float]:
                 loaded_weights_serve=True,
             )
             stack.callback(pool.shutdown)
-            scorers = start_scorers(config, str(folder), log)
+            scorers = start_scorers(config, str(folder), (config.reward.name,), log)
             stack.callback(scorers.shutdown)
             trainer = EmptyTrainer(config)
             stack.callback(trainer.shutdown)

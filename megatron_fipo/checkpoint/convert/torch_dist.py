@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_fipo.checkpoint.plain_pickles import read_index
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Weight
 
@@ -195,49 +196,10 @@ def _empty_extra_state() -> io.BytesIO:
 
 # --- reading ------------------------------------------------------------------------------------------------
 
-_PICKLED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        *(
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-        ),
-        *("TensorProperties", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "WriteItem",
-        "WriteItemType",
-        "TensorWriteData",
-        "BytesIOWriteData",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Creates only the classes of checkpoint metadata: a checkpoint may come from an untrusted source."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _PICKLED.get(module, ()) or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it contains {module}.{name}")
-
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            return _MetadataUnpickler(file).load()
+        return read_index(Path(self.path))
 
 
 class _IntoTensor(DefaultLoadPlanner):

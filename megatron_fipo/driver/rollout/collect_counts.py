@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_fipo.driver.all_wrong import WrongResponse
-from megatron_fipo.errors import ray_logs
+from megatron_fipo.errors import logs_place
 
 Unused = Literal["all_right", "all_wrong", "failed", "unscored"]
 """Why a group was not used; names a field of `CollectCounts`."""
@@ -21,8 +21,9 @@ class CollectCounts:
     prompts: int = 0
     """Prompts started."""
     informative: int = 0
-    """Finished groups whose responses differ in accuracy."""
+    """Finished groups whose responses differ in accuracy, or in reward (`rollout.filter_by`)."""
     all_right: int = 0
+    """Filtered groups whose first response is right. With filter_by=reward all have the same reward."""
     all_wrong: int = 0
     failed: int = 0
     """Groups dropped because a response failed more often than `max_retries` allows; never scored."""
@@ -64,8 +65,11 @@ class CollectCounts:
         return CollectCounts(**{f.name: getattr(self, f.name) - getattr(part, f.name) for f in fields(self)})
 
 
-def nothing_informative(counts: CollectCounts, example: WrongResponse | None) -> str:
-    """Why a collection ended without a group to train on, and the fix. `example` is shown if no response is right."""
+def nothing_informative(counts: CollectCounts, example: WrongResponse | None, filter_by: str) -> str:
+    """Why a collection ended without a group to train on, and the fix. `example` is shown if no response is right.
+
+    `filter_by` is `rollout.filter_by`.
+    """
     filtered = counts.all_right + counts.all_wrong
     if not filtered and counts.unscored:
         return (
@@ -74,9 +78,12 @@ def nothing_informative(counts: CollectCounts, example: WrongResponse | None) ->
             "failure is reported above, or its limits reward.timeout_s and reward.memory_mb"
         )
     if not filtered and counts.failed:
-        return f"the requests of all {counts.failed} prompts failed; see {ray_logs()}"
+        return f"the requests of all {counts.failed} prompts failed; see {logs_place()}"
+    differing = (
+        "responses with different rewards" if filter_by == "reward" else "both right and wrong answers"
+    )
     found = (
-        f"none of {counts.prompts} prompts got both right and wrong answers ({counts.all_right} all right, "
+        f"none of {counts.prompts} prompts got {differing} ({counts.all_right} all right, "
         f"{counts.all_wrong} all wrong, {counts.failed} failed, {counts.unscored} not scored, {counts.stale} too "
         "old), so there is nothing to train on"
     )

@@ -12,7 +12,7 @@ number and not on timing. `rollout.unfinished` selects the admission rule (`admi
   `max_staleness` versions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,33 +21,28 @@ from megatron_fipo.driver.all_wrong import AllWrongWatch
 from megatron_fipo.driver.rollout.admission import admission_for
 from megatron_fipo.driver.rollout.collect_counts import CollectCounts, Unused, nothing_informative
 from megatron_fipo.driver.rollout.collector_state import CollectorState
-from megatron_fipo.driver.rollout.prompt_group import PromptGroup, Response, parse_request_id
+from megatron_fipo.driver.rollout.prompt_group import (
+    PromptGroup,
+    RequestPool,
+    RequestResult,
+    Response,
+    parse_request_id,
+)
 from megatron_fipo.driver.rollout.saved_groups import SavedGroup
 from megatron_fipo.driver.rollout.trajectories import Overlong, ScoredGroup, trajectories
-from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
+from megatron_fipo.engine.protocol import SamplingParams
 from megatron_fipo.errors import UserError
 from megatron_fipo.objective.advantages import is_informative
 from megatron_fipo.run_dir.loop_state import RolloutState
 from megatron_fipo.scorer.protocol import ScoreRequest
-from megatron_fipo.tasks.dataset import Dataset
+from megatron_fipo.tasks.dataset import ProblemOrder
 from megatron_fipo.tasks.task import Score
 
 if TYPE_CHECKING:
-    from megatron_fipo.driver.rollout.pool import RequestResult
     from megatron_fipo.driver.scoring.pool import ScoreResult
 
 SCORES_WAIT_S = 0.02
 """Longest wait for scores, during which results of engines are not taken. A fast reward takes a few milliseconds per group."""
-
-
-class Pool(Protocol):
-    """The part of `pool.EnginePool` that the collector uses."""
-
-    def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None: ...
-
-    def poll(self, timeout_s: float) -> "list[RequestResult]": ...
-
-    def abort(self) -> "list[RequestResult]": ...
 
 
 class Scorers(Protocol):
@@ -83,8 +78,8 @@ class Collector:
 
     def __init__(
         self,
-        dataset: Dataset,
-        pool: Pool,
+        dataset: ProblemOrder,
+        pool: RequestPool,
         scorers: Scorers,
         watch: AllWrongWatch,
         rollout: RolloutConfig,
@@ -107,7 +102,6 @@ class Collector:
         self._target = target_groups
         self._responses_per_prompt = responses_per_prompt
         self._seed = seed
-        self._sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.max_response_length)
         self._running = False
         self._unfinished: dict[int, PromptGroup] = {}
         self._scoring: dict[int, PromptGroup] = {}
@@ -201,7 +195,7 @@ class Collector:
         if not self._waiting:
             counts, self.counts, self._first_serial = self.counts, CollectCounts(), self._serial
             self._begin_at(self._serial)
-            raise UserError(nothing_informative(counts, self._watch.example))
+            raise UserError(nothing_informative(counts, self._watch.example, self._rollout.filter_by))
         serials, end = self._ready()[: self._target], self._batch_end()
         batch = [self._waiting.pop(serial) for serial in serials]
         counts = self.counts
@@ -286,19 +280,21 @@ class Collector:
 
     def _submit(self, group: PromptGroup) -> None:
         """One call per group: a pool that keeps batches then makes them independent of timing."""
-        self._pool.submit(group.requests(self._seed), self._sampling)
+        limit = group.problem.task.max_response_length or self._rollout.max_response_length
+        sampling = SamplingParams.of(self._rollout, limit, self._rollout.stop)
+        self._pool.submit(group.requests(self._seed), sampling)
 
-    def _receive(self, results: "Iterable[RequestResult]") -> None:
+    def _receive(self, results: Iterable[RequestResult]) -> None:
         for result in results:
             serial, index = parse_request_id(result.request_id)
             group = self._unfinished.get(serial)
-            tokens = 0 if result.generation is None else len(result.generation.response_ids)
+            tokens = result.sampled_tokens
             self.counts.generated_tokens += tokens
             self.received_tokens += tokens
             if group is None:  # another of its responses failed
                 self.counts.dropped_tokens += tokens
             elif result.generation is None:
-                self._filter_out(group, "failed")
+                self._filter_out(group, "unscored" if result.environment_failed else "failed")
             else:
                 group.responses[index].add(result.generation)
                 if group.finished:
@@ -320,7 +316,8 @@ class Collector:
 
     def _classify(self, group: PromptGroup, scores: list[Score]) -> None:
         """A group is scored. It is buffered if it is informative and not stale, else dropped."""
-        if is_informative([score.accuracy for score in scores]):
+        by_reward = self._rollout.filter_by == "reward"
+        if is_informative([score.reward if by_reward else score.accuracy for score in scores]):
             self.counts.informative += 1
             self._informative += 1
             self._waiting[group.serial] = (group, scores)

@@ -1,5 +1,6 @@
 """Which requests go in which call to which engine, and what happens if a call fails: a queue without Ray."""
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,8 @@ class Dispatcher:
         self._loose: deque[_Item] = deque()
         """Requests that may be combined into calls."""
         self._running: dict[int, list[Call]] = {}
+        self._requests: dict[int, int] = {}
+        """Requests in the running calls of each engine."""
         self._request_ids: set[str] = set()
         self.retries = 0
         """Requests sent again, counted each time."""
@@ -74,7 +77,7 @@ class Dispatcher:
 
     def requests_at(self, engine: int) -> int:
         """Requests in the calls running at `engine`."""
-        return sum(len(call.items) for call in self.at(engine))
+        return self._requests.get(engine, 0)
 
     @property
     def busy(self) -> list[int]:
@@ -100,29 +103,35 @@ class Dispatcher:
         gets one in any case, and a call is not divided to fit. If there are fewer requests than slots, they
         are divided into calls of about equal size.
         """
-        free = {engine: self._calls_at_once - len(self.at(engine)) for engine in space}
-        left = dict(space)
-        slots = sum(free.values())
-        size = self._size(slots - len(self._batches))
+        free = {engine: self._calls_at_once - len(self._running.get(engine, ())) for engine in space}
+        size = self._size(sum(free.values()) - len(self._batches))
+        # The engine with most space first, among equals the first of `space`.
+        queue = [
+            (-min(free[engine], left), -free[engine], place, engine, left)
+            for place, (engine, left) in enumerate(space.items())
+        ]
+        heapq.heapify(queue)
         started = []
-        for _ in range(slots):
-            open_to = [
-                engine
-                for engine, calls in free.items()
-                if calls == self._calls_at_once or (calls and left[engine] >= 1)
-            ]
-            items = (self._batches.popleft() if self._batches else self._fill(size)) if open_to else []
+        while queue:
+            _, calls, place, engine, left = heapq.heappop(queue)
+            if -calls != self._calls_at_once and (not calls or left < 1):
+                continue  # and it gets no more space until this returns
+            items = self._batches.popleft() if self._batches else self._fill(size)
             if not items:
                 break
-            engine = max(open_to, key=lambda number: (min(free[number], left[number]), free[number]))
-            free[engine] -= 1
-            left[engine] -= len(items)
-            self.retries += sum(item.attempts > 0 for item in items)
-            for item in items:
-                item.attempts += 1
-            started.append(Call(engine, items[0].sampling, tuple(items)))
-            self._running.setdefault(engine, []).append(started[-1])
+            started.append(self._started(engine, items))
+            left -= len(items)
+            heapq.heappush(queue, (-min(-calls - 1, left), calls + 1, place, engine, left))
         return started
+
+    def _started(self, engine: int, items: list[_Item]) -> Call:
+        self.retries += sum(item.attempts > 0 for item in items)
+        for item in items:
+            item.attempts += 1
+        call = Call(engine, items[0].sampling, tuple(items))
+        self._running.setdefault(engine, []).append(call)
+        self._requests[engine] = self.requests_at(engine) + len(items)
+        return call
 
     def answered(self, call: Call) -> None:
         """The call was answered: its requests have ended."""
@@ -150,6 +159,7 @@ class Dispatcher:
 
     def _end(self, call: Call, request_ids: Sequence[str]) -> None:
         self._running[call.engine].remove(call)
+        self._requests[call.engine] -= len(call.items)
         self._request_ids.difference_update(request_ids)
 
     def _size(self, slots: int) -> int:

@@ -26,9 +26,9 @@ from megatron_fipo.driver.rollout.collect_counts import CollectCounts
 from megatron_fipo.driver.rollout.collector import Collected
 from megatron_fipo.driver.rollout.replies import outside_vocabulary
 from megatron_fipo.driver.rollout.trajectories import ScoredGroup
-from megatron_fipo.errors import UserError, first_line, listed, writing
+from megatron_fipo.errors import UserError, first_line, writing
 
-FORMAT = 2
+FORMAT = 3
 HEADER = b"megatron_fipo"
 """Key in the schema's metadata. The value is JSON: `format`, `iteration` (from 1) and sampling
 `temperature`."""
@@ -58,6 +58,7 @@ COLUMNS: dict[str, pyarrow.DataType] = {
     "accuracy": pyarrow.float64(),
     "advantage": pyarrow.float64(),
     "extra": pyarrow.string(),
+    "set_name": pyarrow.string(),
 }
 
 
@@ -66,8 +67,13 @@ def _schema(columns: dict[str, pyarrow.DataType]) -> pyarrow.Schema:
 
 
 SCHEMA = _schema(COLUMNS)
-SCHEMAS = {FORMAT: SCHEMA, 1: _schema(COLUMNS | {"rollout_log_probs": _list_of(pyarrow.float64())})}
-"""By format. Format 1 had float32 log-probs as float64."""
+_WITHOUT_SETS = {name: kind for name, kind in COLUMNS.items() if name != "set_name"}
+SCHEMAS = {
+    FORMAT: SCHEMA,
+    2: _schema(_WITHOUT_SETS),
+    1: _schema(_WITHOUT_SETS | {"rollout_log_probs": _list_of(pyarrow.float64())}),
+}
+"""By format. Format 2 had no sets. Format 1 also had float32 log-probs as float64."""
 
 
 def dump_path(folder: Path, iteration: int) -> Path:
@@ -180,7 +186,7 @@ class DumpFolder:
                     f"{path}: a response of group {trajectory.group_id} {fault}; replay with the model that "
                     "sampled it"
                 )
-        tokens = sum(trajectory.response_length for group in groups for trajectory in group)
+        tokens = sum(trajectory.sampled_tokens for group in groups for trajectory in group)
         return Collected(groups, CollectCounts(from_earlier=len(groups), used_tokens=tokens))
 
 
@@ -240,7 +246,7 @@ def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
         raise ValueError("its header is incomplete")
     if header["format"] not in SCHEMAS:
         raise UserError(
-            f"{path} has format {header['format']}, but this version reads {listed(sorted(map(str, SCHEMAS)), 2)}; "
+            f"{path} has format {header['format']}, but this version reads {', '.join(sorted(map(str, SCHEMAS)))}; "
             "use the version that wrote it"
         )
     return header
@@ -248,7 +254,8 @@ def _header(path: Path, file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
 
 def _trajectories(table: pyarrow.Table) -> list[Trajectory]:
     columns: dict[str, list[Any]] = {
-        name: _arrays(table[name]) if name in TOKENS else table[name].to_pylist() for name in COLUMNS
+        name: _arrays(table[name]) if name in TOKENS else table[name].to_pylist()
+        for name in table.column_names
     }
     columns["spans"] = [[VersionSpan(**span) for span in spans] for spans in columns["spans"]]
     columns["extra"] = [json.loads(text) for text in columns["extra"]]

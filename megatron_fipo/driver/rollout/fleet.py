@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.rollout.engine_usage import EngineUsage, UsageMeter
 from megatron_fipo.engine.protocol import NO_WEIGHTS, EngineStatus
 
@@ -49,6 +50,12 @@ class _Engine:
     """Calls of `generate` that it has not answered."""
     status: EngineStatus = EngineStatus(NO_WEIGHTS, tokens=0)  # noqa: RUF009 (frozen)
     """As of its last answered probe."""
+    sent: int = 0
+    """Requests sent since it was started."""
+    sent_before_probes: tuple[int, int] = (0, 0)
+    """The same when the last two probes were sent, the older one first."""
+    sent_before_status: int = 0
+    """The same, that `status` counts for certain: an engine may take a step to see a request."""
     progress_due: float = math.inf
     """When it counts as hung unless it has computed a token; inf without a call."""
     answers: int = 0
@@ -85,6 +92,19 @@ class Fleet:
         self._loaded_version = loaded_version
         self._engines = [_Engine(deadline=now + load_timeout_s) for _ in range(size)]
         self._meters = [UsageMeter(now) for _ in range(size)]
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, loaded_version: int | None, now: float) -> "Fleet":
+        """The engines of a run, all starting."""
+        return cls(
+            rollout.num_engines,
+            max_restarts=rollout.max_restarts,
+            load_timeout_s=rollout.timeout_s,
+            health_timeout_s=rollout.health_timeout_s,
+            stall_timeout_s=rollout.stall_timeout_s,
+            loaded_version=loaded_version,
+            now=now,
+        )
 
     @property
     def size(self) -> int:
@@ -146,11 +166,21 @@ class Fleet:
         if status.tokens != engine.status.tokens:
             self._progressed(engine, now)
         engine.status = status
+        engine.sent_before_status = engine.sent_before_probes[0]
         self._meters[number].probed(status)
 
-    def called(self, number: int, now: float) -> None:
+    def unfinished(self, number: int) -> int:
+        """At most so many requests are unfinished at the engine: those it reported last, and those sent since.
+
+        A call ends with its longest response, so most requests of a call may have finished long before.
+        """
+        engine = self._engines[number]
+        return engine.status.running + engine.status.waiting + engine.sent - engine.sent_before_status
+
+    def called(self, number: int, requests: int, now: float) -> None:
         """A call of `generate` was sent."""
         engine = self._engines[number]
+        engine.sent += requests
         engine.calls += 1
         if engine.calls == 1:
             self._progressed(engine, now)
@@ -200,6 +230,7 @@ class Fleet:
             engine = self._engines[number]
             if engine.deadline is None and engine.next_probe <= now:
                 engine.deadline = now + self._health_timeout_s
+                engine.sent_before_probes = (engine.sent_before_probes[1], engine.sent)
                 due.append(number)
             elif (
                 engine.deadline is not None

@@ -16,20 +16,23 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_fipo.config import Config
-from megatron_fipo.driver.cluster_loss import ClusterLostError
 from megatron_fipo.driver.console import Console
+from megatron_fipo.driver.rank_actor import TrainerRefusedError
 from megatron_fipo.driver.rollout.collector import Collected, Collector
 from megatron_fipo.driver.rollout.dump import DumpFolder
 from megatron_fipo.driver.rollout.engine_usage import RolloutUsage
+from megatron_fipo.driver.rollout.episode_pool import EnvironmentCounts, EpisodePool
 from megatron_fipo.driver.rollout.losses import PoolCounts
 from megatron_fipo.driver.rollout.pool import EnginePool
+from megatron_fipo.driver.rollout.prompt_group import GroupRequest, RequestPool, answer_groups
 from megatron_fipo.driver.scoring.pool import ScorerCounts, ScorerPool
-from megatron_fipo.driver.trainer_group import RLTrainer, TrainerLostError
-from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
-from megatron_fipo.errors import UserError
+from megatron_fipo.driver.trainer_group import RLTrainer
+from megatron_fipo.engine.protocol import Generation
+from megatron_fipo.errors import LostError, UserError
 from megatron_fipo.run_dir.loop_state import RolloutState
 from megatron_fipo.scorer.protocol import ScoreRequest
 from megatron_fipo.tasks.task import Score
+from megatron_fipo.weight_sync.transport import Transport, transport_for
 
 POLL_S = 0.2
 """Longest time between two checks for signals, in seconds."""
@@ -39,11 +42,11 @@ class Interrupted(Exception):
     """The loop must stop, with a consistent state: the user asked for it, or because of `__cause__`."""
 
 
-class StopUnsavedError(UserError):
+class StopUnsavedError(LostError):
     """The run must stop without saving: its last checkpoint, not its present state, is to be resumed."""
 
 
-UNSAVED = (TrainerLostError, ClusterLostError, StopUnsavedError)
+UNSAVED = (LostError, TrainerRefusedError)
 """Errors after which there is no state to save."""
 
 
@@ -67,10 +70,12 @@ def interrupting(undo: Callable[[], object] = lambda: None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RolloutCounts:
-    """What happened to engines and scorers since the last call."""
+    """What happened to engines, scorers and environments since the last call."""
 
     engines: PoolCounts = field(default_factory=PoolCounts)
     scorers: ScorerCounts = field(default_factory=ScorerCounts)
+    environment: EnvironmentCounts | None = None
+    """None if no problem has one."""
 
 
 class GroupSource(Protocol):
@@ -98,10 +103,8 @@ class GroupSource(Protocol):
     def push_weights(self, version: int) -> None:
         """Send the trainer's weights to the engines as `version`."""
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
-    ) -> list[Generation | None]:
-        """Answer requests of an evaluation, in order; None for a request that failed permanently."""
+    def generate(self, groups: Sequence[GroupRequest], version: int) -> list[Generation | None]:
+        """Answer the requests of an evaluation, in order; None for a request that failed permanently."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
         """The scores of an evaluation's responses, in order; None for a group that could not be scored."""
@@ -120,6 +123,9 @@ class GroupSource(Protocol):
 
     def load_state(self, state: RolloutState) -> None: ...
 
+    def abandon(self) -> None:
+        """The trainer was lost: take back all requests. The next source of groups begins with idle engines and scorers."""
+
 
 class LiveGroups:
     """Groups from engines.
@@ -137,19 +143,27 @@ class LiveGroups:
         scorers: ScorerPool,
         trainer: RLTrainer,
         console: Console,
-        check_stop: Callable[[], None],
+        check: Callable[[], None],
+        episodes: EpisodePool | None = None,
     ) -> None:
+        """`episodes`: the pool with the environments in front of it, if problems have any."""
         self.config = config
         self.collector = collector
         self.pool = pool
         self.scorers = scorers
         self.trainer = trainer
         self.console = console
-        self.check_stop = check_stop
-        """Raises `Interrupted` if the run is to stop."""
+        self.check = check
+        """Raises `Interrupted` if the run is to stop, and `TrainerLostError` if a rank is lost."""
+        self._episodes = episodes
+        self._requests: RequestPool = episodes or pool
         self._pushes = 0
+        rollout = config.rollout
+        self._through_nccl = transport_for(rollout.engine, "cuda", rollout.placement) is Transport.NCCL
         self._samples_during_update = config.rollout.mode != "synchronous"
         self._colocated = config.rollout.placement == "colocated"
+        self._asleep = False
+        self._pushing = False
         self._last_iteration = False
         self._failure: UserError | None = None
 
@@ -162,6 +176,7 @@ class LiveGroups:
                 self.collector.pause()
             if self._colocated:
                 self.pool.sleep()
+                self._asleep = True
             return self.collector.pop_batch()
 
     def during_update(self) -> Callable[[], None] | None:
@@ -183,8 +198,7 @@ class LiveGroups:
             with interrupting():
                 if failure is not None:
                     raise failure
-                if self._colocated:
-                    self.pool.wake()
+                self._wake()
                 one_step_off = self.config.rollout.mode == "one_step_off"
                 if self._samples_during_update and not self._last_iteration and one_step_off:
                     self._until_enough_under_old_weights()
@@ -202,24 +216,21 @@ class LiveGroups:
                 } or self._loaded_engines()
         self._pushes += 1
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
-    ) -> list[Generation | None]:
-        answers: dict[str, Generation | None] = {}
-        with interrupting(self.pool.abort):
-            self.pool.submit(requests, sampling)
-            while self.pool.outstanding:
-                answers |= {result.request_id: result.generation for result in self.pool.poll(POLL_S)}
-                self._push(self.pool.stale(), version)
-                self.check_stop()
-        return [answers[request.request_id] for request in requests]
+    def generate(self, groups: Sequence[GroupRequest], version: int) -> list[Generation | None]:
+        def meanwhile() -> None:
+            self._push(self.pool.stale(), version)
+            self.check()
+
+        with interrupting(self._requests.abort):
+            return answer_groups(self._requests, groups, POLL_S, meanwhile)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
         with interrupting():
-            return self.scorers.score(requests, self.check_stop)
+            return self.scorers.score(requests, self.check)
 
     def take_counts(self) -> RolloutCounts:
-        return RolloutCounts(self.pool.take_counts(), self.scorers.take_counts())
+        environment = None if self._episodes is None else self._episodes.take_counts()
+        return RolloutCounts(self.pool.take_counts(), self.scorers.take_counts(), environment)
 
     def begin_usage(self) -> None:
         with interrupting():
@@ -236,12 +247,26 @@ class LiveGroups:
     def load_state(self, state: RolloutState) -> None:
         self.collector.load_state(state)
 
+    def abandon(self) -> None:
+        self.scorers.abandon()
+        self._requests.abort()
+        self._wake()
+        if self._pushing and self._through_nccl:
+            # Without a limit NCCL waits for the trainer's rank 0, inside the engines.
+            for number in self.pool.loaded(wait=False):
+                self.pool.failed(number, "was taking weights from a trainer that is lost")
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.pool.wake()
+            self._asleep = False
+
     def _until_enough(self, version: int) -> None:
         while not self.collector.enough:
             self.collector.step(POLL_S)
             self.console.progress(self.collector.progress)
             self._push(self.pool.stale(), version)
-            self.check_stop()
+            self.check()
 
     def _until_enough_under_old_weights(self) -> None:
         """Finish the next iteration's groups.
@@ -264,13 +289,13 @@ class LiveGroups:
             self.collector.step(POLL_S)
             self.console.progress(self.collector.progress)
             if not self.config.deterministic:
-                self.check_stop()
+                self.check()
 
     def _loaded_engines(self) -> dict[int, Any]:
         """Every living engine, loaded; checks for signals while some are starting."""
         while self.pool.starting:
             self.pool.poll(POLL_S)
-            self.check_stop()
+            self.check()
         return self.pool.loaded(wait=True)
 
     def _push(self, engines: dict[int, Any], version: int) -> bool:
@@ -282,7 +307,9 @@ class LiveGroups:
             return True
         every = self.config.rollout.check_weight_sync
         check = every > 0 and self._pushes % every == 0
+        self._pushing = True
         failure = self.trainer.push_weights(engines, version, check)
+        self._pushing = False
         if failure is None:
             self.pool.updated(engines, version)
             return True
@@ -309,9 +336,7 @@ class ReplayGroups:
 
     def push_weights(self, version: int) -> None: ...
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams, version: int
-    ) -> list[Generation | None]:
+    def generate(self, groups: Sequence[GroupRequest], version: int) -> list[Generation | None]:
         raise RuntimeError("a replay has no engines that could generate")
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[Score] | None]:
@@ -329,3 +354,5 @@ class ReplayGroups:
         return RolloutState()
 
     def load_state(self, state: RolloutState) -> None: ...
+
+    def abandon(self) -> None: ...

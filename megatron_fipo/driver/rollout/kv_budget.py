@@ -55,5 +55,6 @@ class KVBudget:
         return max(1.0, USED_SHARE * kv_tokens / self.tokens_per_sequence)
 
     def space(self, status: EngineStatus, requests: int) -> float:
-        """Further requests that an engine with `requests` can run at once. The others wait in the driver, not in its queue."""
+        """Further requests that an engine with `requests` unfinished ones can run. The others wait in the driver, not in its
+        queue."""
         return 0.0 if status.waiting else self.sequences(status.kv_tokens) - requests

@@ -12,12 +12,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.driver.actor_logs import why_it_died
@@ -29,23 +27,16 @@ from megatron_fipo.driver.rollout.fleet import FAILURES_IN_A_ROW, Fleet, State
 from megatron_fipo.driver.rollout.kv_budget import KVBudget
 from megatron_fipo.driver.rollout.losses import Losses, PoolCounts
 from megatron_fipo.driver.rollout.pending_calls import PendingCall, PendingCalls
+from megatron_fipo.driver.rollout.prompt_group import GroupRequest, RequestResult, answer_groups
 from megatron_fipo.driver.rollout.replies import malformed, malformed_status
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_fipo.engine.registry import calls_at_once
 from megatron_fipo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 ABORT_EVERY_S = 0.2
 """Seconds between repeated aborts: one that arrives before the call that it should abort does nothing."""
-
-
-@dataclass(frozen=True)
-class RequestResult:
-    """The result of a request."""
-
-    request_id: str
-    generation: Generation | None
-    """None: failed `max_retries + 1` times; never scored."""
 
 
 class EnginePool:
@@ -62,17 +53,16 @@ class EnginePool:
         rollout: RolloutConfig,
         *,
         vocab_size: int,
-        gpus_per_engine: int,
         keep_batches: bool,
         loaded_weights_serve: bool = False,
-        trainer_placement: PlacementGroup | None = None,
+        **placement: Any,
     ) -> None:
         """Reserve resources for the engines and start them; they load while the caller continues.
 
         `vocab_size`: a reply with a token id outside it is malformed. `keep_batches`: the requests of one
         `submit` are sent in one call, also on a retry. `loaded_weights_serve`: engines serve the weights that
         they load, as version 0; else none gets a request before its first weights arrive.
-        `trainer_placement` puts them on the GPUs of the trainer's ranks (`EngineActors`).
+        `placement`: where they run, the keywords of `EngineActors`.
 
         Raises `UserError` if the cluster has no space for them.
         """
@@ -83,20 +73,12 @@ class EnginePool:
         self._dispatcher = Dispatcher(
             requests_per_call=engines.requests_per_call,
             # An engine runs kept batches one after another.
-            calls_at_once=1 if keep_batches else engines.calls_at_once,
+            calls_at_once=1 if keep_batches else calls_at_once(engines, rollout),
             max_retries=rollout.max_retries,
             keep_batches=keep_batches,
         )
-        self._fleet = Fleet(
-            rollout.num_engines,
-            max_restarts=rollout.max_restarts,
-            load_timeout_s=rollout.timeout_s,
-            health_timeout_s=rollout.health_timeout_s,
-            stall_timeout_s=rollout.stall_timeout_s,
-            loaded_version=0 if loaded_weights_serve else None,
-            now=time.monotonic(),
-        )
-        self._budget = KVBudget(rollout.max_prompt_length + rollout.max_response_length)
+        self._fleet = Fleet.of(rollout, 0 if loaded_weights_serve else None, time.monotonic())
+        self._budget = KVBudget(rollout.longest_sequence)
         self._pending = PendingCalls()
         self._results: list[RequestResult] = []
         self._losses = Losses(rollout.max_restarts, resumable=not loaded_weights_serve)
@@ -105,8 +87,8 @@ class EnginePool:
             engine_class,
             engine_kwargs,
             rollout.num_engines,
-            gpus_per_engine=gpus_per_engine,
-            trainer_placement=trainer_placement,
+            calls_at_once=calls_at_once(engines, rollout),
+            **placement,
         )
         for number in range(rollout.num_engines):
             self._start(number)
@@ -162,27 +144,15 @@ class EnginePool:
         self._aborting = False
         return self._take_results()
 
-    def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        sampling: SamplingParams,
-        on_finished: Callable[[int], None] | None = None,
-    ) -> list[Generation | None]:
-        """Answer all requests, in order; None for one that failed permanently.
+    def generate(self, groups: Sequence[GroupRequest]) -> list[Generation | None]:
+        """Answer the requests of all groups, in order; None for one that failed permanently.
 
-        For engines that serve the weights they load. `on_finished` receives, at least every second, the number
-        of finished requests. No other request may be outstanding.
+        For engines that serve the weights they load. No other request may be outstanding.
         """
         if self.outstanding:
             raise RuntimeError(f"generate() was called while {self.outstanding} requests are outstanding")
         self.loaded(wait=True)
-        self.submit(requests, sampling)
-        answers: dict[str, Generation | None] = {}
-        while self.outstanding:
-            answers |= {result.request_id: result.generation for result in self.poll(1.0)}
-            if on_finished is not None:
-                on_finished(len(answers))
-        return [answers[request.request_id] for request in requests]
+        return answer_groups(self, groups, 1.0)
 
     # -- engines ---------------------------------------------------------------------------------------------
 
@@ -286,11 +256,14 @@ class EnginePool:
         if self._aborting or not self._dispatcher.waiting:
             return
         space = {
-            number: self._budget.space(self._fleet.status(number), self._dispatcher.requests_at(number))
+            number: self._budget.space(
+                self._fleet.status(number),
+                min(self._fleet.unfinished(number), self._dispatcher.requests_at(number)),
+            )
             for number in self._fleet.numbers(State.SERVING)
         }
         for call in self._dispatcher.start_calls(space):
-            self._fleet.called(call.engine, time.monotonic())
+            self._fleet.called(call.engine, len(call.items), time.monotonic())
             self._send(call.engine, RolloutEngine.generate, call.requests, call.sampling, call=call)
 
     def _send(

@@ -1,14 +1,119 @@
 """The responses to one prompt: tokens of several calls and weight versions."""
 
 import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 
 from megatron_fipo.batching.trajectory import VersionSpan
-from megatron_fipo.engine.protocol import NO_LOG_PROBS, NO_TOKENS, Generation, GenerationRequest
-from megatron_fipo.scorer.protocol import FinishedResponse, ScoreRequest
-from megatron_fipo.tasks.task import Problem
+from megatron_fipo.engine.protocol import (
+    NO_LOG_PROBS,
+    NO_TOKENS,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
+from megatron_fipo.scorer.protocol import FinishedResponse, Range, ScoreRequest, sampled_tokens
+from megatron_fipo.tasks.task import Problem, Score
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRequest:
+    """Responses to one problem that are to be sampled."""
+
+    problem: Problem
+    requests: Sequence[GenerationRequest]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeRequest(GenerationRequest):
+    """One response to a problem with an environment."""
+
+    problem: Problem = field(kw_only=True)
+    observations: tuple[Range, ...] = field(kw_only=True, default=())
+    """Those of `prefix`."""
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeGeneration(Generation):
+    """All that turns and observations added to a response. Log-probs of observations are 0."""
+
+    observations: tuple[Range, ...]
+    """Those among them, as positions in the complete response."""
+    score: Score | None
+    """The environment's own."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sampled_tokens(len(self.response_ids), self.observations)
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    """The result of a request."""
+
+    request_id: str
+    generation: Generation | None
+    """None: failed `max_retries + 1` times, or its environment did; never scored."""
+    environment_failed: bool = False
+
+    @property
+    def sampled_tokens(self) -> int:
+        return 0 if self.generation is None else self.generation.sampled_tokens
+
+
+class RequestPool(Protocol):
+    """What answers requests: `pool.EnginePool`, or `episode_pool.EpisodePool` in front of it."""
+
+    @property
+    def outstanding(self) -> int:
+        """Requests submitted and not yet returned with a result."""
+
+    def submit(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[RequestResult]: ...
+
+    def abort(self) -> list[RequestResult]: ...
+
+
+def generation_request(
+    problem: Problem,
+    request_id: str,
+    seed: int,
+    prefix: np.ndarray = NO_TOKENS,
+    observations: tuple[Range, ...] = (),
+) -> GenerationRequest:
+    """A request for one response to the problem; one with an environment is an episode."""
+    if problem.task.environment:
+        return EpisodeRequest(
+            request_id, problem.prompt_ids, seed, prefix, problem=problem, observations=observations
+        )
+    return GenerationRequest(request_id, problem.prompt_ids, seed, prefix)
+
+
+def answer_groups(
+    pool: RequestPool,
+    groups: Iterable[GroupRequest],
+    timeout_s: float,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> list[Generation | None]:
+    """Answer the requests of all groups, in order; None for one that failed permanently. No other may be outstanding.
+
+    Neighbours with equal sampling are submitted together, so that they share calls. `meanwhile` is called about every
+    `timeout_s` and may raise.
+    """
+    groups = list(groups)
+    for sampling, same in groupby(groups, key=lambda group: group.sampling):
+        pool.submit([request for group in same for request in group.requests], sampling)
+    answers: dict[str, Generation | None] = {}
+    while pool.outstanding:
+        answers |= {result.request_id: result.generation for result in pool.poll(timeout_s)}
+        meanwhile()
+    return [answers[request.request_id] for group in groups for request in group.requests]
 
 
 def request_seed(seed: int, request_id: str) -> int:
@@ -20,7 +125,7 @@ def request_seed(seed: int, request_id: str) -> int:
 
 @dataclass(eq=False)
 class Response:
-    """The tokens sampled for one response so far."""
+    """The tokens of one response so far."""
 
     token_ids: np.ndarray = field(default_factory=lambda: NO_TOKENS)
     """int32."""
@@ -30,9 +135,37 @@ class Response:
     """Which weight version sampled which tokens; adjacent spans differ in version."""
     finish_reason: str | None = None
     """`stop` or `length`; None while the response is unfinished."""
+    observations: tuple[Range, ...] = ()
+    """The tokens that an environment gave, rising; all others were sampled."""
+    score: Score | None = None
+    """The environment's own, of a finished response."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sampled_tokens(len(self.token_ids), self.observations)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """int8 [tokens]: 1 for sampled tokens, 0 for those of an environment."""
+        mask = np.ones(len(self.token_ids), dtype=np.int8)
+        for start, end in self.observations:
+            mask[start:end] = 0
+        return mask
+
+    @classmethod
+    def of(cls, generation: Generation) -> "Response":
+        """The response of one call."""
+        response = cls()
+        response.add(generation)
+        return response
+
+    def to_score(self) -> FinishedResponse:
+        """What a reward reads of a finished response."""
+        assert self.finish_reason is not None
+        return FinishedResponse(self.token_ids, self.finish_reason, self.observations, self.score)
 
     def add(self, generation: Generation) -> None:
-        """Append the tokens that one call sampled. A response of one call keeps the call's arrays, uncopied."""
+        """Append the tokens that one call gave. A response of one call keeps the call's arrays, uncopied."""
         start, version = len(self.token_ids), generation.weight_version
         if start:
             self.token_ids = np.concatenate([self.token_ids, generation.response_ids])
@@ -46,6 +179,8 @@ class Response:
             self.spans.append(VersionSpan(version, start, end))
         if generation.finish_reason != "abort":
             self.finish_reason = generation.finish_reason
+        if isinstance(generation, EpisodeGeneration):
+            self.observations, self.score = self.observations + generation.observations, generation.score
 
 
 @dataclass
@@ -67,7 +202,7 @@ class PromptGroup:
     @property
     def tokens(self) -> int:
         """Response tokens sampled so far."""
-        return sum(len(response.token_ids) for response in self.responses)
+        return sum(response.sampled_tokens for response in self.responses)
 
     @property
     def oldest_version(self) -> int | None:
@@ -81,11 +216,12 @@ class PromptGroup:
         response.
         """
         return [
-            GenerationRequest(
+            generation_request(
+                self.problem,
                 request_id := f"{self.group_id}/{index}",
-                self.problem.prompt_ids,
                 request_seed(seed, request_id),
                 response.token_ids,
+                response.observations,
             )
             for index, response in enumerate(self.responses)
             if response.finish_reason is None
@@ -97,7 +233,7 @@ class PromptGroup:
         for response in self.responses:
             if response.finish_reason is None:
                 raise ValueError(f"group {self.group_id} has an unfinished response and can't be scored")
-            responses.append(FinishedResponse(response.token_ids, response.finish_reason))
+            responses.append(response.to_score())
         return ScoreRequest(self.serial, self.problem, tuple(responses))
 
 

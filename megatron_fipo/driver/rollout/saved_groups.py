@@ -2,14 +2,14 @@
 
     tokens     token_ids int32, log_probs float32: the arrays of all responses of all groups, one after another
     values     per group: serial, problem_id, responses, scores (null: not scored); per response: tokens, spans,
-               finish_reason
+               finish_reason, observations and score (of an environment; versions before 0.2 have neither)
 
 The arrays take 8 bytes per token, and their reading and writing costs as much as the disk.
 """
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dic
                     "tokens": len(response.token_ids),
                     "spans": [asdict(span) for span in response.spans],
                     "finish_reason": response.finish_reason,
+                    "observations": [list(observation) for observation in response.observations],
+                    "score": None if response.score is None else asdict(response.score),
                 }
                 for response in group.responses
             ],
@@ -77,7 +79,10 @@ def unpack_groups(
             else:
                 ids, log_probs = _old_columns(response)
             spans = [VersionSpan(**span) for span in response["spans"]]
-            responses.append(Response(ids, log_probs, spans, response["finish_reason"]))
+            observations = tuple((start, end) for start, end in response.get("observations", ()))
+            score = response.get("score")
+            score = None if score is None else _score(score)
+            responses.append(Response(ids, log_probs, spans, response["finish_reason"], observations, score))
         if saved["problem_id"] not in problems:
             raise ValueError(f"there is no problem {saved['problem_id']!r}")
         if not responses:
@@ -127,6 +132,17 @@ def _fault(response: Response) -> str | None:
         return f"has finish reason {response.finish_reason!r}"
     if not covers(response.spans, length) or any(type(span.version) is not int for span in response.spans):
         return "has weight versions that do not cover its tokens"
+    ends = [0]
+    for start, end in response.observations:
+        if type(start) is not int or type(end) is not int or not ends[-1] < start < end <= length:
+            return (
+                f"has observations at {list(response.observations)}, which do not follow tokens of the policy"
+            )
+        ends.append(end)
+    if response.finish_reason is not None and length == ends[-1] > 0:
+        return "is finished after an observation"
+    if response.finish_reason is None and response.score is not None:
+        return "has a score and is unfinished"
     return None
 
 
@@ -137,10 +153,14 @@ def _scores(group: PromptGroup, values: Any) -> list[Score] | None:
         raise ValueError(
             f"group {group.group_id} has {len(values)} scores for {len(group.responses)} responses, or is unfinished"
         )
+    return [_score(score) for score in values]
+
+
+def _score(values: Mapping[str, Any]) -> Score:
     try:
-        return [plain_score(Score(**score)) for score in values]
+        return plain_score(Score(**{field.name: values[field.name] for field in fields(Score)}))
     except UnusableResultError as error:
-        raise ValueError(f"a score of group {group.group_id} {error}") from error
+        raise ValueError(f"a score {error}") from error
 
 
 def _old_columns(response: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ class Overlong:
     """The penalty of responses near the limit; lengths in tokens."""
 
     max_response_length: int
+    """Of problems whose set has no limit of its own."""
     buffer: int
     """Over the last `buffer` tokens the penalty grows from 0; 0 for no penalty."""
     factor: float
@@ -28,26 +29,30 @@ class Overlong:
 def trajectories(group: PromptGroup, scores: Sequence[Score], overlong: Overlong) -> ScoredGroup:
     """The responses with their scores, one each. Arrays are those of the group, uncopied.
 
-    `reward` is the score's plus the overlong penalty; `accuracy` is the score's own.
+    `reward` is the score's plus the overlong penalty, which counts all tokens of a response, as the limit does;
+    `accuracy` is the score's own.
     """
-    prompt_ids = np.array(group.problem.prompt_ids, dtype=np.int32)
+    problem = group.problem
+    prompt_ids = np.array(problem.prompt_ids, dtype=np.int32)
+    limit = problem.task.max_response_length or overlong.max_response_length
     scored = []
     for response, score in zip(group.responses, scores, strict=True):
         assert response.finish_reason is not None
         length = len(response.token_ids)
-        penalty = overlong_penalty(length, overlong.max_response_length, overlong.buffer, overlong.factor)
+        penalty = overlong_penalty(length, limit, overlong.buffer, overlong.factor)
         scored.append(
             Trajectory(
                 group_id=group.group_id,
                 prompt_ids=prompt_ids,
                 response_ids=response.token_ids,
-                response_mask=np.ones(length, dtype=np.int8),
+                response_mask=response.mask,
                 rollout_log_probs=response.log_probs,
                 spans=response.spans,
                 finish_reason=response.finish_reason,
                 reward=score.reward + float(penalty),
                 accuracy=score.accuracy,
-                extra={"problem_id": group.problem.problem_id, "answer": score.answer, **score.extra},
+                set_name=problem.task.set_name,
+                extra={"problem_id": problem.problem_id, "answer": score.answer, **score.extra},
             )
         )
     return scored

@@ -5,7 +5,6 @@ Forward computes the gradient of the loss sum together with the loss, as one num
 Notation: R rows, S sequences, C chunks per sequence and rank, cp ranks.
 """
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -111,7 +110,7 @@ def _launch(
     plan, rate = rows.plan, decay_rate(objective.half_life)
     inputs = _row_inputs(log_probs, entropy, rows)
     shared = {
-        "LOG_DUAL_CLIP": math.log(objective.dual_clip),
+        "FUTURE_KL_LIMIT": objective.future_kl_limit,
         "DUAL_CLIP": objective.dual_clip,
         "BLOCK": BLOCK,
         "num_warps": 1,

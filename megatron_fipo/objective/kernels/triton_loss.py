@@ -130,7 +130,7 @@ def _exp(value):
 @triton.jit
 def loss_blocks_kernel(
     log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, slot_row, aggregate, counts,
-    GAMMA: tl.constexpr, DUAL_CLIP: tl.constexpr, LOG_DUAL_CLIP: tl.constexpr, CORRECTS: tl.constexpr, BLOCK: tl.constexpr,
+    GAMMA: tl.constexpr, DUAL_CLIP: tl.constexpr, FUTURE_KL_LIMIT: tl.constexpr, CORRECTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per-row inputs [R] → aggregate [blocks] and counts [blocks, 2]: rows that are not finite, and dual-clipped ones."""
     block = tl.program_id(0)
@@ -138,7 +138,7 @@ def loss_blocks_kernel(
     present, usable, log_ratio, _, advantage = _usable_rows(
         row, valid, log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, CORRECTS
     )
-    x = tl.where(log_ratio <= LOG_DUAL_CLIP, log_ratio, 0.0).to(tl.float64)
+    x = tl.where(log_ratio <= FUTURE_KL_LIMIT, log_ratio, 0.0).to(tl.float64)
     _, future = suffix_scan(x, GAMMA, BLOCK)
     tl.store(aggregate + block, first_slot(future, BLOCK))
     dual_clipped = (advantage < 0) & (_exp(log_ratio) > DUAL_CLIP)
@@ -200,7 +200,7 @@ def loss_rows_kernel(
     grad_log_probs, grad_entropy, influence, future_kl, kept_rows, sums, maxima,
     GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, SOURCES: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
-    LOG_DUAL_CLIP: tl.constexpr, DUAL_CLIP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    FUTURE_KL_LIMIT: tl.constexpr, DUAL_CLIP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     WEIGHTED: tl.constexpr, INFLUENCE_LOW: tl.constexpr, INFLUENCE_HIGH: tl.constexpr,
     SAFETY: tl.constexpr, SAFE_LOW: tl.constexpr, SAFE_HIGH: tl.constexpr,
     CORRECTION: tl.constexpr, CAP: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, UNIT: tl.constexpr,
@@ -226,7 +226,7 @@ def loss_rows_kernel(
         CORRECTION != "none",
     )
     segment = tl.load(block_segment + tl.program_id(0))
-    x = tl.where(log_ratio <= LOG_DUAL_CLIP, log_ratio, 0.0).to(tl.float64)
+    x = tl.where(log_ratio <= FUTURE_KL_LIMIT, log_ratio, 0.0).to(tl.float64)
     future = future_kl_of_rows(
         x, row, valid, aggregate, first_block, gathered, chunk_distance, is_later, row_distance, segment, num_sequences,
         GAMMA, RATE, CP, C, C + 2, SOURCES, BLOCK, TILE,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, permutations, product
 
-from megatron_fipo.config import DataConfig
+from megatron_fipo.config import Config
 from megatron_fipo.errors import UserError
-from megatron_fipo.tasks.task import EncodePrompt, Log, Problem
+from megatron_fipo.tasks.task import DataSource, EncodePrompt, Problem
 
 Numbers = tuple[int, int, int]
 
@@ -124,11 +124,8 @@ def generate_problems(size: int, *, held_out: bool, seed: int) -> list[Countdown
     return [problem for _, _, problem in ranked[:size]]
 
 
-def countdown_problems(
-    config: DataConfig, encode: EncodePrompt, *, held_out: bool, seed: int, log: Log
-) -> list[Problem]:
-    """The data source `countdown`, as `DataSource`: problems are generated, so nothing is logged."""
-    size = config.evaluation_size if held_out else config.train_size
+def _problems(config: Config, encode: EncodePrompt, *, held_out: bool) -> list[Problem]:
+    size, seed = config.data.evaluation_size if held_out else config.data.train_size, config.seed
     problems = []
     for problem in generate_problems(size, held_out=held_out, seed=seed):
         text, prompt_ids = encode(f"countdown problem {problem}", problem.prompt)
@@ -136,3 +133,10 @@ def countdown_problems(
             Problem(str(problem), prompt_ids, text, ground_truth=str(problem), data_source="countdown")
         )
     return problems
+
+
+COUNTDOWN = DataSource(
+    training=lambda config, encode, _: _problems(config, encode, held_out=False),
+    held_out=lambda config, encode, _: {"countdown": _problems(config, encode, held_out=True)},
+)
+"""The data source `countdown`: problems are generated, so nothing is logged."""

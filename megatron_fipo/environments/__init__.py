@@ -1,0 +1,1 @@
+"""The processes of environments: one answers the turns of many episodes."""

@@ -1,0 +1,1 @@
+"""The reward `http`: a server of the user scores the responses."""
