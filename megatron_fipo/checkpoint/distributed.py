@@ -43,12 +43,16 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo import progress
-from megatron_fipo.checkpoint.optimizer_blocks import loadable_optimizer_state, sharded_optimizer_state
+from megatron_fipo.checkpoint.optimizer_blocks import (
+    distributed_parts,
+    loadable_optimizer_state,
+    sharded_optimizer_state,
+)
 from megatron_fipo.checkpoint.plain_pickles import INDEX_FILE, plain_pickles
 from megatron_fipo.checkpoint.rank_errors import (
     join_by_rank,
@@ -186,10 +190,13 @@ def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer
     weights). UserError on every rank, with nothing changed, if the checkpoint is of another model, is incomplete
     or has an unreadable index. UserError, with weights and optimizer undefined, if the data is damaged.
     """
-    loaded = _load(modules, optimizer, folder)
-    state = loaded["optimizer"]
+    state = _load(modules, optimizer, folder)["optimizer"]
+    parts = distributed_parts(optimizer)
     with torch.no_grad():
-        optimizer.load_state_dict(loadable_optimizer_state(state) if _distributed(optimizer) else state)
+        for name, part in parts.items():
+            part.load_state_dict(loadable_optimizer_state(part, state, name))
+        if not parts:
+            optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         group.update(
             betas=(optimizer.config.adam_beta1, optimizer.config.adam_beta2), eps=optimizer.config.adam_eps
@@ -226,24 +233,18 @@ def _sharded_state(
         state[name] = {key: value for key, value in tensors.items() if not isinstance(value, ShardedObject)}
     if optimizer is not None:
         make_optimizer_state(optimizer)
-        if distributed := _distributed(optimizer):
-            state["optimizer"] = sharded_optimizer_state(distributed, dict(state), is_loading)
-        else:
-            state["optimizer"] = optimizer.sharded_state_dict(
-                dict(state), is_loading=is_loading, metadata=metadata
-            )
+        parts = distributed_parts(optimizer)
+        state["optimizer"] = (
+            sharded_optimizer_state(parts, dict(state), is_loading)
+            if parts
+            else optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+        )
         drop_classes(optimizer, state["optimizer"])
     for name in _names(modules):  # after the optimizer's part, which identifies parameters by object identity
         for value in state[name].values():
             if is_quantized(value.data):
                 value.data = full_precision(value.data)
     return state
-
-
-def _distributed(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
-    """The distributed optimizer, if it is one. A dense model has one part."""
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return part if isinstance(part, DistributedOptimizer) else None
 
 
 def _replicas() -> dist.ProcessGroup:

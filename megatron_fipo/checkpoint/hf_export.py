@@ -31,7 +31,12 @@ def describe_hf_tensors(model_chunks: Sequence[torch.nn.Module]) -> list[TensorI
     """The tensors that `iterate_hf_tensors` yields, in order: no communication, the same on every rank."""
     model = map_model(model_chunks)
     dtype = next(iter(model.parameters.values())).dtype
-    return [TensorInfo(name, dtype, shape) for name, shape in _shapes(model).items()]
+    return [
+        TensorInfo(name, dtype, shape)
+        for group in _gathered_together(model)
+        for weight in group
+        for name, shape in zip(weight.names, weight.shapes, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -47,25 +52,26 @@ def iterate_hf_tensors(
     memory with parameters: use them read-only and before the next update. If embeddings are tied there is no
     `lm_head.weight`.
 
-    Communication is within data-parallel and context-parallel rank 0; the other replicas yield None
-    immediately. First one all_gather_object of parameter names over the pipeline group. Then, for each
-    parameter of the model: one gather over the tensor-parallel group of its stage (the complete parameter
-    arrives at tensor-parallel rank 0). If the stage is not the first, also one send of the complete parameter
-    to the first stage, overlapped with the stage's next gather.
+    Communication is within data-parallel and context-parallel rank 0, for experts within expert-data-parallel rank 0; the
+    other replicas yield None immediately. First one all_gather_object of parameter names over the pipeline group. Then, for
+    each parameter of the model: one gather over the tensor-parallel group of its stage, for experts one gather of an expert of
+    each expert-parallel rank over the expert-tensor × expert group (the complete parameters arrive at the first rank of the
+    stage). If the stage is not the first, also one send of the complete parameters to the first stage, overlapped with the
+    stage's next gather.
 
-    Memory beyond the model, with P the largest parameter (query, key and value count as one, and so do gate
-    and up): at most 3 P on the device of a stage's tensor-parallel rank 0 (shards, complete parameter, its
-    tensors), one P more while a send is in flight, and P on the host of global rank 0 for the yielded
-    tensors. The other ranks need none.
+    Memory beyond the model, with P the largest parameter (query, key and value count as one, gate and up too, and so does
+    an expert of each expert-parallel rank): at most 3 P on the device of a stage's first rank (shards, complete parameter,
+    its tensors), one P more while a send is in flight, and P on the host of global rank 0 for the yielded tensors. The
+    other ranks need none.
     """
     model = map_model(model_chunks)
-    participates = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    stages = _first_stages(model) if participates else {}
+    stages = _first_stages(model) if _is_replica_0(expert=False) or _is_replica_0(expert=True) else {}
     sending: list[tuple[dist.Work, torch.Tensor]] = []
-    for weight in model.weights:
-        tensors = _collect(weight, model, stages[weight.megatron], sending) if participates else None
+    for group in _gathered_together(model):
+        participates = _is_replica_0(expert=group[0].expert is not None)
+        tensors = _collect(group, model, stages, sending) if participates else None
         progress.advance()
-        for index, name in enumerate(weight.names):
+        for index, name in enumerate(name for weight in group for name in weight.names):
             yield name, None if tensors is None else tensors[index].cpu() if to_host else tensors[index]
         del tensors
     _finish(sending)
@@ -135,37 +141,75 @@ def _first_stages(model: ModelMap) -> dict[str, int]:
     return {name: stage for stage in reversed(range(len(names))) for name in names[stage]}
 
 
-def _collect(
-    weight: Weight, model: ModelMap, owner: int, sending: list[tuple[dist.Work, torch.Tensor]]
-) -> list[torch.Tensor] | None:
-    """One weight's complete Hugging Face tensors, on tensor-parallel rank 0 of the first stage; else None.
+def _is_replica_0(expert: bool) -> bool:
+    """Whether this rank is of the first replica of the weights: of experts, or of all others."""
+    if expert:
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
-    `owner` is the weight's stage. `sending` are this rank's sends to the first stage: the tensors of at most
-    one weight.
+
+def _gathered_together(model: ModelMap) -> list[list[Weight]]:
+    """The weights of the model in the order of the export: one outside experts, of experts one of each expert-parallel rank.
+
+    Example: 4 experts on 2 ranks give [0, 2] and [1, 3]: the first of each rank, then the second.
     """
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    ranks, experts = parallel_state.get_expert_model_parallel_world_size(), model.architecture.experts
+    groups: dict[str, list[Weight]] = {}
+    for weight in model.weights:
+        first = weight.megatron
+        if weight.expert is not None and experts is not None:
+            slot = weight.expert % (experts.count // ranks)
+            first = first.replace(f".local_experts.{weight.expert}.", f".local_experts.{slot}.")
+        groups.setdefault(first, []).append(weight)
+    return list(groups.values())
+
+
+def _collect(
+    group: Sequence[Weight],
+    model: ModelMap,
+    stages: dict[str, int],
+    sending: list[tuple[dist.Work, torch.Tensor]],
+) -> list[torch.Tensor] | None:
+    """The complete Hugging Face tensors of weights that are gathered together, on global rank 0; else None.
+
+    `stages` has the stage of each parameter. `sending` are this rank's sends to the first stage: the tensors of at most one
+    group.
+    """
+    own = group[parallel_state.get_expert_model_parallel_rank()] if group[0].expert is not None else group[0]
+    stage, owner = parallel_state.get_pipeline_model_parallel_rank(), stages[own.megatron]
+    is_first = parallel_state.get_tensor_model_parallel_rank() == 0 and _is_replica_0(expert=False)
     tensors = None
     if stage == owner:
-        shards = _gather(full_precision(model.parameters[weight.megatron]), weight.layout)
-        tensors = join(weight, shards, model.architecture) if tp_rank == 0 else None
-    if owner == 0 or tp_rank != 0 or stage not in (0, owner):
+        shards = _gather(full_precision(model.parameters[own.megatron]), own)
+        tensors = _join_all(group, shards, model) if is_first else None
+    if owner == 0 or not is_first or stage not in (0, owner):
         return tensors
-    group = parallel_state.get_pipeline_model_parallel_group()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
     if stage == owner:
         assert tensors is not None
         _finish(sending)
         for tensor in tensors:
             contiguous = tensor.contiguous()
-            work = dist.isend(contiguous, dist.get_global_rank(group, 0), group=group)
+            work = dist.isend(contiguous, dist.get_global_rank(pipeline, 0), group=pipeline)
             assert work is not None  # None only outside the group
             sending.append((work, contiguous))
         return None
     like = next(iter(model.parameters.values()))
-    received = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in weight.shapes]
+    shapes = [shape for weight in group for shape in weight.shapes]
+    received = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes]
     for tensor in received:
-        dist.recv(tensor, dist.get_global_rank(group, owner), group=group)
+        dist.recv(tensor, dist.get_global_rank(pipeline, owner), group=pipeline)
     return received
+
+
+def _join_all(group: Sequence[Weight], shards: Sequence[torch.Tensor], model: ModelMap) -> list[torch.Tensor]:
+    """The Hugging Face tensors of each weight in turn. Of experts, the shards are ordered by expert rank, then by tensor rank."""
+    size = len(shards) // len(group)
+    return [
+        tensor
+        for index, weight in enumerate(group)
+        for tensor in join(weight, shards[index * size : (index + 1) * size], model.architecture)
+    ]
 
 
 def _finish(sending: list[tuple[dist.Work, torch.Tensor]]) -> None:
@@ -181,13 +225,19 @@ def _finish(sending: list[tuple[dist.Work, torch.Tensor]]) -> None:
     sending.clear()
 
 
-def _gather(shard: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """All shards of a parameter on tensor-parallel rank 0, an empty list elsewhere.
+def _gather(shard: torch.Tensor, weight: Weight) -> list[torch.Tensor]:
+    """All shards of a parameter, or of one expert of each rank, on the first rank of the stage; an empty list elsewhere.
 
     Replicated ones need no gather.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1 or layout is Layout.REPLICATED:
+    if weight.layout is Layout.REPLICATED:
+        return [shard]
+    group = (
+        parallel_state.get_tensor_model_parallel_group()
+        if weight.expert is None
+        else parallel_state.get_expert_tensor_and_model_parallel_group()
+    )
+    if group.size() == 1:
         return [shard]
     receives = group.rank() == 0
     shards = [torch.empty_like(shard) for _ in range(group.size())] if receives else []

@@ -1,4 +1,4 @@
-"""Loads Hugging Face weights into Megatron-Core model chunks, for any tensor and pipeline parallel layout."""
+"""Loads Hugging Face weights into Megatron-Core model chunks, for any parallel layout."""
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
@@ -31,8 +31,14 @@ def load_hf_weights(
     rank's slices, which are checked while they are in memory: parameters before it are loaded.
     """
     model = map_model(model_chunks)
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    tensor = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    expert_tensor = (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
     opened = open_model_folder(folder)
     if opened.architecture != model.architecture:
         raise UserError(
@@ -41,6 +47,7 @@ def load_hf_weights(
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     for weight, parameter in model.local():
         slices = [opened.source.slice(name) for name in weight.names]
+        rank, size = tensor if weight.expert is None else expert_tensor
         values = shard(weight, slices, model.architecture, rank, size)
         if values.shape != parameter.shape:
             raise ValueError(

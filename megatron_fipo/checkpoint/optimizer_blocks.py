@@ -1,8 +1,9 @@
 """The distributed optimizer's state in a checkpoint: each rank stores the part that it has, without a gather.
 
 The distributed optimizer keeps a contiguous range of the elements of some parameters on each data × context
-rank. In row-major order such a range of a matrix is at most three blocks: part of a row, complete rows, part of
-a row. Each block is one shard of the complete tensor, under the name and with the global shape of
+rank; of experts, which a second optimizer updates, on each expert-data-parallel rank. In row-major order such a
+range of a matrix is at most three blocks: part of a row, complete rows, part of a row. Each block is one shard of
+the complete tensor, under the name and with the global shape of
 Megatron-Core's `fully_reshardable` format. So every layout reads the checkpoint, Megatron-Core's own reader
 included, and this reader takes checkpoints that Megatron-Core's writer has gathered. (Megatron-Core's formats
 without a gather do not suffice: `dp_reshardable` is bound to one TP × PP layout, and `fully_sharded_model_space`
@@ -11,7 +12,7 @@ needs flattened shards, which releases since 0.16 refuse to build.)
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -23,8 +24,9 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.optimizer import DistributedOptimizer
+from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 
+DENSE, EXPERTS = "dense", "experts"
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter, in Megatron-Core's names."""
 
@@ -60,41 +62,71 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Blo
     return [Block((row, *block.offset), (1, *block.shape)) for block in blocks(shape[1:], start, stop)]
 
 
+def distributed_parts(optimizer: MegatronOptimizer) -> dict[str, DistributedOptimizer]:
+    """The distributed optimizers that a rank has, by what they update: `dense`, and `experts` if its stage has some.
+
+    Empty if the optimizer is not distributed.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if not all(isinstance(part, DistributedOptimizer) for part in parts):
+        return {}
+    return {EXPERTS if _updates_experts(part) else DENSE: part for part in parts}
+
+
+def _updates_experts(part: DistributedOptimizer) -> bool:
+    # Megatron-Core's mark of parameters whose gradients are not reduced over the data-parallel group.
+    return any(not getattr(parameter, "allreduce", True) for parameter, _, _ in _slices(part))
+
+
 def sharded_optimizer_state(
-    optimizer: DistributedOptimizer, model_state: dict[str, Any], is_loading: bool
+    parts: Mapping[str, DistributedOptimizer], model_state: dict[str, Any], is_loading: bool
 ) -> dict[str, Any]:
-    """Megatron-Core's sharded state of this rank's part, for saving and for loading in place.
+    """Megatron-Core's sharded state of this rank's parts, for saving and for loading in place.
 
     `model_state` is the sharded state of the model, with its parameters as data. Weights and moments are
     float32. Data are views of the optimizer's tensors; a state of another dtype is converted (4 bytes per
     element of this rank, for a moment), and pinned host memory is copied for saving. No collectives.
     """
     shardings = {id(item.data): item for item in nested_values(model_state)}
-    parameters: dict[int, dict[str, Any]] = {}
-    for parameter, start, tensors in _slices(optimizer):
-        sharding = shardings[id(parameter)]
-        flat = {name: tensors[name].detach().float() for name in STATES}
-        parameters[len(parameters)] = {
-            "blocks": {name: _sharded_blocks(sharding, name, start, flat[name]) for name in STATES},
-            "flat": {name: LocalNonpersistentObject(tensor) for name, tensor in flat.items()},
-        }
-        if not is_loading:
-            _copy_pinned(parameters[len(parameters) - 1]["blocks"])
+    parameters: dict[str, dict[str, Any]] = {}
+    for name, part in parts.items():
+        for index, (parameter, start, tensors) in enumerate(_slices(part)):
+            sharding = shardings[id(parameter)]
+            flat = {state: tensors[state].detach().float() for state in STATES}
+            stored = {
+                "blocks": {state: _sharded_blocks(sharding, state, start, flat[state]) for state in STATES},
+                "flat": {state: LocalNonpersistentObject(tensor) for state, tensor in flat.items()},
+            }
+            if not is_loading:
+                _copy_pinned(stored["blocks"])
+            parameters[f"{name}.{index}"] = stored
+    # The hyperparameters and the number of steps are those of all parts, and every rank has a dense one.
     return {
-        **optimizer.state_dict(),
+        **parts[DENSE].state_dict(),
         "param_state": parameters,
         "param_state_sharding_type": "fully_reshardable",
     }
 
 
-def loadable_optimizer_state(loaded: dict[str, Any]) -> dict[str, Any]:
-    """What `DistributedOptimizer.load_state_dict` takes, from a loaded `sharded_optimizer_state`."""
+def loadable_optimizer_state(part: DistributedOptimizer, loaded: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `part.load_state_dict` takes, from a loaded `sharded_optimizer_state`."""
+    states = [state for key, state in loaded["param_state"].items() if key.startswith(f"{name}.")]
     parameters = {
-        index: {"fp32_param" if name == "param" else name: flat for name, flat in state["flat"].items()}
-        for index, state in loaded["param_state"].items()
+        index: {"fp32_param" if state == "param" else state: flat for state, flat in stored["flat"].items()}
+        for index, stored in enumerate(states)
     }
+    common = {key: value for key, value in loaded.items() if not key.startswith("param_state")}
+    if name != DENSE:
+        common = _with_steps(part.state_dict(), common)
     # Megatron-Core's name for flat ranges in the order of `_slices`.
-    return {**loaded, "param_state": parameters, "param_state_sharding_type": "fully_sharded_model_space"}
+    return {**common, "param_state": parameters, "param_state_sharding_type": "fully_sharded_model_space"}
+
+
+def _with_steps(own: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The state of a part with the number of steps that the dense part has taken."""
+    for group in own["optimizer"]["param_groups"]:
+        group["step"] = dense["optimizer"]["param_groups"][0]["step"]
+    return own
 
 
 def _slices(

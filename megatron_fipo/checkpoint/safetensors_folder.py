@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.checkpoint.lost_weights import DOWNLOAD_AGAIN, explain, explain_no_safetensors
 from megatron_fipo.errors import UserError, listed
+from megatron_fipo.families.fused_experts import Part, parts_of
 from megatron_fipo.placeholders import refuse_placeholder
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -39,10 +40,16 @@ class StoredTensor:
     begin: int
     end: int
     """Its bytes in the file."""
+    part: Part | None = None
+    """Its place in a tensor with all experts of a layer, if it is stored in one."""
+    fused: str = ""
+    """The name of that tensor."""
 
 
 class SafetensorsFolder:
     """The tensors of a folder by name: one `model.safetensors`, or shards with an index.
+
+    A tensor with all experts of a layer appears as the tensors of each expert (`families/fused_experts.py`).
 
     The constructor reads the headers of all files, without torch. UserError for a missing folder, index or
     shard, for an index that differs from the files, for a tensor in two files, for other safetensors that
@@ -74,7 +81,7 @@ class SafetensorsFolder:
                 found[name] = tensor
         if index is not None:
             found = self._in_order_of(index, found)
-        self.tensors: dict[str, StoredTensor] = found
+        self.tensors: dict[str, StoredTensor] = _separate_experts(found)
         """By name, in the order of the index (or of the single file)."""
 
     def slice(self, name: str) -> Any:
@@ -82,7 +89,11 @@ class SafetensorsFolder:
 
         The file is mapped into memory only while the slice exists, so pages that were read do not accumulate.
         """
-        return self._open(self.tensors[name].file, "pt").get_slice(name)
+        stored = self.tensors[name]
+        opened = self._open(stored.file, "pt")
+        if stored.part is None:
+            return opened.get_slice(name)
+        return _ExpertSlice(opened.get_slice(stored.fused), stored.part, stored.shape)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape, dtype and bits. Reads both, in parts, without torch."""
@@ -174,6 +185,43 @@ class SafetensorsFolder:
             raise UserError(
                 f"{self.folder / file} is not a readable safetensors file (damaged or truncated?): {error}"
             ) from None
+
+
+class _ExpertSlice:
+    """The lazy tensor of one expert within a stored tensor of all."""
+
+    def __init__(self, stored: Any, part: Part, shape: tuple[int, ...]) -> None:
+        self.stored, self.part, self.shape = stored, part, shape
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        start, stop, _ = rows.indices(self.shape[0])
+        first = self.part.first_row
+        return self.stored[self.part.expert, first + start : first + stop, columns]
+
+
+def _separate_experts(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The same tensors, with those of each expert in the place of tensors with all experts of a layer."""
+    separated = {}
+    for name, tensor in stored.items():
+        parts = list(parts_of(name, tensor.shape))
+        size = (tensor.end - tensor.begin) // max(len(parts), 1)
+        for index, part in enumerate(parts):
+            separated[part.name] = StoredTensor(
+                tensor.file,
+                (part.rows, tensor.shape[2]),
+                tensor.dtype,
+                tensor.begin + index * size,
+                tensor.begin + (index + 1) * size,
+                part,
+                name,
+            )
+        if not parts:
+            separated[name] = tensor
+    return separated
 
 
 def _parse_index(path: Path) -> dict[str, str]:

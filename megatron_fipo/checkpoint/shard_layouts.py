@@ -7,11 +7,13 @@ exact inverses.
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from megatron_fipo.families.family import (
@@ -23,7 +25,7 @@ from megatron_fipo.families.family import (
     Weight,
     padded_vocab_size,
 )
-from megatron_fipo.model.layer_spec import SHARED_NAMES
+from megatron_fipo.model.layer_spec import shared_names
 
 
 class TensorSource(Protocol):
@@ -124,7 +126,10 @@ LAYOUTS: dict[Layout, _Converter] = {
 def shard(
     weight: Weight, tensors: Sequence[TensorSource], architecture: Architecture, rank: int, size: int
 ) -> torch.Tensor:
-    """The shard of tensor-parallel rank `rank` of `size`. `tensors` are in the rule's order."""
+    """The shard of tensor-parallel rank `rank` of `size`. `tensors` are in the rule's order.
+
+    Rank and size are those of expert-tensor parallelism for a weight of an expert.
+    """
     return LAYOUTS[weight.layout].shard(tensors, architecture, rank, size)
 
 
@@ -193,14 +198,36 @@ def _unwrap(chunk: Any) -> Any:
 
 
 def _global_parameters(chunk: GPTModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters by their name in the complete model (layers over all stages, norms as in `SHARED_NAMES`)."""
+    """Parameters by their name in the complete model: layers over all stages, experts over all ranks, norms as in
+    `shared_names`."""
     named = []
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            for portable, shared in SHARED_NAMES.items():
+            layer = chunk.decoder.layers[int(index)].layer_number - 1
+            for portable, shared in shared_names(chunk.architecture.has_experts(layer)).items():
                 if rest.startswith(portable):
                     rest = shared + rest.removeprefix(portable)
-            name = f"decoder.layers.{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
+            name = f"decoder.layers.{layer}.{_of_all_experts(rest, chunk.architecture)}"
         named.append((name, parameter))
     return named
+
+
+_EXPERT_NAMES = (
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
+    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
+)
+"""Of a rank's expert, in the portable layers and in Transformer Engine's."""
+
+
+def _of_all_experts(name: str, architecture: Architecture) -> str:
+    """The name of a layer's parameter with the expert counted over all expert-parallel ranks.
+
+    Example: of 8 experts on 2 ranks, expert 1 of rank 1 is expert 5.
+    """
+    found = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERT_NAMES)), None)
+    if found is None or architecture.experts is None:
+        return name
+    on_rank = architecture.experts.count // parallel_state.get_expert_model_parallel_world_size()
+    expert = parallel_state.get_expert_model_parallel_rank() * on_rank + int(found["expert"])
+    return f"mlp.experts.local_experts.{expert}.{found['linear']}.weight"

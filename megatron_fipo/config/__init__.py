@@ -14,6 +14,7 @@ from megatron_fipo.config.schema import (
     ParallelConfig,
     RecoveryConfig,
     RolloutConfig,
+    RouterConfig,
     TrackingConfig,
 )
 from megatron_fipo.config.sft_schema import SftConfig, SftDataConfig, SftOptimizerSettings
@@ -46,6 +47,7 @@ __all__ = [
     "RecoveryConfig",
     "RewardConfig",
     "RolloutConfig",
+    "RouterConfig",
     "SftConfig",
     "SftDataConfig",
     "SftOptimizerSettings",

@@ -34,6 +34,7 @@ def validate(
     if machine is not None:
         _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
     _check_precision(config, architecture, machine)
+    _check_router(config)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
@@ -135,6 +136,19 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
         raise UserError(
             "deterministic=true promises the same bits after a resume, but checkpoints contain neither FP8 weights nor delayed scales; "
             "set model.fp8_param_gather=false and model.fp8_recipe=blockwise or tensorwise"
+        )
+
+
+def _check_router(config: Config) -> None:
+    router, rollout = config.model.router, config.rollout
+    if router.load_balancing and not router.trainable:
+        raise UserError(
+            f"model.router.load_balancing={router.load_balancing} trains the router; set model.router.trainable=true or it to 0"
+        )
+    if router.replay == "rollout" and rollout.engine != "vllm":
+        raise UserError(
+            f"model.router.replay=rollout needs the routes of rollout.engine=vllm, which {rollout.engine} does not report; "
+            "choose old_log_probs"
         )
 
 

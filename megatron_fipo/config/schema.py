@@ -16,6 +16,23 @@ from megatron_fipo.objective.config import ObjectiveConfig
 
 
 @dataclass
+class RouterConfig:
+    """The router of a mixture of experts. Nothing here has an effect on a model without experts."""
+
+    replay: str = choice("old_log_probs", "rollout", "none")
+    """Experts of each token in the updates of an iteration: those that the router chose in the pass of the old log-probs,
+    those that the rollout engine reported (vllm only), or a new choice in every pass. Without replay the log-ratio is not 0
+    in the first mini-step, and FutureKL sums the difference over later tokens."""
+    trainable: bool = False
+    """Also train the router. Its choice then changes between iterations only, unless replay is `none`."""
+    dtype: str = choice("float32", "float64")
+    """Dtype of the router's product and softmax, whatever model.dtype is."""
+    load_balancing: float = number(0.0, least=0)
+    """Coefficient of the auxiliary loss that spreads tokens over experts; 0 for none. It pulls the policy away from the
+    objective, and needs trainable=true."""
+
+
+@dataclass
 class ModelConfig:
     """The model that is trained."""
 
@@ -37,6 +54,7 @@ class ModelConfig:
     logs which."""
     recompute: str = choice("none", "selective", "full")
     """Activation recomputation: `selective` recomputes core attention, `full` complete layers."""
+    router: RouterConfig = field(default_factory=RouterConfig)
     trust_remote_code: bool = False
     """Let Hugging Face run code from the model folder."""
 
@@ -64,6 +82,11 @@ class ParallelConfig:
     """Ranks that share each sequence."""
     data_parallel_size: int = number(1, least=1)
     """Replicas of all of the above."""
+    expert_model_parallel_size: int = number(1, least=1)
+    """Ranks that share the experts of a layer, each some of them completely. Taken from the ranks of a pipeline stage, so
+    the world size does not change."""
+    expert_tensor_parallel_size: int = number(1, least=1)
+    """Ranks that share each matrix of an expert, as tensor_model_parallel_size does outside experts."""
     overlap_communication: bool = False
     """Overlap gradient reduction with the backward pass."""
 
@@ -75,6 +98,11 @@ class ParallelConfig:
             * self.context_parallel_size
             * self.data_parallel_size
         )
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage: tensor × context × data, or expert-tensor × expert × expert-data."""
+        return self.world_size // self.pipeline_model_parallel_size
 
     @property
     def length_multiple(self) -> int:

@@ -26,6 +26,7 @@ from megatron_fipo.engine.protocol import (
 )
 from megatron_fipo.engine.stop_strings import Decode, StopStrings, decoder
 from megatron_fipo.errors import UserError
+from megatron_fipo.families.fused_experts import separate
 from megatron_fipo.weight_sync.checksum import Checksums
 
 
@@ -320,8 +321,8 @@ class LocalEngine:
         """Does nothing, like `sleep`."""
 
     def _weights(self) -> dict[str, Tensor]:
-        """All weights by Hugging Face name; tied ones under each of their names."""
-        return self._model.state_dict()
+        """All weights by Hugging Face name, of each expert separately; tied ones under each of their names."""
+        return separate(self._model.state_dict())
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:

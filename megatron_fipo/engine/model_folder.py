@@ -6,6 +6,7 @@ from megatron_fipo.checkpoint.hf_config import load_hf_config
 from megatron_fipo.checkpoint.model_folder import open_model_folder, read_description
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.families.fused_experts import separate
 
 
 def load_model(
@@ -30,7 +31,7 @@ def load_model(
         model = _from_transformers(path, config, dtype, trust_remote_code, load_weights)
     except Exception as error:  # the error of a damaged folder depends on the damage
         raise UserError(f"the rollout engine can't read model.path {path}: {first_line(error)}") from error
-    tensors = model.state_dict()
+    tensors = separate(model.state_dict())
     for weight in family.weights(architecture):
         for name, shape in zip(weight.names, weight.shapes, strict=True):
             found = tuple(tensors[name].shape) if name in tensors else None

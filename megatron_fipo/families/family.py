@@ -1,12 +1,12 @@
 """The definition of a model family: a translation of its Hugging Face config, and a table of its weights.
 
 A family is data. Its file (see `qwen2.py`) has one function from `config.json` to `Architecture` and one
-tuple of `Rule`s, both built on `dense_decoder.py`. `registry.py` registers it under the names that Hugging
+tuple of `Rule`s, both built on `decoder.py`. `registry.py` registers it under the names that Hugging
 Face writes to `architectures`. Building the model, converting weights in both directions and computing the
 memory of each rank need nothing else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -38,9 +38,34 @@ class Layout(StrEnum):
     head]."""
 
 
+class Layers(StrEnum):
+    """The layers that have a parameter."""
+
+    ALL = "all"
+    DENSE = "dense"
+    """Those with a feed-forward part."""
+    EXPERTS = "experts"
+    """Those with a mixture of experts."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that replaces the feed-forward part of some layers. Its router is a top-k softmax."""
+
+    count: int
+    per_token: int
+    """Experts that process a token (top-k)."""
+    ffn_hidden_size: int
+    """Of one expert."""
+    normalized: bool
+    """Whether the weights of a token's experts sum to 1: a softmax over the chosen experts, not over all."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers without experts, counted from 0."""
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a dense decoder, under Megatron-Core's names.
+    """The sizes of a decoder, under Megatron-Core's names.
 
     `vocab_size` is Hugging Face's, without padding.
     """
@@ -61,10 +86,22 @@ class Architecture:
     rope_scaling_factor: float = 1.0
     """The factor of Llama 3's rotary scaling; 1.0 for plain positions."""
     initializer_range: float = 0.02
+    experts: Experts | None = None
+    """None for a dense decoder."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, has experts in the place of a feed-forward part."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def size(self, dimension: str) -> int:
         """Length of a named dimension of a Hugging Face weight (see `HfTensor.dimensions`)."""
+        experts = (
+            {}
+            if self.experts is None
+            else {"experts": self.experts.count, "expert_ffn": self.experts.ffn_hidden_size}
+        )
         return {
+            **experts,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
             "query": self.num_attention_heads * self.kv_channels,
@@ -79,7 +116,7 @@ class HfTensor:
     """One Hugging Face tensor of a rule."""
 
     name: str
-    """With `{layer}` for the layer's index, from 0."""
+    """With `{layer}` for the layer's index and `{expert}` for the expert's, from 0."""
     dimensions: tuple[str, ...]
     """Names that `Architecture.size` maps to lengths."""
 
@@ -91,14 +128,15 @@ class HfTensor:
 class Rule:
     """One Megatron parameter and the Hugging Face tensors it consists of.
 
-    `megatron` is the name in the complete model (`{layer}` counts over all pipeline stages), in the form that
-    both layer specs share: a norm is named as part of the linear layer that follows it, as in Transformer
-    Engine.
+    `megatron` is the name in the complete model (`{layer}` counts over all pipeline stages, `{expert}` over all
+    expert-parallel ranks), in the form that both layer specs share: a norm is named as part of the linear layer
+    that follows it, as in Transformer Engine.
     """
 
     megatron: str
     layout: Layout
     tensors: tuple[HfTensor, ...]
+    layers: Layers = Layers.ALL
 
 
 @dataclass(frozen=True)
@@ -113,6 +151,8 @@ class Weight:
     """Of these tensors."""
     layer: int | None = None
     """Counted from 0 over all pipeline stages; None at the model's ends."""
+    expert: int | None = None
+    """Counted from 0 over all expert-parallel ranks; None outside experts."""
 
     @property
     def is_layer_matrix(self) -> bool:
@@ -126,6 +166,8 @@ class Weight:
 
     def parameters_per_rank(self, tensor_model_parallel_size: int) -> int:
         """Parameters on each tensor-parallel rank: all if replicated, else an equal share (padding included).
+
+        For a weight of an expert the size is that of expert-tensor parallelism.
 
         ValueError if the shares would not be equal.
         """
@@ -160,24 +202,39 @@ class Family:
     rules: tuple[Rule, ...]
 
     def weights(self, architecture: Architecture) -> Iterator[Weight]:
-        """All weights in Hugging Face order, layer by layer; no `lm_head` if embeddings are tied."""
+        """All weights, layer by layer and in it expert by expert; no `lm_head` if embeddings are tied."""
         for layered, group in groupby(self.rules, key=lambda rule: "{layer}" in rule.megatron):
             rules = list(group)
-            for layer in range(architecture.num_layers if layered else 1):
-                for rule in rules:
-                    if rule.megatron == OUTPUT_WEIGHT and architecture.share_embeddings_and_output_weights:
-                        continue
-                    yield Weight(
-                        rule.megatron.format(layer=layer),
-                        rule.layout,
-                        tuple(tensor.name.format(layer=layer) for tensor in rule.tensors),
-                        tuple(tensor.shape(architecture) for tensor in rule.tensors),
-                        layer if layered else None,
-                    )
+            for layer in range(architecture.num_layers) if layered else [None]:
+                yield from _layer_weights(rules, architecture, layer)
 
     def parameters(self, architecture: Architecture) -> int:
         """Number of parameters of the complete model, without vocabulary padding."""
         return sum(weight.parameters for weight in self.weights(architecture))
+
+
+def _layer_weights(rules: Sequence[Rule], architecture: Architecture, layer: int | None) -> Iterator[Weight]:
+    """The weights of one layer, or those at the model's ends if it is None."""
+    kind = Layers.EXPERTS if layer is not None and architecture.has_experts(layer) else Layers.DENSE
+    tied = architecture.share_embeddings_and_output_weights
+    present = [
+        rule
+        for rule in rules
+        if rule.layers in (Layers.ALL, kind) and not (tied and rule.megatron == OUTPUT_WEIGHT)
+    ]
+    for routed, group in groupby(present, key=lambda rule: "{expert}" in rule.megatron):
+        of_expert = list(group)
+        count = architecture.experts.count if routed and architecture.experts else 1
+        for expert in range(count):
+            for rule in of_expert:
+                yield Weight(
+                    rule.megatron.format(layer=layer, expert=expert),
+                    rule.layout,
+                    tuple(tensor.name.format(layer=layer, expert=expert) for tensor in rule.tensors),
+                    tuple(tensor.shape(architecture) for tensor in rule.tensors),
+                    layer,
+                    expert if routed else None,
+                )
 
 
 def read_size(config: dict[str, Any], key: str) -> int:

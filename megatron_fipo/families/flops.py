@@ -1,4 +1,4 @@
-"""Floating-point operations of a dense decoder: what MFU (model FLOPs utilization) counts. Pure arithmetic.
+"""Floating-point operations of a decoder: what MFU (model FLOPs utilization) counts. Pure arithmetic.
 
 A multiplication and an addition are 2 operations. Counted are matrix products and attention; the backward pass is twice
 the forward pass. Not counted are recomputed activations, padding, norms, rotations and the softmax: MFU is about the
@@ -16,7 +16,7 @@ class ModelFlops:
     """Operations of one forward pass."""
 
     per_token: int
-    """Matrices of all layers."""
+    """Matrices of all layers; of experts those that process a token."""
     per_pair: int
     """Scores and weighted values of all layers and heads, for each pair of a query and a key that it sees."""
     per_row: int
@@ -30,7 +30,14 @@ class ModelFlops:
 
 def model_flops(family: Family, architecture: Architecture) -> ModelFlops:
     """Of the complete model, without vocabulary padding."""
-    matrices = sum(weight.parameters for weight in family.weights(architecture) if weight.is_layer_matrix)
+    matrices = experts = 0
+    for weight in family.weights(architecture):
+        if weight.expert is not None:
+            experts += weight.parameters
+        elif weight.is_layer_matrix:
+            matrices += weight.parameters
+    if architecture.experts:
+        matrices += experts * architecture.experts.per_token // architecture.experts.count
     return ModelFlops(
         per_token=2 * matrices,
         per_pair=4 * architecture.num_layers * architecture.size("query"),

@@ -5,14 +5,14 @@ No biases, no head norms, rotary scaling 'llama3' or none.
 
 from typing import Any
 
-from megatron_fipo.families.dense_decoder import dense_architecture, dense_rules, refuse_true
+from megatron_fipo.families.decoder import decoder_architecture, decoder_rules, refuse_true
 from megatron_fipo.families.family import Architecture, Family
 
 
 def translate(config: dict[str, Any]) -> Architecture:
-    """As `dense_architecture`; UserError also for biases."""
+    """As `decoder_architecture`; UserError also for biases."""
     refuse_true(config, "attention_bias", "mlp_bias")
-    return dense_architecture(config)
+    return decoder_architecture(config)
 
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), translate, dense_rules())
+LLAMA = Family("llama", ("LlamaForCausalLM",), translate, decoder_rules())

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from megatron_fipo.families.dense_decoder import QKV_BIAS, dense_architecture, dense_rules, refuse_true
+from megatron_fipo.families.decoder import QKV_BIAS, decoder_architecture, decoder_rules, refuse_true
 from megatron_fipo.families.family import Architecture, Family
 
 
 def translate(config: dict[str, Any]) -> Architecture:
-    """As `dense_architecture`; UserError also for sliding windows."""
+    """As `decoder_architecture`; UserError also for sliding windows."""
     refuse_true(config, "use_sliding_window")
-    return dense_architecture(config, add_qkv_bias=True)
+    return decoder_architecture(config, add_qkv_bias=True)
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), translate, dense_rules(*QKV_BIAS))
+QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), translate, decoder_rules(*QKV_BIAS))

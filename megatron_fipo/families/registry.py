@@ -12,10 +12,11 @@ from megatron_fipo.families.family import Architecture, Family
 from megatron_fipo.families.llama import LLAMA
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.families.qwen3 import QWEN3
+from megatron_fipo.families.qwen3_moe import QWEN3_MOE
 from megatron_fipo.placeholders import refuse_placeholder
 
 FAMILIES: dict[str, Family] = {
-    name: family for family in (QWEN2, QWEN3, LLAMA) for name in family.architectures
+    name: family for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA) for name in family.architectures
 }
 """By the names in the `architectures` field of config.json."""
 

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.config import ModelConfig, ParallelConfig, RouterConfig
 from megatron_fipo.config.divisibility import check_divisibility
 from megatron_fipo.environment import can_compile
 from megatron_fipo.families.family import Architecture, padded_vocab_size
@@ -20,6 +20,7 @@ from megatron_fipo.families.registry import read_model_config
 from megatron_fipo.model import mcore
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
 from megatron_fipo.model.megatron_precision import layer_precision
+from megatron_fipo.model.routing import router_weights
 
 
 def build_model(
@@ -59,6 +60,8 @@ def build_model(
             vp_stage=vp_stage,
             **model_kwargs,
         )
+        for parameter in router_weights(chunk):
+            parameter.requires_grad_(model.router.trainable)
         chunk.family, chunk.architecture = family, architecture
         chunk.unpadded_vocab_size = architecture.vocab_size
         chunks.append(chunk)
@@ -101,6 +104,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         **layer_precision(model),
         **_pipeline_settings(parallel, on_cpu),
+        **_expert_settings(architecture, model.router, parallel, layer_spec),
         **_recompute_settings(model.recompute),
     )
 
@@ -122,6 +126,30 @@ def _pipeline_settings(parallel: ParallelConfig, on_cpu: bool) -> dict[str, Any]
         "variable_seq_lengths": True,
         # Megatron-Core refuses other dispatchers with variable_seq_lengths, even in a model without experts.
         "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _expert_settings(
+    architecture: Architecture, router: RouterConfig, parallel: ParallelConfig, layer_spec: str
+) -> dict[str, Any]:
+    """Keywords of `TransformerConfig` for a mixture of experts: no token is dropped, and no capacity limits an expert."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    pattern = [int(architecture.has_experts(layer)) for layer in range(architecture.num_layers)]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_layer_freq": pattern if experts.dense_layers else 1,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # Megatron-Core has two softmaxes: over all experts before the choice, or over the chosen ones.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": {"float32": "fp32", "float64": "fp64"}[router.dtype],
+        "moe_router_load_balancing_type": "aux_loss" if router.load_balancing else "none",
+        "moe_aux_loss_coeff": router.load_balancing,
+        "moe_grouped_gemm": layer_spec == TRANSFORMER_ENGINE,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
     }
 
 

@@ -18,7 +18,11 @@ these:
    needs no compiler).
 7. The one module that imports Triton unconditionally (Megatron-Core 0.19, experts only) is replaced by a
    stub.
-8. Transformer Engine and apex, if installed, are found but not imported: Megatron-Core would pass CPU tensors
+8. The counts with which tokens are sent to experts become NumPy arrays, as they do when they are copied from a GPU:
+   torch takes no tensors for them.
+9. Gathers and reduce-scatters of parts of different sizes (experts with tensor parallelism) are made of gloo's
+   other collectives, since it has neither.
+10. Transformer Engine and apex, if installed, are found but not imported: Megatron-Core would pass CPU tensors
    to their kernels.
 
 If CUDA is available, `install` does nothing.
@@ -327,11 +331,41 @@ def _patch_random(module: ModuleType) -> None:
     )
 
 
+def _counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None) -> None:
+    """`torch.distributed.all_gather` into parts that may differ in size."""
+    for rank, part in enumerate(parts):
+        if rank == group.rank():
+            part.copy_(tensor)
+        torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, rank), group=group)
+
+
+def _reduce_scatter(output: torch.Tensor, parts: list[torch.Tensor], group: Any = None) -> None:
+    """`torch.distributed.reduce_scatter` of parts that may differ in size."""
+    for rank, part in enumerate(parts):
+        total = part.clone()
+        torch.distributed.reduce(total, torch.distributed.get_global_rank(group, rank), group=group)
+        if rank == group.rank():
+            output.copy_(total)
+
+
+def _patch_mappings(module: ModuleType) -> None:
+    distributed = _Proxy(torch.distributed, {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter})
+    _replace(module, torch=_Proxy(_TORCH, {"distributed": distributed}))
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     f"{ROOT}.tensor_parallel.random": _patch_random,
     f"{ROOT}.optimizer": lambda module: _replace(module, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
     f"{ROOT}.optimizer.distrib_optimizer": lambda module: _replace(
         module, Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True
+    ),
+    f"{ROOT}.tensor_parallel.mappings": _patch_mappings,
+    f"{ROOT}.transformer.moe.token_dispatcher": lambda module: _replace(
+        module, maybe_move_tensor_to_cpu=_counts_on_host
     ),
 }
 

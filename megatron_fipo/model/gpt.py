@@ -30,13 +30,12 @@ class LogProbGPTModel(GPTModel):
         )
 
 
-def _apply_head(hidden_states, weight, request: HeadRequest, sequence_parallel: bool, group):
-    return response_log_probs(hidden_states, weight, request, group, sequence_parallel)
+def _apply_head(hidden_states, weight, request: HeadRequest, sequence_parallel: bool, group) -> torch.Tensor:
+    """[2, R]. One tensor, because Megatron-Core's schedule asks the last stage's output for its device if there are experts."""
+    return torch.stack(response_log_probs(hidden_states, weight, request, group, sequence_parallel))
 
 
-def _output_processor(
-    hidden_states, output_layer, output_weight, context, config, **_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _output_processor(hidden_states, output_layer, output_weight, context, config, **_: Any) -> torch.Tensor:
     weight = output_layer.weight if output_weight is None else output_weight
     return _apply_head(hidden_states, weight, context, config.sequence_parallel, output_layer.tp_group)
 
@@ -48,7 +47,7 @@ def forward_log_probs(
     packed: PackedSeqParams,
     request: HeadRequest,
 ) -> Any:
-    """Run one pipeline stage: (log_probs [R], entropy [R]) on the last stage, hidden states on the others."""
+    """Run one pipeline stage: log_probs [R] and entropy [R] as [2, R] on the last stage, hidden states on the others."""
     arguments: dict[str, Any] = {
         "input_ids": input_ids,
         "position_ids": position_ids,

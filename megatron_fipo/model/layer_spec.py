@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,7 +18,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_fipo.config.gpu_rules import INSTALL, check_layers
 from megatron_fipo.errors import UserError
@@ -27,12 +32,15 @@ from megatron_fipo.model.attention import PackedAttention
 PORTABLE = "portable"
 TRANSFORMER_ENGINE = "transformer_engine"
 
-SHARED_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-"""Portable norms are separate modules; Transformer Engine's are fused into the linear layer that follows.
-Checkpoints and family tables use the latter's names."""
+
+def shared_names(has_experts: bool) -> dict[str, str]:
+    """The prefixes of a portable layer's norms, and their names in checkpoints and family tables.
+
+    Portable norms are separate modules. Transformer Engine's are fused into the linear layer that follows, and give the
+    names, except before a mixture of experts: there its norm is separate too.
+    """
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    return names if has_experts else {**names, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def choose_layer_spec(wanted: str, dtype: str) -> str:
@@ -60,12 +68,22 @@ def block_spec(
     """The layers of this pipeline stage (and virtual stage), and the norm after the last layer."""
     if layer_spec == TRANSFORMER_ENGINE:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    layers = [portable_layer_spec(config)] * get_num_layers_to_build(config, vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage)
+    pattern = config.moe_layer_freq
+    layers = [
+        portable_layer_spec(
+            config, bool(pattern[layer] if isinstance(pattern, list) else config.num_moe_experts)
+        )
+        for layer in range(first, first + get_num_layers_to_build(config, vp_stage))
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """A pre-norm layer of Megatron-Core's parallel linear layers, with this package's norm and attention."""
+def portable_layer_spec(config: TransformerConfig, has_experts: bool = False) -> ModuleSpec:
+    """A pre-norm layer of Megatron-Core's parallel linear layers, with this package's norm and attention.
+
+    Experts are computed one after the other.
+    """
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -73,6 +91,9 @@ def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
         linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
+    )
+    feed_forward = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -83,12 +104,11 @@ def portable_layer_spec(config: TransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            mlp=get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+            if has_experts
+            else feed_forward,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=SHARED_NAMES,
+            sharded_state_dict_keys_map=shared_names(has_experts),
         ),
     )
 

@@ -14,8 +14,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     torch.distributed must be initialized, one process per rank.
 
     Collective over the world: every rank calls it with the same arguments. Rank order is tensor, context,
-    data, pipeline (fastest first). UserError if the number of processes is not the product of the parallel
-    sizes.
+    data, pipeline (fastest first); for experts expert-tensor, expert, expert-data, pipeline. UserError if the
+    number of processes is not the product of the parallel sizes.
     """
     if dist.get_world_size() != parallel.world_size:
         raise UserError(
@@ -27,6 +27,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)

@@ -12,6 +12,7 @@ import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,10 +43,14 @@ from megatron_fipo.model.build import build_model
 from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
 from megatron_fipo.model.logprob_head.head import HeadRequest
 from megatron_fipo.model.megatron_precision import optimizer_precision
+from megatron_fipo.model.routing import ChunkRouting, Routes
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.kernels.choice import kernels_obstacle
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.statistics import Statistics
+
+RankRoutes = list[Routes]
+"""The routes of one micro-batch, for each model chunk of this rank."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class RankModel:
         self.optimizer = get_megatron_optimizer(
             _optimizer_config(model, optimizer), self.chunks, use_gloo_process_groups=False
         )
+        self.routing = [ChunkRouting(module) for module in self.modules]
+        self.has_experts = self.modules[0].architecture.experts is not None
         self._connect(parallel)
         self.context_group = parallel_state.get_context_parallel_group()
         self.statistics_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -140,17 +147,30 @@ class RankModel:
     def is_last_stage(self) -> bool:
         return parallel_state.is_pipeline_last_stage()
 
-    def log_probs(self, shards: Sequence[PackedShard]) -> list[torch.Tensor]:
-        """Score the response rows without gradient: [R] fp32 per shard on the last pipeline stage, an empty list elsewhere."""
+    def log_probs(
+        self, shards: Sequence[PackedShard], routes: Sequence[RankRoutes] | None = None, record: bool = False
+    ) -> list[torch.Tensor]:
+        """Score the response rows without gradient: [R] fp32 per shard on the last pipeline stage, an empty list elsewhere.
 
-        def collect(output: tuple[torch.Tensor, torch.Tensor], non_loss_data: bool) -> torch.Tensor:
-            return output[0]
+        `routes`, one per shard: those to replay, or with `record` the places where the routers' choices go.
+        """
+
+        def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            return output[0].clone()  # without the entropies
 
         with torch.no_grad():
-            return self._run(shards, lambda shard: collect, forward_only=True)
+            return self._run(shards, lambda shard: collect, forward_only=True, routes=routes, record=record)
 
-    def policy_step(self, shards: Sequence[PackedShard], objective: ObjectiveConfig, lr: float) -> StepResult:
+    def policy_step(
+        self,
+        shards: Sequence[PackedShard],
+        objective: ObjectiveConfig,
+        lr: float,
+        routes: Sequence[RankRoutes] | None = None,
+    ) -> StepResult:
         """One optimizer step on a mini-batch, given old log-probs and advantages in the shards' rows.
+
+        `routes`, one per shard, are replayed.
 
         Collectives besides the model's: one all-gather over the context-parallel group per micro-batch (the FutureKL
         aggregates), and two small all-reduces of the statistics over data × context ranks per step.
@@ -165,7 +185,9 @@ class RankModel:
                 kernels=self.head.kernels,
             )
 
-        records, grad_norm, skipped = self._update(shards, loss, lr, objective.entropy_coefficient != 0)
+        records, grad_norm, skipped = self._update(
+            shards, loss, lr, objective.entropy_coefficient != 0, routes
+        )
         statistics: dict[str, float] = {}
         if self.is_last_stage:
             merged = records[0]["statistics"]
@@ -191,11 +213,16 @@ class RankModel:
         loss: Callable[[PackedShard], Callable],
         lr: float,
         entropy_gradient: bool,
+        routes: Sequence[RankRoutes] | None = None,
     ) -> tuple[list[dict[str, Any]], float, bool]:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        records = self._run(shards, loss, forward_only=False, entropy_gradient=entropy_gradient)
+        records = self._run(
+            shards, loss, forward_only=False, entropy_gradient=entropy_gradient, routes=routes
+        )
+        for routing in self.routing:
+            routing.end_step()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             # Megatron marks norms and biases with 0 and expects the scheduler to apply it.
@@ -219,22 +246,27 @@ class RankModel:
         loss: Callable[[PackedShard], Callable],
         forward_only: bool,
         entropy_gradient: bool = False,
+        routes: Sequence[RankRoutes] | None = None,
+        record: bool = False,
     ) -> list[Any]:
         """Run Megatron's schedule over the micro-batches; returns the records of the loss functions on the last stage."""
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
             progress.advance()
-            shard: PackedShard = next(iterator)
-            output = forward_log_probs(
-                model,
-                shard.input_ids,
-                shard.position_ids,
-                packed_sequence_parameters(shard),
-                self._request(shard, entropy_gradient),
-            )
+            shard, of_chunks = next(iterator)
+            with self._routed(model, of_chunks, record):
+                output = forward_log_probs(
+                    model,
+                    shard.input_ids,
+                    shard.position_ids,
+                    packed_sequence_parameters(shard),
+                    self._request(shard, entropy_gradient),
+                )
             return output, loss(shard)
 
-        iterators = [iter(shards) for _ in self.chunks]
+        of_shards: Sequence[RankRoutes | None] = routes or [None] * len(shards)
+        inputs = list(zip(shards, of_shards, strict=True))
+        iterators = [iter(inputs) for _ in self.chunks]
         many = len(self.chunks) > 1
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -247,6 +279,20 @@ class RankModel:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    def _routed(
+        self, model: torch.nn.Module, routes: RankRoutes | None, record: bool
+    ) -> AbstractContextManager[None]:
+        """The context of a chunk's forward pass: record or replay the routes of the micro-batch."""
+        if routes is None:
+            return nullcontext()
+        chunk = next(index for index, wrapped in enumerate(self.chunks) if wrapped is model)
+        routing = self.routing[chunk]
+        return routing.record(routes[chunk]) if record else routing.replay(routes[chunk])
+
+    def new_routes(self, shards: Sequence[PackedShard]) -> list[RankRoutes]:
+        """The places for the routes of these micro-batches, for `log_probs` to record."""
+        return [[[] for _ in self.chunks] for _ in shards]
 
     def _request(self, shard: PackedShard, entropy_gradient: bool) -> HeadRequest:
         return HeadRequest(
@@ -288,14 +334,14 @@ def packed_sequence_parameters(shard: PackedShard) -> PackedSeqParams:
 
 
 def _policy_loss(
-    output: tuple[torch.Tensor, torch.Tensor],
+    output: torch.Tensor,
     *,
     shard: PackedShard,
     objective: ObjectiveConfig,
     group: torch.distributed.ProcessGroup,
     kernels: str,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    log_probs, entropy = output
+    log_probs, entropy = output.unbind()
     loss = policy_loss(log_probs, entropy, shard.rows, objective, group, kernels)
     statistics: Statistics = loss.statistics
     return (
@@ -306,7 +352,7 @@ def _policy_loss(
 
 
 def _cross_entropy(
-    output: tuple[torch.Tensor, torch.Tensor],
+    output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     total = -output[0].sum()
     tokens = torch.full((), output[0].numel(), dtype=torch.int32, device=total.device)

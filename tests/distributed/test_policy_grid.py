@@ -64,7 +64,9 @@ def hf_log_probs(folder: Path, trajectories, temperature: float):
     """transformers in float64: the model, and per trajectory log-probs and entropies [response length] with gradient."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     scored = []
     for trajectory in trajectories:
         ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.response_ids]])

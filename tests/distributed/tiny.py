@@ -1,6 +1,7 @@
 """A model and a batch small enough to compare many parallel layouts in seconds, and a way to see every gradient by its name."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,22 @@ def write_model(
     folder: Path, tied: bool = False, seed: int = 0, layers: int = 4, family: str = "qwen2"
 ) -> Path:
     """A random model of a family in Hugging Face format, with weights large enough that log-probs differ visibly."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     torch.manual_seed(seed)
-    config_class, variant = {"qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {"head_dim": 12})}[family]
+    mixture = {
+        "head_dim": 12,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    }
+    config_class, variant = {
+        "qwen2": (Qwen2Config, {}),
+        "qwen3": (Qwen3Config, {"head_dim": 12}),
+        "qwen3_moe": (Qwen3MoeConfig, mixture),
+        "qwen3_moe-mixed": (Qwen3MoeConfig, {**mixture, "norm_topk_prob": False, "mlp_only_layers": [0]}),
+    }[family]
     config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -38,6 +51,8 @@ def write_model(
             torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+        if name.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder
 
@@ -77,10 +92,11 @@ def settings(
     head: HeadConfig | None = None,
     clip_grad: float = 1.0,
     dtype: str = "float32",
+    **model: Any,
 ) -> dict:
-    """Arguments of `RankModel` without the device."""
+    """Arguments of `RankModel` without the device. `model` are further settings of the model."""
     return {
-        "model": ModelConfig(path=str(folder), dtype=dtype),
+        "model": ModelConfig(path=str(folder), dtype=dtype, **model),
         "parallel": parallel,
         "head": head or HeadConfig(),
         # Adam divides by the gradient's size; with its usual epsilon a gradient of rounding noise alone would count as any.

@@ -8,7 +8,14 @@ import torch._dynamo
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import ModelConfig, ParallelConfig
@@ -26,6 +33,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+MIXTURE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
     "qwen3": (
@@ -33,7 +47,10 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "head_dim": 16},
     ),
     "llama": (LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3_moe": (Qwen3MoeConfig, {**MIXTURE, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": (Qwen3MoeConfig, {**MIXTURE, "norm_topk_prob": False, "mlp_only_layers": [0, 2]}),
 }
+"""By name of the family and of a variant of it."""
 
 
 def make_reference(folder: Path, tied: bool = False, family: str = "qwen2", **overrides) -> PreTrainedModel:

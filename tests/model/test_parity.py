@@ -20,15 +20,39 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
     "tp2_sp_cp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2},
     "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "dp2_ep2": {"data_parallel_size": 2, "expert_model_parallel_size": 2},
+    "tp2_sp_ep2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+    },
+    "tp2_sp_etp2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_tensor_parallel_size": 2,
+    },
+    "pp2_cp2_ep2": {
+        "pipeline_model_parallel_size": 2,
+        "context_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+    "dp4_ep4": {"data_parallel_size": 4, "expert_model_parallel_size": 4},
 }
+DENSE_LAYOUTS = tuple(name for name in LAYOUTS if "ep" not in name and "etp" not in name)
 
 
 OTHER_LAYOUTS = ("one", "tp2", "tp2_sp", "pp2")
 """For the families that differ from Qwen2 only in their table: the layouts that depend on its entries."""
 CASES = [
-    *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in LAYOUTS),
+    *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in DENSE_LAYOUTS),
     *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
     *((family, "tied", layout) for family in ("qwen3", "llama") for layout in ("one", "pp2")),
+    *(
+        ("qwen3_moe", "untied", layout)
+        for layout in LAYOUTS
+        if not layout.startswith("tp2") or "sp" in layout
+    ),
+    *(("qwen3_moe-mixed", "untied", layout) for layout in ("one", "pp2_vpp2", "tp2_sp_ep2", "pp2_cp2_ep2")),
 ]
 
 
@@ -56,6 +80,8 @@ def test_packed_logits_equal_those_of_transformers_on_single_sequences(reference
     folder, expected = references(family, tied)
     parallel = ParallelConfig(**LAYOUTS[layout])
     results = run_ranks(parallel.world_size, lambda rank, world: logits_of_rank(folder, parallel))
+    # All data-parallel ranks have the same sequences.
+    results = results[: parallel.world_size // parallel.data_parallel_size]
     logits = gather_logits(results, parallel.tensor_model_parallel_size)
     assert expected.abs().max() > 1
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The common part of the dense decoder families: table of weights and translation of the config.
+"""The common part of the decoder families: table of weights and translation of the config.
 
 A family adds its optional weights and names the variants that it does not support (see `qwen3.py`).
 """
@@ -11,7 +11,9 @@ from megatron_fipo.families.family import (
     EMBEDDING_WEIGHT,
     OUTPUT_WEIGHT,
     Architecture,
+    Experts,
     HfTensor,
+    Layers,
     Layout,
     Rule,
     read_flag,
@@ -25,7 +27,7 @@ _HF = "model.layers.{layer}"
 _EMBEDDING = Rule(
     EMBEDDING_WEIGHT, Layout.VOCABULARY, (HfTensor("model.embed_tokens.weight", ("vocab", "hidden")),)
 )
-_EVERY_LAYER = (
+_ATTENTION = (
     Rule(
         f"{_LAYER}.self_attention.linear_qkv.layer_norm_weight",
         Layout.REPLICATED,
@@ -45,10 +47,13 @@ _EVERY_LAYER = (
         Layout.ROW,
         (HfTensor(f"{_HF}.self_attn.o_proj.weight", ("hidden", "query")),),
     ),
+)
+_FEED_FORWARD = (
     Rule(
         f"{_LAYER}.mlp.linear_fc1.layer_norm_weight",
         Layout.REPLICATED,
         (HfTensor(f"{_HF}.post_attention_layernorm.weight", ("hidden",)),),
+        Layers.DENSE,
     ),
     Rule(
         f"{_LAYER}.mlp.linear_fc1.weight",
@@ -57,11 +62,13 @@ _EVERY_LAYER = (
             HfTensor(f"{_HF}.mlp.gate_proj.weight", ("ffn", "hidden")),
             HfTensor(f"{_HF}.mlp.up_proj.weight", ("ffn", "hidden")),
         ),
+        Layers.DENSE,
     ),
     Rule(
         f"{_LAYER}.mlp.linear_fc2.weight",
         Layout.ROW,
         (HfTensor(f"{_HF}.mlp.down_proj.weight", ("hidden", "ffn")),),
+        Layers.DENSE,
     ),
 )
 _FINAL_NORM = Rule(
@@ -94,9 +101,40 @@ QK_NORM = (
 )
 
 
-def dense_rules(*optional: Rule) -> tuple[Rule, ...]:
-    """The table of a dense decoder, with the optional rules (`QKV_BIAS`, `QK_NORM`) added to every layer."""
-    return (_EMBEDDING, *_EVERY_LAYER, *optional, _FINAL_NORM, _OUTPUT)
+EXPERTS = (
+    Rule(
+        f"{_LAYER}.pre_mlp_layernorm.weight",
+        Layout.REPLICATED,
+        (HfTensor(f"{_HF}.post_attention_layernorm.weight", ("hidden",)),),
+        Layers.EXPERTS,
+    ),
+    Rule(
+        f"{_LAYER}.mlp.router.weight",
+        Layout.REPLICATED,
+        (HfTensor(f"{_HF}.mlp.gate.weight", ("experts", "hidden")),),
+        Layers.EXPERTS,
+    ),
+    Rule(
+        f"{_LAYER}.mlp.experts.local_experts.{{expert}}.linear_fc1.weight",
+        Layout.GATE_UP,
+        (
+            HfTensor(f"{_HF}.mlp.experts.{{expert}}.gate_proj.weight", ("expert_ffn", "hidden")),
+            HfTensor(f"{_HF}.mlp.experts.{{expert}}.up_proj.weight", ("expert_ffn", "hidden")),
+        ),
+        Layers.EXPERTS,
+    ),
+    Rule(
+        f"{_LAYER}.mlp.experts.local_experts.{{expert}}.linear_fc2.weight",
+        Layout.ROW,
+        (HfTensor(f"{_HF}.mlp.experts.{{expert}}.down_proj.weight", ("hidden", "expert_ffn")),),
+        Layers.EXPERTS,
+    ),
+)
+
+
+def decoder_rules(*optional: Rule) -> tuple[Rule, ...]:
+    """The table of a decoder, with the optional rules (`QKV_BIAS`, `QK_NORM`, `EXPERTS`) added to its layers."""
+    return (_EMBEDDING, *_ATTENTION, *_FEED_FORWARD, *optional, _FINAL_NORM, _OUTPUT)
 
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -104,8 +142,11 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 there."""
 
 
-def dense_architecture(
-    config: dict[str, Any], add_qkv_bias: bool = False, qk_layernorm: bool = False
+def decoder_architecture(
+    config: dict[str, Any],
+    add_qkv_bias: bool = False,
+    qk_layernorm: bool = False,
+    experts: Experts | None = None,
 ) -> Architecture:
     """`config.json` as an `Architecture`.
 
@@ -135,6 +176,7 @@ def dense_architecture(
             add_qkv_bias=add_qkv_bias,
             qk_layernorm=qk_layernorm,
             initializer_range=read_number({"initializer_range": 0.02} | config, "initializer_range"),
+            experts=experts,
         )
     except KeyError as missing:
         raise UserError(f"{missing} is missing; every model of this family needs it") from None
