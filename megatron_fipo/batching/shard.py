@@ -81,6 +81,8 @@ class PackedShard:
     rows: PolicyRows
     """Per-row input of the loss, including the rollout engine's log-probs. `old_log_probs` is 0 until
     `with_old_log_probs`."""
+    routes: Tensor | None
+    """int16 [T, layers, k]: the rollout engine's experts of each token, -1 where they are not known; None without any."""
     row_sequence: np.ndarray
     """int64 [R], host: sequence of each row."""
     row_position: np.ndarray
@@ -211,6 +213,7 @@ def build_shard(
         row_index=torch.from_numpy(row_index),
         labels=torch.from_numpy(packed.ids[row_token + 1]),
         rows=rows,
+        routes=None if packed.routes is None else torch.from_numpy(packed.routes[local]),
         row_sequence=row_sequence,
         row_position=row_position,
         prompt_lengths=packed.prompt_lengths,
@@ -240,6 +243,8 @@ class _PackedBatch:
     """int64 [S]."""
     advantages: np.ndarray
     """float32 [S]."""
+    routes: np.ndarray | None
+    """int16 [N, layers, k], -1 where they are not known; None without any."""
 
 
 def _pack(
@@ -270,7 +275,21 @@ def _pack(
         prompt_lengths=prompts,
         response_lengths=responses,
         advantages=np.array([t.advantage for t in trajectories] or [0.0], dtype=np.float32),
+        routes=_pack_routes(trajectories, starts, total),
     )
+
+
+def _pack_routes(
+    trajectories: Sequence[Trajectory], starts: np.ndarray, total: int
+) -> np.ndarray | None:
+    known = [t.routes for t in trajectories if t.routes is not None]
+    if not known:
+        return None
+    routes = np.full((total, *known[0].shape[1:]), -1, dtype=np.int16)
+    for start, trajectory in zip(starts, trajectories, strict=False):
+        if trajectory.routes is not None:
+            routes[start : start + len(trajectory.routes)] = trajectory.routes
+    return routes
 
 
 def _chunk_tokens(starts: np.ndarray, first: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -307,6 +326,8 @@ def _check(index: int, trajectory: Trajectory, max_position: int) -> None:
             f"{name} has {trajectory.length} tokens, but the model has {max_position} positions; "
             "lower the length limits"
         )
+    if trajectory.routes is not None and len(trajectory.routes) > trajectory.length:
+        raise ValueError(f"{name} has {trajectory.length} tokens but routes of {len(trajectory.routes)}")
     if not math.isfinite(trajectory.advantage):
         raise ValueError(
             f"{name} has the advantage {trajectory.advantage}; a reward of its group is not finite"

@@ -57,6 +57,10 @@ class Trajectory:
     """Additional values that the reward logs, such as the extracted answer."""
     set_name: str = ""
     """Of the problem, in `data.sets`; empty if it is from none."""
+    routes: np.ndarray | None = None
+    """uint8 or uint16 [tokens, layers, k]: the experts that the rollout engine used for the first tokens of prompt and
+    response, by the weights that sampled the token after them; None if it reported none. In layers without experts undefined.
+    layers · k bytes per token: 384 for Qwen3-30B-A3B."""
 
     def __post_init__(self) -> None:
         self.prompt_ids = np.asarray(self.prompt_ids, dtype=np.int32)

@@ -34,7 +34,7 @@ def validate(
     if machine is not None:
         _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
     _check_precision(config, architecture, machine)
-    _check_router(config)
+    _check_router(config, architecture)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
         raise UserError("parallel.overlap_communication needs optimizer.distributed=true")
     _check_batch(config)
@@ -139,16 +139,30 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
         )
 
 
-def _check_router(config: Config) -> None:
+def _check_router(config: Config, architecture: "Architecture | None") -> None:
     router, rollout = config.model.router, config.rollout
     if router.load_balancing and not router.trainable:
         raise UserError(
-            f"model.router.load_balancing={router.load_balancing} trains the router; set model.router.trainable=true or it to 0"
+            f"model.router.load_balancing={router.load_balancing:g} trains the router; set model.router.trainable=true or it to 0"
         )
-    if router.replay == "rollout" and rollout.engine != "vllm":
+    if router.replay != "rollout":
+        return
+    other = "choose model.router.replay=old_log_probs"
+    if architecture is not None and architecture.experts is None:
+        raise UserError(f"model.router.replay=rollout needs a model with experts; {other}")
+    if rollout.engine == "local":
         raise UserError(
-            f"model.router.replay=rollout needs the routes of rollout.engine=vllm, which {rollout.engine} does not report; "
-            "choose old_log_probs"
+            f"model.router.replay=rollout needs the routes of the rollout engine, which local does not report; {other} or "
+            "rollout.engine=vllm"
+        )
+    if rollout.engine == "vllm" and rollout.temperature != 1:
+        raise UserError(
+            f"model.router.replay=rollout needs rollout.temperature=1, not {rollout.temperature:g}: vLLM's newer model runner alone "
+            f"reports routes, and the log-probs of another temperature need the older one; {other}"
+        )
+    if rollout.engine == "vllm" and config.deterministic:
+        raise UserError(
+            f"model.router.replay=rollout needs vLLM's prefix cache, which deterministic=true turns off; {other}"
         )
 
 

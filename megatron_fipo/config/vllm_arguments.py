@@ -39,6 +39,8 @@ OWNED = {
     "worker_extension_cls": "weight updates are methods of the worker",
     "weight_transfer_config": "weight updates use the backend of this package",
     "disable_log_stats": "the driver reads vLLM's statistics by its own logger",
+    "enable_return_routed_experts": "set model.router.replay=rollout",
+    "aux_output_config": "set model.router.replay=rollout",
     "enable_lora": "the trainer updates complete weights",
 }
 """Arguments that this package sets, each with the reason or the setting to use instead."""

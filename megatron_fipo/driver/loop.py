@@ -204,6 +204,7 @@ class Loop:
                 for name, count in (counts or {}).items()
             },
             **over_mini_steps(trained.report.mini_steps),
+            **trained.report.router,
             "learning_rate": lr,
             "weights/version": float(state.weight_version),
             **components.recovery.values(),

@@ -22,6 +22,7 @@ from megatron_fipo.config import (
     ModelConfig,
     OptimizerSettings,
     RecoveryConfig,
+    RouterConfig,
     SftConfig,
     validate_sft,
 )
@@ -150,7 +151,8 @@ def _rank_settings(config: SftConfig, folder: Path) -> RankSettings:
         adam_beta2=config.optimizer.adam_beta2,
         clip_grad=config.optimizer.clip_grad,
     )
-    model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec)
+    router = RouterConfig(replay="none", trainable=True)
+    model = ModelConfig(path=str(folder), dtype=config.dtype, layer_spec=config.layer_spec, router=router)
     return RankSettings(
         model,
         config.parallel,

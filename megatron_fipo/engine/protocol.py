@@ -56,6 +56,8 @@ class GenerationRequest:
     prefix: np.ndarray = field(default_factory=lambda: NO_TOKENS)
     """int32. The response so far, from an earlier call that was aborted, or with observations; generation continues after it.
     Shorter than the limit."""
+    routed: int = 0
+    """Tokens of prompt and prefix, from the first on, whose routes are known from earlier calls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,10 @@ class Generation:
     finished)."""
     weight_version: int
     """Of all these tokens: weights never change within a call."""
+    routes: np.ndarray | None = None
+    """uint8 or uint16 [tokens, layers, k]: the experts that the engine used for each token of prompt, prefix and response from
+    `request.routed` on, up to the last but one (the last is not computed). Layers without experts are undefined. Fewer tokens
+    if the last ones are not known. None if the engine does not report them, or `model.router.replay` does not need them."""
 
     @property
     def sampled_tokens(self) -> int:

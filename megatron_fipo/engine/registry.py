@@ -148,6 +148,7 @@ def _offered_arguments(config: Config) -> dict[str, Any]:
         "deterministic": config.deterministic,
         "temperature": rollout.temperature,
         "stop_strings": bool(rollout.stop or config.environment.stop),
+        "routes": config.model.router.replay == "rollout",
         "arguments": rollout.vllm,
     }
 

@@ -38,6 +38,7 @@ def sampling_of(
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
+        routed_experts_prompt_start=request.routed,
     )
 
 
@@ -54,7 +55,7 @@ def generation_of(output: Any, version: int) -> Generation:
     log_probs = np.array(response.logprobs.logprobs if len(tokens) else (), dtype=np.float32)
     if response.finish_reason not in ("stop", "length", "abort"):
         raise RuntimeError(f"vLLM ended a request with {response.finish_reason!r}")
-    return Generation(tokens, log_probs, response.finish_reason, version)
+    return Generation(tokens, log_probs, response.finish_reason, version, response.routed_experts)
 
 
 def ended_across(stop: StopStrings, request: GenerationRequest, generation: Generation) -> Generation:
@@ -63,6 +64,11 @@ def ended_across(stop: StopStrings, request: GenerationRequest, generation: Gene
     end = stop.end_across(request.prefix.tolist(), tokens.tolist())
     if end is None:
         return generation
+    computed = len(request.prompt_ids) + len(request.prefix) + end - 1 - request.routed
     return replace(
-        generation, response_ids=tokens[:end], log_probs=generation.log_probs[:end], finish_reason="stop"
+        generation,
+        response_ids=tokens[:end],
+        log_probs=generation.log_probs[:end],
+        finish_reason="stop",
+        routes=None if generation.routes is None else generation.routes[:computed],
     )

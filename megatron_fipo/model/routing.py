@@ -26,6 +26,8 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 
 Routes = list[torch.Tensor]
 """Of one micro-batch in one model chunk: `route_dtype` [T, k] per layer with experts."""
+RankRoutes = list[Routes]
+"""Of one micro-batch, for each model chunk of a rank."""
 
 
 def route_dtype(experts: int) -> torch.dtype:
@@ -36,6 +38,19 @@ def route_dtype(experts: int) -> torch.dtype:
 def missing_route(dtype: torch.dtype) -> int:
     """The number that stands for a token whose experts are not known; the router chooses them."""
     return torch.iinfo(dtype).max
+
+
+def usable_routes(routes: torch.Tensor, experts: int) -> torch.Tensor:
+    """Routes of another program, integers [T, k], as `route_dtype` [T, k]: those that no router can have chosen are missing.
+
+    These are unknown ones (-1), experts that do not exist, and one expert twice: a buffer that was never written has expert 0
+    k times. No wait for the device.
+    """
+    ordered = routes.sort(dim=1).values
+    impossible = (ordered[:, :1] < 0) | (ordered[:, -1:] >= experts)
+    impossible |= (ordered[:, 1:] == ordered[:, :-1]).any(dim=1, keepdim=True)
+    dtype = route_dtype(experts)
+    return routes.masked_fill(impossible, missing_route(dtype)).to(dtype)
 
 
 def router_weights(chunk: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
@@ -52,34 +67,31 @@ class ChunkRouting:
     """
 
     def __init__(self, chunk: torch.nn.Module) -> None:
-        self._layers = [_LayerReplay() for _ in _layers_with_experts(chunk)]
-        for layer, replay in zip(_layers_with_experts(chunk), self._layers, strict=True):
-            layer.router.router_replay = replay
+        modules = _layers_with_experts(chunk)
+        self.layers = [module.layer_number - 1 for module in modules]
+        """The layers with experts, counted from 0 over all pipeline stages."""
+        self._layers = [_LayerReplay() for _ in modules]
+        for module, replay in zip(modules, self._layers, strict=True):
+            module.router.router_replay = replay
         # Its constructor also adds each to a list that is never emptied.
         RouterReplay.clear_global_router_replay_instances()
 
     @contextmanager
-    def record(self, routes: Routes) -> Iterator[None]:
-        """Add the routes of the forward pass inside the context to `routes`."""
-        for layer in self._layers:
-            layer.recorded = routes
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                layer.recorded = None
+    def forward(self, replayed: Routes | None, chosen: Routes | None) -> Iterator[None]:
+        """The forward pass inside the context uses the routes `replayed`, and adds the routers' own choices to `chosen`.
 
-    @contextmanager
-    def replay(self, routes: Routes) -> Iterator[None]:
-        """Replay `routes` in the forward pass inside the context, and in the recomputation of its layers until `end_step`."""
-        for layer, chosen in zip(self._layers, routes, strict=True):
-            layer.forward = chosen
-            layer.backward.append(chosen)
+        With gradients, the recomputation of its layers uses `replayed` too, until `end_step`.
+        """
+        for index, layer in enumerate(self._layers):
+            layer.chosen = chosen
+            layer.forward = None if replayed is None else replayed[index]
+            if layer.forward is not None and torch.is_grad_enabled():
+                layer.backward.append(layer.forward)
         try:
             yield
         finally:
             for layer in self._layers:
-                layer.forward = None
+                layer.forward = layer.chosen = None
 
     def end_step(self) -> None:
         """Forget the routes of backward passes: those of layers that were not recomputed."""
@@ -92,8 +104,8 @@ class _LayerReplay(RouterReplay):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recorded: Routes | None = None
-        """Where to add the routes of the current forward pass."""
+        self.chosen: Routes | None = None
+        """Where to add this router's choices in the current forward pass."""
         self.forward: torch.Tensor | None = None
         """The routes of the current forward pass."""
         self.backward: deque[torch.Tensor] = deque()
@@ -112,16 +124,13 @@ class _LayerReplay(RouterReplay):
         routes = self.forward
         if routes is None and self.backward:
             routes = self.backward.popleft()
+        # A replay computes the router's own choice too, so that missing routes need no branch on the device's values.
+        values, own = default_compute_topk(scores, topk, num_groups, group_topk)
+        if self.chosen is not None:
+            self.chosen.append(own.to(route_dtype(scores.shape[1])))
         if routes is None:
-            values, chosen = default_compute_topk(scores, topk, num_groups, group_topk)
-            if self.recorded is not None:
-                self.recorded.append(chosen.to(route_dtype(scores.shape[1])))
-            return values, chosen
-        # Without a branch on the device's values: the router's own choice costs one top-k of [T, experts].
-        chosen = routes.long()
-        missing = chosen[:, :1] == missing_route(routes.dtype)
-        live = default_compute_topk(scores.detach(), topk, num_groups, group_topk)[1]
-        chosen = torch.where(missing, live, chosen)
+            return values, own
+        chosen = torch.where(routes[:, :1] == missing_route(routes.dtype), own, routes.long())
         return scores.gather(1, chosen), chosen
 
 

@@ -31,6 +31,8 @@ class IterationReport:
     """Metrics of each optimizer step, by the names of `objective/metrics.py`."""
     seconds: dict[str, float]
     """Wall time of `old_log_probs` and `update` on the reporting rank."""
+    router: dict[str, float]
+    """Metrics of the routers; empty without experts."""
 
 
 @dataclass(frozen=True)

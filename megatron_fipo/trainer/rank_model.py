@@ -12,7 +12,7 @@ import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before 
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,14 +43,11 @@ from megatron_fipo.model.build import build_model
 from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
 from megatron_fipo.model.logprob_head.head import HeadRequest
 from megatron_fipo.model.megatron_precision import optimizer_precision
-from megatron_fipo.model.routing import ChunkRouting, Routes
+from megatron_fipo.model.routing import ChunkRouting, RankRoutes
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.kernels.choice import kernels_obstacle
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.statistics import Statistics
-
-RankRoutes = list[Routes]
-"""The routes of one micro-batch, for each model chunk of this rank."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class RankModel:
             _optimizer_config(model, optimizer), self.chunks, use_gloo_process_groups=False
         )
         self.routing = [ChunkRouting(module) for module in self.modules]
-        self.has_experts = self.modules[0].architecture.experts is not None
+        self.architecture = self.modules[0].architecture
         self._connect(parallel)
         self.context_group = parallel_state.get_context_parallel_group()
         self.statistics_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -148,29 +145,34 @@ class RankModel:
         return parallel_state.is_pipeline_last_stage()
 
     def log_probs(
-        self, shards: Sequence[PackedShard], routes: Sequence[RankRoutes] | None = None, record: bool = False
+        self,
+        shards: Sequence[PackedShard],
+        replayed: Sequence[RankRoutes] | None = None,
+        chosen: Sequence[RankRoutes] | None = None,
     ) -> list[torch.Tensor]:
         """Score the response rows without gradient: [R] fp32 per shard on the last pipeline stage, an empty list elsewhere.
 
-        `routes`, one per shard: those to replay, or with `record` the places where the routers' choices go.
+        One of each per shard: the routes that are replayed, and the places (`new_routes`) for the routers' own choices.
         """
 
         def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
             return output[0].clone()  # without the entropies
 
         with torch.no_grad():
-            return self._run(shards, lambda shard: collect, forward_only=True, routes=routes, record=record)
+            return self._run(
+                shards, lambda shard: collect, forward_only=True, replayed=replayed, chosen=chosen
+            )
 
     def policy_step(
         self,
         shards: Sequence[PackedShard],
         objective: ObjectiveConfig,
         lr: float,
-        routes: Sequence[RankRoutes] | None = None,
+        replayed: Sequence[RankRoutes] | None = None,
     ) -> StepResult:
         """One optimizer step on a mini-batch, given old log-probs and advantages in the shards' rows.
 
-        `routes`, one per shard, are replayed.
+        `replayed` are the routes of each shard in a model with experts; None lets the routers choose.
 
         Collectives besides the model's: one all-gather over the context-parallel group per micro-batch (the FutureKL
         aggregates), and two small all-reduces of the statistics over data × context ranks per step.
@@ -186,7 +188,7 @@ class RankModel:
             )
 
         records, grad_norm, skipped = self._update(
-            shards, loss, lr, objective.entropy_coefficient != 0, routes
+            shards, loss, lr, objective.entropy_coefficient != 0, replayed
         )
         statistics: dict[str, float] = {}
         if self.is_last_stage:
@@ -213,13 +215,13 @@ class RankModel:
         loss: Callable[[PackedShard], Callable],
         lr: float,
         entropy_gradient: bool,
-        routes: Sequence[RankRoutes] | None = None,
+        replayed: Sequence[RankRoutes] | None = None,
     ) -> tuple[list[dict[str, Any]], float, bool]:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         records = self._run(
-            shards, loss, forward_only=False, entropy_gradient=entropy_gradient, routes=routes
+            shards, loss, forward_only=False, entropy_gradient=entropy_gradient, replayed=replayed
         )
         for routing in self.routing:
             routing.end_step()
@@ -246,15 +248,15 @@ class RankModel:
         loss: Callable[[PackedShard], Callable],
         forward_only: bool,
         entropy_gradient: bool = False,
-        routes: Sequence[RankRoutes] | None = None,
-        record: bool = False,
+        replayed: Sequence[RankRoutes] | None = None,
+        chosen: Sequence[RankRoutes] | None = None,
     ) -> list[Any]:
         """Run Megatron's schedule over the micro-batches; returns the records of the loss functions on the last stage."""
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
             progress.advance()
-            shard, of_chunks = next(iterator)
-            with self._routed(model, of_chunks, record):
+            shard, *routes = next(iterator)
+            with self._routed(model, *routes):
                 output = forward_log_probs(
                     model,
                     shard.input_ids,
@@ -264,8 +266,8 @@ class RankModel:
                 )
             return output, loss(shard)
 
-        of_shards: Sequence[RankRoutes | None] = routes or [None] * len(shards)
-        inputs = list(zip(shards, of_shards, strict=True))
+        absent: list[None] = [None] * len(shards)
+        inputs = list(zip(shards, replayed or absent, chosen or absent, strict=True))
         iterators = [iter(inputs) for _ in self.chunks]
         many = len(self.chunks) > 1
         return get_forward_backward_func()(
@@ -281,17 +283,16 @@ class RankModel:
         )
 
     def _routed(
-        self, model: torch.nn.Module, routes: RankRoutes | None, record: bool
+        self, model: torch.nn.Module, replayed: RankRoutes | None, chosen: RankRoutes | None
     ) -> AbstractContextManager[None]:
-        """The context of a chunk's forward pass: record or replay the routes of the micro-batch."""
-        if routes is None:
-            return nullcontext()
+        """The context of a chunk's forward pass, with the routes of one micro-batch for all chunks."""
         chunk = next(index for index, wrapped in enumerate(self.chunks) if wrapped is model)
-        routing = self.routing[chunk]
-        return routing.record(routes[chunk]) if record else routing.replay(routes[chunk])
+        return self.routing[chunk].forward(
+            None if replayed is None else replayed[chunk], None if chosen is None else chosen[chunk]
+        )
 
     def new_routes(self, shards: Sequence[PackedShard]) -> list[RankRoutes]:
-        """The places for the routes of these micro-batches, for `log_probs` to record."""
+        """Empty places for the routers' choices in these micro-batches, for `log_probs`."""
         return [[[] for _ in self.chunks] for _ in shards]
 
     def _request(self, shard: PackedShard, entropy_gradient: bool) -> HeadRequest:

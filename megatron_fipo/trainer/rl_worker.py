@@ -32,6 +32,7 @@ from megatron_fipo.config.gpu_rules import TORCH_ADAM
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import ADAM
 from megatron_fipo.trainer.costs import take_costs
+from megatron_fipo.trainer.iteration_routing import IterationRouting
 from megatron_fipo.trainer.one_ahead import one_ahead
 from megatron_fipo.trainer.protocol import (
     IterationReport,
@@ -83,8 +84,10 @@ class RLWorker(MegatronRank, RLRank):
         seconds: dict[str, float] = {}
         with clock(seconds, "unpickle"):
             share = ray.get(shares[parallel_state.get_data_parallel_rank()])
+        routing = IterationRouting(self.policy, self.config.model.router.replay)
         with clock(seconds, "old_log_probs", self.device):
-            old = self._log_probs(share, seconds)
+            old = self._log_probs(share, seconds, routing)
+            router = routing.finish_scoring()
             reference: LogProbs | None = None
             if self.reference is not None:
                 with self._reference_weights():
@@ -92,7 +95,7 @@ class RLWorker(MegatronRank, RLRank):
 
         def update(step: int, shards: list[PackedShard]) -> tuple[dict[str, float], list[TokenWeights]]:
             shards = _with_log_probs(shards, old[step], None if reference is None else reference[step])
-            result = self.policy.policy_step(shards, self.config.objective, lr)
+            result = self.policy.policy_step(shards, self.config.objective, lr, routing.replayed(step))
             metrics = {
                 **result.statistics,
                 "policy/grad_norm": result.grad_norm,
@@ -111,7 +114,9 @@ class RLWorker(MegatronRank, RLRank):
         costs = take_costs(seconds, self.device)
         phases = {name: seconds[name] for name in ("old_log_probs", "update")}
         return RankIteration(
-            IterationReport(mini_steps, phases) if self.reports else None, token_weights, costs
+            IterationReport(mini_steps, phases, router) if self.reports else None,
+            token_weights,
+            costs,
         )
 
     def push_weights(self, engines: Mapping[int, Any], version: int, check: bool) -> PushFailure | None:
@@ -184,9 +189,15 @@ class RLWorker(MegatronRank, RLRank):
         seconds["shards"] = seconds.get("shards", 0.0) + parts["pass"] - parts["use"]
         return results
 
-    def _log_probs(self, share: RankShare, seconds: dict[str, float]) -> LogProbs:
+    def _log_probs(
+        self, share: RankShare, seconds: dict[str, float], routing: IterationRouting | None = None
+    ) -> LogProbs:
         """Log-probs of all mini-steps under the current weights, kept on the device."""
-        return self._for_each_mini_step(share, lambda step, shards: self.policy.log_probs(shards), seconds)
+
+        def score(step: int, shards: list[PackedShard]) -> list[torch.Tensor]:
+            return self.policy.log_probs(shards) if routing is None else routing.log_probs(step, shards)
+
+        return self._for_each_mini_step(share, score, seconds)
 
     def _snapshot(self) -> list[torch.Tensor]:
         return [

@@ -60,13 +60,17 @@ def engine_log_probs(index: int, old_log_probs: np.ndarray) -> np.ndarray:
     return old_log_probs + noise.astype(np.float32)
 
 
-def hf_log_probs(folder: Path, trajectories, temperature: float):
-    """transformers in float64: the model, and per trajectory log-probs and entropies [response length] with gradient."""
+def hf_model(folder: Path):
+    """transformers in float64."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
+
+
+def hf_log_probs(model, trajectories, temperature: float):
+    """Per trajectory log-probs and entropies [response length] with gradient."""
     scored = []
     for trajectory in trajectories:
         ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.response_ids]])
@@ -74,7 +78,7 @@ def hf_log_probs(folder: Path, trajectories, temperature: float):
         table = logits.log_softmax(dim=-1)
         labels = torch.tensor(trajectory.response_ids, dtype=torch.int64)[:, None]
         scored.append((table.gather(1, labels).squeeze(1), -(table.exp() * table).sum(dim=-1)))
-    return model, scored
+    return scored
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +93,8 @@ def truth(folders):
             "tis": replace(FIPO, correction="tis", correction_cap=1.3),
             "mis": replace(FIPO, correction="mis", correction_cap=1.3),
         }.items():
-            model, scored = hf_log_probs(
-                folder, trajectories, settings(folder, ParallelConfig())["temperature"]
-            )
+            model = hf_model(folder)
+            scored = hf_log_probs(model, trajectories, settings(folder, ParallelConfig())["temperature"])
             responses, old = [], []
             for index, (trajectory, (log_probs, entropy)) in enumerate(
                 zip(trajectories, scored, strict=True)

@@ -37,6 +37,11 @@ def log_prob(token_id: int) -> np.float32:
     return np.float32(-0.1 * token_id)
 
 
+def routes_of(start: int, end: int) -> np.ndarray:
+    """The engine's routes of some positions, which tell the positions."""
+    return np.arange(start, end, dtype=np.uint8)[:, None, None] * np.array([[1, 2]], dtype=np.uint8)
+
+
 def answer_to(turn: TurnRequest) -> TurnAnswer | None:
     """The environment, a function of the turn; it fails, ends or continues the episode."""
     rng = random.Random(turn.token_ids.tobytes())
@@ -111,8 +116,13 @@ class World:
                 if ids[-1] == STOP or position == LIMIT - 1:
                     reason = "stop" if ids[-1] == STOP else "length"
                     break
+            computed = len(request.prompt_ids) + len(request.prefix) + len(ids) - 1
             generation: Generation | None = Generation(
-                np.array(ids, np.int32), np.array([log_prob(i) for i in ids], np.float32), reason, 3
+                np.array(ids, np.int32),
+                np.array([log_prob(i) for i in ids], np.float32),
+                reason,
+                3,
+                routes_of(request.routed, computed),
             )
             if self.choose.random() < self.failing:
                 generation = None
@@ -146,6 +156,12 @@ def check(response: Response, expected: list[int]) -> None:
         0.0 if o else log_prob(i) for i, o in zip(ids, observed, strict=True)
     ]
     assert response.sampled_tokens == observed.count(False)
+    routes = response.routes
+    if response.finish_reason is not None:
+        assert routes is not None
+        assert len(routes) == len(PROBLEM.prompt_ids) + len(ids) - 1
+    if routes is not None:
+        assert np.array_equal(routes, routes_of(0, len(routes)))
 
 
 @settings(deadline=None, max_examples=150)

@@ -34,6 +34,7 @@ def test_a_good_reply_passes():
     assert problem(GOOD) is None
     assert problem([Generation.not_started(1), GOOD[1]], aborted=True) is None
     assert problem([replace(GOOD[0], finish_reason="abort"), GOOD[1]], aborted=True) is None
+    assert problem([GOOD[0], replace(GOOD[1], routes=np.zeros((3, 4, 2), np.uint8))]) is None
 
 
 class Raising(Generation):
@@ -88,6 +89,10 @@ def test_another_shape_does_not(reply):
         ({"weight_version": None}, "a weight version that is a NoneType"),
         ({"weight_version": 1.0}, "a weight version that is a float"),
         ({"finish_reason": "abort"}, "reason 'abort'"),
+        ({"routes": [[1]]}, "has routes that are not an array"),
+        ({"routes": np.zeros((3, 2), np.uint8)}, "has routes that are not an array"),
+        ({"routes": np.zeros((3, 4, 2), np.int64)}, "has routes that are not an array"),
+        ({"routes": np.zeros((4, 4, 2), np.uint8)}, "has routes of 4 tokens, but 3 were computed"),
     ],
 )
 def test_what_cannot_be_is_named(changes, sentence):

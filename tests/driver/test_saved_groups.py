@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ def responses(draw) -> Response:
             st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(-100, 0, width=32)), max_size=5)
         )
         reason = draw(st.sampled_from(["stop", "length", "abort"]))
-        grown.add(generation([t for t, _ in tokens], [p for _, p in tokens], reason, version))
+        routes = draw(st.none() | st.integers(0, 5).map(lambda rows: np.full((rows, 3, 2), 7, np.uint8)))
+        given = generation([t for t, _ in tokens], [p for _, p in tokens], reason, version)
+        grown.add(replace(given, routes=routes))
     return grown
 
 

@@ -3,8 +3,8 @@
     rollouts/iteration_000012.parquet     one row per response in training order; groups are contiguous
 
 Columns are the fields of `Trajectory` under their names (`extra` as JSON), so any parquet reader can show
-what a run was trained on. Reading returns what was written, floats bit for bit. Pages have checksums, and a
-file that exists is complete.
+what a run was trained on. The routes of experts are left out: they would be most of the file. Reading returns
+what was written, floats bit for bit. Pages have checksums, and a file that exists is complete.
 """
 
 import json

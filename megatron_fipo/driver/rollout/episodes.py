@@ -13,7 +13,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_fipo.driver.rollout.prompt_group import EpisodeGeneration, EpisodeRequest, RequestResult
+from megatron_fipo.driver.rollout.prompt_group import (
+    EpisodeGeneration,
+    EpisodeRequest,
+    RequestResult,
+    joined_routes,
+)
 from megatron_fipo.engine.protocol import (
     NO_LOG_PROBS,
     NO_TOKENS,
@@ -40,6 +45,7 @@ class _Episode:
     observations: list[tuple[int, int]] = field(default_factory=list)
     """All of the response, those of its prefix included."""
     version: int = 0
+    routes: list[np.ndarray] = field(default_factory=list)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -54,6 +60,13 @@ class _Episode:
         self.token_ids.append(generation.response_ids)
         self.log_probs.append(generation.log_probs)
         self.version = generation.weight_version
+        if generation.routes is not None:
+            self.routes.append(generation.routes)
+
+    @property
+    def routed(self) -> int:
+        """Tokens of prompt and response whose routes are known."""
+        return self.request.routed + sum(map(len, self.routes))
 
     def observe(self, token_ids: np.ndarray) -> None:
         start = self.length
@@ -67,8 +80,9 @@ class _Episode:
             np.concatenate([NO_LOG_PROBS, *self.log_probs]),
             finish_reason,
             self.version,
-            tuple(self.observations[len(self.request.observations) :]),
-            score,
+            joined_routes(self.routes),
+            observations=tuple(self.observations[len(self.request.observations) :]),
+            score=score,
         )
         return RequestResult(self.request.request_id, generation)
 
@@ -221,7 +235,9 @@ class Episodes:
 
     def _request(self, episode: _Episode) -> GenerationRequest:
         request = episode.request
-        return GenerationRequest(request.request_id, request.prompt_ids, request.seed, episode.tokens)
+        return GenerationRequest(
+            request.request_id, request.prompt_ids, request.seed, episode.tokens, episode.routed
+        )
 
     def _end(self, episode: _Episode, result: RequestResult) -> None:
         del self._episodes[episode.request.request_id]

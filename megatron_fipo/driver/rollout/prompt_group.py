@@ -42,9 +42,9 @@ class EpisodeRequest(GenerationRequest):
 class EpisodeGeneration(Generation):
     """All that turns and observations added to a response. Log-probs of observations are 0."""
 
-    observations: tuple[Range, ...]
+    observations: tuple[Range, ...] = field(kw_only=True)
     """Those among them, as positions in the complete response."""
-    score: Score | None
+    score: Score | None = field(kw_only=True)
     """The environment's own."""
 
     @property
@@ -86,13 +86,14 @@ def generation_request(
     seed: int,
     prefix: np.ndarray = NO_TOKENS,
     observations: tuple[Range, ...] = (),
+    routed: int = 0,
 ) -> GenerationRequest:
     """A request for one response to the problem; one with an environment is an episode."""
     if problem.task.environment:
         return EpisodeRequest(
-            request_id, problem.prompt_ids, seed, prefix, problem=problem, observations=observations
+            request_id, problem.prompt_ids, seed, prefix, routed, problem=problem, observations=observations
         )
-    return GenerationRequest(request_id, problem.prompt_ids, seed, prefix)
+    return GenerationRequest(request_id, problem.prompt_ids, seed, prefix, routed)
 
 
 def answer_groups(
@@ -123,6 +124,12 @@ def request_seed(seed: int, request_id: str) -> int:
     )
 
 
+def joined_routes(parts: Iterable[np.ndarray | None]) -> np.ndarray | None:
+    """The routes of several calls, one after another. One array is not copied."""
+    known = [part for part in parts if part is not None]
+    return None if not known else known[0] if len(known) == 1 else np.concatenate(known)
+
+
 @dataclass(eq=False)
 class Response:
     """The tokens of one response so far."""
@@ -139,6 +146,8 @@ class Response:
     """The tokens that an environment gave, rising; all others were sampled."""
     score: Score | None = None
     """The environment's own, of a finished response."""
+    routes: np.ndarray | None = None
+    """As `Trajectory.routes`."""
 
     @property
     def sampled_tokens(self) -> int:
@@ -172,6 +181,7 @@ class Response:
             self.log_probs = np.concatenate([self.log_probs, generation.log_probs])
         else:
             self.token_ids, self.log_probs = generation.response_ids, generation.log_probs
+        self.routes = joined_routes([self.routes, generation.routes])
         end = len(self.token_ids)
         if self.spans and self.spans[-1].version == version:
             self.spans[-1].end = end
@@ -222,6 +232,7 @@ class PromptGroup:
                 request_seed(seed, request_id),
                 response.token_ids,
                 response.observations,
+                0 if response.routes is None else len(response.routes),
             )
             for index, response in enumerate(self.responses)
             if response.finish_reason is None

@@ -37,6 +37,7 @@ def malformed(
         return f"expected {len(requests)} generations, got {given}"
     for request, generation in zip(requests, reply, strict=True):
         problem = _malformed(generation, sampling.max_new_tokens - len(request.prefix), vocab_size, aborted)
+        problem = problem or _malformed_routes(request, generation)
         if problem is not None:
             return f"the response to request {request.request_id} {problem}"
     return None
@@ -95,6 +96,18 @@ def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> s
         return f"has the token id {invalid}, outside the vocabulary of {vocab_size}"
     if not are_log_probs(log_probs):
         return "has log-probs that are NaN, infinite or > 0"
+    return None
+
+
+def _malformed_routes(request: GenerationRequest, generation: Generation) -> str | None:
+    routes = generation.routes
+    if routes is None:
+        return None
+    if type(routes) is not np.ndarray or routes.ndim != 3 or routes.dtype not in (np.uint8, np.uint16):
+        return "has routes that are not an array of uint8 or uint16 [tokens, layers, experts per token]"
+    computed = len(request.prompt_ids) + len(request.prefix) + len(generation.response_ids) - 1
+    if len(routes) > computed - request.routed:
+        return f"has routes of {len(routes)} tokens, but {computed - request.routed} were computed"
     return None
 
 

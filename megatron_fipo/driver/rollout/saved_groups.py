@@ -1,15 +1,18 @@
 """Groups of a checkpoint: their tokens as two arrays, everything else as JSON values.
 
-    tokens     token_ids int32, log_probs float32: the arrays of all responses of all groups, one after another
+    tokens     token_ids int32, log_probs float32: the arrays of all responses of all groups, one after another; and the
+               numbers of their routes, if the engine reported them
     values     per group: serial, problem_id, responses, scores (null: not scored); per response: tokens, spans,
-               finish_reason, observations and score (of an environment; versions before 0.2 have neither)
+               finish_reason, observations and score (of an environment; versions before 0.2 have neither), and the shape
+               of its routes if it has some
 
-The arrays take 8 bytes per token, and their reading and writing costs as much as the disk.
+The arrays take 8 bytes per token without routes, and their reading and writing costs as much as the disk.
 """
 
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ from megatron_fipo.tasks.task import Problem, Score
 
 SavedGroup = tuple[PromptGroup, list[Score] | None]
 """A group, and the scores of its responses if it has any."""
-TOKEN_IDS, LOG_PROBS = "token_ids", "log_probs"
+TOKEN_IDS, LOG_PROBS, ROUTES = "token_ids", "log_probs", "routes"
 
 
 def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dict[str, list[np.ndarray]]]:
@@ -39,6 +42,7 @@ def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dic
                     "finish_reason": response.finish_reason,
                     "observations": [list(observation) for observation in response.observations],
                     "score": None if response.score is None else asdict(response.score),
+                    **({} if response.routes is None else {ROUTES: list(response.routes.shape)}),
                 }
                 for response in group.responses
             ],
@@ -51,6 +55,8 @@ def pack_groups(groups: Sequence[SavedGroup]) -> tuple[list[dict[str, Any]], dic
         TOKEN_IDS: [NO_TOKENS, *(response.token_ids for response in responses)],
         LOG_PROBS: [NO_LOG_PROBS, *(response.log_probs for response in responses)],
     }
+    if routes := [response.routes.ravel() for response in responses if response.routes is not None]:
+        tokens[ROUTES] = routes
     return values, tokens
 
 
@@ -65,7 +71,7 @@ def unpack_groups(
     or `AttributeError` for values that `pack_groups` does not give.
     """
     columns = _columns(tokens)
-    position = 0
+    position = routed = 0
     groups = []
     for saved in values:
         responses = []
@@ -82,7 +88,10 @@ def unpack_groups(
             observations = tuple((start, end) for start, end in response.get("observations", ()))
             score = response.get("score")
             score = None if score is None else _score(score)
-            responses.append(Response(ids, log_probs, spans, response["finish_reason"], observations, score))
+            routes, routed = _routes(response.get(ROUTES), columns[ROUTES], routed)
+            responses.append(
+                Response(ids, log_probs, spans, response["finish_reason"], observations, score, routes)
+            )
         if saved["problem_id"] not in problems:
             raise ValueError(f"there is no problem {saved['problem_id']!r}")
         if not responses:
@@ -92,9 +101,21 @@ def unpack_groups(
             if fault := _fault(loaded):
                 raise ValueError(f"response {index} of group {group.group_id} {fault}")
         groups.append((group, _scores(group, saved.get("scores"))))
-    if position != len(columns[TOKEN_IDS]):
+    if position != len(columns[TOKEN_IDS]) or routed != len(columns[ROUTES]):
         raise ValueError("the responses have fewer tokens than the columns")
     return groups
+
+
+def _routes(shape: Any, column: np.ndarray, position: int) -> tuple[np.ndarray | None, int]:
+    """The routes of a response, from `position` in the column on, and where they end."""
+    if shape is None:
+        return None, position
+    if not isinstance(shape, list) or len(shape) != 3 or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"routes have the shape {shape!r}")
+    end = position + prod(shape)
+    if end > len(column):
+        raise ValueError("the responses have more routes than the column")
+    return column[position:end].reshape(shape), end
 
 
 def natural(values: Mapping[str, Any], name: str) -> int:
@@ -107,11 +128,16 @@ def natural(values: Mapping[str, Any], name: str) -> int:
 
 def _columns(tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
     """Token ids and log-probs, of one length; empty columns if there are none, as before version 0.2."""
-    columns = {TOKEN_IDS: NO_TOKENS, LOG_PROBS: NO_LOG_PROBS}
-    dtypes = {name: column.dtype for name, column in columns.items()}
+    columns: dict[str, np.ndarray] = {
+        TOKEN_IDS: NO_TOKENS,
+        LOG_PROBS: NO_LOG_PROBS,
+        ROUTES: np.zeros(0, np.uint8),
+    }
+    dtypes: dict[str, tuple[np.dtype, ...]] = {name: (column.dtype,) for name, column in columns.items()}
+    dtypes[ROUTES] = (np.dtype(np.uint8), np.dtype(np.uint16))
     for name, parts in tokens.items():
         column = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if column.dtype != dtypes.get(name):
+        if column.dtype not in dtypes.get(name, ()):
             raise ValueError(f"the column {name} has the dtype {column.dtype}")
         columns[name] = column
     if len(columns[TOKEN_IDS]) != len(columns[LOG_PROBS]):

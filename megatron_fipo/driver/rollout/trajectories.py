@@ -47,6 +47,7 @@ def trajectories(group: PromptGroup, scores: Sequence[Score], overlong: Overlong
                 response_ids=response.token_ids,
                 response_mask=response.mask,
                 rollout_log_probs=response.log_probs,
+                routes=response.routes,
                 spans=response.spans,
                 finish_reason=response.finish_reason,
                 reward=score.reward + float(penalty),
