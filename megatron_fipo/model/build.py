@@ -60,6 +60,7 @@ def build_model(
             vp_stage=vp_stage,
             **model_kwargs,
         )
+        mcore.mark_experts(chunk)
         for parameter in router_weights(chunk):
             parameter.requires_grad_(model.router.trainable)
         chunk.family, chunk.architecture = family, architecture

@@ -22,7 +22,9 @@ these:
    torch takes no tensors for them.
 9. Gathers and reduce-scatters of parts of different sizes (experts with tensor parallelism) are made of gloo's
    other collectives, since it has neither.
-10. Transformer Engine and apex, if installed, are found but not imported: Megatron-Core would pass CPU tensors
+10. Megatron-Core 0.16's router gets the name of a kernel of Transformer Engine, which it reads without having defined
+   it.
+11. Transformer Engine and apex, if installed, are found but not imported: Megatron-Core would pass CPU tensors
    to their kernels.
 
 If CUDA is available, `install` does nothing.
@@ -364,6 +366,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
         module, Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True
     ),
     f"{ROOT}.tensor_parallel.mappings": _patch_mappings,
+    f"{ROOT}.transformer.moe.moe_utils": lambda module: vars(module).setdefault("te_general_gemm", None),
     f"{ROOT}.transformer.moe.token_dispatcher": lambda module: _replace(
         module, maybe_move_tensor_to_cpu=_counts_on_host
     ),

@@ -15,6 +15,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import Adam, DistributedOptimizer, MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 SUPPORTED = ((0, 16), (0, 20))
@@ -66,6 +67,20 @@ def fuse_gradient_accumulation(chunk: MegatronModule) -> bool:
     for layer in layers:
         layer.fuse_wgrad_accumulation = True
     return bool(layers) or chunk.config.gradient_accumulation_fusion
+
+
+def mark_experts(chunk: MegatronModule) -> None:
+    """Mark the weights of experts, whose gradients are reduced over the expert-data-parallel group.
+
+    Releases before 0.19 mark them only with several expert-parallel ranks. So with tensor parallelism outside experts alone,
+    each tensor-parallel rank would keep its own gradient of the same experts.
+    """
+    config = chunk.config
+    if config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for layer in (module for module in chunk.modules() if isinstance(module, MoELayer)):
+        for parameter in layer.experts.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def full_precision(parameter: torch.Tensor) -> torch.Tensor:
