@@ -144,6 +144,16 @@ def check_fp8_shards(hidden: int, sharded: dict[str, int], parallel: ParallelCon
             )
 
 
+def check_fp8_experts(width: int, parallel: ParallelConfig) -> None:
+    """Refuse experts whose matrices FP8 cannot multiply. UserError."""
+    size = parallel.expert_tensor_parallel_size
+    if width % (16 * size):
+        raise UserError(
+            f"model.fp8 needs multiples of 16 on each rank, but the experts' width of {width} is sharded over "
+            f"parallel.expert_tensor_parallel_size={size}; lower that or set model.fp8=none"
+        )
+
+
 def _state_settings(optimizer: OptimizerSettings) -> tuple[tuple[str, object, object], ...]:
     """The settings that leave plain float32 state on the GPU: key, value and the value that does not."""
     return ("state_dtype", optimizer.state_dtype, "float32"), ("cpu_offload", optimizer.cpu_offload, 0)

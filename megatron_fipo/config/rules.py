@@ -7,6 +7,7 @@ from megatron_fipo.config.environment_rules import check_environment
 from megatron_fipo.config.gpu_rules import (
     check_accelerators,
     check_adam,
+    check_fp8_experts,
     check_fp8_shards,
     check_layers,
     check_precision,
@@ -118,6 +119,8 @@ def _check_precision(config: Config, architecture: "Architecture | None", machin
         names = {"ffn": "feed-forward width", "query": "query size", "key": "key size"}
         sharded = {what: architecture.size(name) for name, what in names.items()}
         check_fp8_shards(architecture.hidden_size, sharded, config.parallel)
+        if architecture.experts is not None:
+            check_fp8_experts(architecture.experts.ffn_hidden_size, config.parallel)
     if machine is not None and not machine.gpus:
         check_accelerators(
             model, optimizer, Accelerators(capability=None, cuda=None, transformer_engine=None)
