@@ -80,7 +80,7 @@ def mark_experts(chunk: MegatronModule) -> None:
         return
     for layer in (module for module in chunk.modules() if isinstance(module, MoELayer)):
         for parameter in layer.experts.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 def full_precision(parameter: torch.Tensor) -> torch.Tensor:

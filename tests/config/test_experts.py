@@ -6,6 +6,7 @@ import pytest
 
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig, RolloutConfig, RouterConfig, validate
 from megatron_fipo.config.divisibility import check_divisibility
+from megatron_fipo.config.gpu_rules import check_fp8_experts
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import find_family
 
@@ -160,4 +161,6 @@ def test_fp8_needs_experts_of_a_width_that_it_can_multiply():
     wanted.model.fp8 = "hybrid"
     with pytest.raises(UserError, match="the experts' width of 40 is sharded over"):
         validate(wanted, translate())
-    validate(wanted, translate(moe_intermediate_size=48))
+    check_fp8_experts(48, ParallelConfig())
+    with pytest.raises(UserError, match="expert_tensor_parallel_size=2; lower that"):
+        check_fp8_experts(48, ParallelConfig(expert_tensor_parallel_size=2))
