@@ -157,10 +157,10 @@ def gradients_of(policy: RankModel) -> dict[str, torch.Tensor]:
     return exported(policy)
 
 
-def step_on_rank(rank, world_size, folder, parallel, old, recompute, replay):
+def step_on_rank(rank, world_size, folder, parallel, old, recompute, replay, token_budget):
     """One step at learning rate 0 with a trained router: statistics, gradient norm, and all gradients."""
     policy = new_policy(folder, parallel, recompute, distributed=False, trainable=True)
-    shards = make_shards(policy, parallel, batch()[0], old, 160)
+    shards = make_shards(policy, parallel, batch()[0], old, token_budget)
     routes = policy.new_routes(shards) if replay else None
     if replay:
         policy.log_probs(shards, chosen=routes)
@@ -169,19 +169,28 @@ def step_on_rank(rank, world_size, folder, parallel, old, recompute, replay):
 
 
 CASES = [
-    *(("qwen3_moe", layout, "none", True) for layout in LAYOUTS),
-    *(("qwen3_moe", layout, "full", True) for layout in ("1", "tp2-ep2", "pp2-dp2-ep2", "pp2-vpp2-cp2-ep2")),
-    *(("qwen3_moe", layout, "none", False) for layout in ("1", "dp2-ep2", "pp2-vpp2-cp2-ep2")),
-    *(("qwen3_moe-mixed", layout, "none", True) for layout in ("1", "pp2-dp2-ep2", "tp2-cp2-ep2-etp2")),
-    ("qwen3_moe-mixed", "pp2-vpp2-cp2-ep2", "full", True),
+    *(("qwen3_moe", layout, "none", True, 160) for layout in LAYOUTS),
+    *(("qwen3_moe", layout, "none", True, budget) for layout in ("1", "dp2-ep2") for budget in (56, 4096)),
+    *(
+        ("qwen3_moe", layout, "full", True, 160)
+        for layout in ("1", "tp2-ep2", "pp2-dp2-ep2", "pp2-vpp2-cp2-ep2")
+    ),
+    *(("qwen3_moe", layout, "none", False, 160) for layout in ("1", "dp2-ep2", "pp2-vpp2-cp2-ep2")),
+    *(("qwen3_moe-mixed", layout, "none", True, 160) for layout in ("1", "pp2-dp2-ep2", "tp2-cp2-ep2-etp2")),
+    ("qwen3_moe-mixed", "pp2-vpp2-cp2-ep2", "full", True, 160),
 ]
+"""Of 56 tokens a micro-batch holds one or two sequences, of 4,096 all."""
 
 
-@pytest.mark.parametrize(("name", "layout", "recompute", "replay"), CASES)
-def test_loss_and_every_gradient_equal_the_oracle(folders, truth, name, layout, recompute, replay):
+@pytest.mark.parametrize(("name", "layout", "recompute", "replay", "token_budget"), CASES)
+def test_loss_and_every_gradient_equal_the_oracle(
+    folders, truth, name, layout, recompute, replay, token_budget
+):
     """That of the router too, with and without replay of the routes of the old log-probs."""
     parallel, (loss, gradients, old) = LAYOUTS[layout], truth[name]
-    results = run_ranks(parallel.world_size, step_on_rank, folders[name], parallel, old, recompute, replay)
+    results = run_ranks(
+        parallel.world_size, step_on_rank, folders[name], parallel, old, recompute, replay, token_budget
+    )
     found = results[0][2]
     assert set(found) == set(gradients)
     assert all(gradients[weight].abs().max() > 0 for weight in gradients if "mlp.gate" in weight)
