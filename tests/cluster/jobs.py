@@ -80,7 +80,7 @@ def assert_nothing_left(cluster: SlurmCluster, run_dir: Path, folders: bool = Fa
         return {process.name() for process in cluster.processes(node)} <= {"bash", "slurmd"}
 
     for node in cluster.running:
-        wait_for(lambda node=node: only_slurm(node), f"end of all processes on {node}", 20)
+        wait_for(lambda node=node: only_slurm(node), f"end of all processes on {node}", 60)
         assert folders or not list(cluster.local_folder(node).glob("fipo-*"))
         assert {listener.program for listener in cluster.listening_sockets(node)} <= {"slurmd"}
     assert not list(run_dir.glob("logs/*/.ray_token"))
