@@ -14,17 +14,8 @@ DEFAULT_SHARE_OF_LIMIT = 0.45
 """Mean response length as a share of the limit, if none is given."""
 DEFAULT_PROMPT = 160.0
 """Mean prompt length in tokens, if none is given."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Mixture of experts: the feed-forward part of every layer exists `count` times. `Architecture.ffn_hidden_size` is of one."""
-
-    count: int = 1
-    per_token: int = 1
-    """Experts that process a token."""
-    parallel_size: int = 1
-    """Ranks, of data and context parallelism, that share the experts of a layer."""
+DEFAULT_EXPERT_LOAD = 1.2
+"""Tokens of the fullest expert-parallel rank over the mean, if none is given."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,6 @@ class Case:
     architecture: Architecture
     machine: Machine
     assumptions: Assumptions = field(default_factory=Assumptions)
-    experts: Experts = field(default_factory=Experts)
     scoring_passes: int = 1
     """Forward passes over the batch before the updates: old log-probs, and a reference policy."""
 
@@ -60,6 +50,11 @@ class Case:
     @property
     def colocated(self) -> bool:
         return self.config.rollout.placement == "colocated"
+
+    @property
+    def expert_load(self) -> float:
+        """Tokens that the fullest expert-parallel rank gets, over the mean of the ranks."""
+        return self.assumptions.expert_load or DEFAULT_EXPERT_LOAD
 
     def workload(self, progress: float = 1.0) -> Workload:
         """The responses of an iteration; progress 0 is the start of training and 1 its end, lengths grow linearly.
@@ -138,4 +133,6 @@ def case_of(
     )
     end = case.workload()
     resolved = replace(assumptions, prompt_tokens=end.prompt_tokens, response_end=end.response.mean)
+    if architecture.experts is not None:
+        resolved = replace(resolved, expert_load=case.expert_load)
     return replace(case, assumptions=resolved)

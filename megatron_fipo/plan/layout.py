@@ -5,13 +5,13 @@ Pure arithmetic over the parallel layout, with Megatron-Core's conventions.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_fipo.batching.packing import micro_batch_multiple
 from megatron_fipo.checkpoint.convert.name_map import stages_of
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Architecture, Family, Weight, padded_vocab_size
-from megatron_fipo.plan.case import Case, Experts
+from megatron_fipo.plan.case import Case
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,23 @@ def stage_layers(layers: int, parallel: ParallelConfig, index: int) -> tuple[ran
     return tuple(range((v * pp + index) * size, (v * pp + index + 1) * size) for v in range(chunks))
 
 
+@lru_cache(maxsize=64)
+def distinct_weights(family: Family, architecture: Architecture) -> tuple[Weight, ...]:
+    """All weights, but of the experts of a layer only the first: the others have its shapes."""
+    return tuple(weight for weight in family.weights(architecture) if not weight.expert)
+
+
 def stage_weights(
     family: Family, architecture: Architecture, parallel: ParallelConfig, index: int
 ) -> list[Weight]:
-    """The weights of pipeline stage `index`.
+    """The `distinct_weights` of pipeline stage `index`.
 
     Those of its layers; on the first stage the embedding, on the last all others. A tied embedding is also
     the output layer, so the last stage has it too, as a separate copy if it is not the first.
     """
     return [
         weight
-        for weight in family.weights(architecture)
+        for weight in distinct_weights(family, architecture)
         if any(stage.pipeline == index for stage in stages_of(weight, architecture, parallel))
     ]
 
@@ -63,22 +69,6 @@ def vocabulary_columns(case: Case) -> int:
     """Rows of the embedding and columns of the output layer on a rank, padding included."""
     tp = case.config.parallel.tensor_model_parallel_size
     return padded_vocab_size(case.architecture.vocab_size, tp) // tp
-
-
-def is_expert(weight: Weight, experts: Experts) -> bool:
-    """Whether each expert has its own copy of this weight: the matrices of the feed-forward part."""
-    return experts.count > 1 and weight.is_layer_matrix and ".mlp." in weight.megatron
-
-
-def experts_per_rank(experts: Experts, parallel: ParallelConfig) -> int:
-    """Experts of a layer that a rank holds. UserError if they do not divide."""
-    replicas = parallel.data_parallel_size * parallel.context_parallel_size
-    if experts.count % experts.parallel_size or replicas % experts.parallel_size:
-        raise UserError(
-            f"{experts.parallel_size} expert-parallel ranks must divide the {experts.count} experts and the {replicas} ranks "
-            "of data and context parallelism; choose a divisor of both"
-        )
-    return experts.count // experts.parallel_size
 
 
 def micro_batch_tokens(config: Config) -> int:

@@ -81,9 +81,7 @@ def make_plan(case: Case) -> Plan:
         parameters=case.family.parameters(case.architecture),
         padded_vocab=padded_vocab_size(case.architecture.vocab_size, parallel.tensor_model_parallel_size),
         groups=rank_groups(parallel),
-        stages=tuple(
-            stage_state(config, case.family, case.architecture, stage, case.experts) for stage in stages
-        ),
+        stages=tuple(stage_state(config, case.family, case.architecture, stage) for stage in stages),
         work=_work(config),
         memory=tuple(trainer_memory(case, stage) for stage in stages),
         engine=engine_memory(case),

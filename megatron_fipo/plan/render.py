@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
 
-from megatron_fipo.config import ModelConfig
+from megatron_fipo.config import ModelConfig, ParallelConfig
+from megatron_fipo.families.family import Architecture, Experts, Layers
+from megatron_fipo.plan.experts import active_experts, expert_replicas, layer_counts
 from megatron_fipo.plan.memory.state import Stage
 from megatron_fipo.plan.plan import Plan, Times
 from megatron_fipo.plan.render_cost import (
@@ -16,6 +18,7 @@ from megatron_fipo.plan.render_cost import (
     update_table,
 )
 from megatron_fipo.plan.table import table
+from megatron_fipo.plan.time.weights import model_weights
 
 ROWS = 16
 """Groups of ranks that are printed, at most."""
@@ -53,24 +56,53 @@ def _overview(plan: Plan) -> RenderableType:
     padding = plan.padded_vocab - architecture.vocab_size
     made = table("Run")
     made.add_row("model", config.model.path)
-    made.add_row(
-        "parameters", f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B), {precision(config.model)}"
-    )
-    made.add_row(
-        "shape",
-        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, "
-        f"{architecture.num_attention_heads} heads in {architecture.num_query_groups} key-value groups, "
-        f"feed-forward {architecture.ffn_hidden_size}",
-    )
+    made.add_row("parameters", f"{_parameters(plan)}, {precision(config.model)}")
+    made.add_row("shape", _shape(architecture))
+    if architecture.experts is not None:
+        made.add_row("experts", _experts(architecture, architecture.experts))
     made.add_row(
         "vocabulary",
         f"{architecture.vocab_size:,}" + (f", padded to {plan.padded_vocab:,}" if padding else ""),
     )
     made.add_row("objective", config.objective.name)
     made.add_row("sequence parallel", "yes" if config.parallel.sequence_parallel else "no")
+    if architecture.experts is not None:
+        made.add_row("expert parallel", _expert_parallel(config.parallel, architecture.experts))
     made.add_row("iterations", f"{config.iterations:,}")
     made.add_row("run directory", config.run_dir)
     return made
+
+
+def _parameters(plan: Plan) -> str:
+    """With experts also those that process a token."""
+    weights, architecture = model_weights(plan.case), plan.case.architecture
+    active = weights.ends + weights.dense + weights.expert * active_experts(architecture)
+    of_token = "" if architecture.experts is None else f", {active / 1e9:.2f}B per token"
+    return f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B{of_token})"
+
+
+def _shape(architecture: Architecture) -> str:
+    text = (
+        f"{architecture.num_layers} layers, hidden {architecture.hidden_size}, "
+        f"{architecture.num_attention_heads} heads in {architecture.num_query_groups} key-value groups"
+    )
+    dense = layer_counts(architecture).get(Layers.DENSE, 0)
+    if not dense:
+        return text
+    where = "" if architecture.experts is None else f" in {dense} of them"
+    return f"{text}, feed-forward {architecture.ffn_hidden_size}{where}"
+
+
+def _experts(architecture: Architecture, experts: Experts) -> str:
+    layers = layer_counts(architecture)[Layers.EXPERTS]
+    return f"{experts.count} of width {experts.ffn_hidden_size} in {layers} layers, {experts.per_token} per token"
+
+
+def _expert_parallel(parallel: ParallelConfig, experts: Experts) -> str:
+    ranks, shared = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    text = f"{ranks} rank{'s' if ranks > 1 else ''} of {experts.count // ranks} experts"
+    text += f" x tensor {shared}" if shared > 1 else ""
+    return f"{text} x data {expert_replicas(parallel)}"
 
 
 def _ranks(plan: Plan) -> RenderableType:

@@ -59,12 +59,19 @@ def _layouts(mode: str, found: Sequence[Found], shown_rate: float) -> Renderable
 
 
 def layout_text(case: Case) -> str:
-    """For example "TP4 CP2 PP2x4 DP8 selective"; the last word is `model.recompute`, left out if none."""
+    """For example "TP4 CP2 PP2x4 DP8 EP8 selective"; the last word is `model.recompute`, left out if none. EP, and ETP for
+    expert_tensor_parallel_size, are left out if 1."""
     parallel, recompute = case.config.parallel, case.config.model.recompute
     chunks = parallel.virtual_pipeline_model_parallel_size
     sizes = f"TP{parallel.tensor_model_parallel_size} CP{parallel.context_parallel_size}"
     sizes += f" PP{parallel.pipeline_model_parallel_size}" + (f"x{chunks}" if chunks else "")
-    return f"{sizes} DP{parallel.data_parallel_size}" + ("" if recompute == "none" else f" {recompute}")
+    sizes += f" DP{parallel.data_parallel_size}"
+    for name, size in (
+        ("EP", parallel.expert_model_parallel_size),
+        ("ETP", parallel.expert_tensor_parallel_size),
+    ):
+        sizes += f" {name}{size}" if size > 1 else ""
+    return sizes + ("" if recompute == "none" else f" {recompute}")
 
 
 def engines_text(case: Case) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from megatron_fipo.config import ParallelConfig
 from megatron_fipo.config.rules import validate
 from megatron_fipo.errors import UserError
 from megatron_fipo.plan.case import Case
@@ -31,6 +32,7 @@ TENSOR = ENGINE_TENSOR = (1, 2, 4, 8)
 CONTEXT = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4, 8, 16)
 CHUNKS = (None, 2, 4)
+EXPERT = (1, 2, 4, 8, 16, 32, 64, 128)
 RECOMPUTE = ("none", "selective", "full")
 """In the order of time."""
 ABOUT = 0.03
@@ -144,24 +146,33 @@ def _trainers(case: Case, devices: int, budgets: Sequence[int] = ()) -> Iterator
     Micro-batches hold one or two of the longest sequences, or have one of these `budgets` of tokens per rank.
     """
     longest = case.config.rollout.longest_sequence
-    for tensor, context, pipeline, chunks in product(TENSOR, CONTEXT, PIPELINE, CHUNKS):
-        data, rest = divmod(devices, tensor * context * pipeline)
-        if rest or not data:
-            continue
-        parallel = replace(
-            case.config.parallel,
-            tensor_model_parallel_size=tensor,
-            sequence_parallel=tensor > 1,
-            context_parallel_size=context,
-            pipeline_model_parallel_size=pipeline,
-            virtual_pipeline_model_parallel_size=chunks,
-            data_parallel_size=data,
-        )
+    for parallel in _layouts(case, devices):
+        context = parallel.context_parallel_size
         multiple = parallel.pack_multiple(case.config.model.token_multiple)
         one = -(-longest // multiple) * multiple // context
         for tokens in sorted({one, 2 * one, *budgets}):
             laid = case.changed(parallel=vars(parallel), batch={"max_tokens_per_micro_batch": tokens})
             yield from _least_recomputation(laid)
+
+
+def _layouts(case: Case, devices: int) -> Iterator[ParallelConfig]:
+    """Every layout on so many GPUs, whether or not it divides the model. Each expert is complete on its rank."""
+    for tensor, context, pipeline, chunks in product(TENSOR, CONTEXT, PIPELINE, CHUNKS):
+        data, rest = divmod(devices, tensor * context * pipeline)
+        if rest or not data:
+            continue
+        for expert in EXPERT if case.architecture.experts else (1,):
+            yield replace(
+                case.config.parallel,
+                tensor_model_parallel_size=tensor,
+                sequence_parallel=tensor > 1,
+                context_parallel_size=context,
+                pipeline_model_parallel_size=pipeline,
+                virtual_pipeline_model_parallel_size=chunks,
+                data_parallel_size=data,
+                expert_model_parallel_size=expert,
+                expert_tensor_parallel_size=1,
+            )
 
 
 def _least_recomputation(case: Case) -> Iterator[_Trainer]:

@@ -30,6 +30,9 @@ class Assumptions:
     """Share of groups that dynamic sampling keeps: neither all right nor all wrong."""
     evaluation_problems: int = number(30, least=1, most=1_000_000)
     """Problems of each held-out set (30 in AIME)."""
+    expert_load: float | None = number(None, least=1)
+    """Tokens that the fullest expert-parallel rank gets over the mean of the ranks, for a mixture of experts; not given:
+    1.2."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -26,13 +26,18 @@ class Curve:
 
 def simulate_scaling(case: Case, operation: Operation, times_of: TimesOf) -> Curve:
     """Simulate the run of a case on other numbers of GPUs: in the middle of training, at the planner's values, and without
-    the loss of engines."""
+    the loss of engines.
+
+    Fewer GPUs than the case has are left out if its settings forbid them, as ranks that share experts do.
+    """
     runs: list[Training] = []
     for scaled in scaled_cases(case):
         try:
             validate(scaled.config, scaled.architecture)
             runs.append(_run(scaled, operation, times_of))
         except UserError as error:
+            if scaled.devices < case.devices:
+                continue
             return Curve(tuple(runs), f"{scaled.devices:,} GPUs: {error}")
     return Curve(tuple(runs), None)
 

@@ -109,6 +109,7 @@ def test_a_shown_job_has_the_nodes_that_its_run_needs(words):
             },
         ),
         ("qwen2.5-7b-math/fipo.yaml", "grpo", set()),
+        ("qwen3-30b-a3b/fipo.yaml", "dapo", {"batch.mini_batch_prompts", "rollout.max_prompts"}),
     ],
 )
 def test_a_baseline_differs_in_the_objective_and_what_the_paper_changes(fipo, name, expected):
@@ -118,6 +119,21 @@ def test_a_baseline_differs_in_the_objective_and_what_the_paper_changes(fipo, na
     assert baseline.objective.name == name
     read = {key for key in differences(recipe, baseline) if key.startswith("objective.")}
     assert read - ONLY_FIPO == {"objective.name"}
+
+
+def test_the_mixture_of_experts_is_trained_as_the_dense_model():
+    keys = set(differences(load("qwen2.5-32b/fipo.yaml"), load("qwen3-30b-a3b/fipo.yaml")))
+    sections = {key.split(".")[0] for key in keys}
+    assert sections == {"model", "parallel", "rollout", "run_dir"}
+    assert {key for key in keys if key.startswith("rollout.")} == {"rollout.num_engines"}
+
+
+@pytest.mark.parametrize("name", ["fipo", "dapo"])
+def test_the_mixture_of_experts_needs_four_nodes(name):
+    config = load(f"qwen3-30b-a3b/{name}.yaml")
+    check_allocation(config, Allocation(4, gpus_per_node=8, cpus_per_node=None))
+    assert not config.model.router.trainable
+    assert config.parallel.expert_model_parallel_size == 8
 
 
 @pytest.mark.parametrize(("recipe", "small"), SMALL.items())

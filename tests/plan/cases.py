@@ -1,10 +1,12 @@
 """The planner's case of a recipe in a fixed layout, for tests: the shipped layouts may change."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_fipo.config import load_config, validate
+from megatron_fipo.families.family import Experts
 from megatron_fipo.families.registry import read_model_config
-from megatron_fipo.plan.case import Case, Experts
+from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.machine import Machine
 from megatron_fipo.plan.workload import Assumptions
 from tests.plan.machines import toy_machine
@@ -35,8 +37,21 @@ LAYOUTS = {
         "rollout.num_engines": 8,
         "rollout.engine_tensor_parallel_size": 1,
     },
+    "qwen3-30b-a3b": {
+        "model.recompute": "full",
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": "true",
+        "parallel.context_parallel_size": 1,
+        "parallel.pipeline_model_parallel_size": 2,
+        "parallel.virtual_pipeline_model_parallel_size": "null",
+        "parallel.data_parallel_size": 4,
+        "parallel.expert_model_parallel_size": 8,
+        "batch.max_tokens_per_micro_batch": 22528,
+        "rollout.num_engines": 8,
+        "rollout.engine_tensor_parallel_size": 2,
+    },
 }
-"""128 GPUs for the trainer and 64 for engines; 32 and 8."""
+"""GPUs of the trainer and of the engines: 128 and 64, 32 and 8, 16 and 16."""
 SETTINGS = {
     "batch.prompts_per_iteration": 512,
     "batch.mini_batch_prompts": 64,
@@ -50,7 +65,7 @@ SETTINGS = {
     "optimizer.cpu_offload": 0,
     "reward.scorers": 1,
 }
-"""Of both."""
+"""Of all."""
 
 
 def recipe_case(
@@ -58,7 +73,6 @@ def recipe_case(
     *overrides: str,
     machine: Machine | None = None,
     assumptions: Assumptions | None = None,
-    experts: Experts | None = None,
 ) -> Case:
     """`examples/NAME/fipo.yaml` with the settings above and overrides, on 80 GiB GPUs unless `machine` is given. Validated."""
     fixed = [f"{key}={value}" for key, value in (LAYOUTS[name] | SETTINGS).items()]
@@ -72,5 +86,18 @@ def recipe_case(
         architecture,
         machine or toy_machine(),
         assumptions or Assumptions(),
-        experts or Experts(),
     )
+
+
+def expert_keys(experts: Experts, head_size: int) -> dict[str, Any]:
+    """The keys of Qwen3-MoE's config.json that Qwen2's does not have, or has with another value."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": head_size,
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.ffn_hidden_size,
+        "norm_topk_prob": experts.normalized,
+        "mlp_only_layers": list(experts.dense_layers),
+    }

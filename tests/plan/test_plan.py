@@ -9,6 +9,7 @@ from rich.console import Console
 from megatron_fipo.checkpoint.shard_layouts import shard
 from megatron_fipo.cli.case_options import read_case
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig, load_config, validate
+from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import (
     EMBEDDING_WEIGHT,
     OUTPUT_WEIGHT,
@@ -25,6 +26,7 @@ from megatron_fipo.families.registry import read_architecture, read_model_config
 from megatron_fipo.model import parallel as process_groups
 from megatron_fipo.model.build import build_model
 from megatron_fipo.plan.case import case_of
+from megatron_fipo.plan.fit import fullest_stage
 from megatron_fipo.plan.layout import rank_groups
 from megatron_fipo.plan.machine_file import load_machine
 from megatron_fipo.plan.plan import Plan, make_plan, make_times
@@ -37,19 +39,21 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = [
     EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")
 ]
-RECIPES.append(EXAMPLES / "countdown-tool/calculator")
+RECIPES += [EXAMPLES / "countdown-tool/calculator", EXAMPLES / "countdown-moe/fipo"]
 RECIPES += [EXAMPLES / "qwen2.5-32b" / name for name in ("fipo", "dapo", "grpo", "fipo-32gpu")]
 RECIPES += [EXAMPLES / "qwen2.5-7b-math" / name for name in ("fipo", "dapo", "grpo", "fipo-8gpu")]
+RECIPES += [EXAMPLES / "qwen3-30b-a3b" / name for name in ("fipo", "dapo")]
 
 
 def load_recipe(name: str, *overrides: str) -> Config:
-    """A shipped recipe; the sizes of the countdown model are read from the folder that its base model was
+    """A shipped recipe; the sizes of a countdown model are read from the folder that its base model was
     made from.
     """
     config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
-    config.model.path = str(
-        EXAMPLES / ("countdown/model-config" if "countdown" in name else Path(name).parent)
-    )
+    folder = EXAMPLES / Path(name).parent
+    if "countdown" in name:
+        folder = (folder if folder.name == "countdown-moe" else EXAMPLES / "countdown") / "model-config"
+    config.model.path = str(folder)
     return config
 
 
@@ -69,7 +73,7 @@ def printed(config: Config) -> str:
 class TestShippedRecipes:
     def test_none_is_forgotten(self):
         shipped = {path.with_suffix("") for path in EXAMPLES.glob("*/*.yaml")}
-        assert shipped == {*RECIPES, EXAMPLES / "countdown/sft"}
+        assert shipped == {*RECIPES, EXAMPLES / "countdown/sft", EXAMPLES / "countdown-moe/sft"}
 
     @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
     def test_loads_validates_and_dry_runs(self, recipe):
@@ -89,7 +93,9 @@ class TestShippedRecipes:
         # 2 bytes of weight, 4 of gradient, 12 of optimizer state over 4 context-parallel ranks
         assert [stage.total_bytes for stage in plan.stages] == [stage.parameters * 9 for stage in plan.stages]
 
-    @pytest.mark.parametrize("folder", ["qwen2.5-32b", "qwen2.5-7b-math", "countdown/model-config"])
+    @pytest.mark.parametrize(
+        "folder", ["qwen2.5-32b", "qwen2.5-7b-math", "qwen3-30b-a3b", "countdown/model-config"]
+    )
     def test_the_parameter_count_is_that_of_transformers(self, folder):
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -106,6 +112,62 @@ class TestShippedRecipes:
         config = load_recipe("qwen2.5-7b-math/fipo")
         with pytest.raises(Exception, match="12288 tokens exceed the model's max_position_embeddings=4096"):
             validate(config, read_architecture(tmp_path))
+
+
+class TestExperts:
+    def text(self, *overrides: str) -> str:
+        return " ".join(printed(load_recipe("qwen3-30b-a3b/fipo", *overrides)).split())
+
+    def test_a_plan_shows_the_experts_and_what_a_token_uses(self):
+        text = self.text()
+        assert "30,532,122,624 (30.53B, 3.35B per token), bfloat16" in text
+        assert "128 of width 768 in 48 layers, 8 per token" in text
+        assert "expert parallel 8 ranks of 16 experts x data 1" in text
+        assert "feed-forward" not in text
+        assert "expert load 1.2" in text
+        assert "products of experts" in text
+
+    def test_experts_on_several_tensor_ranks_are_not_calibrated(self):
+        shared = "parallel.expert_model_parallel_size=4", "parallel.expert_tensor_parallel_size=2"
+        text = self.text(*shared)
+        assert "expert parallel 4 ranks of 32 experts x tensor 2 x data 1" in text
+        assert "experts on several tensor ranks" in text
+
+    def test_layers_without_experts_are_shown(self, tmp_path):
+        values = json.loads((EXAMPLES / "qwen3-30b-a3b/config.json").read_text(encoding="utf-8"))
+        (tmp_path / "config.json").write_text(json.dumps(values | {"mlp_only_layers": [0, 47]}), "utf-8")
+        config = load_recipe("qwen3-30b-a3b/fipo")
+        config.model.path = str(tmp_path)
+        text = " ".join(printed(config).split())
+        assert "key-value groups, feed-forward 6144 in 2 of them" in text
+        assert "128 of width 768 in 46 layers, 8 per token" in text
+
+    @pytest.mark.parametrize(
+        ("overrides", "reason"),
+        [
+            (
+                ("parallel.expert_model_parallel_size=16",),
+                "expert_model_parallel_size=16 x expert_tensor_parallel_size=1 does not divide the 8 ranks",
+            ),
+            (
+                ("parallel.tensor_model_parallel_size=2", "parallel.data_parallel_size=2"),
+                "with experts needs parallel.sequence_parallel=true",
+            ),
+        ],
+    )
+    def test_a_layout_that_cannot_run_is_refused(self, overrides, reason):
+        with pytest.raises(UserError, match=reason):
+            self.text(*overrides)
+
+    def test_a_fuller_rank_needs_more_memory_and_time(self):
+        even, uneven = (
+            recipe_case("qwen3-30b-a3b", assumptions=Assumptions(expert_load=load)) for load in (1, 3)
+        )
+        assert fullest_stage(uneven)[1].total.value > fullest_stage(even)[1].total.value
+        assert make_times(uneven).iteration.update.total.value > make_times(even).iteration.update.total.value
+
+    def test_a_dense_plan_says_nothing_of_experts(self):
+        assert "expert" not in printed(load_recipe("qwen2.5-32b/fipo"))
 
 
 def _real_rank(

@@ -4,15 +4,20 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_fipo.config import load_config
 from megatron_fipo.config.rules import validate
 from megatron_fipo.errors import UserError
-from megatron_fipo.plan.case import Case
+from megatron_fipo.families.registry import read_model_config
+from megatron_fipo.plan.case import Case, case_of
 from megatron_fipo.plan.fit import RECOMMENDED_SHARE, fullest_stage, misfits
 from megatron_fipo.plan.iteration import iteration
+from megatron_fipo.plan.machine_file import load_machine
 from megatron_fipo.plan.memory.trainer import trainer_memory
+from megatron_fipo.plan.render_search import layout_text
 from megatron_fipo.plan.search import changes, nearest_fit, search
 from megatron_fipo.plan.time.trainer import score_time, update_time
-from tests.plan.cases import recipe_case
+from megatron_fipo.plan.workload import Assumptions
+from tests.plan.cases import EXAMPLES, recipe_case
 from tests.plan.machines import toy_machine
 
 GIB = 2**30
@@ -104,6 +109,65 @@ def test_a_search_needs_a_gpu(seven_b):
 def test_a_search_over_several_nodes_uses_complete_ones(seven_b):
     with pytest.raises(UserError, match="needs a multiple of 8 GPUs, not 127"):
         search(seven_b, 127)
+
+
+class TestExperts:
+    """The recipe of Qwen3-30B-A3B."""
+
+    @pytest.fixture(scope="class")
+    def mixture(self) -> Case:
+        config = load_config(EXAMPLES / "qwen3-30b-a3b/fipo.yaml", [])
+        model = read_model_config(EXAMPLES / "qwen3-30b-a3b")
+        lengths = Assumptions(response_start=4_000, response_end=10_000)
+        return case_of(config, *model, load_machine("h100-80gb"), lengths)
+
+    @pytest.fixture(scope="class")
+    def found(self, mixture: Case):
+        return search(mixture, 32, ["synchronous"])
+
+    def test_every_layout_is_one_that_the_rules_allow(self, found):
+        assert found
+        for result in found:
+            parallel = result.case.config.parallel
+            validate(result.case.config, result.case.architecture)
+            assert 128 % parallel.expert_model_parallel_size == 0
+            assert parallel.stage_size % parallel.expert_model_parallel_size == 0
+            assert parallel.sequence_parallel == (parallel.tensor_model_parallel_size > 1)
+            assert parallel.expert_tensor_parallel_size == 1
+
+    def test_the_recipe_is_the_fastest_layout(self, mixture, found):
+        """Its experts are shared within a node, so that no token leaves it."""
+        assert changes(mixture, found[0].case) == {}
+        assert mixture.config.parallel.expert_model_parallel_size == 8
+
+    def test_no_other_size_is_faster(self, found):
+        best = found[0].case
+        seconds = score_time(best).total.value + update_time(best).total.value
+        for size in (1, 2, 4, 8, 16):
+            other = best.changed(parallel={"expert_model_parallel_size": size})
+            try:
+                validate(other.config, other.architecture)
+            except UserError:
+                continue
+            fits = fullest_stage(other)[1].total.value <= RECOMMENDED_SHARE * other.machine.device_bytes
+            if fits:
+                assert score_time(other).total.value + update_time(other).total.value >= 0.97 * seconds
+
+    def test_a_dense_model_has_no_expert_layouts(self, seven_b):
+        for result in search(seven_b, 8, ["synchronous"]):
+            assert result.case.config.parallel.expert_model_parallel_size == 1
+
+    def test_the_nearest_layout_that_fits_may_change_the_expert_ranks(self):
+        whole = recipe_case("qwen3-30b-a3b", "parallel.expert_model_parallel_size=1")
+        assert misfits(whole)[0].fatal
+        nearest = nearest_fit(whole)
+        assert nearest is not None
+        assert set(nearest) == {"parallel.expert_model_parallel_size"}
+
+    def test_a_layout_is_written_with_its_expert_ranks(self, mixture):
+        assert layout_text(mixture) == "TP1 CP2 PP2x4 DP4 EP8 full"
+        shared = mixture.changed(parallel={"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 2})
+        assert layout_text(shared) == "TP1 CP2 PP2x4 DP4 EP4 ETP2 full"
 
 
 class TestMisfits:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.config import load_config
 from megatron_fipo.errors import UserError
-from megatron_fipo.plan.case import case_of
+from megatron_fipo.plan.case import DEFAULT_EXPERT_LOAD, Case, case_of
 from megatron_fipo.plan.workload import Assumptions, LengthLaw, Workload
 from tests.plan.cases import EXAMPLES, recipe_case
 
@@ -111,3 +111,22 @@ class TestDefaults:
         assert case.changed(evaluation={"sets": sets}).held_out_samples == [4] * 7 + [32] * 7
         countdown = load_config(EXAMPLES / "countdown/fipo.yaml", [])
         assert replace(case, config=countdown).held_out_samples == [4] * countdown.data.evaluation_size
+
+
+class TestExpertLoad:
+    def test_it_is_resolved_for_a_model_with_experts_alone(self):
+        dense, mixture = (recipe_case(name) for name in ("qwen2.5-32b", "qwen3-30b-a3b"))
+        assert resolved(dense).assumptions.expert_load is None
+        assert resolved(mixture).assumptions.expert_load == DEFAULT_EXPERT_LOAD == 1.2
+
+    def test_an_assumption_is_kept(self):
+        case = recipe_case("qwen3-30b-a3b", assumptions=Assumptions(expert_load=1.7))
+        assert resolved(case).expert_load == case.expert_load == 1.7
+
+    def test_a_load_below_the_mean_is_refused(self):
+        with pytest.raises(ValueError, match="expert_load"):
+            Assumptions(expert_load=0.9)
+
+
+def resolved(case: Case) -> Case:
+    return case_of(case.config, case.family, case.architecture, case.machine, case.assumptions)

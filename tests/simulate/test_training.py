@@ -178,6 +178,28 @@ def test_a_curve_ends_where_the_batch_does(scaling):
     assert walls == sorted(walls, reverse=True)
 
 
+def test_fewer_gpus_than_share_the_experts_are_left_out():
+    """A stage of the recipe has 8 ranks, as many as share the experts: a half of it is no layout."""
+    config = load_config(
+        "examples/qwen3-30b-a3b/fipo.yaml",
+        [
+            "batch.prompts_per_iteration=8",
+            "batch.mini_batch_prompts=8",
+            "batch.responses_per_prompt=4",
+            "rollout.prompts_in_flight=20",
+            "rollout.max_response_length=400",
+            "reward.overlong_buffer=0",
+            "iterations=40",
+        ],
+    )
+    mixture = case_of(config, *read_model_config(config.model.path), load_machine("h100-80gb"), Assumptions())
+    curve = simulate_scaling(mixture, SAFE, times_of)
+    assert [one.devices for one in scaled_cases(mixture)][:3] == [8, 16, 32]
+    assert [run.case.devices for run in curve.runs] == [32, 64, 128, 256]
+    assert curve.refused is not None
+    assert curve.refused.startswith("512 GPUs: parallel.data_parallel_size=64 exceeds")
+
+
 def test_the_page_is_complete_and_needs_no_network(growing, scaling):
     basis = Basis(frozenset({"one <H100>"}), frozenset({"network"}))
     page = render_page("mine.yaml", growing, scaling, Operation(), basis)

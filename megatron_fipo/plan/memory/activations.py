@@ -23,7 +23,7 @@ scales add 1/32 of that.
 
 The peak of a layer's backward pass is in its feed-forward part, where all of its activations still exist. With Transformer
 Engine 3f more, found on one H200; in the portable layers the product is free again and 3f of gradients exist: 2f. The
-gradient of the residual stream, h, exists throughout.
+gradient of the residual stream, h, exists throughout. A layer with experts: `expert_activations.py`.
 
 Worked example, Transformer Engine in bfloat16, h = q = 896, k = 128, f = 4,864: 4h + 2q + 2k + 3f = 20,224 elements,
 40,448 bytes per token and layer; of 24 layers and 20,480 tokens 18.5 GiB.
@@ -31,65 +31,10 @@ Worked example, Transformer Engine in bfloat16, h = q = 896, k = 128, f = 4,864:
 
 from dataclasses import dataclass
 
+from megatron_fipo.families.family import Layers
 from megatron_fipo.plan.case import Case
-from megatron_fipo.plan.layout import micro_batch_tokens
-from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT
-
-
-def uses_transformer_engine(case: Case) -> bool:
-    """As `choose_layer_spec` on the machine, with the package installed."""
-    model = case.config.model
-    if model.layer_spec == "auto":
-        return model.dtype == "bfloat16" and not case.machine.on_cpu
-    return model.layer_spec == "transformer_engine"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a rank's tensors."""
-
-    hidden: int
-    query: float
-    key: float
-    ffn: float
-    heads: float
-    head_size: int
-    tokens: float
-    """T: of a full micro-batch."""
-    residual_tokens: float
-    """t."""
-    rows: float
-    """Response tokens among the T."""
-    context: int
-    """Context-parallel ranks."""
-    element: int
-    """Bytes of an activation."""
-
-    @property
-    def hidden_bytes(self) -> float:
-        """Of the residual stream."""
-        return self.residual_tokens * self.hidden * self.element
-
-
-def sizes_of(case: Case) -> Sizes:
-    """For a full micro-batch of responses of the end of training."""
-    architecture, parallel, work = case.architecture, case.config.parallel, case.workload()
-    tp = parallel.tensor_model_parallel_size
-    tokens = micro_batch_tokens(case.config) / parallel.context_parallel_size
-    mean = work.prompt_tokens + work.response.mean
-    return Sizes(
-        hidden=architecture.hidden_size,
-        query=architecture.size("query") / tp,
-        key=architecture.size("key") / tp,
-        ffn=architecture.size("ffn") / tp,
-        heads=architecture.num_attention_heads / tp,
-        head_size=architecture.kv_channels,
-        tokens=tokens,
-        residual_tokens=tokens / tp if parallel.sequence_parallel else tokens,
-        rows=tokens * work.response.mean / mean,
-        context=parallel.context_parallel_size,
-        element=BYTES_PER_ELEMENT[case.config.model.dtype],
-    )
+from megatron_fipo.plan.memory.expert_activations import expert_bytes, expert_workspace
+from megatron_fipo.plan.memory.sizes import Sizes, fp8_scale, uses_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -102,22 +47,19 @@ class Layer:
     """In addition to `kept`, at the peak of its backward pass."""
 
 
-def layer_of(case: Case, sizes: Sizes) -> Layer:
+def layer_of(case: Case, sizes: Sizes, kind: Layers) -> Layer:
     """A layer's activations under `model.recompute` none or selective; full recomputation builds on the same numbers."""
     engine = uses_transformer_engine(case)
+    if kind is Layers.EXPERTS:
+        kept = _attention(case, sizes, engine) + expert_bytes(case, sizes) + _residual(case, sizes)
+        return Layer(kept=kept, backward=expert_workspace(case, sizes))
     kept = _attention(case, sizes, engine) + _feed_forward(case, sizes) + _residual(case, sizes)
     return Layer(kept=kept, backward=_backward(case, sizes, engine))
 
 
-def _fp8_scale(case: Case) -> float:
-    """Bytes of a kept FP8 element, its share of the scales included; 0 without FP8."""
-    model = case.config.model
-    return 0.0 if model.fp8 == "none" else 1 + 4 / 128 if model.fp8_recipe == "blockwise" else 1.0
-
-
 def _residual(case: Case, sizes: Sizes) -> float:
     """The residual stream before both norms, and what the norms keep."""
-    fp8 = _fp8_scale(case)
+    fp8 = fp8_scale(case)
     norms = 2 * fp8 if fp8 else sizes.element * (4 if case.machine.on_cpu else 2)
     return sizes.residual_tokens * sizes.hidden * (2 * sizes.element + norms)
 
@@ -128,7 +70,7 @@ def _attention(case: Case, sizes: Sizes, engine: bool) -> float:
     if engine:
         elements = sizes.tokens * (2 * sizes.query + 2 * sizes.key)
         return (
-            sizes.element * elements + _fp8_scale(case) * sizes.tokens * sizes.query + statistics + head_norm
+            sizes.element * elements + fp8_scale(case) * sizes.tokens * sizes.query + statistics + head_norm
         )
     tables = 4 * sizes.head_size * sizes.tokens
     if case.config.model.recompute == "selective":
@@ -164,15 +106,9 @@ def _head_norm(case: Case, sizes: Sizes) -> float:
 
 
 def _feed_forward(case: Case, sizes: Sizes) -> float:
-    """With experts, every token counts once per expert that processes it, with its input and its output before they add up."""
-    fp8 = _fp8_scale(case)
+    product = fp8_scale(case) or sizes.element
     unfused = case.machine.on_cpu
-    product = fp8 or sizes.element
-    of_token = sizes.ffn * (sizes.element * (4 if unfused else 2) + product)
-    if case.experts.count > 1:
-        of_token += sizes.hidden * (product + sizes.element)
-        return sizes.tokens * of_token * case.experts.per_token
-    return sizes.tokens * of_token
+    return sizes.tokens * (sizes.ffn * (sizes.element * (4 if unfused else 2) + product))
 
 
 def _backward(case: Case, sizes: Sizes, engine: bool) -> float:
@@ -181,9 +117,8 @@ def _backward(case: Case, sizes: Sizes, engine: bool) -> float:
     In the feed-forward part as above. In the first projection's backward pass the product is free, the gradient of gate and
     up exists, and the gradient of all T tokens; with few tokens in the residual stream and narrow shards that is more.
     """
-    routed = case.experts.per_token if case.experts.count > 1 else 1
-    ffn = sizes.ffn * sizes.tokens * routed * sizes.element
-    complete = sizes.hidden * sizes.tokens * routed * sizes.element
+    ffn = sizes.ffn * sizes.tokens * sizes.element
+    complete = sizes.hidden * sizes.tokens * sizes.element
     unfused = case.machine.on_cpu
     activation = (3 if engine else 2) * ffn
     projection = complete - (3 if unfused else 1) * ffn

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.config.vllm_arguments import kv_element_bytes
-from megatron_fipo.families.family import Layout, Weight
+from megatron_fipo.families.family import Architecture, Layout, Weight
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import NOTHING, Estimate, total
-from megatron_fipo.plan.layout import is_expert
+from megatron_fipo.plan.experts import expert_count
+from megatron_fipo.plan.layout import distinct_weights
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT
 from megatron_fipo.plan.memory.trainer import trainer_memory
 
@@ -113,14 +114,12 @@ def max_sequences(rollout: RolloutConfig) -> int:
 
 
 def _weights(case: Case, ranks: int) -> float:
-    """Parameters on a rank of the engine. vLLM shards all experts' matrices over the engine's ranks."""
-    experts, architecture = case.experts, case.architecture
-    parameters = sum(
-        _on_rank(case, weight, ranks) * (experts.count if is_expert(weight, experts) else 1)
-        for weight in case.family.weights(architecture)
+    """Parameters on a rank of the engine. vLLM shards the matrices of every expert over the engine's ranks."""
+    count = expert_count(case.architecture)
+    return sum(
+        _on_rank(case, weight, ranks) * (1 if weight.expert is None else count)
+        for weight in distinct_weights(case.family, case.architecture)
     )
-    router = architecture.hidden_size * experts.count * architecture.num_layers if experts.count > 1 else 0
-    return parameters + router
 
 
 def _on_rank(case: Case, weight: Weight, ranks: int) -> float:
@@ -134,14 +133,11 @@ def _on_rank(case: Case, weight: Weight, ranks: int) -> float:
 
 
 def _other(case: Case, element: int) -> Estimate:
-    """CUDA and libraries, the activations of a prefill (gate and up, their product, and four of the residual stream), and the
-    sampler's logits."""
+    """CUDA and libraries, the activations of a prefill (gate and up, their product, and four of the residual stream; the output
+    of each expert of a token), and the sampler's logits."""
     architecture, ranks = case.architecture, case.config.rollout.engine_tensor_parallel_size
-    routed = case.experts.per_token if case.experts.count > 1 else 1
     activations = (
-        BATCHED_TOKENS
-        * element
-        * (3 * architecture.ffn_hidden_size * routed / ranks + 4 * architecture.hidden_size)
+        BATCHED_TOKENS * element * (_feed_forward(architecture, ranks) + 4 * architecture.hidden_size)
     )
     logits = max_sequences(case.config.rollout) * architecture.vocab_size * LOGIT_BYTES
     made = Estimate(
@@ -151,6 +147,15 @@ def _other(case: Case, element: int) -> Estimate:
         not_calibrated=frozenset({SMALL}),
     )
     return made + case.machine.reserved_bytes.times(1.0, SMALL)
+
+
+def _feed_forward(architecture: Architecture, ranks: int) -> float:
+    """Elements per token."""
+    dense, experts = 3 * architecture.ffn_hidden_size / ranks, architecture.experts
+    if experts is None:
+        return dense
+    routed = experts.per_token * (3 * experts.ffn_hidden_size / ranks + architecture.hidden_size)
+    return max(routed, dense) if experts.dense_layers else routed
 
 
 def _trainer(case: Case) -> Estimate:

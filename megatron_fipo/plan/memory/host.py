@@ -9,7 +9,8 @@
                         and float32 moments, 14 bytes per bfloat16 parameter over the ranks that share its state
                         (docs/checkpoints.md; 1.00 times that was measured)
     object store        replies, 8 bytes, and the shares of the data-parallel ranks on the node, 9 bytes per trained token;
-                        buckets of weights if they go through the store
+                        buckets of weights if they go through the store; with model.router.replay=rollout also the routes,
+                        in replies and shares
     engines             processes and pinned buffers of vLLM's workers on this node; not measured on a GPU
     scorers, driver     90 MB each (`reward.scorers`), and 0.69 GiB (same table as packs)
 
@@ -18,6 +19,7 @@ The page cache of model files and checkpoints is not counted: it gives way.
 
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import Breakdown, Estimate, exact
+from megatron_fipo.plan.experts import engine_route_bytes, expert_replicas, shard_route_bytes
 from megatron_fipo.plan.layout import mini_steps
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT, Stage, stage_state
 
@@ -47,7 +49,7 @@ def node_memory(case: Case) -> Breakdown:
     config = case.config
     ranks, workers = _processes(case)
     stages = [
-        stage_state(config, case.family, case.architecture, index, case.experts)
+        stage_state(config, case.family, case.architecture, index)
         for index in range(config.parallel.pipeline_model_parallel_size)
     ]
     parts = {
@@ -75,7 +77,7 @@ def _packs(case: Case) -> Estimate:
     """Of a rank."""
     parallel, steps = case.config.parallel, mini_steps(case.config)
     tokens = case.workload().trained_tokens / (parallel.data_parallel_size * parallel.context_parallel_size)
-    value = min(2, steps) / steps * tokens * HOST_PACK_BYTES
+    value = min(2, steps) / steps * tokens * (HOST_PACK_BYTES + shard_route_bytes(case))
     return Estimate(
         value, 0.9 * value, 1.2 * value, sources=frozenset({"recipe_scale, CPU machine, 2026-11-29"})
     )
@@ -86,8 +88,11 @@ def _checkpoint(case: Case, stage: Stage) -> float:
     config = case.config
     dtype = config.model.dtype
     per_parameter = MASTER_AND_MOMENTS + (BYTES_PER_ELEMENT[dtype] if dtype != "float32" else 0)
-    replicas = config.parallel.data_parallel_size * config.parallel.context_parallel_size
-    return stage.parameters * per_parameter / (replicas if config.optimizer.distributed else 1)
+    parallel, dense = config.parallel, stage.parameters - stage.expert_parameters
+    shards = parallel.data_parallel_size * parallel.context_parallel_size, expert_replicas(parallel)
+    if not config.optimizer.distributed:
+        shards = 1, 1
+    return dense * per_parameter / shards[0] + stage.expert_parameters * per_parameter / shards[1]
 
 
 def _object_store(case: Case, ranks: int) -> Estimate:
@@ -95,7 +100,8 @@ def _object_store(case: Case, ranks: int) -> Estimate:
     tokens = case.workload().trained_tokens
     replicas = config.parallel.data_parallel_size
     shares = min(1.0, ranks / replicas)
-    value = tokens * (REPLY_BYTES + SHARE_BYTES * shares)
+    routes = engine_route_bytes(case)
+    value = tokens * (REPLY_BYTES + routes + (SHARE_BYTES + routes) * shares)
     if case.sends_weights_over_host:
         value += BUCKETS_IN_STORE * config.rollout.weight_bucket_mb * 2**20
     return Estimate(

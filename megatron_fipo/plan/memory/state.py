@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.families.family import Architecture, Family
-from megatron_fipo.plan.case import Experts
-from megatron_fipo.plan.layout import experts_per_rank, is_expert, stage_layers, stage_weights
+from megatron_fipo.families.family import Architecture, Family, Layout
+from megatron_fipo.plan.experts import expert_replicas
+from megatron_fipo.plan.layout import stage_layers, stage_weights
 
 BYTES_PER_ELEMENT = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4
@@ -31,6 +31,8 @@ class Stage:
     has_embedding: bool
     has_output: bool
     parameters: int
+    expert_parameters: int
+    """Of these, those of experts."""
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -48,8 +50,8 @@ class Counts:
 
     matrices: int
     """Of its layers, outside experts."""
-    expert: int
-    """Of one expert of each of its layers; 0 without experts."""
+    experts: int
+    router: int
     rest: int
     """Norms, biases, embedding and output layer."""
 
@@ -58,10 +60,11 @@ class Counts:
 def _counts(
     family: Family,
     architecture: Architecture,
-    experts: Experts,
     tp: int,
     pp: int,
     chunks: int | None,
+    ep: int,
+    etp: int,
     index: int,
 ) -> Counts:
     """Of pipeline stage `index`."""
@@ -70,50 +73,48 @@ def _counts(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=chunks,
     )
-    matrices = expert = rest = 0
+    held = architecture.experts.count // ep if architecture.experts else 0
+    matrices = experts = router = rest = 0
     for weight in stage_weights(family, architecture, parallel, index):
-        parameters = weight.parameters_per_rank(tp)
-        if is_expert(weight, experts):
-            expert += parameters
-        elif weight.is_layer_matrix:
-            matrices += parameters
+        if weight.expert is not None:
+            experts += held * weight.parameters_per_rank(etp)
+        elif not weight.is_layer_matrix:
+            rest += weight.parameters_per_rank(tp)
+        elif weight.layout is Layout.REPLICATED:
+            router += weight.parameters
         else:
-            rest += parameters
-    return Counts(matrices, expert, rest)
+            matrices += weight.parameters_per_rank(tp)
+    return Counts(matrices, experts, router, rest)
 
 
-def stage_state(
-    config: Config, family: Family, architecture: Architecture, index: int, experts: Experts | None = None
-) -> Stage:
+def stage_state(config: Config, family: Family, architecture: Architecture, index: int) -> Stage:
     """The state of a rank of pipeline stage `index`.
 
     The distributed optimizer shares its state over data × context ranks; that of experts over those ranks that have the same
-    experts. UserError for experts that do not divide.
+    experts. A router that is not trained has weights only.
     """
     parallel, offload = config.parallel, config.optimizer.cpu_offload
-    experts = experts or Experts()
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size
-    counts = _counts(family, architecture, experts, tp, pp, chunks, index)
-    layers = stage_layers(architecture.num_layers, parallel, index)
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    counts = _counts(family, architecture, tp, pp, chunks, ep, etp, index)
+    dense = counts.matrices + counts.rest + (counts.router if config.model.router.trainable else 0)
+    trained = dense + counts.experts
     replicas = parallel.data_parallel_size * parallel.context_parallel_size
-    router = sum(map(len, layers)) * architecture.hidden_size * experts.count if experts.count > 1 else 0
-    routed = counts.expert * experts_per_rank(experts, parallel)
-    dense = counts.matrices + counts.rest + router
-    parameters = dense + routed
-    shared = [(dense, replicas), (routed, replicas // experts.parallel_size)]
+    shared = [(dense, replicas), (counts.experts, expert_replicas(parallel))]
     if not config.optimizer.distributed:
-        shared = [(parameters, 1)]
+        shared = [(trained, 1)]
     matrix, element = _matrix_bytes(config), BYTES_PER_ELEMENT[config.model.dtype]
     per_parameter = optimizer_bytes_per_parameter(config)
     return Stage(
         index=index,
-        layers=layers,
+        layers=stage_layers(architecture.num_layers, parallel, index),
         has_embedding=index == 0,
         has_output=index == parallel.pipeline_model_parallel_size - 1,
-        parameters=parameters,
-        weight_bytes=(counts.matrices + routed) * matrix + (counts.rest + router) * element,
-        gradient_bytes=parameters * GRADIENT_BYTES,
+        parameters=counts.matrices + counts.experts + counts.router + counts.rest,
+        expert_parameters=counts.experts,
+        weight_bytes=(counts.matrices + counts.experts) * matrix + (counts.router + counts.rest) * element,
+        gradient_bytes=trained * GRADIENT_BYTES,
         optimizer_bytes=sum(
             round(count * per_parameter * (1 - offload)) // shards for count, shards in shared
         ),

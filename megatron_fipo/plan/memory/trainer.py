@@ -10,6 +10,7 @@ parts add up:
     layer workspace                 the peak of the last layer's backward pass, and with full recomputation its activations
     head                            what the output layer needs beyond that workspace, which is free at its time
     packs                           shards of two mini-steps, and old log-probs of the iteration
+    routes                          the experts of each token of the iteration, which are replayed
     communication                   buffers that exist beside all of these
     sleeping engine                 what a colocated engine leaves on the device
     fragmentation                   the allocator's blocks without a tensor
@@ -20,23 +21,22 @@ nothing. Gathered keys and values, and the gathers of sequence parallelism in Tr
 attention and in single products, where the feed-forward part's workspace is free.
 
 Compared with: tensors of a step on one H200 (docs/benchmarks.md), and all allocations of a step of the portable layers in
-float32 on 1 to 4 ranks (tests/plan/memory). Transformer Engine with tensor, context or pipeline parallelism, portable layers
-on GPUs, and experts have not been measured.
+float32 on 1 to 4 ranks (tests/plan/memory), also with experts. Not measured: Transformer Engine with tensor, context or
+pipeline parallelism and with experts, portable layers on GPUs.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
+from megatron_fipo.families.family import Layers
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import Breakdown, Estimate, exact, total
+from megatron_fipo.plan.experts import layer_counts, layer_kind, route_bytes, shard_route_bytes
 from megatron_fipo.plan.layout import chunks_in_flight, micro_batches, mini_steps, vocabulary_columns
-from megatron_fipo.plan.memory.activations import (
-    Layer,
-    Sizes,
-    layer_of,
-    mask_bytes,
-    sizes_of,
-    uses_transformer_engine,
-)
+from megatron_fipo.plan.memory.activations import Layer, layer_of, mask_bytes
+from megatron_fipo.plan.memory.expert_activations import dispatcher_bytes
+from megatron_fipo.plan.memory.sizes import Sizes, sizes_of, uses_transformer_engine
 from megatron_fipo.plan.memory.state import Stage, stage_state
 
 TOKEN_BYTES = 16
@@ -53,9 +53,9 @@ SLEEPING = Estimate(1.5 * 2**30, 0.5 * 2**30, 3.0 * 2**30, not_calibrated=frozen
 def trainer_memory(case: Case, stage: int) -> Breakdown:
     """Bytes of a trainer rank of pipeline stage `stage` at the peak of an iteration."""
     config = case.config
-    state = stage_state(config, case.family, case.architecture, stage, case.experts)
+    state = stage_state(config, case.family, case.architecture, stage)
     sizes = sizes_of(case)
-    activations, workspace, head = _step(case, state, sizes, layer_of(case, sizes))
+    activations, workspace, head = _step(case, state, sizes)
     parts = {
         **_state(case, state),
         "activations": _near(case, activations),
@@ -64,6 +64,8 @@ def trainer_memory(case: Case, stage: int) -> Breakdown:
         "packs": _packs(case, state, sizes),
         "communication": exact(_communication(case, state, sizes)),
     }
+    if case.architecture.experts is not None and config.model.router.replay != "none":
+        parts["routes"] = _routes(case, state)
     if config.objective.kl_coefficient:
         parts["reference model"] = exact(state.weight_bytes)
     tensors = total(parts.values())
@@ -112,33 +114,73 @@ def _near(case: Case, value: float) -> Estimate:
     else:
         source = "allocations of a step, 1 to 4 ranks on a CPU"
         measured = case.machine.on_cpu
-    if measured and case.experts.count == 1:
+    if case.architecture.experts is not None:
+        measured = measured and case.machine.on_cpu and parallel.expert_tensor_parallel_size == 1
+    if measured:
         return Estimate(value, 0.95 * value, 1.05 * value, sources=frozenset({source}))
     return Estimate(
         value, 0.9 * value, 1.15 * value, not_calibrated=frozenset({"activations in this layout"})
     )
 
 
-def _step(case: Case, state: Stage, sizes: Sizes, layer: Layer) -> tuple[float, float, float]:
+def _step(case: Case, state: Stage, sizes: Sizes) -> tuple[float, float, float]:
     """Bytes of activations, layer workspace, and head beyond that workspace."""
-    config = case.config
-    full = config.model.recompute == "full"
-    layers = len(state.layers[0])
-    in_flight = chunks_in_flight(config.parallel, state.index, micro_batches(case))
-    of_pass = layers * (sizes.hidden_bytes if full else layer.kept) + mask_bytes(case, sizes)
-    activations = in_flight * of_pass
+    full = case.config.model.recompute == "full"
+    layers = {kind: layer_of(case, sizes, kind) for kind in layer_counts(case.architecture)}
+    kept = {kind: sizes.hidden_bytes if full else layer.kept for kind, layer in layers.items()}
+    passes = _passes(case, state)
+    of_passes = [
+        (count, sum(number * kept[kind] for kind, number in Counter(chunk).items()) + mask_bytes(case, sizes))
+        for chunk, count in passes.items()
+    ]
+    activations = sum(count * of_pass for count, of_pass in of_passes)
+    if with_experts := sum(case.architecture.has_experts(layer) for part in state.layers for layer in part):
+        activations += with_experts * dispatcher_bytes(case, sizes)
+    in_flight = sum(passes.values())
     if case.machine.on_cpu:  # the outputs that were sent, which a GPU frees after the send
         activations += (in_flight - (1 if state.has_output else 0)) * sizes.hidden_bytes
-    workspace = layer.backward
-    if full:  # the layer computed again: all but its input is new, and so is its output
-        workspace += layer.kept
+    workspace = max(_workspace(chunk, layers, kept, full) for chunk in passes)
     columns = vocabulary_columns(case)
     if _adds_embedding_gradients(case):
         workspace += columns * sizes.hidden * sizes.element
     if state.has_embedding:
-        workspace = max(workspace, columns * sizes.hidden * sizes.element - of_pass)
+        workspace = max(workspace, columns * sizes.hidden * sizes.element - of_passes[0][1])
     head = max(0.0, _head(case, sizes, columns) - workspace) if state.has_output else 0.0
     return activations, workspace, head
+
+
+Chunk = tuple[Layers, ...]
+"""Kinds of the layers of a model chunk."""
+
+
+def _passes(case: Case, state: Stage) -> dict[Chunk, int]:
+    """Forward passes in flight by chunk. Interleaved, each chunk in turn computes as many micro-batches as there are stages."""
+    parallel = case.config.parallel
+    chunks = [tuple(layer_kind(case.architecture, layer) for layer in chunk) for chunk in state.layers]
+    in_flight = chunks_in_flight(parallel, state.index, micro_batches(case))
+    turns = (index // parallel.pipeline_model_parallel_size for index in range(in_flight))
+    return dict(Counter(chunks[turn % len(chunks)] for turn in turns))
+
+
+def _workspace(
+    chunk: Chunk, layers: Mapping[Layers, Layer], kept: Mapping[Layers, float], full: bool
+) -> float:
+    """The largest moment of a chunk's backward pass, relative to all that its layers have kept.
+
+    That is in its last layer, or in the last of another kind if that needs more than the layers after it have freed.
+    """
+    most = freed = 0.0
+    seen: set[Layers] = set()
+    for kind in reversed(chunk):
+        if kind not in seen:
+            # With full recomputation the layer is computed again: all but its input is new, and so is its output.
+            again = layers[kind].kept if full else 0.0
+            most = max(most, layers[kind].backward + again - freed)
+            seen.add(kind)
+        if len(seen) == len(layers):
+            break
+        freed += kept[kind]
+    return most
 
 
 def _adds_embedding_gradients(case: Case) -> bool:
@@ -184,7 +226,18 @@ def _packs(case: Case, state: Stage, sizes: Sizes) -> Estimate:
     tokens = case.workload().trained_tokens / ranks
     rows = tokens * sizes.rows / sizes.tokens
     log_probs = (2 if config.objective.kl_coefficient else 1) * 4 * rows if state.has_output else 0.0
-    value = min(2, steps) / steps * (TOKEN_BYTES * tokens + ROW_BYTES * rows) + log_probs
+    of_tokens = (TOKEN_BYTES + shard_route_bytes(case)) * tokens
+    value = min(2, steps) / steps * (of_tokens + ROW_BYTES * rows) + log_probs
+    return Estimate(value, 0.95 * value, 1.1 * value, sources=frozenset({"fields of a shard"}))
+
+
+def _routes(case: Case, state: Stage) -> Estimate:
+    """The routes of the iteration, which are replayed in its updates: those of the stage's layers and the rank's tokens."""
+    parallel = case.config.parallel
+    layers = sum(case.architecture.has_experts(layer) for chunk in state.layers for layer in chunk)
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    ranks = parallel.data_parallel_size * parallel.context_parallel_size * shards
+    value = case.workload().trained_tokens / ranks * layers * route_bytes(case)
     return Estimate(value, 0.95 * value, 1.1 * value, sources=frozenset({"fields of a shard"}))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import NOTHING, Estimate, latest
+from megatron_fipo.plan.experts import expert_replicas
 from megatron_fipo.plan.machine import Link, Machine
 
 
@@ -117,9 +118,22 @@ def pipeline_group(case: Case) -> Group:
 
 
 def expert_group(case: Case) -> Group:
-    """Ranks that share the experts of a layer. Each holds some experts completely, so tensor ranks share them too."""
-    ranks = case.experts.parallel_size * case.config.parallel.tensor_model_parallel_size
-    return Group(case.machine, ranks if case.experts.count > 1 else 1)
+    """Ranks that share the experts of a layer, each some of them. The ranks that share a matrix of an expert are beside each
+    other."""
+    parallel = case.config.parallel
+    return Group(case.machine, parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size)
+
+
+def expert_tensor_group(case: Case) -> Group:
+    """Ranks that share each matrix of an expert."""
+    return Group(case.machine, case.config.parallel.expert_tensor_parallel_size)
+
+
+def expert_replica_group(case: Case) -> Group:
+    """Ranks of a pipeline stage with the same shard of the experts."""
+    parallel = case.config.parallel
+    ways = parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size
+    return Group(case.machine, expert_replicas(parallel), ways)
 
 
 def engine_group(case: Case) -> Group:

@@ -11,8 +11,10 @@ expert parallelism within an engine (its tensor ranks share every expert).
 
 from dataclasses import dataclass
 
+from megatron_fipo.families.family import Architecture
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import Estimate, latest
+from megatron_fipo.plan.experts import active_experts
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT
 from megatron_fipo.plan.time.collectives import engine_group
 from megatron_fipo.plan.time.layer import products_of
@@ -24,28 +26,25 @@ class EngineWeights:
     """Parameters that take part in a decoding step, over all devices of an engine."""
 
     dense: int
-    """Attention, norms, output layer, and the feed-forward part if there are no experts."""
+    """All but the experts: attention, norms, routers, output layer, feed-forward parts."""
     expert: int
-    """One expert in every layer; 0 without experts."""
+    """One expert in every layer that has experts; 0 without experts."""
 
 
 def engine_weights(case: Case) -> EngineWeights:
     """The embedding counts only if it is the output layer too: a row per sequence is nothing."""
     weights, architecture = model_weights(case), case.architecture
     ends = weights.ends - (0 if architecture.share_embeddings_and_output_weights else weights.embedding)
-    layers = architecture.num_layers
-    return EngineWeights(ends + layers * weights.dense, layers * weights.expert)
+    return EngineWeights(ends + weights.dense, weights.expert)
 
 
 def decode_step(case: Case, sequences: float, cache_tokens: float) -> Estimate:
     """Seconds of one decoding step of one engine with `sequences` running and `cache_tokens` tokens of theirs cached."""
     machine, architecture, group = case.machine, case.architecture, engine_group(case)
-    element, experts, devices = BYTES_PER_ELEMENT[case.config.model.dtype], case.experts, group.size
-    # Every sequence takes other experts: of 128, one sequence touches 8, and 32 sequences 112.
-    touched = experts.count * (1 - (1 - experts.per_token / experts.count) ** sequences)
+    element, devices = BYTES_PER_ELEMENT[case.config.model.dtype], group.size
     weights = engine_weights(case)
-    size = (weights.dense + weights.expert * touched) * element / devices
-    active = weights.dense + weights.expert * experts.per_token
+    size = (weights.dense + weights.expert * _touched(architecture, sequences)) * element / devices
+    active = weights.dense + weights.expert * active_experts(architecture)
     reading = machine.decode_weights.seconds(size, "decode_weights")
     products = products_of(case, case.config.model.dtype).rate.seconds(
         2 * active * sequences / devices, f"products in {case.config.model.dtype}"
@@ -63,6 +62,14 @@ def decode_step(case: Case, sequences: float, cache_tokens: float) -> Estimate:
     )
 
 
+def _touched(architecture: Architecture, sequences: float) -> float:
+    """Experts of a layer that a step reads. Every sequence takes others: of 128, one sequence touches 8, and 32 sequences 112."""
+    experts = architecture.experts
+    if experts is None:
+        return 0.0
+    return experts.count * (1 - (1 - experts.per_token / experts.count) ** sequences)
+
+
 def prefill(case: Case, tokens: float) -> Estimate:
     """Seconds in which one engine computes `tokens` tokens of prompts, or of responses whose cache was lost.
 
@@ -70,7 +77,7 @@ def prefill(case: Case, tokens: float) -> Estimate:
     """
     architecture, group = case.architecture, engine_group(case)
     weights, vocabulary = engine_weights(case), architecture.size("vocab") * architecture.size("hidden")
-    active = weights.dense - vocabulary + weights.expert * case.experts.per_token
+    active = weights.dense - vocabulary + weights.expert * active_experts(architecture)
     element = BYTES_PER_ELEMENT[case.config.model.dtype]
     reduce = group.reduce(tokens * architecture.hidden_size * element).scaled(2 * architecture.num_layers)
     return case.machine.prefill.seconds(2 * active * tokens / group.size, "prefill") + reduce

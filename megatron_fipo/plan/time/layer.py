@@ -9,23 +9,30 @@ Counted:
 - tensor-parallel collectives, all visible: with sequence parallelism two all-gathers and two reduce-scatters in each
   direction (the further gather for weight gradients runs beside a product), else two all-reduces,
 - context parallelism: keys and values in a ring beside attention; visible is what a step takes longer than its attention,
-- experts: an all-to-all before and after, and the copies that order tokens by expert,
+- experts, in the place of the feed-forward part: an all-to-all before and after, and with tensor parallelism of experts a gather
+  and a reduce-scatter; the copies that order tokens by expert; the router's product and choice. All ranks wait for the one
+  that gets most tokens (`plan/experts.py`). A product of many experts at once counts as one product of all their tokens,
 - host: what starting the kernels takes longer than running them.
 
-Ignored: tails of products with few tokens, sequences that differ within a pack, imbalance between experts, the router.
+Ignored: tails of products with few tokens, sequences that differ within a pack, the top-k that a replay of routes repeats.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fipo.errors import UserError
-from megatron_fipo.families.family import Layout
+from megatron_fipo.families.family import Layers, Layout, Weight
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import NOTHING, Estimate, latest, total
-from megatron_fipo.plan.layout import is_expert
+from megatron_fipo.plan.experts import copies_per_token, expert_width, experts_of, load, usual_kind
 from megatron_fipo.plan.machine import Products
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT
-from megatron_fipo.plan.time.collectives import context_group, expert_group, tensor_group
+from megatron_fipo.plan.time.collectives import (
+    context_group,
+    expert_group,
+    expert_tensor_group,
+    tensor_group,
+)
 from megatron_fipo.plan.time.overlap import exposed
 from megatron_fipo.plan.time.packs import Packs
 from megatron_fipo.plan.time.weights import layer_matrices
@@ -47,6 +54,9 @@ CAST_BYTES = 4
 FP8_HOST = 3.4
 """Host time of a layer in FP8 over that in bfloat16: quantizers and casts are further launches. From one step of the 0.5B
 model on 4 sequences of 5,120 tokens, which the host bounds (the same page)."""
+ROUTER_BYTES = (74, 30)
+"""Read or written per token and expert for the choice: float32 logits and scores, masks, and the sort that finds the tokens of
+each expert, counted in Megatron-Core's router and permutation, which are not fused."""
 EXPERT_HOST = 7.0
 """Host time of a layer with experts over that of a dense one: router, permutations, a wait for the counts of tokens, two
 exchanges, products expert by expert. From the training time of Qwen3-30B-A3B in NeMo-RL v0.3 (50 s on 64 H100, which nothing
@@ -59,11 +69,15 @@ Parts = Mapping[str, Estimate]
 
 @dataclass(frozen=True)
 class Product:
-    """A weight of a layer on one rank: [tokens, k] × [k, n]."""
+    """A weight of a layer on one rank: [tokens, k] × [k, n]. Of experts, that of one."""
 
     k: int
     n: int
-    expert: bool = False
+    tokens: float = 1.0
+    """Rows for each token of the micro-batch: of all experts together."""
+    count: float = 1.0
+    """Such weights on the rank."""
+    is_router: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,9 +88,13 @@ class LayerTime:
     backward: Parts
 
 
-def layer_time(case: Case, pack: Packs) -> LayerTime:
-    """Of any layer; all are equal. UserError for a precision that the machine has no figures for."""
-    return LayerTime(_direction(case, pack, 0), _direction(case, pack, 1))
+def layer_time(case: Case, pack: Packs, kind: Layers | None = None) -> LayerTime:
+    """Of any layer of this kind, by default with experts if the model has some; all such layers are equal.
+
+    UserError for a precision that the machine has no figures for.
+    """
+    kind = kind or usual_kind(case.architecture)
+    return LayerTime(_direction(case, pack, kind, 0), _direction(case, pack, kind, 1))
 
 
 def core_attention(case: Case, pack: Packs) -> Estimate:
@@ -102,15 +120,35 @@ def layer_precision(case: Case) -> str:
     return "fp8_blockwise" if model.fp8_recipe == "blockwise" else "fp8_tensorwise"
 
 
-def layer_products(case: Case) -> list[Product]:
-    """The matrices of a layer on one rank; of one expert if there are several, which no tensor ranks share."""
-    tp, found = case.config.parallel.tensor_model_parallel_size, []
-    for weight in layer_matrices(case.family, case.architecture):
-        n, k = sum(shape[0] for shape in weight.shapes), weight.shapes[0][1]
-        expert = is_expert(weight, case.experts)
-        ways, by_row = 1 if expert else tp, weight.layout is Layout.ROW
-        found.append(Product(k // ways if by_row else k, n if by_row else n // ways, expert))
-    return found
+def layer_products(case: Case, kind: Layers | None = None) -> list[Product]:
+    """The matrices of a layer on one rank; the kind as in `layer_time`."""
+    parallel, kind = case.config.parallel, kind or usual_kind(case.architecture)
+    return [
+        _product(case, weight, parallel.tensor_model_parallel_size)
+        if weight.expert is None
+        else _expert_product(case, weight)
+        for weight in layer_matrices(case.family, case.architecture, kind)
+    ]
+
+
+def _product(case: Case, weight: Weight, tp: int) -> Product:
+    n, k = sum(shape[0] for shape in weight.shapes), weight.shapes[0][1]
+    if weight.layout is Layout.REPLICATED:
+        return Product(k, n, tokens=1 / _residual_shards(case), is_router=True)
+    by_row = weight.layout is Layout.ROW
+    return Product(k // tp if by_row else k, n if by_row else n // tp)
+
+
+def _expert_product(case: Case, weight: Weight) -> Product:
+    parallel = case.config.parallel
+    one = _product(case, weight, parallel.expert_tensor_parallel_size)
+    held = experts_of(case).count / parallel.expert_model_parallel_size
+    return replace(one, tokens=copies_per_token(case) * load(case), count=held)
+
+
+def _residual_shards(case: Case) -> int:
+    parallel = case.config.parallel
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
 
 def product_seconds(
@@ -125,36 +163,38 @@ def product_seconds(
     return latest(compute, case.machine.memory.seconds(stored + element * tokens * (k + n), "memory"))
 
 
-def _direction(case: Case, pack: Packs, way: int) -> dict[str, Estimate]:
+def _direction(case: Case, pack: Packs, kind: Layers, way: int) -> dict[str, Estimate]:
     """Forward (0) or backward (1)."""
     attention = _attention(case, pack, way)
     parts = {
-        "products": _products(case, pack, way),
+        "products": _products(case, pack, kind, way),
         "attention": attention,
-        "elementwise": _elementwise(case, pack, way),
-        "tensor parallel": _tensor(case, pack),
+        "elementwise": _elementwise(case, pack, kind, way),
+        "tensor parallel": _tensor(case, pack, kind),
         "context parallel": _context(case, pack, attention, way),
-        "experts": _experts(case, pack),
+        "experts": _experts(case, pack, kind),
     }
     launches = 0.5 if case.config.model.fp8 == "none" else 0.5 * FP8_HOST
-    if case.experts.count > 1:
+    if kind is Layers.EXPERTS:
         launches *= EXPERT_HOST
     host = case.machine.layer_host.times(launches, "layer_host")
     return {**parts, "host": exposed(host, total(parts.values()))}
 
 
-def _products(case: Case, pack: Packs, way: int) -> Estimate:
-    precision, element = layer_precision(case), BYTES_PER_ELEMENT[case.config.model.dtype]
-    experts, tp = case.experts, case.config.parallel.tensor_model_parallel_size
-    times = []
-    for product in layer_products(case):
-        copies = experts.count / (tp * experts.parallel_size) if product.expert else 1
-        tokens = pack.tokens * experts.per_token / tp if product.expert else pack.tokens
-        weights = copies * product.k * product.n
-        seconds = product_seconds(case, precision, tokens, product.k, product.n, element * weights)
+def _products(case: Case, pack: Packs, kind: Layers, way: int) -> Estimate:
+    model, times = case.config.model, []
+    for product in layer_products(case, kind):
+        # Routers are never multiplied in FP8.
+        precision = model.dtype if product.is_router else layer_precision(case)
+        tokens, weights = pack.tokens * product.tokens, product.count * product.k * product.n
+        read = BYTES_PER_ELEMENT[model.dtype] * weights
+        seconds = product_seconds(case, precision, tokens, product.k, product.n, read)
         gradient = product_seconds(case, precision, tokens, product.k, product.n, GRADIENT_ACCESS * weights)
         times += [seconds, gradient] if way else [seconds]
-    return total(times)
+    found = total(times)
+    if kind is Layers.EXPERTS:
+        found = replace(found, not_calibrated=found.not_calibrated | {"products of experts"})
+    return found
 
 
 def _attention(case: Case, pack: Packs, way: int) -> Estimate:
@@ -165,41 +205,38 @@ def _attention(case: Case, pack: Packs, way: int) -> Estimate:
     return machine.attention_forward.seconds(operations, "attention_forward")
 
 
-def _elementwise(case: Case, pack: Packs, way: int) -> Estimate:
-    parallel, architecture, element = (
-        case.config.parallel,
-        case.architecture,
-        BYTES_PER_ELEMENT[case.config.model.dtype],
-    )
-    tp = parallel.tensor_model_parallel_size
+def _elementwise(case: Case, pack: Packs, kind: Layers, way: int) -> Estimate:
+    architecture, element = case.architecture, BYTES_PER_ELEMENT[case.config.model.dtype]
+    tp = case.config.parallel.tensor_model_parallel_size
     hidden, width = architecture.hidden_size, architecture.size("query") + 2 * architecture.size("key")
-    elements = (
-        HIDDEN_PASSES[way] * hidden / (tp if parallel.sequence_parallel else 1)
-        + ATTENTION_PASSES[way] * width / tp
-        + ACTIVATION_PASSES[way] * architecture.ffn_hidden_size * case.experts.per_token / tp
-    )
-    if case.experts.count > 1:
-        elements += EXPERT_PASSES[way] * hidden * case.experts.per_token / tp
-    size = pack.tokens * (elements * element + _cast_bytes(case, way))
+    elements = HIDDEN_PASSES[way] * hidden / _residual_shards(case) + ATTENTION_PASSES[way] * width / tp
+    other = _cast_bytes(case, kind, way)
+    if kind is Layers.EXPERTS:
+        of_copy = ACTIVATION_PASSES[way] * expert_width(case) + EXPERT_PASSES[way] * hidden
+        elements += of_copy * copies_per_token(case) * load(case)
+        other += ROUTER_BYTES[way] * experts_of(case).count / _residual_shards(case)
+    else:
+        elements += ACTIVATION_PASSES[way] * architecture.ffn_hidden_size / tp
+    size = pack.tokens * (elements * element + other)
     return case.machine.memory.seconds(size / FUSED_RATE, "memory")
 
 
-def _cast_bytes(case: Case, way: int) -> float:
+def _cast_bytes(case: Case, kind: Layers, way: int) -> float:
     """Per token: inputs of the products forward, gradients of their outputs backward."""
     if case.config.model.fp8 == "none":
         return 0.0
-    experts, tp = case.experts.per_token, case.config.parallel.tensor_model_parallel_size
     return CAST_BYTES * sum(
-        (product.n if way else product.k) * (experts / tp if product.expert else 1)
-        for product in layer_products(case)
+        (product.n if way else product.k) * product.tokens
+        for product in layer_products(case, kind)
+        if not product.is_router
     )
 
 
-def _tensor(case: Case, pack: Packs) -> Estimate:
+def _tensor(case: Case, pack: Packs, kind: Layers) -> Estimate:
+    """Around attention, and around the feed-forward part."""
     size = pack.tokens * case.architecture.hidden_size * BYTES_PER_ELEMENT[case.config.model.dtype]
-    group = tensor_group(case)
-    blocks = 2 if case.experts.count == 1 else 1
-    return group.gather(size).scaled(2.0 * blocks)
+    blocks = 1 if kind is Layers.EXPERTS else 2
+    return tensor_group(case).gather(size).scaled(2.0 * blocks)
 
 
 def _context(case: Case, pack: Packs, attention: Estimate, way: int) -> Estimate:
@@ -212,10 +249,15 @@ def _context(case: Case, pack: Packs, attention: Estimate, way: int) -> Estimate
     return exposed(group.send(size), attention.scaled(1 / group.size)).scaled(group.size - 1)
 
 
-def _experts(case: Case, pack: Packs) -> Estimate:
-    experts, tp = case.experts, case.config.parallel.tensor_model_parallel_size
-    if experts.count == 1:
+def _experts(case: Case, pack: Packs, kind: Layers) -> Estimate:
+    """Copies are sent to the ranks of their experts and back; the ranks that share an expert gather them in between."""
+    if kind is not Layers.EXPERTS:
         return NOTHING
-    tokens = pack.tokens / tp * experts.per_token
-    size = tokens * case.architecture.hidden_size * BYTES_PER_ELEMENT[case.config.model.dtype]
-    return expert_group(case).exchange(size).scaled(2.0)
+    of_copy = case.architecture.hidden_size * BYTES_PER_ELEMENT[case.config.model.dtype]
+    gathered = pack.tokens * copies_per_token(case) * load(case) * of_copy
+    shared = expert_tensor_group(case)
+    found = expert_group(case).exchange(gathered / shared.size).scaled(2.0)
+    if shared.size > 1:
+        found += shared.gather(gathered).scaled(2.0)
+        found = replace(found, not_calibrated=found.not_calibrated | {"experts on several tensor ranks"})
+    return found

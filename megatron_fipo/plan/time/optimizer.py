@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import NOTHING, Estimate
+from megatron_fipo.plan.experts import expert_count
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT, GRADIENT_BYTES
-from megatron_fipo.plan.time.collectives import Group, expert_group, replica_group
+from megatron_fipo.plan.time.collectives import expert_replica_group, replica_group
 from megatron_fipo.plan.time.layer import FUSED_RATE
 from megatron_fipo.plan.time.weights import model_weights
 
@@ -29,12 +30,12 @@ class Shard:
 
 def largest_shard(case: Case) -> Shard:
     """Parameters of a rank of the pipeline stage that has most: the first, with the embedding, or the last."""
-    parallel, experts, weights = case.config.parallel, case.experts, model_weights(case)
+    parallel, weights = case.config.parallel, model_weights(case)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = case.architecture.num_layers / pp
     ends = weights.ends if pp == 1 else max(weights.embedding, weights.ends - weights.embedding)
-    routed = layers * weights.expert * experts.count / (tp * experts.parallel_size)
-    return Shard((layers * weights.dense + ends) / tp, routed)
+    ways = parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size
+    routed = weights.expert * expert_count(case.architecture) / (pp * ways)
+    return Shard((weights.dense / pp + ends) / tp, routed)
 
 
 def optimizer_time(case: Case) -> Estimate:
@@ -60,7 +61,10 @@ def gradient_reduction(case: Case) -> Estimate:
     """Seconds of the reduce-scatter (distributed optimizer) or all-reduce of all float32 gradients."""
     shard, whole = largest_shard(case), not case.config.optimizer.distributed
     total = NOTHING
-    for group, parameters in ((replica_group(case), shard.dense), (_expert_replicas(case), shard.experts)):
+    for group, parameters in (
+        (replica_group(case), shard.dense),
+        (expert_replica_group(case), shard.experts),
+    ):
         size = parameters * GRADIENT_BYTES
         total += group.reduce(size) if whole else group.gather(size)
     return total
@@ -72,7 +76,7 @@ def weight_gather(case: Case) -> Estimate:
         return NOTHING
     model, shard = case.config.model, largest_shard(case)
     element = 1 if model.fp8 != "none" and model.fp8_param_gather else BYTES_PER_ELEMENT[model.dtype]
-    return replica_group(case).gather(shard.dense * element) + _expert_replicas(case).gather(
+    return replica_group(case).gather(shard.dense * element) + expert_replica_group(case).gather(
         shard.experts * element
     )
 
@@ -81,11 +85,4 @@ def _owners(case: Case) -> tuple[int, int]:
     """Ranks over which the state of a parameter is sharded: dense ones, and those of experts."""
     if not case.config.optimizer.distributed:
         return 1, 1
-    return replica_group(case).size, _expert_replicas(case).size
-
-
-def _expert_replicas(case: Case) -> Group:
-    """Ranks of a pipeline stage with the same experts."""
-    parallel, ways = case.config.parallel, expert_group(case).size
-    ranks = parallel.world_size // parallel.pipeline_model_parallel_size
-    return Group(case.machine, max(1, ranks // ways), ways)
+    return replica_group(case).size, expert_replica_group(case).size

@@ -9,6 +9,7 @@ Ignored: Ray's calls, pausing and waking of engines.
 
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import NOTHING, Estimate, latest
+from megatron_fipo.plan.experts import expert_count, expert_replicas
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT
 from megatron_fipo.plan.time.collectives import pipeline_group, tensor_group
 from megatron_fipo.plan.time.layer import FUSED_RATE
@@ -31,8 +32,7 @@ HOST_COPY: Rate = (12e9, 6e9, 24e9)
 def model_bytes(case: Case) -> float:
     """Of the complete model in `model.dtype`."""
     weights = model_weights(case)
-    layer = weights.dense + weights.expert * case.experts.count
-    parameters = weights.ends + case.architecture.num_layers * layer
+    parameters = weights.ends + weights.dense + weights.expert * expert_count(case.architecture)
     return parameters * BYTES_PER_ELEMENT[case.config.model.dtype]
 
 
@@ -94,10 +94,7 @@ def _by(size: float, rate: Rate, name: str) -> Estimate:
 
 def _own_bytes(case: Case) -> float:
     """Weights and optimizer state that a rank writes: its share of its shard. State is stored in float32 (docs/checkpoints.md)."""
-    shard, parallel, config = largest_shard(case), case.config.parallel, case.config
-    per_parameter = 12 if config.model.dtype == "float32" else 2 + 12
-    return (
-        (shard.dense + shard.experts)
-        * per_parameter
-        / (parallel.data_parallel_size * parallel.context_parallel_size)
-    )
+    shard, parallel = largest_shard(case), case.config.parallel
+    per_parameter = 12 if case.config.model.dtype == "float32" else 2 + 12
+    dense = shard.dense * per_parameter / (parallel.data_parallel_size * parallel.context_parallel_size)
+    return dense + shard.experts * per_parameter / expert_replicas(parallel)

@@ -9,12 +9,17 @@ import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before 
 import gc
 import json
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_fipo.batching.shard import PackedShard, build_shard
@@ -26,12 +31,14 @@ from megatron_fipo.config import (
     OptimizerSettings,
     ParallelConfig,
 )
+from megatron_fipo.families.family import Experts
 from megatron_fipo.families.registry import read_model_config
 from megatron_fipo.model import parallel as process_groups
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.workload import Assumptions
 from megatron_fipo.trainer.rank_model import RankModel
 from tests.gpu.policies import Shape, random_trajectories
+from tests.plan.cases import expert_keys
 from tests.plan.machines import cpu_machine
 from tests.ranks import run_ranks
 
@@ -52,6 +59,8 @@ class Run:
     tied: bool = True
     head_norms: bool = False
     """Qwen3 instead of Qwen2."""
+    experts: Experts | None = None
+    """Qwen3-MoE instead of Qwen2; tokens are routed to all experts equally often."""
     shape: Shape = SHAPE
     tokens: int = 1024
     """Of a micro-batch on one rank, before sequence parallelism."""
@@ -68,13 +77,7 @@ class Run:
 
 def case_of(run: Run, folder: Path) -> Case:
     """The planner's case of a run; writes the model's config.json to `folder`."""
-    values = replace(run.shape, tied=run.tied).hf_config()
-    if run.head_norms:
-        values |= {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "head_dim": run.shape.head_size,
-        }
+    values = replace(run.shape, tied=run.tied).hf_config() | _family(run)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     sequences = SEQUENCES * run.micro_batches * run.parallel.data_parallel_size
     config = Config(
@@ -91,9 +94,26 @@ def case_of(run: Run, folder: Path) -> Case:
     )
     prompt = run.length // 4
     assumptions = Assumptions(
-        prompt_tokens=prompt, response_end=run.length - prompt, prompt_spread=0, response_spread=0
+        prompt_tokens=prompt,
+        response_end=run.length - prompt,
+        prompt_spread=0,
+        response_spread=0,
+        expert_load=1,
     )
     return Case(config, *read_model_config(folder), cpu_machine(), assumptions)
+
+
+def _family(run: Run) -> dict[str, Any]:
+    """The keys of config.json that differ from Qwen2's."""
+    if run.experts is not None:
+        return expert_keys(run.experts, run.shape.head_size)
+    if run.head_norms:
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "head_dim": run.shape.head_size,
+        }
+    return {}
 
 
 @dataclass(frozen=True)
@@ -122,24 +142,65 @@ def _measure_rank(rank: int, world_size: int, config: Config, run: Run) -> Measu
     process_groups.initialize(config.parallel, seed=1)
     policy = RankModel(config.model, config.parallel, config.head, config.optimizer, 1.0, torch.device("cpu"))
     shards = [_shard(run, seed) for seed in range(run.micro_batches)]
-    policy.policy_step(shards, config.objective, 1e-6)  # makes the optimizer's state
+    routes = [_even_routes(policy, run) for _ in shards]
+    policy.policy_step(shards, config.objective, 1e-6, routes)  # makes the optimizer's state
     peaks = []
     for _ in range(STEPS):
         parallel_state.get_global_memory_buffer().buffer.clear()  # so that it counts
+        _forget_micro_batches(policy)
         gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            policy.policy_step(shards, config.objective, 1e-6)
+        with _waiting(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            policy.policy_step(shards, config.objective, 1e-6, routes)
         peaks.append(peak(recorded))
     parameters = [parameter for chunk in policy.modules for parameter in chunk.parameters()]
-    states = [tensor for state in policy.optimizer.optimizer.state.values() for tensor in state.values()]
+    optimizers = policy.optimizer.chained_optimizers if run.experts else [policy.optimizer]
+    states = [
+        tensor for each in optimizers for state in each.optimizer.state.values() for tensor in state.values()
+    ]
     return Measured(
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         peak=min(peaks),
         packs=sum(_nbytes(shard) for shard in shards),
         parameters=sum(parameter.nbytes for parameter in parameters),
-        gradients=sum(parameter.main_grad.nbytes for parameter in parameters),
+        gradients=sum(parameter.main_grad.nbytes for parameter in parameters if parameter.requires_grad),
         optimizer=sum(tensor.nbytes for tensor in states if isinstance(tensor, torch.Tensor) and tensor.ndim),
     )
+
+
+def _forget_micro_batches(policy: RankModel) -> None:
+    """Drop what the dispatchers keep of the last micro-batch, so that it counts."""
+    for layer in (module for chunk in policy.modules for module in chunk.modules()):
+        if isinstance(layer, MoELayer):
+            dispatcher = layer.token_dispatcher
+            dispatcher.probs = dispatcher.routing_map = None
+            dispatcher.reversed_local_input_permutation_mapping = None
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """A pause after each all-to-all, in which gloo's threads release its tensors."""
+    exchange = torch.distributed.all_to_all_single
+
+    def exchange_and_wait(*args: Any, **kwargs: Any) -> Any:
+        work = exchange(*args, **kwargs)
+        time.sleep(0.005)
+        return work
+
+    torch.distributed.all_to_all_single = exchange_and_wait
+    try:
+        yield
+    finally:
+        torch.distributed.all_to_all_single = exchange
+
+
+def _even_routes(policy: RankModel, run: Run) -> list[list[torch.Tensor]] | None:
+    """Routes of a micro-batch, by model chunk and layer: the tokens take the experts in turn."""
+    if run.experts is None:
+        return None
+    tokens = run.tokens // (run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1)
+    chosen = torch.arange(tokens * run.experts.per_token) % run.experts.count
+    route = chosen.view(tokens, run.experts.per_token).to(torch.uint8)
+    return [[route for _ in chunk.layers] for chunk in policy.routing]
 
 
 def _shard(run: Run, seed: int) -> PackedShard:

@@ -1,11 +1,12 @@
 """Memory of an engine's GPUs: weights, the tokens of its KV cache, and what a colocated trainer leaves."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_fipo.driver.rollout.kv_budget import USED_SHARE as DRIVERS_SHARE
 from megatron_fipo.engine.vllm_engine import VLLMEngine
 from megatron_fipo.engine.vllm_start import ModelFacts
-from megatron_fipo.plan.case import Experts
 from megatron_fipo.plan.memory.engine import MAX_SEQUENCES, USED_SHARE, engine_memory
 from megatron_fipo.plan.memory.trainer import trainer_memory
 from tests.plan.cases import recipe_case
@@ -100,7 +101,15 @@ def test_a_colocated_engine_gets_what_the_trainer_leaves():
 
 
 def test_engines_hold_all_experts():
-    dense = engine_memory(recipe_case("qwen2.5-32b"))
-    found = engine_memory(recipe_case("qwen2.5-32b", experts=Experts(count=4, per_token=2, parallel_size=4)))
-    matrices = 64 * 3 * 5120 * 27648
-    assert found.weights - dense.weights == pytest.approx(2 * (3 * matrices / 4 + 64 * 4 * 5120))
+    """Each expert is sharded over the engine's ranks; routers and norms are on all of them."""
+    case = recipe_case("qwen3-30b-a3b")
+    parameters = case.family.parameters(case.architecture)
+    replicated = 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048
+    assert engine_memory(case).weights == 2 * (replicated + (parameters - replicated) / 2)
+
+
+def test_a_prefill_holds_the_output_of_every_expert_of_a_token():
+    case = recipe_case("qwen3-30b-a3b")
+    dense = replace(case.architecture, ffn_hidden_size=8 * 768, experts=None)
+    more = engine_memory(case).other.value - engine_memory(replace(case, architecture=dense)).other.value
+    assert more == 8192 * 8 * 2048 * 2

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_fipo.plan.memory.host import BUCKETS_IN_STORE, node_memory
+from megatron_fipo.plan.memory.state import stage_state
 from megatron_fipo.weight_sync import transport
 from tests.plan.cases import recipe_case
 from tests.plan.machines import toy_machine
@@ -31,6 +32,26 @@ def test_a_checkpoint_is_copied_to_the_host_once():
     """14 bytes per parameter over 4 context-parallel ranks, 8 ranks per node: 29 GB (docs/checkpoints.md)."""
     assert parts()["checkpoint"] == pytest.approx(29e9, rel=0.05)
     assert parts("parallel.data_parallel_size=2")["checkpoint"] == pytest.approx(parts()["checkpoint"] / 2)
+
+
+def test_a_checkpoint_of_experts_is_shared_by_the_ranks_that_have_the_same():
+    """Of the 8 ranks of a stage 4 share the other weights, and 2 each quarter of the experts. A node has one stage."""
+    found = parts("parallel.expert_model_parallel_size=4", name="qwen3-30b-a3b")["checkpoint"]
+    case = recipe_case("qwen3-30b-a3b")
+    stage = stage_state(case.config, case.family, case.architecture, 0)
+    others = stage.parameters - stage.expert_parameters
+    experts = 2 * stage.expert_parameters  # the case's eight ranks hold half as many each
+    assert found == pytest.approx(8 * 14 * (others / 4 + experts / 2))
+
+
+def test_routes_of_the_engine_are_in_replies_and_shares():
+    """48 layers x 8 experts, a byte each: once from the engines, and once for the data-parallel ranks of a node."""
+    plain, replayed = (
+        parts(f"model.router.replay={which}", name="qwen3-30b-a3b") for which in ("old_log_probs", "rollout")
+    )
+    tokens = recipe_case("qwen3-30b-a3b").workload().trained_tokens
+    assert replayed["object store"] - plain["object store"] == pytest.approx(2 * 384 * tokens)
+    assert replayed["packs"] - plain["packs"] == pytest.approx(8 * 2 / 8 * tokens / 4 * 768)
 
 
 def test_offloaded_state_is_on_the_host():

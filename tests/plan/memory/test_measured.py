@@ -1,15 +1,20 @@
 """A trainer rank's memory as predicted, against what training steps of the portable layers really allocate."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
 from megatron_fipo.config import HeadConfig, ParallelConfig
+from megatron_fipo.families.family import Experts
 from megatron_fipo.plan.memory.trainer import trainer_memory
 from tests.gpu.policies import Shape
 from tests.plan.memory.measured import Run, case_of, measure
 
+MIXTURE = Experts(8, 2, 96, normalized=True)
+WIDE = Experts(16, 8, 32, normalized=True)
+"""Half of the experts of each token: the copies are most of a layer."""
 LARGE_VOCABULARY = Shape(2, 128, 256, 8, 4, 8192, tied=False)
 
 
@@ -21,6 +26,7 @@ def layout(
     dp: int = 1,
     sp: bool = False,
     overlap: bool = False,
+    ep: int = 1,
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tp,
@@ -30,6 +36,7 @@ def layout(
         context_parallel_size=cp,
         data_parallel_size=dp,
         overlap_communication=overlap,
+        expert_model_parallel_size=ep,
     )
 
 
@@ -42,6 +49,9 @@ RUNS = {
     "cp2, full": Run(layout(cp=2), recompute="full"),
     "pp2 vpp2": Run(layout(pp=2, vpp=2), micro_batches=4),
     "dp2": Run(layout(dp=2, overlap=True), micro_batches=2),
+    "experts": Run(experts=MIXTURE),
+    "experts dp2 ep2, full": Run(layout(dp=2, ep=2), experts=WIDE, recompute="full"),
+    "experts tp2 sp ep2": Run(layout(tp=2, sp=True, ep=2), experts=WIDE),
 }
 SLOW_RUNS = {
     "one rank, untied, full": Run(tied=False, recompute="full"),
@@ -62,6 +72,21 @@ SLOW_RUNS = {
     "tp2 pp2 sp": Run(layout(tp=2, pp=2, sp=True), micro_batches=4),
     "tp2 cp2 sp, selective": Run(layout(tp=2, cp=2, sp=True), recompute="selective"),
     "pp2 cp2": Run(layout(pp=2, cp=2), micro_batches=3),
+    "experts, softmax over all": Run(experts=replace(MIXTURE, normalized=False)),
+    "experts, selective": Run(experts=MIXTURE, recompute="selective"),
+    "experts, full": Run(experts=WIDE, recompute="full"),
+    "experts, many": Run(experts=Experts(128, 4, 32, normalized=True)),
+    "experts in some layers": Run(experts=replace(MIXTURE, dense_layers=(1, 3))),
+    "experts in some layers, full": Run(experts=replace(MIXTURE, dense_layers=(0, 2)), recompute="full"),
+    "experts dp2": Run(layout(dp=2), experts=MIXTURE, micro_batches=2),
+    "experts dp2 ep2": Run(layout(dp=2, ep=2), experts=WIDE),
+    "experts tp2 sp ep2, full": Run(layout(tp=2, sp=True, ep=2), experts=WIDE, recompute="full"),
+    "experts cp2 ep2, full": Run(layout(cp=2, ep=2), experts=MIXTURE, recompute="full"),
+    "experts pp2 dp2 ep2": Run(layout(pp=2, dp=2, ep=2), experts=MIXTURE, micro_batches=3),
+    "experts pp2 vpp2": Run(layout(pp=2, vpp=2), experts=MIXTURE, micro_batches=4),
+    "experts in some layers pp2 vpp2": Run(
+        layout(pp=2, vpp=2), experts=replace(MIXTURE, dense_layers=(0,)), micro_batches=4
+    ),
     "pp2 dp2, not distributed": Run(layout(pp=2, dp=2), micro_batches=2, distributed=False),
 }
 ALL = [pytest.param(run, id=name) for name, run in RUNS.items()]

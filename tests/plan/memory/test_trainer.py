@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_fipo.config import ParallelConfig
-from megatron_fipo.plan.case import Experts
+from megatron_fipo.model.routing import route_dtype
+from megatron_fipo.plan.experts import route_bytes
 from megatron_fipo.plan.layout import chunks_in_flight, micro_batches
 from megatron_fipo.plan.memory.trainer import trainer_memory
 from megatron_fipo.plan.workload import Assumptions
@@ -109,12 +110,96 @@ def test_offloading_moves_optimizer_state_only():
     assert host["activations"] == device["activations"]
 
 
-def test_experts_grow_activations_with_those_per_token():
-    def activations(per_token: int) -> float:
-        return parts("model.recompute=none", experts=Experts(count=8, per_token=per_token))["activations"]
+class TestExperts:
+    """Qwen3-30B-A3B: tp 2 with sequence parallelism, two stages, dp 4, ep 8, micro-batches of 22,528 tokens."""
 
-    assert activations(2) > activations(1) > parts("model.recompute=none")["activations"]
-    assert activations(3) - activations(2) == pytest.approx(activations(2) - activations(1))
+    TOKENS, LAYERS = 22_528 // 2, 24
+
+    def parts(self, *overrides: str, load: float = 1.0, **case: object) -> dict[str, float]:
+        assumptions = Assumptions(expert_load=load)
+        return parts(*overrides, name="qwen3-30b-a3b", assumptions=assumptions, **case)
+
+    def activations(self, *overrides: str, load: float = 1.0) -> float:
+        """Per token of the residual stream and layer: of a stage without its dispatchers, two micro-batches in flight."""
+        found = self.parts("model.recompute=none", *overrides, load=load)["activations"]
+        return found / self.TOKENS / self.LAYERS
+
+    def test_a_layer_keeps_every_copy_of_a_token(self):
+        """8 copies with their input and 3 of the width in bfloat16, their places and weights; of the router the order of all
+        128 scores; around them the residual stream, norms and the attention of both ranks' tokens, with head norms."""
+        copies = 8 * (2 * (2048 + 3 * 768) + 12)
+        router = 8 * 128 + 20 * 8
+        query, key, heads = 4096 // 2, 512 // 2, 32 // 2
+        attention = 2 * (2 * (2 * query + 2 * key) + 2 * (2 * query + 2 * key) + 4 * heads)
+        kept = copies + router + 2 * 4 * 2048 + attention
+        dispatcher = 5 * 128 + 8 * 8
+        assert self.activations() == pytest.approx(2 * kept + dispatcher)
+
+    def test_a_fuller_rank_keeps_more_copies(self):
+        copies = 2 * 8 * (2 * (2048 + 3 * 768) + 12)
+        assert self.activations(load=1.5) - self.activations() == pytest.approx(0.5 * copies)
+        alone = "parallel.expert_model_parallel_size=1"
+        assert self.activations(alone, load=1.5) == self.activations(alone)
+
+    def test_recomputation_keeps_inputs_and_their_gradients(self):
+        """Of two micro-batches in flight the input; of the last one the gradient too, and what the dispatcher has."""
+        expected = 2 * 2 * 2048 + 2 * 2048 + 5 * 128 + 8 * 8
+        assert self.parts()["activations"] == self.LAYERS * self.TOKENS * expected
+
+    def test_the_workspace_holds_copies_in_several_orders(self):
+        """Before and after they were sent, and the outputs in the order of experts and of ranks."""
+        copies = 8 * self.TOKENS * 2048 * 2
+        none, one = (
+            self.parts("model.recompute=none", f"parallel.expert_model_parallel_size={size}")
+            for size in (8, 1)
+        )
+        assert none["layer workspace"] == 4 * copies
+        assert one["layer workspace"] == 3 * copies
+
+    def test_routes_are_a_byte_per_token_layer_and_expert(self):
+        """Of the tokens of an iteration, over dp 4 and the two sequence-parallel ranks."""
+        tokens = recipe_case("qwen3-30b-a3b").workload().trained_tokens
+        assert self.parts()["routes"] == pytest.approx(tokens / 8 * 24 * 8)
+        assert "routes" not in self.parts("model.router.replay=none")
+        assert "routes" not in parts()
+
+    def test_routes_of_the_engine_travel_with_the_packs(self):
+        """int16 for all 48 layers, of two of eight mini-steps."""
+        tokens = recipe_case("qwen3-30b-a3b").workload().trained_tokens / 4
+        more = self.parts("model.router.replay=rollout")["packs"] - self.parts()["packs"]
+        assert more == pytest.approx(2 / 8 * tokens * 48 * 8 * 2)
+
+    @pytest.mark.parametrize("experts", [2, 255, 256, 1024])
+    def test_a_route_is_as_large_as_the_trainers(self, experts):
+        case = recipe_case("qwen3-30b-a3b")
+        routed = replace(case.architecture, experts=replace(case.architecture.experts, count=experts))
+        found = route_bytes(replace(case, architecture=routed))
+        assert found == 8 * route_dtype(experts).itemsize
+
+    def test_layers_without_experts_keep_a_feed_forward_part(self):
+        """Each kind is counted; a dense layer among them has a workspace of its own."""
+        case = recipe_case("qwen3-30b-a3b", "model.recompute=none")
+        all_of_them = trainer_memory(case, 0).parts["activations"].value
+        mixed = replace(
+            case.architecture, experts=replace(case.architecture.experts, dense_layers=(0, 1, 2, 30))
+        )
+        some = trainer_memory(replace(case, architecture=mixed), 0).parts["activations"].value
+        wide = replace(mixed, ffn_hidden_size=2 * mixed.ffn_hidden_size)
+        wider = trainer_memory(replace(case, architecture=wide), 0).parts["activations"].value
+        assert some < all_of_them
+        # three layers of this stage, two micro-batches of both ranks' tokens, 3 x 3,072 elements
+        assert wider - some == pytest.approx(3 * 2 * 22_528 * 3 * 3072 * 2)
+
+    def test_none_of_it_is_calibrated_on_gpus(self):
+        breakdown = trainer_memory(recipe_case("qwen3-30b-a3b"), 0)
+        assert breakdown.parts["activations"].not_calibrated == {"activations in this layout"}
+        alone = recipe_case(
+            "qwen3-30b-a3b",
+            *(f"parallel.{name}_model_parallel_size=1" for name in ("tensor", "pipeline", "expert")),
+            "parallel.sequence_parallel=false",
+            "model.recompute=none",
+        )
+        assert trainer_memory(alone, 0).parts["activations"].not_calibrated
 
 
 class TestBasis:

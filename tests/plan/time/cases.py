@@ -5,7 +5,8 @@ from typing import Any
 from megatron_fipo.config import Config
 from megatron_fipo.families.family import Architecture
 from megatron_fipo.families.qwen2 import QWEN2
-from megatron_fipo.plan.case import Case, Experts
+from megatron_fipo.families.qwen3_moe import QWEN3_MOE
+from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.machine import Machine
 from megatron_fipo.plan.workload import Assumptions
 from tests.plan.machines import MACHINE
@@ -17,11 +18,10 @@ def case_of(
     mean: float = 6_000.0,
     machine: Machine = MACHINE,
     architecture: Architecture = SHAPE,
-    experts: Experts | None = None,
     passes: int = 1,
     **settings: Any,
 ) -> Case:
-    """Settings are named with their section: `parallel__data_parallel_size=2`."""
+    """Settings are named with their section: `parallel__data_parallel_size=2`. Qwen3-MoE if the architecture has experts."""
     config = Config()
     config.batch.prompts_per_iteration, config.batch.mini_batch_prompts = 64, 16
     config.rollout.engine = "vllm"
@@ -30,10 +30,13 @@ def case_of(
         assert hasattr(getattr(config, section), key), name
         setattr(getattr(config, section), key, value)
     lengths = Assumptions(response_end=mean)
-    return Case(config, QWEN2, architecture, machine, lengths, experts or Experts(), passes)
+    family = QWEN3_MOE if architecture.experts else QWEN2
+    return Case(config, family, architecture, machine, lengths, passes)
 
 
-def layout(tp: int = 1, cp: int = 1, pp: int = 1, dp: int = 1, vpp: int | None = None) -> dict[str, Any]:
+def layout(
+    tp: int = 1, cp: int = 1, pp: int = 1, dp: int = 1, vpp: int | None = None, ep: int = 1, etp: int = 1
+) -> dict[str, Any]:
     return {
         "parallel__tensor_model_parallel_size": tp,
         "parallel__sequence_parallel": tp > 1,
@@ -41,4 +44,6 @@ def layout(tp: int = 1, cp: int = 1, pp: int = 1, dp: int = 1, vpp: int | None =
         "parallel__pipeline_model_parallel_size": pp,
         "parallel__data_parallel_size": dp,
         "parallel__virtual_pipeline_model_parallel_size": vpp,
+        "parallel__expert_model_parallel_size": ep,
+        "parallel__expert_tensor_parallel_size": etp,
     }

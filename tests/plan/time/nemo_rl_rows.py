@@ -21,11 +21,13 @@ Left out: Nemotron-3-Nano-30B-A3B SWE (v0.6, 128 H100): Mamba layers cannot be e
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_fipo.config import Config
-from megatron_fipo.families.family import Architecture
+from megatron_fipo.families.family import Architecture, Family
 from megatron_fipo.families.qwen3 import QWEN3
-from megatron_fipo.plan.case import Case, Experts
+from megatron_fipo.families.registry import read_model_config
+from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.machine import Machine
 from megatron_fipo.plan.memory.state import BYTES_PER_ELEMENT
 from megatron_fipo.plan.time.transfers import model_bytes
@@ -48,12 +50,28 @@ def llama(layers: int, hidden: int, ffn: int, heads: int) -> Architecture:
     return Architecture(layers, hidden, ffn, heads, 8, 128, 128_256, 131_072, 1e-5, 5e5, False)
 
 
-MODELS = {
-    "32B": (qwen3(64, 5120, 25600, 64, 8), Experts()),
-    "30B-A3B": (qwen3(48, 2048, 768, 32, 4), Experts(128, 8)),
-    "235B-A22B": (qwen3(94, 4096, 1536, 64, 4), Experts(128, 8)),
-    "Llama-3.1-8B": (llama(32, 4096, 14336, 32), Experts()),
-    "Llama-3.1-70B": (llama(80, 8192, 28672, 64), Experts()),
+QWEN3_MOE, A3B = read_model_config(Path(__file__).parents[3] / "examples/qwen3-30b-a3b")
+
+
+def a22b() -> Architecture:
+    """Qwen3-235B-A22B: other sizes than Qwen3-30B-A3B, and as many experts."""
+    assert A3B.experts is not None
+    return replace(
+        A3B,
+        num_layers=94,
+        hidden_size=4096,
+        ffn_hidden_size=12_288,
+        num_attention_heads=64,
+        experts=replace(A3B.experts, ffn_hidden_size=1536),
+    )
+
+
+MODELS: dict[str, tuple[Family, Architecture]] = {
+    "32B": (QWEN3, qwen3(64, 5120, 25600, 64, 8)),
+    "30B-A3B": (QWEN3_MOE, A3B),
+    "235B-A22B": (QWEN3_MOE, a22b()),
+    "Llama-3.1-8B": (QWEN3, llama(32, 4096, 14336, 32)),
+    "Llama-3.1-70B": (QWEN3, llama(80, 8192, 28672, 64)),
 }
 
 
@@ -171,7 +189,7 @@ ROWS = (
 
 def case_of(row: Row, machine: Machine, packs: int = 1) -> Case:
     """The row's case, with micro-batches of `packs` full-length sequences."""
-    architecture, experts = MODELS[row.model]
+    family, architecture = MODELS[row.model]
     tensor, context, expert, pipeline = row.layout
     config = Config()
     config.model.recompute = row.recompute
@@ -179,6 +197,7 @@ def case_of(row: Row, machine: Machine, packs: int = 1) -> Case:
     parallel.tensor_model_parallel_size, parallel.sequence_parallel = tensor, tensor > 1
     parallel.context_parallel_size, parallel.pipeline_model_parallel_size = context, pipeline
     parallel.data_parallel_size = (row.trainers or row.gpus) // (tensor * context * pipeline)
+    parallel.expert_model_parallel_size = expert
     parallel.overlap_communication = True
     config.head.logits_memory_mb = config.head.workspace_mb = 100_000
     batch.responses_per_prompt, batch.prompts_per_iteration = GROUP, row.samples // GROUP
@@ -190,8 +209,7 @@ def case_of(row: Row, machine: Machine, packs: int = 1) -> Case:
     rollout.max_response_length, rollout.gpu_memory_share = row.limit - PROMPT, row.share
     rollout.prompts_in_flight = batch.prompts_per_iteration
     lengths = Assumptions(prompt_tokens=PROMPT, response_end=float(row.mean - PROMPT), informative=1.0)
-    experts = replace(experts, parallel_size=max(1, expert // tensor))
-    return Case(config, QWEN3, architecture, machine, lengths, experts, row.passes)
+    return Case(config, family, architecture, machine, lengths, row.passes)
 
 
 def cache_tokens(case: Case) -> float:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.plan.case import Experts
+from megatron_fipo.families.family import Experts
 from megatron_fipo.plan.time.engine import decode_step, prefill
 from tests.plan.machines import MACHINE
 from tests.plan.time.cases import SHAPE, case_of
@@ -61,15 +61,14 @@ def test_steps_grow_with_sequences_and_cache(tp, sequences, cached, factor):
 
 
 class TestExperts:
-    CASE = engine(
-        1, architecture=replace(SHAPE, ffn_hidden_size=512), experts=Experts(count=128, per_token=8)
-    )
+    CASE = engine(1, architecture=replace(SHAPE, experts=Experts(128, 8, 512, normalized=True)))
 
     def touched(self, sequences: float) -> float:
         """Experts of a layer whose weights a step reads."""
         fixed = MACHINE.decode_step.value + sequences * MACHINE.decode_sequence.value
         size = (decode_step(self.CASE, sequences, 0).value - fixed) * MACHINE.decode_weights.value / 2
-        dense = 32 * (4096 * (4096 * 2 + 1024 * 2) + 2 * 4096 + 4096 + 2 * 1024) + OUTPUT + 4096
+        attention, norms, router = 4096 * (4096 * 2 + 1024 * 2), 2 * 4096 + 2 * 128, 128 * 4096
+        dense = 32 * (attention + norms + router) + OUTPUT + 4096
         return (size - dense) / (32 * 3 * 4096 * 512)
 
     def test_one_sequence_touches_its_own(self):
@@ -78,6 +77,14 @@ class TestExperts:
     def test_many_sequences_touch_all(self):
         assert self.touched(8) == pytest.approx(128 * (1 - (15 / 16) ** 8))
         assert self.touched(100) == pytest.approx(128, rel=0.01)
+
+    def test_a_prompt_is_multiplied_by_the_experts_of_its_tokens(self):
+        """Eight experts of 512 take as long as a feed-forward part of 4,096."""
+        dense = engine(1, architecture=replace(SHAPE, ffn_hidden_size=4096))
+        router = 2 * 32 * 128 * 4096 * 1_000 / MACHINE.prefill.value
+        assert prefill(self.CASE, 1_000).value == pytest.approx(
+            prefill(dense, 1_000).value + router, rel=1e-3
+        )
 
 
 class TestPrefill:

@@ -1,15 +1,16 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.families.family import Experts
 from megatron_fipo.families.flops import model_flops
-from megatron_fipo.plan.case import Experts
 from megatron_fipo.plan.layout import mini_steps
-from megatron_fipo.plan.time.layer import layer_time
-from megatron_fipo.plan.time.packs import mini_step_packs
+from megatron_fipo.plan.time.layer import FUSED_RATE, ROUTER_BYTES, layer_time
+from megatron_fipo.plan.time.packs import Packs, mini_step_packs
 from megatron_fipo.plan.time.trainer import score_time, update_time
 from tests.plan.machines import MACHINE
 from tests.plan.time.cases import SHAPE, case_of, layout
@@ -169,24 +170,78 @@ class TestHost:
 
 
 class TestExperts:
-    EXPERTS = Experts(count=64, per_token=4, parallel_size=4)
-    SMALL = replace(SHAPE, ffn_hidden_size=1024)
+    EXPERTS = Experts(count=64, per_token=4, ffn_hidden_size=1024, normalized=True)
+    DENSE = replace(SHAPE, ffn_hidden_size=1024)
 
-    def parts(self, experts: Experts, **sizes: int):
-        return update_time(case_of(architecture=self.SMALL, experts=experts, **layout(**sizes))).parts
+    def parts(self, experts: Experts | None, load: float = 1.2, **settings: Any):
+        case = case_of(architecture=replace(self.DENSE, experts=experts), **settings)
+        case = replace(case, assumptions=replace(case.assumptions, expert_load=load))
+        return update_time(case).parts
 
     def test_active_experts_multiply(self):
-        dense = self.parts(Experts(), dp=4)["products"].value
-        assert dense < self.parts(self.EXPERTS, dp=4)["products"].value < 4 * dense
+        """Four feed-forward parts of the width of one, and the attention of one layer."""
+        dense = self.parts(None, **layout(dp=4))["products"].value
+        assert dense < self.parts(self.EXPERTS, **layout(dp=4))["products"].value < 4 * dense
+
+    def test_layers_without_experts_are_dense(self):
+        """8 of 32 layers."""
+        mixed = replace(self.EXPERTS, dense_layers=(0, 5, 10, 11, 12, 20, 30, 31))
+        all_dense, some, none = (self.parts(which) for which in (None, mixed, self.EXPERTS))
+        for name in ("products", "attention", "elementwise"):
+            expected = (8 * all_dense[name].value + 24 * none[name].value) / 32
+            assert some[name].value == pytest.approx(expected)
 
     def test_exchanges_grow_when_they_leave_the_node(self):
         inside, across = (
-            self.parts(replace(self.EXPERTS, parallel_size=size), dp=16)["experts"].value for size in (8, 16)
+            self.parts(self.EXPERTS, **layout(dp=16, ep=size))["experts"].value for size in (8, 16)
         )
         assert across > 2 * inside
 
     def test_one_rank_exchanges_nothing(self):
-        assert self.parts(replace(self.EXPERTS, parallel_size=1))["experts"].value == 0
+        assert self.parts(self.EXPERTS, **layout(dp=4))["experts"].value == 0
+
+    def test_all_ranks_wait_for_the_fullest(self):
+        """It gets 1.5 times the tokens. Without expert parallelism every rank has the experts of its own tokens."""
+        even, uneven = (self.parts(self.EXPERTS, load, **layout(dp=8, ep=8)) for load in (1.0, 1.5))
+        alone = [self.parts(self.EXPERTS, load, **layout(dp=8))["products"].value for load in (1.0, 1.5)]
+        assert uneven["experts"].value == pytest.approx(1.5 * even["experts"].value, rel=0.01)
+        assert even["products"].value < uneven["products"].value < 1.5 * even["products"].value
+        assert alone[0] == alone[1]
+
+    def test_experts_that_tensor_ranks_share_gather_their_tokens_and_are_not_calibrated(self):
+        shared = self.parts(self.EXPERTS, **layout(tp=2, ep=1, etp=2))["experts"]
+        complete = self.parts(self.EXPERTS, **layout(tp=2, ep=2))["experts"]
+        assert shared.value > complete.value / 2 > 0
+        assert "experts on several tensor ranks" in shared.not_calibrated - complete.not_calibrated
+
+    def test_a_choice_among_more_experts_takes_longer(self):
+        """By the bytes of their scores and masks, over 2,048 tokens on two sequence-parallel ranks."""
+        found = []
+        for count in (64, 256):
+            routed = replace(self.DENSE, experts=replace(self.EXPERTS, count=count))
+            pack = Packs(count=1, tokens=4096.0, pairs=4096.0**2 / 2, rows=4096.0)
+            found.append(layer_time(case_of(architecture=routed, **layout(tp=2)), pack))
+        few, many = (time.forward["elementwise"].value for time in found)
+        size = 192 * 2048 * ROUTER_BYTES[0]
+        assert many - few == pytest.approx(size / MACHINE.memory.value / FUSED_RATE)
+
+    def test_a_router_is_not_multiplied_in_fp8(self):
+        """FP8's rate is higher, and a router as wide as the feed-forward part shows it."""
+        experts = replace(self.EXPERTS, count=1024, per_token=1, ffn_hidden_size=128)
+        parts = [self.parts(experts, model__fp8=kind)["products"].value for kind in ("none", "hybrid")]
+        dense = [self.parts(None, model__fp8=kind)["products"].value for kind in ("none", "hybrid")]
+        assert parts[1] / parts[0] > dense[1] / dense[0]
+
+    def test_their_products_are_not_calibrated(self):
+        assert "products of experts" in self.parts(self.EXPERTS)["products"].not_calibrated
+        assert "products of experts" not in self.parts(None)["products"].not_calibrated
+
+    def test_state_is_reduced_over_the_ranks_with_the_same_experts(self):
+        """Eight ranks with all experts reduce all their gradients; with expert parallelism 8 those of the other weights."""
+        one, eight = (
+            self.parts(self.EXPERTS, **layout(dp=8, ep=size))["data parallel"].value for size in (1, 8)
+        )
+        assert eight < one / 5
 
 
 def test_scoring_passes_multiply():

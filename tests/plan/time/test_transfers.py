@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_fipo.families.family import Experts
 from megatron_fipo.families.qwen2 import QWEN2
-from megatron_fipo.plan.case import Experts
+from megatron_fipo.families.qwen3_moe import QWEN3_MOE
 from megatron_fipo.plan.time.optimizer import largest_shard
 from megatron_fipo.plan.time.transfers import LOADING, model_bytes, save_time, sync_time, write_time
 from tests.plan.machines import MACHINE
@@ -12,11 +13,9 @@ from tests.plan.time.cases import SHAPE, case_of, layout
 
 def test_model_bytes_are_those_of_the_weights():
     assert model_bytes(case_of()) == 2 * QWEN2.parameters(SHAPE)
-    one = replace(SHAPE, ffn_hidden_size=512)
-    experts = Experts(count=8, per_token=2)
-    assert model_bytes(case_of(architecture=one, experts=experts)) == pytest.approx(
-        2 * (QWEN2.parameters(one) + 7 * 32 * 3 * 4096 * 512)
-    )
+    for dense_layers in ((), (0, 31)):
+        routed = replace(SHAPE, experts=Experts(8, 2, 512, True, dense_layers))
+        assert model_bytes(case_of(architecture=routed)) == 2 * QWEN3_MOE.parameters(routed)
 
 
 class TestSync:
@@ -53,6 +52,13 @@ class TestSave:
         case = case_of(**layout(tp=8, pp=4, cp=4))
         shard = largest_shard(case)
         assert save_time(case).value == pytest.approx(14 * shard.dense / 4 / MACHINE.host.rate.value)
+
+    def test_experts_are_shared_by_the_ranks_that_have_the_same(self):
+        """Of 8 ranks, 8 share the other weights and 2 each quarter of the experts: every rank writes an eighth of both."""
+        routed = replace(SHAPE, experts=Experts(8, 2, 512, True))
+        case = case_of(architecture=routed, **layout(dp=8, ep=4))
+        expected = 14 * QWEN3_MOE.parameters(routed) / 8 / MACHINE.host.rate.value
+        assert save_time(case).value == pytest.approx(expected)
 
     def test_writing_takes_the_nodes_disk(self):
         case = case_of(**layout(tp=8, pp=4, cp=4))
