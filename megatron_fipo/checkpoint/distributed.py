@@ -32,8 +32,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -48,21 +47,22 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo import progress
+from megatron_fipo.checkpoint.fit import check_fit
 from megatron_fipo.checkpoint.optimizer_blocks import (
     distributed_parts,
     loadable_optimizer_state,
     sharded_optimizer_state,
 )
+from megatron_fipo.checkpoint.plain_optimizer import load_plain_state, sharded_plain_state
 from megatron_fipo.checkpoint.plain_pickles import INDEX_FILE, plain_pickles
 from megatron_fipo.checkpoint.rank_errors import (
     join_by_rank,
-    one_line,
     raise_on_all_ranks,
     reasons_by_rank,
     write_error,
     write_obstacle,
 )
-from megatron_fipo.checkpoint.safetensors_folder import listing
+from megatron_fipo.checkpoint.stacked_axes import with_ordinary_axes, without_leading
 from megatron_fipo.errors import UserError
 from megatron_fipo.model.mcore import (
     ASYNC_SAVE,
@@ -196,7 +196,7 @@ def load_checkpoint(modules: list[torch.nn.Module], optimizer: MegatronOptimizer
         for name, part in parts.items():
             part.load_state_dict(loadable_optimizer_state(part, state, name))
         if not parts:
-            optimizer.load_state_dict(state)
+            load_plain_state(optimizer, state)
     for group in optimizer.param_groups:
         group.update(
             betas=(optimizer.config.adam_beta1, optimizer.config.adam_beta2), eps=optimizer.config.adam_eps
@@ -237,13 +237,14 @@ def _sharded_state(
         state["optimizer"] = (
             sharded_optimizer_state(parts, dict(state), is_loading)
             if parts
-            else optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+            else sharded_plain_state(optimizer, dict(state), is_loading, metadata)
         )
         drop_classes(optimizer, state["optimizer"])
     for name in _names(modules):  # after the optimizer's part, which identifies parameters by object identity
-        for value in state[name].values():
+        for key, value in state[name].items():
             if is_quantized(value.data):
                 value.data = full_precision(value.data)
+            state[name][key] = with_ordinary_axes(value)
     return state
 
 
@@ -260,7 +261,7 @@ def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path)
     """Load weights into the modules; returns the loaded state, including the optimizer's part."""
     state = _sharded_state(modules, optimizer, is_loading=True)
     with plain_pickles():
-        _check_fit(modules, state, folder)
+        check_fit(_architecture(modules), state, folder)
         report_loaded_tensors(progress.advance)
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)), _replicas()
@@ -272,70 +273,10 @@ def _load(modules: list[Any], optimizer: MegatronOptimizer | None, folder: Path)
                 f"checkpoint {folder} is damaged: {join_by_rank(reasons_by_rank(error))}; use an earlier one"
             ) from None
     for name, module in zip(_names(modules), modules, strict=True):
-        module.load_state_dict(loaded[name], strict=False)  # `_extra_state` objects are not stored
+        here = module.state_dict()
+        tensors = {key: without_leading(value, here[key].dim()) for key, value in loaded[name].items()}
+        module.load_state_dict(tensors, strict=False)  # `_extra_state` objects are not stored
     return loaded
-
-
-def _check_fit(modules: list[Any], state: dict[str, Any], folder: Path) -> None:
-    """UserError on every rank if the checkpoint cannot be read or is not of this model.
-
-    One gather of all tensors' names.
-    """
-    here, there, problem = _wanted_shapes(state), {}, None
-    architecture, written = _architecture(modules), {}
-    try:
-        written = (dist_checkpointing.load_content_metadata(str(folder)) or {})["architecture"]
-        there = {
-            item.key: item.global_shape
-            for item in dist_checkpointing.load_tensors_metadata(str(folder)).values()
-        }
-    except (Exception, CheckpointException) as error:  # unpickling a damaged index may raise any exception
-        problem = one_line(error)
-        if COMMON_STATE_FILE and (folder / INDEX_FILE).exists() and not (folder / COMMON_STATE_FILE).exists():
-            problem = (
-                f"it has no {COMMON_STATE_FILE}; if Megatron-Core 0.19 or later wrote it, "
-                "only such a release can read it"
-            )
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (problem, here))
-    if unreadable := {rank: text for rank, (text, _) in enumerate(gathered) if text}:
-        raise UserError(
-            f"checkpoint {folder} cannot be read: {join_by_rank(unreadable)}; use another one, on a disk that "
-            "all nodes share"
-        )
-    wanted = {key: shape for _, shapes in gathered for key, shape in shapes.items()}
-    different = [
-        f"{name} is {written.get(name)} there and {value} here"
-        for name, value in architecture.items()
-        if written.get(name) != value
-    ]
-    different += [
-        f"{key} is {tuple(there[key])} there and {shape} here"
-        for key, (shape, padded) in wanted.items()
-        if key in there and tuple(there[key])[padded:] != shape[padded:]
-    ]
-    surplus = {
-        key
-        for key in there.keys() - wanted.keys()
-        if "optimizer" in state or not key.startswith("optimizer.")
-    }
-    if absent := wanted.keys() - there.keys():
-        different.append(f"it lacks {listing(absent, limit=3)}")
-    if surplus:
-        different.append(f"this model has no {listing(surplus, limit=3)}")
-    if different:
-        more = f"; and {len(different) - 5} more differences" if len(different) > 5 else ""
-        raise UserError(f"checkpoint {folder} does not fit this run: {'; '.join(different[:5])}{more}")
-
-
-def _wanted_shapes(state: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Each tensor's global shape, and whether its first dimension is a padded vocabulary (may differ)."""
-    shapes = {}
-    for value in nested_values(state):
-        for item in nested_values([value.build()]) if isinstance(value, ShardedTensorFactory) else [value]:
-            if isinstance(item, ShardedTensor):
-                shapes[item.key] = (tuple(item.global_shape), bool(item.allow_shape_mismatch))
-    return shapes
 
 
 # --- the writer process -------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, require_exactly
+from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder, StoredTensor, require_exactly
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Architecture, Family, Weight
+from megatron_fipo.families.fused_experts import fused_shape
 from megatron_fipo.families.registry import read_hf_config, read_model_config
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -55,7 +56,7 @@ OTHER_READINGS: Mapping[str, OtherReading] = {
         "model is causal",
         neutral=(True,),
     ),
-    "dual_chunk_attention_config": OtherReading(_VLLM_ALONE, families=("qwen2", "qwen3")),
+    "dual_chunk_attention_config": OtherReading(_VLLM_ALONE, families=("qwen2", "qwen3", "qwen3_moe")),
     "qk_norm": OtherReading(_VLLM_ALONE, _OFF, families=("qwen2",)),
     "logit_scale": OtherReading(_VLLM_ALONE, neutral=(1,), families=("llama",)),
     "qkv_bias": OtherReading(_VLLM_ALONE, _OFF, families=("llama",)),
@@ -152,6 +153,7 @@ def _check_tensors(weights: Sequence[Weight], architecture: Architecture, source
             f"model folder {source.folder} has no {OUTPUT}, but config.json has no tie_word_embeddings=true; "
             f"set it if {EMBEDDING} is the output layer too, or copy the weights again"
         )
+    _check_fused(expected, architecture, source)
     copied_head = architecture.share_embeddings_and_output_weights and OUTPUT in found
     require_exactly(
         f"model folder {source.folder}",
@@ -160,19 +162,33 @@ def _check_tensors(weights: Sequence[Weight], architecture: Architecture, source
         "config.json",
     )
     for name, shape in expected.items():
-        stored = source.tensors[name]
-        if stored.shape != shape:
-            raise UserError(
-                f"{name} in {source.folder} has shape {list(stored.shape)}; config.json requires "
-                f"{list(shape)}"
-            )
-        if stored.dtype not in FLOAT_DTYPES:
-            raise UserError(
-                f"{name} in {source.folder} is stored as {stored.dtype}; convert it to bfloat16 or float32 "
-                "first"
-            )
+        _check_tensor(name, source.tensors[name], shape, source)
     if copied_head and not source.equal(OUTPUT, EMBEDDING):
         raise UserError(
             f"config.json in {source.folder} has tie_word_embeddings=true, but {OUTPUT} differs from "
             f"{EMBEDDING}; set it to false to keep both tensors, or remove {OUTPUT}"
+        )
+
+
+def _check_fused(
+    expected: Mapping[str, tuple[int, ...]], architecture: Architecture, source: SafetensorsFolder
+) -> None:
+    """UserError unless each stored tensor with all experts of a layer consists of tensors `expected`."""
+    for name, stored in source.fused.items():
+        count = architecture.experts.count if architecture.experts else 0
+        _check_tensor(name, stored, fused_shape(name, expected, count), source)
+
+
+def _check_tensor(
+    name: str, stored: StoredTensor, shape: tuple[int, ...] | None, source: SafetensorsFolder
+) -> None:
+    """UserError for a tensor of another shape (None: of experts in a layer without them), or that is quantized."""
+    if stored.shape != shape:
+        needed = "no experts in this layer" if shape is None else list(shape)
+        raise UserError(
+            f"{name} in {source.folder} has shape {list(stored.shape)}; config.json requires {needed}"
+        )
+    if stored.dtype not in FLOAT_DTYPES:
+        raise UserError(
+            f"{name} in {source.folder} is stored as {stored.dtype}; convert it to bfloat16 or float32 first"
         )

@@ -63,9 +63,10 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Blo
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> dict[str, DistributedOptimizer]:
-    """The distributed optimizers that a rank has, by what they update: `dense`, and `experts` if its stage has some.
+    """The distributed optimizers of a rank, by what they update: `dense`, and `experts` if the model has some.
 
-    Empty if the optimizer is not distributed.
+    Every rank has the same parts; that of experts is empty in a stage without experts. Empty if the optimizer is not
+    distributed.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     if not all(isinstance(part, DistributedOptimizer) for part in parts):
@@ -74,8 +75,7 @@ def distributed_parts(optimizer: MegatronOptimizer) -> dict[str, DistributedOpti
 
 
 def _updates_experts(part: DistributedOptimizer) -> bool:
-    # Megatron-Core's mark of parameters whose gradients are not reduced over the data-parallel group.
-    return any(not getattr(parameter, "allreduce", True) for parameter, _, _ in _slices(part))
+    return any(group["is_expert_parallel"] for group in part.param_groups)
 
 
 def sharded_optimizer_state(
@@ -123,9 +123,11 @@ def loadable_optimizer_state(part: DistributedOptimizer, loaded: dict[str, Any],
 
 
 def _with_steps(own: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    """The state of a part with the number of steps that the dense part has taken."""
+    """The state of a part with the number of steps that the dense part has taken (none before the first)."""
+    steps = {key: value for key, value in dense["optimizer"]["param_groups"][0].items() if key == "step"}
     for group in own["optimizer"]["param_groups"]:
-        group["step"] = dense["optimizer"]["param_groups"][0]["step"]
+        group.pop("step", None)
+        group.update(steps)
     return own
 
 

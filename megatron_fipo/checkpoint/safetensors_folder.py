@@ -6,6 +6,7 @@ refused here, so all readers of an accepted folder see the same tensors.
 """
 
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.checkpoint.lost_weights import DOWNLOAD_AGAIN, explain, explain_no_safetensors
 from megatron_fipo.errors import UserError, listed
-from megatron_fipo.families.fused_experts import Part, parts_of
+from megatron_fipo.families.fused_experts import compact, is_fused, parts_of
 from megatron_fipo.placeholders import refuse_placeholder
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,9 +24,15 @@ SINGLE_NAME = "model.safetensors"
 COMPARED_BYTES = 2**24
 """Bytes of each tensor in memory while two tensors are compared."""
 
-
 MAX_INDEX_BYTES = 100_000_000
 """Of the index. safetensors has the same limit for the header of a file."""
+
+TORCH_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
+}
+"""torch's names of dtypes, by name in the safetensors format."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,6 @@ class StoredTensor:
     begin: int
     end: int
     """Its bytes in the file."""
-    part: Part | None = None
-    """Its place in a tensor with all experts of a layer, if it is stored in one."""
-    fused: str = ""
-    """The name of that tensor."""
 
 
 class SafetensorsFolder:
@@ -52,8 +55,8 @@ class SafetensorsFolder:
     A tensor with all experts of a layer appears as the tensors of each expert (`families/fused_experts.py`).
 
     The constructor reads the headers of all files, without torch. UserError for a missing folder, index or
-    shard, for an index that differs from the files, for a tensor in two files, for other safetensors that
-    vLLM would read, and for a file that is not readable safetensors.
+    shard, for an index that differs from the files, for a tensor in two files or experts in two forms, for other
+    safetensors that vLLM would read, and for a file that is not readable safetensors.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -81,19 +84,18 @@ class SafetensorsFolder:
                 found[name] = tensor
         if index is not None:
             found = self._in_order_of(index, found)
-        self.tensors: dict[str, StoredTensor] = _separate_experts(found)
+        self.fused: dict[str, StoredTensor] = {name: found[name] for name in found if is_fused(name)}
+        """The tensors that are stored with all experts of a layer, by name."""
+        self.tensors: dict[str, StoredTensor] = self._separate_experts(found)
         """By name, in the order of the index (or of the single file)."""
 
     def slice(self, name: str) -> Any:
-        """A lazy tensor with `get_shape()`. Indexing with slices reads only those elements.
+        """A lazy tensor with `get_shape()`. Indexing reads only those elements, as a copy.
 
-        The file is mapped into memory only while the slice exists, so pages that were read do not accumulate.
+        Its part of the file is mapped into memory only while it is read, so pages that were read do not accumulate. The
+        file's header is not parsed again, which would take a millisecond for each of the thousands of tensors of experts.
         """
-        stored = self.tensors[name]
-        opened = self._open(stored.file, "pt")
-        if stored.part is None:
-            return opened.get_slice(name)
-        return _ExpertSlice(opened.get_slice(stored.fused), stored.part, stored.shape)
+        return _Slice(self.folder, self.tensors[name])
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape, dtype and bits. Reads both, in parts, without torch."""
@@ -165,6 +167,28 @@ class SafetensorsFolder:
             )
         return {name: found[name] for name in index}
 
+    def _separate_experts(self, found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """`found` with the tensors of each expert in the place of those with all experts of a layer.
+
+        UserError if a tensor is in both forms.
+        """
+        separated = {}
+        for name, tensor in found.items():
+            parts = list(parts_of(name, tensor.shape))
+            size = (tensor.end - tensor.begin) // max(len(parts), 1)
+            if both := [part.name for part in parts if part.name in found]:
+                raise UserError(
+                    f"{self.folder} has experts in two forms, {name} and {listing(both)}; remove the one that is not the "
+                    "model"
+                )
+            for index, part in enumerate(parts):
+                begin = tensor.begin + index * size
+                shape = (part.rows, tensor.shape[2])
+                separated[part.name] = StoredTensor(tensor.file, shape, tensor.dtype, begin, begin + size)
+            if not parts:
+                separated[name] = tensor
+        return separated
+
     def _read_header(self, file: str) -> dict[str, StoredTensor]:
         opened = self._open(file, "numpy")  # it checks the header against the file
         with opened, (self.folder / file).open("rb") as content:
@@ -187,41 +211,31 @@ class SafetensorsFolder:
             ) from None
 
 
-class _ExpertSlice:
-    """The lazy tensor of one expert within a stored tensor of all."""
+class _Slice:
+    """A lazy tensor."""
 
-    def __init__(self, stored: Any, part: Part, shape: tuple[int, ...]) -> None:
-        self.stored, self.part, self.shape = stored, part, shape
+    def __init__(self, folder: Path, stored: StoredTensor) -> None:
+        self.path, self.stored = folder / stored.file, stored
 
     def get_shape(self) -> list[int]:
-        return list(self.shape)
+        return list(self.stored.shape)
 
     def __getitem__(self, index: Any) -> Any:
-        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        start, stop, _ = rows.indices(self.shape[0])
-        first = self.part.first_row
-        return self.stored[self.part.expert, first + start : first + stop, columns]
+        import torch
 
-
-def _separate_experts(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The same tensors, with those of each expert in the place of tensors with all experts of a layer."""
-    separated = {}
-    for name, tensor in stored.items():
-        parts = list(parts_of(name, tensor.shape))
-        size = (tensor.end - tensor.begin) // max(len(parts), 1)
-        for index, part in enumerate(parts):
-            separated[part.name] = StoredTensor(
-                tensor.file,
-                (part.rows, tensor.shape[2]),
-                tensor.dtype,
-                tensor.begin + index * size,
-                tensor.begin + (index + 1) * size,
-                part,
-                name,
-            )
-        if not parts:
-            separated[name] = tensor
-    return separated
+        stored, dtype = self.stored, getattr(torch, TORCH_DTYPES[self.stored.dtype])
+        count = stored.end - stored.begin
+        if not count:
+            return torch.empty(stored.shape, dtype=dtype)[index]
+        first = stored.begin - stored.begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.path.open("rb") as file:
+                # Writable in this process only: torch warns about tensors of memory that is not.
+                mapped = mmap.mmap(file.fileno(), stored.end - first, access=mmap.ACCESS_COPY, offset=first)
+        except (OSError, ValueError) as error:  # ValueError: the file has become shorter
+            raise UserError(f"cannot read {self.path}: {error}; copy it again") from None
+        values = torch.frombuffer(mapped, dtype=torch.uint8, offset=stored.begin - first, count=count)
+        return values.view(dtype).view(stored.shape)[index].clone()
 
 
 def _parse_index(path: Path) -> dict[str, str]:
@@ -247,14 +261,14 @@ def _parse_index(path: Path) -> dict[str, str]:
 
 def listing(names: Iterable[str], limit: int = 20) -> str:
     """Names for an error message: all of them, or the first `limit` and the number of the others."""
-    return listed(sorted(names), limit)
+    return listed(compact(names), limit)
 
 
 def require_exactly(place: str, found: Set[str], expected: Set[str], config_file: str) -> None:
     """UserError unless the tensor names `found` in `place` are those `expected` by `config_file`."""
     missing, unexpected = expected - found, found - expected
-    problems = [f"lacks {listing(missing)}"] if missing else []
+    problems = [f"lacks {listing(missing, 5)}"] if missing else []
     if unexpected:
-        problems.append(f"has {listing(unexpected)}, not expected by its {config_file}")
+        problems.append(f"has {listing(unexpected, 5)}, not expected by its {config_file}")
     if problems:
         raise UserError(f"{place} {' and '.join(problems)}")

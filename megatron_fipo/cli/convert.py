@@ -1,6 +1,7 @@
 """The `convert` command: a Hugging Face folder to a Megatron checkpoint folder, and back."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -20,8 +21,8 @@ CONVERT_HELP = """\
     Convert a model between Hugging Face format and a checkpoint folder in Megatron-Core's distributed format,
     offline: no GPU, one process, a few weights in memory at a time.
 
-    The checkpoint folder does not depend on a parallel layout; any tensor- and pipeline-parallel size loads
-    it. `to-hf` converts such a folder, or a checkpoint of a run (run_dir/checkpoints/iteration_...), of which
+    The checkpoint folder does not depend on a parallel layout; any tensor-, pipeline- and expert-parallel size
+    loads it. `to-hf` converts such a folder, or a checkpoint of a run (run_dir/checkpoints/iteration_...), of which
     it reads the model without the optimizer. Tokenizer, generation config and chat template are copied. The
     target appears only when it is complete.
 
@@ -33,6 +34,7 @@ CONVERT_HELP = """\
       megatron-fipo convert to-megatron Qwen2.5-32B converted/qwen2.5-32b
       megatron-fipo convert to-hf runs/mine/checkpoints/iteration_000100 exported --dtype bfloat16
       megatron-fipo convert to-megatron Qwen2.5-32B --dry-run --tensor-parallel 8 --pipeline-parallel 4
+      megatron-fipo convert to-megatron Qwen3-30B-A3B --dry-run --tensor-parallel 2 --expert-parallel 8
 """
 LINE_EVERY_S = 10.0
 """Time between progress lines if stderr is not a terminal."""
@@ -79,12 +81,15 @@ def _add_direction(
     command.add_argument(
         "--dry-run",
         action="store_true",
-        help="print every tensor's name in both formats, its shape, and each rank's shard; "
+        help="print every tensor's name in both formats, its shape, and each rank's shard (experts of a layer in one "
+        "line); "
         "needs config.json only, writes nothing",
     )
     for dimension, meaning in (
         ("tensor", "ranks that share a matrix"),
         ("pipeline", "ranks that share the layers"),
+        ("expert", "ranks that share the experts of a layer, of the ranks of a pipeline stage"),
+        ("expert-tensor", "ranks that share a matrix of an expert"),
     ):
         command.add_argument(
             f"--{dimension}-parallel",
@@ -136,16 +141,23 @@ def _target(arguments: argparse.Namespace) -> Path:
 
 
 def _print_map(folder: Path, arguments: argparse.Namespace) -> int:
-    from megatron_fipo.checkpoint.convert.name_map import describe_map
+    from megatron_fipo.checkpoint.convert.describe import describe_map
     from megatron_fipo.config import ParallelConfig
     from megatron_fipo.config.divisibility import check_divisibility
     from megatron_fipo.families.registry import read_model_config
 
     family, architecture = read_model_config(folder)
+    tensor, expert = arguments.tensor_parallel, arguments.expert_parallel
+    expert_tensor = arguments.expert_tensor_parallel
     parallel = ParallelConfig(
-        tensor_model_parallel_size=arguments.tensor_parallel,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,  # changes no shard; experts need it
         pipeline_model_parallel_size=arguments.pipeline_parallel,
         virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_parallel,
+        # As few ranks as experts need.
+        data_parallel_size=math.lcm(tensor, expert * expert_tensor) // tensor,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
     )
     check_divisibility(architecture, parallel)
     for line in describe_map(family, architecture, parallel):

@@ -16,12 +16,19 @@ def folder(tmp_path) -> Path:
 
 def describe(folder: Path, family: str, **keys) -> None:
     """The check of config.json alone, for a family of the same sizes."""
-    architectures = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+    architectures = {
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "llama": "LlamaForCausalLM",
+    }
+    if family == "qwen3_moe":
+        keys = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, **keys}
     set_config(model_type=family, architectures=[architectures[family]], **keys)(folder)
     read_description(folder)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 @pytest.mark.parametrize("value", [False, None, 0, "", []])
 def test_a_model_that_attends_to_later_tokens_is_refused(folder, family, value):
     """null is not true either, for transformers and vLLM."""
@@ -34,6 +41,7 @@ def test_a_model_that_attends_to_later_tokens_is_refused(folder, family, value):
     [
         ("qwen2", "dual_chunk_attention_config", {"chunk_size": 8}),
         ("qwen3", "dual_chunk_attention_config", {"chunk_size": 8}),
+        ("qwen3_moe", "dual_chunk_attention_config", {"chunk_size": 8}),
         ("qwen2", "qk_norm", True),
         ("llama", "logit_scale", 0.5),
         ("llama", "logit_scale", None),
@@ -54,6 +62,7 @@ def test_a_key_that_changes_the_model_of_vllm_alone_is_refused(folder, family, k
         ("qwen2", {"is_causal": True, "qk_norm": False, "dual_chunk_attention_config": None}),
         ("qwen2", {"sliding_window": 4096, "logit_scale": 0.5, "bias": True}),
         ("qwen3", {"is_causal": True, "qk_norm": True, "sliding_window": 4096}),
+        ("qwen3_moe", {"is_causal": True, "qk_norm": True, "sliding_window": 4096, "logit_scale": 0.5}),
         ("llama", {"logit_scale": 1.0, "qkv_bias": False, "bias": None, "target_layer_count": 0}),
         ("llama", {"sliding_window": None, "qk_norm": True, "dual_chunk_attention_config": {}}),
     ],

@@ -1,7 +1,6 @@
 """Hugging Face -> Megatron-Core -> Hugging Face is lossless in every layout; invalid folders are refused."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.checkpoint import hf_writer
+from megatron_fipo.checkpoint.convert.stacking import place_of
 from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors, save_hf
 from megatron_fipo.checkpoint.hf_import import load_hf_weights
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.errors import UserError
+from megatron_fipo.families.fused_experts import separate
 from tests.model.reference import FAMILIES, build, make_reference
 from tests.ranks import run_ranks
 
@@ -27,6 +28,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "tp2_cp2": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
 }
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "cp2_ep2": {"context_parallel_size": 2, "expert_model_parallel_size": 2},
+    "tp2_ep2_etp2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "data_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
+    "tp2_pp2_ep2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "pipeline_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+}
 
 
 OTHER_LAYOUTS = ("one", "tp2", "tp2_pp2")
@@ -35,6 +53,8 @@ CASES = [
     *(("qwen2", tied, layout) for tied in ("untied", "tied") for layout in LAYOUTS),
     *((family, "untied", layout) for family in ("qwen3", "llama") for layout in OTHER_LAYOUTS),
     *((family, "tied", "tp2_pp2") for family in ("qwen3", "llama")),
+    *(("qwen3_moe", "untied", layout) for layout in EXPERT_LAYOUTS),
+    *(("qwen3_moe-mixed", "tied", layout) for layout in ("tp2_ep2_etp2", "tp2_pp2_ep2")),
 ]
 
 
@@ -72,7 +92,7 @@ def load_on_one_rank(source: Path, weights: Path) -> None:
 
 @pytest.mark.parametrize(("family", "tied", "layout"), CASES)
 def test_every_tensor_comes_back_bit_for_bit(sources, tmp_path, family, tied, layout):
-    source, parallel = sources(family, tied), ParallelConfig(**LAYOUTS[layout])
+    source, parallel = sources(family, tied), ParallelConfig(**{**LAYOUTS, **EXPERT_LAYOUTS}[layout])
 
     def body(rank, world):
         save_hf(build(source, parallel), source, tmp_path / "saved")
@@ -134,8 +154,9 @@ def test_transformers_reads_the_sharded_bfloat16_model(sources, tmp_path, monkey
     model, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype is torch.bfloat16
+    tensors = separate(model.state_dict())
     for name, tensor in load_file(source / "model.safetensors").items():
-        assert torch.equal(model.state_dict()[name], tensor.bfloat16()), name
+        assert torch.equal(tensors[name], tensor.bfloat16()), name
 
 
 def test_sharded_folders_are_read(source, tmp_path, monkeypatch):
@@ -244,8 +265,7 @@ def test_distributed_checkpoints_use_the_names_that_transformer_engine_gives(sou
         state = chunk.sharded_state_dict()
         keys = {value.key for name, value in state.items() if not name.endswith("_extra_state")}
         return keys, {
-            re.sub(r"layers\.\d+\.", "layers.", weight.megatron)
-            for weight in chunk.family.weights(chunk.architecture)
+            place_of(weight, chunk.architecture).key for weight in chunk.family.weights(chunk.architecture)
         }
 
     ((keys, names),) = run_ranks(1, body)

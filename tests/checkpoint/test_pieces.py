@@ -31,8 +31,7 @@ def hf_rows(found: list[CopyStep], padding: bool) -> dict[str, list[int]]:
 
 
 def megatron_rows(found: list[CopyStep]) -> list[int]:
-    starts = [(step.piece.offset[-len(step.shape)], step) for step in found]
-    return [row for start, step in starts for row in range(start, start + step.rows)]
+    return [row for step in found for row in range(step.piece.first, step.piece.first + step.rows)]
 
 
 @settings(deadline=None)

@@ -1,4 +1,4 @@
-"""Published configs give the published parameter counts, and every weight divides over 8 ranks."""
+"""Published configs give the published parameter counts, and every weight divides over the ranks of a large layout."""
 
 import json
 from math import prod
@@ -10,6 +10,7 @@ import torch
 from megatron_fipo.checkpoint.shard_layouts import join, shard
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.config.divisibility import check_divisibility
+from megatron_fipo.families.family import Experts
 from megatron_fipo.families.registry import find_family
 
 CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
@@ -18,6 +19,27 @@ PARAMETERS = {
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-32b": 32_762_123_264,
     "llama-3.1-70b": 70_553_706_496,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+}
+DENSE = tuple(name for name in PARAMETERS if "-a" not in name)
+LAYOUTS = {
+    **dict.fromkeys(DENSE, ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)),
+    "qwen3-30b-a3b": ParallelConfig(
+        tensor_model_parallel_size=4,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=4,
+        data_parallel_size=8,
+        expert_model_parallel_size=16,
+        expert_tensor_parallel_size=2,
+    ),
+    "qwen3-235b-a22b": ParallelConfig(
+        tensor_model_parallel_size=4,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=2,
+        data_parallel_size=8,
+        expert_model_parallel_size=32,
+    ),
 }
 
 
@@ -38,19 +60,33 @@ def test_the_number_of_parameters_is_the_published_one(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_every_weight_splits_over_8_tensor_parallel_ranks_and_comes_back(name):
+def test_every_weight_splits_over_tensor_parallel_ranks_and_comes_back(name):
     """With shapes only (meta tensors)."""
     family, architecture = read(name)
-    parallel = ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)
+    parallel = LAYOUTS[name]
     check_divisibility(architecture, parallel)
     first_layer_and_ends = [weight for weight in family.weights(architecture) if weight.layer in (None, 0)]
     for weight in first_layer_and_ends:
+        size = (
+            parallel.tensor_model_parallel_size
+            if weight.expert is None
+            else parallel.expert_tensor_parallel_size
+        )
         parts = [torch.empty(shape, device="meta") for shape in weight.shapes]
-        shards = [shard(weight, parts, architecture, rank, 8) for rank in range(8)]
-        assert {prod(piece.shape) for piece in shards} == {weight.parameters_per_rank(8)}, weight
+        shards = [shard(weight, parts, architecture, rank, size) for rank in range(size)]
+        assert {prod(piece.shape) for piece in shards} == {weight.parameters_per_rank(size)}, weight
         assert tuple(tuple(part.shape) for part in join(weight, shards, architecture)) == weight.shapes, (
             weight
         )
+
+
+@pytest.mark.parametrize(("name", "width"), [("qwen3-30b-a3b", 768), ("qwen3-235b-a22b", 1536)])
+def test_every_layer_of_a_published_mixture_has_its_experts(name, width):
+    family, architecture = read(name)
+    assert architecture.experts == Experts(128, 8, width, normalized=True)
+    assert architecture.qk_layernorm
+    names = [name for weight in family.weights(architecture) for name in weight.names]
+    assert len(names) == len(set(names)) == 3 + architecture.num_layers * (9 + 128 * 3)
 
 
 def test_llama_keeps_its_rotary_scaling():

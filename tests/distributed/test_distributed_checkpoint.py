@@ -61,14 +61,18 @@ def new_policy(folder: Path, parallel: ParallelConfig, dtype: str = "float32", *
 
 def optimizer_state(policy: RankModel, copy: bool = True) -> list[torch.Tensor]:
     """Everything this rank's optimizer holds: its own copy of the parameters, both moments, and the step."""
-    inner = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])[0].optimizer
+    optimizers = [
+        part.optimizer for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    ]
+    groups = [group for inner in optimizers for group in inner.param_groups]
     parts = [
         part
+        for inner in optimizers
         for group in inner.param_groups
         for p in group["params"]
         for part in (p, *inner.state[p].values())
     ]
-    steps = torch.tensor([float(group.get("step", 0)) for group in inner.param_groups])
+    steps = torch.tensor([float(group.get("step", 0)) for group in groups])
     return [*(part.detach().clone() if copy else part for part in parts), steps]
 
 
@@ -157,7 +161,7 @@ def with_megatrons_format(function):
     """A rank's function, with Megatron-Core's own format, which gathers the optimizer's state."""
 
     def run(*arguments):
-        distributed._distributed = lambda optimizer: None
+        distributed.distributed_parts = lambda optimizer: {}
         return function(*arguments)
 
     return run
@@ -175,6 +179,30 @@ def test_the_state_without_a_gather_is_that_of_megatrons_format(model, tmp_path,
     parallel = LAYOUTS[layout]
     straight = run_ranks(parallel.world_size, write, model, parallel, tmp_path, 2, {})
     assert_same_training(straight, run_ranks(parallel.world_size, read, model, parallel, tmp_path, {}))
+
+
+def with_numbered_parameters(function):
+    """A rank's function that saves as version 0.1, which numbered the parameters of the optimizer's one part."""
+
+    def run(*arguments):
+        state_of_parts = distributed.sharded_optimizer_state
+
+        def numbered(*of_state):
+            state = state_of_parts(*of_state)
+            return {**state, "param_state": dict(enumerate(state["param_state"].values()))}
+
+        distributed.sharded_optimizer_state = numbered
+        return function(*arguments)
+
+    return run
+
+
+def test_checkpoints_of_a_version_without_parts_of_the_optimizer_load(model, tmp_path):
+    parallel, write = LAYOUTS["tp2-dp2"], with_numbered_parameters(step_and_save)
+    straight = run_ranks(parallel.world_size, write, model, parallel, tmp_path, 2, {})
+    assert_same_training(
+        straight, run_ranks(parallel.world_size, load_and_step, model, parallel, tmp_path, {})
+    )
 
 
 def addresses_of_blocks(rank, world_size, folder, pinned):

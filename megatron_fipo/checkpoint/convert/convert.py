@@ -22,13 +22,12 @@ from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.convert.dtypes import cast, dtypes_in_megatron, target_dtype
 from megatron_fipo.checkpoint.convert.name_map import megatron_shape
 from megatron_fipo.checkpoint.convert.pieces import CopyStep, steps_to_hf, steps_to_megatron
+from megatron_fipo.checkpoint.convert.stacking import extra_state_keys, place_of
 from megatron_fipo.checkpoint.convert.torch_dist import (
     WEIGHTS,
     TensorPiece,
     WeightsReader,
-    extra_state_keys,
     in_parallel,
-    stacked_key,
     write_weights,
 )
 from megatron_fipo.checkpoint.hf_writer import HFWriter, hidden_name
@@ -83,19 +82,21 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
     _refuse_existing(target)
     opened = open_model_folder(source)
     architecture, weights, folder = opened.architecture, opened.weights, opened.source
-    dtypes = dtypes_in_megatron(weights, folder, dtype)
+    dtypes = dtypes_in_megatron(weights, architecture, folder, dtype)
     steps = {
         step.piece: step
         for weight in weights
-        for step in steps_to_megatron(weight, architecture, dtypes[stacked_key(weight)].itemsize)
+        for step in steps_to_megatron(
+            weight, architecture, dtypes[place_of(weight, architecture).key].itemsize
+        )
     }
-    size = sum(prod(piece.size) * dtypes[piece.key].itemsize for piece in steps)
+    size = sum(prod(piece.size) * dtypes[piece.place.key].itemsize for piece in steps)
     summary = Summary(sum(len(weight.names) for weight in weights), size)
     meter = _Meter("converting", size, progress)
 
     def read(piece: TensorPiece) -> torch.Tensor:
         values = _read_hf(steps[piece], architecture, folder)
-        result, changed = cast(values, dtypes[piece.key])
+        result, changed = cast(values, dtypes[piece.place.key])
         if changed:
             summary.rounded.add(steps[piece].weight.megatron)
         meter.add(result.nbytes)
@@ -105,8 +106,8 @@ def to_megatron(source: Path, target: Path, dtype: str, progress: Progress) -> S
         for name in (WEIGHTS, HF):
             (partial / name).mkdir(parents=True)
         copy_companions(source, partial / HF)
-        wanted = [(piece, dtypes[piece.key]) for piece in steps]
-        extra_states = extra_state_keys(weights, architecture.num_layers)
+        wanted = [(piece, dtypes[piece.place.key]) for piece in steps]
+        extra_states = extra_state_keys(weights, architecture)
         write_weights(partial / WEIGHTS, wanted, extra_states, {"architecture": asdict(architecture)}, read)
         files = _hash(partial, progress)
         write_manifest(
@@ -131,7 +132,7 @@ def to_hf(source: Path, target: Path, dtype: str, progress: Progress) -> Summary
     weights = list(family.weights(architecture))
     _check_stored(weights, architecture, reader)
     dtypes = {
-        name: target_dtype(reader.tensors[stacked_key(weight)].properties.dtype, dtype, name)
+        name: target_dtype(reader.tensors[place_of(weight, architecture).key].properties.dtype, dtype, name)
         for weight in weights
         for name in weight.names
     }
@@ -177,10 +178,9 @@ def _read_hf(step: CopyStep, architecture: Architecture, folder: SafetensorsFold
 
 
 def _stored_steps(weight: Weight, architecture: Architecture, reader: WeightsReader) -> Iterator[CopyStep]:
-    stored = reader.tensors[stacked_key(weight)]
-    yield from steps_to_hf(
-        weight, architecture, tuple(stored.size)[0 if weight.layer is None else 1 :], stored.chunks
-    )
+    place = place_of(weight, architecture)
+    shape = tuple(reader.tensors[place.key].size)[len(place.lengths) :]
+    yield from steps_to_hf(weight, architecture, shape, reader.chunks(place))
 
 
 def _hf_tensors(
@@ -195,11 +195,12 @@ def _hf_tensors(
 def _check_stored(weights: Sequence[Weight], architecture: Architecture, reader: WeightsReader) -> None:
     """UserError unless the checkpoint has exactly the model's tensors; an optimizer's tensors are ignored."""
     found = {key for key in reader.tensors if not key.startswith("optimizer.")}
-    expected = {stacked_key(weight): weight for weight in weights}
+    places = [place_of(weight, architecture) for weight in weights]
+    expected = {place.key: (place, weight) for place, weight in zip(places, weights, strict=True)}
     require_exactly(f"checkpoint {reader.folder}", found, expected.keys(), "hf/config.json")
-    for key, weight in expected.items():
-        stored, full = tuple(reader.tensors[key].size), megatron_shape(weight)
-        wanted = full if weight.layer is None else (architecture.num_layers, *full)
+    for key, (place, weight) in expected.items():
+        stored = tuple(reader.tensors[key].size)
+        wanted = (*place.lengths, *megatron_shape(weight))
         if weight.layout is Layout.VOCABULARY and stored[0] >= architecture.vocab_size:
             wanted = (stored[0], *wanted[1:])
         if stored != wanted:

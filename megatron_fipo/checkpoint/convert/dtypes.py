@@ -1,18 +1,18 @@
 """The dtype of a converted tensor: its stored dtype, unless a cast was requested.
 
 Dtypes that cannot be kept are refused with the loss of each possible cast, and never rounded silently. These
-are float16, which no supported model has, and different dtypes in the layers of one parameter, which Megatron
-stacks.
+are float16, which no supported model has, and different dtypes in the layers or experts of one parameter, which
+Megatron stacks.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from megatron_fipo.checkpoint.convert.torch_dist import stacked_key
+from megatron_fipo.checkpoint.convert.stacking import place_of
 from megatron_fipo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_fipo.errors import UserError
-from megatron_fipo.families.family import Weight
+from megatron_fipo.families.family import Architecture, Weight
 
 KEEP = "keep"
 MANTISSA_BITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
@@ -22,16 +22,16 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def dtypes_in_megatron(
-    weights: Sequence[Weight], folder: SafetensorsFolder, wanted: str
+    weights: Sequence[Weight], architecture: Architecture, folder: SafetensorsFolder, wanted: str
 ) -> dict[str, torch.dtype]:
-    """The dtype by stacked key. Megatron has one dtype for all layers of a parameter.
+    """The dtype by key of the checkpoint. Megatron has one dtype for all layers and experts of a parameter.
 
     UserError if one cannot be kept.
     """
     dtypes: dict[str, torch.dtype] = {}
     first: dict[str, str] = {}
     for weight in weights:
-        key = stacked_key(weight)
+        key = place_of(weight, architecture).key
         for name in weight.names:
             dtype = target_dtype(STORED[folder.tensors[name].dtype], wanted, name)
             if dtypes.setdefault(key, dtype) is not dtype:

@@ -4,7 +4,6 @@
 `convert --dry-run` and for the plan of a run.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_fipo.config import ParallelConfig
@@ -41,11 +40,13 @@ class MappedTensor:
     megatron_shape: tuple[int, ...]
     """Of the complete parameter, with the vocabulary padded for this tensor-parallel size."""
     shard_shape: tuple[int, ...]
-    """Of the parameter on each tensor-parallel rank."""
+    """Of the parameter on each tensor-parallel rank (of an expert: expert-tensor-parallel)."""
     stages: tuple[ModelChunk, ...]
     """The chunks that have it: one, or the first and the last for a tied embedding."""
     boxes: tuple[Box, ...]
-    """By tensor-parallel rank: its part of this Hugging Face tensor."""
+    """By the same ranks: their part of this Hugging Face tensor."""
+    expert_rank: int | None
+    """The expert-parallel rank that has it; None outside experts, for all."""
 
 
 def name_map(family: Family, architecture: Architecture, parallel: ParallelConfig) -> list[MappedTensor]:
@@ -53,18 +54,39 @@ def name_map(family: Family, architecture: Architecture, parallel: ParallelConfi
 
     The sizes must be divisible (`config.divisibility`).
     """
-    tp = parallel.tensor_model_parallel_size
     mapped = []
     for weight in family.weights(architecture):
-        complete, stages = megatron_shape(weight, tp), stages_of(weight, architecture, parallel)
+        size = _tensor_ranks(weight, parallel)
+        complete, stages = megatron_shape(weight, size), stages_of(weight, architecture, parallel)
         for name, shape in zip(weight.names, weight.shapes, strict=True):
-            boxes = tuple(hf_box(weight.layout, shape, rank, tp) for rank in range(tp))
+            boxes = tuple(hf_box(weight.layout, shape, rank, size) for rank in range(size))
             mapped.append(
                 MappedTensor(
-                    name, shape, weight, complete, _shard_shape(weight.layout, complete, tp), stages, boxes
+                    name,
+                    shape,
+                    weight,
+                    complete,
+                    _shard_shape(weight.layout, complete, size),
+                    stages,
+                    boxes,
+                    expert_rank_of(weight, architecture, parallel),
                 )
             )
     return mapped
+
+
+def _tensor_ranks(weight: Weight, parallel: ParallelConfig) -> int:
+    """Ranks that share a weight."""
+    if weight.expert is None:
+        return parallel.tensor_model_parallel_size
+    return parallel.expert_tensor_parallel_size
+
+
+def expert_rank_of(weight: Weight, architecture: Architecture, parallel: ParallelConfig) -> int | None:
+    """The expert-parallel rank of an expert's weight: each rank has consecutive experts. None for other weights."""
+    if weight.expert is None or architecture.experts is None:
+        return None
+    return weight.expert * parallel.expert_model_parallel_size // architecture.experts.count
 
 
 def megatron_shape(weight: Weight, tensor_model_parallel_size: int = 1) -> tuple[int, ...]:
@@ -109,68 +131,3 @@ def stages_of(weight: Weight, architecture: Architecture, parallel: ParallelConf
     if weight.megatron != EMBEDDING_WEIGHT:
         return (last,)
     return (first, last) if architecture.share_embeddings_and_output_weights and last != first else (first,)
-
-
-def describe_map(family: Family, architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:
-    """Lines of text: one per Hugging Face tensor, then one per pipeline rank."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    mapped = name_map(family, architecture, parallel)
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    yield (
-        f"{family.name}: {architecture.num_layers} layers, {family.parameters(architecture):,} parameters in "
-        f"{len(mapped)} tensors; tensor {tp} x pipeline {pp} = {tp * pp} ranks"
-        + (f", {chunks} model chunks each" if chunks > 1 else "")
-    )
-    yield ""
-    header = (
-        "Hugging Face",
-        "shape",
-        "Megatron parameter",
-        "full shape",
-        "layout",
-        "stage",
-        "each rank's shard",
-        "part of the tensor, by rank",
-    )
-    rows = [header, *(_row(tensor, chunks) for tensor in mapped)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield ""
-    for stage in range(pp):
-        weights = {
-            tensor.weight.megatron: tensor.weight
-            for tensor in mapped
-            if any(at.pipeline == stage for at in tensor.stages)
-        }
-        parameters = sum(weight.parameters_per_rank(tp) for weight in weights.values())
-        ranks = f"rank {stage}" if tp == 1 else f"ranks {stage * tp}-{stage * tp + tp - 1}"
-        yield f"pipeline stage {stage} ({ranks}): {parameters:,} parameters on each rank"
-
-
-def _row(tensor: MappedTensor, chunks: int) -> tuple[str, ...]:
-    stages = (f"{at.pipeline}.{at.chunk}" if chunks > 1 else str(at.pipeline) for at in tensor.stages)
-    return (
-        tensor.name,
-        _shape(tensor.shape),
-        tensor.weight.megatron,
-        _shape(tensor.megatron_shape),
-        tensor.weight.layout.value,
-        ",".join(stages),
-        _shape(tensor.shard_shape),
-        _boxes(tensor),
-    )
-
-
-def _boxes(tensor: MappedTensor) -> str:
-    """`rows 0:640 640:1280 ...`, one range per rank, or `all` if every rank has the complete tensor."""
-    full = tuple((0, length) for length in tensor.shape)
-    if all(box == full for box in tensor.boxes):
-        return "all"
-    dimension = next(d for d in range(len(tensor.shape)) if any(box[d] != full[d] for box in tensor.boxes))
-    ranges = " ".join(f"{first}:{last}" for first, last in (box[dimension] for box in tensor.boxes))
-    return f"{('rows', 'columns')[dimension]} {ranges}"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

@@ -13,7 +13,8 @@ from math import prod
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from megatron_fipo.checkpoint.convert.name_map import megatron_shape
-from megatron_fipo.checkpoint.convert.torch_dist import TensorPiece, stacked_key
+from megatron_fipo.checkpoint.convert.stacking import place_of
+from megatron_fipo.checkpoint.convert.torch_dist import TensorPiece
 from megatron_fipo.families.family import Architecture, Layout, Weight
 
 PIECE_BYTES = 8_000_000
@@ -36,26 +37,27 @@ class CopyStep:
     @property
     def rows(self) -> int:
         """Number of rows in Megatron's tensor, padding included."""
-        return self.shape[0]
+        return self.piece.rows
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the piece without the layer dimension."""
-        return self.piece.size[-len(self.weight.shapes[0]) :]
+        """Shape of the piece without stacked dimensions."""
+        return (self.piece.rows, *self.piece.shape[1:])
 
 
 def steps_to_megatron(weight: Weight, architecture: Architecture, itemsize: int) -> Iterator[CopyStep]:
     """Steps with pieces of at most `PIECE_BYTES`. A vocabulary's last piece includes its padding."""
-    full = megatron_shape(weight)
+    full, place = megatron_shape(weight), place_of(weight, architecture)
     if weight.layout is Layout.QKV:
-        yield CopyStep(weight, _piece(weight, architecture, full, 0, full[0]), None)
+        yield CopyStep(weight, TensorPiece(place, full, 0, full[0]), None)
         return
     height, start = max(1, PIECE_BYTES // (prod(full[1:]) * itemsize)), 0
     for name, (rows, *_) in zip(weight.names, weight.shapes, strict=True):
         for first in range(0, rows, height):
             at_end = name == weight.names[-1] and first + height >= rows
             last = full[0] if at_end else start + min(first + height, rows)
-            yield CopyStep(weight, _piece(weight, architecture, full, start + first, last), name, first)
+            piece = TensorPiece(place, full, start + first, last - start - first)
+            yield CopyStep(weight, piece, name, first)
         start += rows
 
 
@@ -67,32 +69,18 @@ def steps_to_hf(
 ) -> Iterator[CopyStep]:
     """Steps that follow the stored chunks, so that no chunk is read twice. Padding is not copied.
 
-    `stored_shape` is the parameter's shape without the layer dimension; `chunks` are those of all layers.
+    `stored_shape` is the parameter's shape without stacked dimensions; `chunks` are those of this weight.
     """
+    place = place_of(weight, architecture)
     if weight.layout is Layout.QKV:
-        yield CopyStep(weight, _piece(weight, architecture, stored_shape, 0, stored_shape[0]), None)
+        yield CopyStep(weight, TensorPiece(place, stored_shape, 0, stored_shape[0]), None)
         return
-    axis = 0 if weight.layer is None else 1
-    own = (chunk for chunk in chunks if weight.layer is None or chunk.offsets[0] == weight.layer)
-    for begin, count in sorted({(chunk.offsets[axis], chunk.sizes[axis]) for chunk in own}):
+    axis = len(place.index)
+    for begin, count in sorted({(chunk.offsets[axis], chunk.sizes[axis]) for chunk in chunks}):
         start = 0
         for name, (rows, *_) in zip(weight.names, weight.shapes, strict=True):
             first, last = max(begin, start), min(begin + count, start + rows)
             if first < last:
-                yield CopyStep(
-                    weight, _piece(weight, architecture, stored_shape, first, last), name, first - start
-                )
+                piece = TensorPiece(place, stored_shape, first, last - first)
+                yield CopyStep(weight, piece, name, first - start)
             start += rows
-
-
-def _piece(
-    weight: Weight, architecture: Architecture, full: tuple[int, ...], first: int, last: int
-) -> TensorPiece:
-    """Rows `first` to `last` (exclusive) of a parameter of shape `full`, in the tensor of stacked layers."""
-    rest = (0,) * (len(full) - 1)
-    if weight.layer is None:
-        return TensorPiece(weight.megatron, full, (first, *rest), (last - first, *full[1:]))
-    stacked = (architecture.num_layers, *full)
-    return TensorPiece(
-        stacked_key(weight), stacked, (weight.layer, first, *rest), (1, last - first, *full[1:])
-    )

@@ -1,8 +1,7 @@
 """Reads and writes weights in Megatron-Core's distributed format (`torch_dist`), piece by piece.
 
 Needs no GPU, no process group and no model. The format is torch.distributed.checkpoint's: `.metadata` lists
-all tensors and the files of their pieces. Layers are stacked: parameter
-`decoder.layers.7.mlp.linear_fc2.weight` is index 7 of the tensor `decoder.layers.mlp.linear_fc2.weight`.
+all tensors and the files of their pieces. `stacking.py` has the names.
 """
 
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
@@ -12,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,9 +41,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_fipo.checkpoint.convert.stacking import Place
 from megatron_fipo.checkpoint.plain_pickles import read_index
 from megatron_fipo.errors import UserError
-from megatron_fipo.families.family import Weight
 
 WEIGHTS = "weights"
 """The folder of these files in a checkpoint."""
@@ -58,37 +57,29 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """A rectangular part of a stored tensor."""
+    """A range of rows of a weight, as a rectangular part of a stored tensor."""
 
-    key: str
-    """Name of the stored tensor."""
-    full: tuple[int, ...]
-    """Shape of the stored tensor."""
-    offset: tuple[int, ...]
-    """First index in each dimension."""
-    size: tuple[int, ...]
-    """Length in each dimension."""
+    place: Place
+    shape: tuple[int, ...]
+    """Of the complete weight, as it is stored."""
+    first: int
+    """Its first row."""
+    rows: int
 
+    @property
+    def full(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return (*self.place.lengths, *self.shape)
 
-def stacked_key(weight: Weight) -> str:
-    """The name of the stored tensor with all layers of a parameter."""
-    return (
-        weight.megatron
-        if weight.layer is None
-        else weight.megatron.replace(f"layers.{weight.layer}.", "layers.", 1)
-    )
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """First index in each dimension of the stored tensor."""
+        return (*self.place.index, self.first, *[0] * len(self.shape[1:]))
 
-
-def extra_state_keys(weights: Iterable[Weight], num_layers: int) -> list[str]:
-    """Keys of the `_extra_state` of Megatron-Core's linear layers (for FP8): empty here, but required."""
-    modules = dict.fromkeys(
-        stacked_key(weight).rpartition(".")[0] for weight in weights if ".linear_" in weight.megatron
-    )
-    return [
-        f"{module}._extra_state/shard_{layer}_{num_layers}"
-        for module in modules
-        for layer in range(num_layers)
-    ]
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Length in each dimension of the stored tensor."""
+        return (*[1] * len(self.place.index), self.rows, *self.shape[1:])
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -136,7 +127,7 @@ def write_weights(
     `read` is called once per piece. `content` is what `dist_checkpointing.load_content_metadata` will return.
     At most `WORKERS` pieces are in memory at a time. A file has one tensor, or 2 GB of one. Raises OSError.
     """
-    by_index = {MetadataIndex(piece.key, piece.offset): piece for piece, _ in pieces}
+    by_index = {MetadataIndex(piece.place.key, piece.offset): piece for piece, _ in pieces}
     plans = [SavePlan([_write_item(piece, dtype) for piece, dtype in group]) for group in _by_file(pieces)]
     plans.append(SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states]))
     plans, metadata = create_default_global_save_plan(plans)
@@ -167,24 +158,26 @@ def write_weights(
 def _write_item(piece: TensorPiece, dtype: torch.dtype) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))
     data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(piece.full))
-    return WriteItem(MetadataIndex(piece.key, piece.offset), WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(MetadataIndex(piece.place.key, piece.offset), WriteItemType.SHARD, tensor_data=data)
 
 
 def _by_file(
     pieces: Sequence[tuple[TensorPiece, torch.dtype]],
 ) -> Iterator[list[tuple[TensorPiece, torch.dtype]]]:
     """One tensor per file: torch keeps the last piece of each tensor in memory until its file is complete."""
-    for key in dict.fromkeys(piece.key for piece, _ in pieces):
+    by_key: dict[str, list[tuple[TensorPiece, torch.dtype]]] = {}
+    for piece, dtype in pieces:
+        by_key.setdefault(piece.place.key, []).append((piece, dtype))
+    for of_key in by_key.values():
         group: list[tuple[TensorPiece, torch.dtype]] = []
         filled = 0
-        for piece, dtype in pieces:
-            if piece.key == key:
-                size = prod(piece.size) * dtype.itemsize
-                if group and filled + size > FILE_BYTES:
-                    yield group
-                    group, filled = [], 0
-                group.append((piece, dtype))
-                filled += size
+        for piece, dtype in of_key:
+            size = prod(piece.size) * dtype.itemsize
+            if group and filled + size > FILE_BYTES:
+                yield group
+                group, filled = [], 0
+            group.append((piece, dtype))
+            filled += size
         yield group
 
 
@@ -251,19 +244,34 @@ class WeightsReader:
             key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
         }
         """By key, without objects that are not tensors."""
+        self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+
+    def chunks(self, place: Place) -> Sequence[ChunkStorageMetadata]:
+        """The stored pieces of one weight of a stacked tensor.
+
+        Those of a key are sorted by weight once: a tensor of experts has thousands of weights.
+        """
+        if place.key not in self._chunks:
+            by_index: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in self.tensors[place.key].chunks:
+                by_index.setdefault(tuple(chunk.offsets[: len(place.index)]), []).append(chunk)
+            self._chunks[place.key] = by_index
+        return self._chunks[place.key].get(place.index, [])
 
     def read(self, piece: TensorPiece) -> torch.Tensor:
         """The values [size] of a piece, from the stored pieces that overlap it.
 
         These are read completely, one at a time.
         """
-        stored = self.tensors[piece.key]
+        key, stored = piece.place.key, self.tensors[piece.place.key]
         items = create_read_items_for_chunk_list(
-            piece.key, stored, [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))]
+            key,
+            replace(stored, chunks=list(self.chunks(piece.place))),
+            [ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size))],
         )
         if sum(prod(item.lengths) for item in items) != prod(piece.size):
             raise UserError(
-                f"{self.folder} does not have all of {piece.key} (needed: {piece.size} at {piece.offset})"
+                f"{self.folder} does not have all of {key} (needed: {piece.size} at {piece.offset})"
             )
         target = torch.empty(piece.size, dtype=stored.properties.dtype)
         self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
