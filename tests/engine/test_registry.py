@@ -42,6 +42,7 @@ def test_arguments_come_from_the_config(tmp_path, monkeypatch):
         "deterministic": True,
         "temperature": 1.0,
         "stop_strings": False,
+        "routes": False,
         "arguments": {},
     }
 
