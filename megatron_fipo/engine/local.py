@@ -26,7 +26,7 @@ from megatron_fipo.engine.protocol import (
 )
 from megatron_fipo.engine.stop_strings import Decode, StopStrings, decoder
 from megatron_fipo.errors import UserError
-from megatron_fipo.families.fused_experts import separate
+from megatron_fipo.families.fused_experts import is_fused, separate
 from megatron_fipo.weight_sync.checksum import Checksums
 
 
@@ -102,6 +102,7 @@ class LocalEngine:
                 model, self._end_ids = load_model(
                     self._model_path, self._dtype, self._trust_remote_code, self._load_weights
                 )
+                _choose_products(model)
                 self._device = "cuda" if torch.cuda.is_available() else "cpu"
                 self._model = model.eval().requires_grad_(False).to(self._device)
                 self._version = 0 if self._load_weights else NO_WEIGHTS
@@ -323,6 +324,18 @@ class LocalEngine:
     def _weights(self) -> dict[str, Tensor]:
         """All weights by Hugging Face name, of each expert separately; tied ones under each of their names."""
         return separate(self._model.state_dict())
+
+
+def _choose_products(model: Any) -> None:
+    """Compute experts one after another where torch's grouped product, transformers' default, can't: rows of any width.
+
+    The grouped product needs rows of multiples of 16 bytes. It is as fast in float32, and up to twice as fast in bfloat16.
+    """
+    if any(
+        is_fused(name) and tensor.shape[-1] * tensor.element_size() % 16
+        for name, tensor in model.state_dict().items()
+    ):
+        model.set_experts_implementation("eager")
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from megatron_fipo.engine.vllm_start import (
     ModelFacts,
     VLLMSettings,
     check_model,
+    check_routes,
     check_vllm,
     check_weights,
     engine_config,
@@ -66,13 +67,14 @@ class VLLMEngine:
         spans_nodes: bool = False,
         temperature: float = 1.0,
         stop_strings: bool = False,
+        routes: bool = False,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Store the arguments. `ready` loads, so that the caller gets its errors unwrapped.
 
         `max_model_len` is the longest prompt plus response. Without `load_weights` the folder's weights are not read.
-        `temperature` is that of training; `stop_strings` says whether requests may have some; `arguments` are further ones of
-        vLLM's engine.
+        `temperature` is that of training; `stop_strings` says whether requests may have some, `routes` whether generations have
+        routes; `arguments` are further ones of vLLM's engine.
         """
         given = dict(arguments or {})
         self._settings = VLLMSettings(
@@ -88,6 +90,7 @@ class VLLMEngine:
             spans_nodes=spans_nodes,
             temperature=temperature,
             stop_strings=stop_strings,
+            routes=routes,
             arguments=given,
         )
         self._decode: Decode | None = None
@@ -124,10 +127,11 @@ class VLLMEngine:
 
         self._gpu = torch.cuda.is_available()
         self._model = read_model(self._settings)
-        prepare_environment(self._gpu, node_address(), self._settings.needs_processor)
+        prepare_environment(self._gpu, node_address(), self._settings)
         from vllm import AsyncLLMEngine
         from vllm.platforms import current_platform
 
+        check_routes(self._settings)
         check_model(
             self._settings, self._model, current_platform.get_device_total_memory() if self._gpu else None
         )

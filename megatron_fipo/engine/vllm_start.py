@@ -17,6 +17,7 @@ from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.config.vllm_arguments import kv_element_bytes
 from megatron_fipo.engine.model_folder import load_model
 from megatron_fipo.errors import UserError, first_line
+from megatron_fipo.families.fused_experts import is_fused, separate
 from megatron_fipo.network import interface_of, socket_variables
 
 SUPPORTED_VLLM = ">=0.32,<0.33"
@@ -30,6 +31,8 @@ CPU_KV_CACHE_BYTES = 2**29
 CPU_BATCHED_TOKENS = 8192
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention kernel for CPUs is compiled for."""
+CPU_EXPERT_ALIGNMENT = 32
+"""vLLM's kernels for experts on CPUs take hidden sizes that are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class VLLMSettings:
     """Of training. Log-probs at another temperature are exact only if this is not 1 (`needs_processor`)."""
     stop_strings: bool = False
     """Load the tokenizer, which stop strings need."""
+    routes: bool = False
+    """Report the experts that each token was sent to."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """`rollout.vllm`, checked by `vllm_arguments.check_arguments`."""
 
@@ -89,6 +94,8 @@ class ModelFacts:
     head_size: int
     element_bytes: int
     """Of a number in the KV cache."""
+    expert_hidden_size: int | None = None
+    """Channels that an expert reads; None in a model without experts."""
 
     def kv_bytes(self, tokens: int, tensor_parallel_size: int) -> int:
         """Bytes of the KV cache of one sequence on one worker.
@@ -144,7 +151,8 @@ def read_model(settings: VLLMSettings) -> ModelFacts:
             settings.model_path, settings.dtype, settings.trust_remote_code, load_weights=False
         )
     text = model.config.get_text_config()
-    tensors = model.state_dict(keep_vars=True)
+    stored = model.state_dict(keep_vars=True)
+    tensors = separate(stored)
     return ModelFacts(
         weights={
             name: WeightInfo(tuple(tensor.shape), str(tensor.dtype), id(tensor))
@@ -157,6 +165,7 @@ def read_model(settings: VLLMSettings) -> ModelFacts:
         key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         element_bytes=kv_element_bytes(settings.arguments, getattr(torch, settings.dtype).itemsize),
+        expert_hidden_size=text.hidden_size if any(map(is_fused, stored)) else None,
     )
 
 
@@ -199,6 +208,11 @@ def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None
                 f"but those of model.path {settings.model_path} have {model.head_size}; choose "
                 "rollout.engine=local"
             )
+        if (model.expert_hidden_size or 0) % CPU_EXPERT_ALIGNMENT:
+            raise UserError(
+                f"vLLM's experts on CPUs support hidden sizes that are multiples of {CPU_EXPERT_ALIGNMENT}, but that of model.path "
+                f"{settings.model_path} is {model.expert_hidden_size}; choose rollout.engine=local"
+            )
         return
     if settings.arguments.get("quantization"):
         return  # vLLM says so itself if its smaller weights do not fit
@@ -214,12 +228,11 @@ def check_model(settings: VLLMSettings, model: ModelFacts, gpu_bytes: int | None
         )
 
 
-def prepare_environment(gpu: bool, address: str, needs_processor: bool) -> None:
+def prepare_environment(gpu: bool, address: str, settings: VLLMSettings) -> None:
     """Set the variables that vLLM and its processes read. Call before vLLM is imported.
 
-    `address` is this node's, where their sockets listen.
-
-    `needs_processor` as in `VLLMSettings`: only vLLM's older model runner takes `NormalizedLogits`.
+    `address` is this node's, where their sockets listen. Only vLLM's older model runner takes `NormalizedLogits`
+    (`needs_processor`), and only its newer one reports routes. UserError if the environment chooses the other one.
 
     On a CPU the worker runs in vLLM's engine process (two processes instead of three, each of which imports
     torch and vLLM) with one thread that is not bound to a core: trainer ranks and engines share the cores,
@@ -228,13 +241,21 @@ def prepare_environment(gpu: bool, address: str, needs_processor: bool) -> None:
     os.environ[OWNER_VARIABLE] = str(os.getpid())
     os.environ["VLLM_HOST_IP"] = address
     os.environ |= socket_variables(interface_of(address), os.environ)
-    if needs_processor:  # else vLLM chooses: the newer one on GPUs
-        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    chosen = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    if settings.needs_processor:  # else vLLM chooses: the newer one on GPUs
+        if chosen == "1":
             raise UserError(
                 "env.VLLM_USE_V2_MODEL_RUNNER=1 needs rollout.temperature=1: the log-probs of another temperature need the older "
                 "model runner; remove it"
             )
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    elif settings.routes:
+        if chosen == "0":
+            raise UserError(
+                "env.VLLM_USE_V2_MODEL_RUNNER=0 excludes model.router.replay=rollout: only the newer model runner reports routes; "
+                "remove it"
+            )
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:
@@ -244,6 +265,19 @@ def prepare_environment(gpu: bool, address: str, needs_processor: bool) -> None:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "TORCHDYNAMO_DISABLE": "1",
         }
+
+
+def check_routes(settings: VLLMSettings) -> None:
+    """UserError if routes are needed and vLLM's newer model runner cannot run here. Imports vLLM."""
+    if not settings.routes:
+        return
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise UserError(
+            "model.router.replay=rollout needs vLLM's newer model runner, which needs Triton; vLLM's package for CPUs comes without a "
+            "Triton for CPUs: choose model.router.replay=old_log_probs"
+        )
 
 
 def engine_arguments(settings: VLLMSettings, gpu: bool) -> dict[str, Any]:
@@ -271,6 +305,7 @@ def engine_arguments(settings: VLLMSettings, gpu: bool) -> dict[str, Any]:
         "disable_log_stats": True,
         # With a prefix cache, which blocks are recomputed depends on the requests that ran before.
         "enable_prefix_caching": not settings.deterministic,
+        "enable_return_routed_experts": settings.routes,
     }
     if gpu:
         arguments |= {"gpu_memory_utilization": settings.gpu_memory_share, "enable_sleep_mode": True}

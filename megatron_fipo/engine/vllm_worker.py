@@ -38,6 +38,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.sample.logits_processor import MinPLogitsProcessor
 
@@ -82,6 +83,12 @@ class BucketTransfer(NCCLWeightTransferEngine):
             self._loading
         ):  # incomplete update: tensors that its layers received would count as received in this one
             super().finish_weight_update()
+        if self.device.type == "cpu":
+            # On a CPU vLLM packs the experts' weights only when it makes their kernel, not when it reloads them. Without a
+            # kernel it makes one.
+            for module in self.model.modules():
+                if isinstance(module, RoutedExperts):
+                    module.quant_method.moe_kernel = None
         super().start_weight_update()
         self._loading, self.checksums = True, Checksums()
 
