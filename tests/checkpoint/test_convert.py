@@ -207,16 +207,8 @@ def test_a_vocabulary_that_is_padded_comes_back_without_its_padding(tmp_path, mo
     torch.testing.assert_close(gather_logits(results, 2), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2),
-        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
-    ],
-    ids=["tp2_dp2", "pp2_vpp2"],
-)
-def test_the_model_of_a_run_s_checkpoint_is_read_and_its_optimizer_left(tmp_path, parallel):
-    source, folder = write_model(tmp_path / "source"), tmp_path / "iteration_000003"
+def save_a_run(source: Path, folder: Path, parallel: ParallelConfig) -> Path:
+    """A checkpoint of a run, with an optimizer."""
     for name in ("weights", "hf", "rng"):
         (folder / name).mkdir(parents=True)
     copy_companions(source, folder / "hf")
@@ -230,6 +222,20 @@ def test_the_model_of_a_run_s_checkpoint_is_read_and_its_optimizer_left(tmp_path
 
     run_ranks(parallel.world_size, body)
     write_manifest(folder, hash_files(folder, list_files(folder)), {"iteration": 3})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2),
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ],
+    ids=["tp2_dp2", "pp2_vpp2"],
+)
+def test_the_model_of_a_run_s_checkpoint_is_read_and_its_optimizer_left(tmp_path, parallel):
+    source = write_model(tmp_path / "source")
+    folder = save_a_run(source, tmp_path / "iteration_000003", parallel)
     to_hf(folder, tmp_path / "back", "keep", no_progress)
     assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
 

@@ -1,7 +1,6 @@
 """Experts in Megatron-Core's format: every layout reads what `convert` writes, and `convert` what every layout writes."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,21 +8,17 @@ import torch
 import torch._dynamo  # imported before ranks are forked
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_fipo.checkpoint.companions import copy_companions
 from megatron_fipo.checkpoint.convert.convert import to_hf
 from megatron_fipo.checkpoint.convert.stacking import Place, place_of
 from megatron_fipo.checkpoint.convert.torch_dist import WeightsReader
-from megatron_fipo.checkpoint.distributed import CheckpointWriter, load_weights_only
+from megatron_fipo.checkpoint.distributed import load_weights_only
 from megatron_fipo.checkpoint.hf_export import iterate_hf_tensors
-from megatron_fipo.checkpoint.manifest import hash_files, list_files, write_manifest
 from megatron_fipo.config import ModelConfig, ParallelConfig
 from megatron_fipo.families.registry import read_model_config
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.build import build_model
-from megatron_fipo.trainer.rank_model import RankModel
 from tests.checkpoint.conftest import no_progress
-from tests.checkpoint.test_convert import assert_same, tensors_of
-from tests.distributed.tiny import settings
+from tests.checkpoint.test_convert import assert_same, save_a_run, tensors_of
 from tests.ranks import run_ranks
 
 MODELS = ("qwen3_moe", "qwen3_moe-mixed")
@@ -62,24 +57,6 @@ def test_every_layout_loads_a_converted_model_bit_for_bit(sources, checkpoints, 
     found, *others = run_ranks(parallel.world_size, body)
     assert_same(found, tensors_of(sources(model, "untied")))
     assert not any(others)
-
-
-def save_a_run(source: Path, folder: Path, parallel: ParallelConfig) -> Path:
-    """A checkpoint of a run, with an optimizer."""
-    for name in ("weights", "hf", "rng"):
-        (folder / name).mkdir(parents=True)
-    copy_companions(source, folder / "hf")
-
-    def body(rank, world):
-        torch.set_num_threads(1)
-        model_parallel.initialize(parallel, seed=1)
-        policy = RankModel(**settings(source, parallel), device=torch.device("cpu"))
-        policy.load_hf(source)
-        CheckpointWriter().start(policy.modules, policy.optimizer, folder / "weights", asynchronous=False)
-
-    run_ranks(parallel.world_size, body)
-    write_manifest(folder, hash_files(folder, list_files(folder)), {"iteration": 3})
-    return folder
 
 
 @pytest.mark.parametrize(
