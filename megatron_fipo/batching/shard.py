@@ -279,9 +279,7 @@ def _pack(
     )
 
 
-def _pack_routes(
-    trajectories: Sequence[Trajectory], starts: np.ndarray, total: int
-) -> np.ndarray | None:
+def _pack_routes(trajectories: Sequence[Trajectory], starts: np.ndarray, total: int) -> np.ndarray | None:
     known = [t.routes for t in trajectories if t.routes is not None]
     if not known:
         return None

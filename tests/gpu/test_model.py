@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings
 from megatron_fipo.model.attention import PackedAttention
-from megatron_fipo.model.layer_spec import SHARED_NAMES
+from megatron_fipo.model.layer_spec import shared_names
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
@@ -175,7 +175,7 @@ def _train(bench: Bench, dtype: str, steps: int, old_log_probs: list[Tensor] | N
 def _set_weights(policy: RankModel) -> None:
     """Normal numbers on bfloat16's grid, drawn on the CPU by name: the same in every dtype and with every kind of layer."""
     for name, parameter in policy.modules[0].named_parameters():
-        for portable, shared in SHARED_NAMES.items():
+        for portable, shared in shared_names(has_experts=False).items():
             name = name.replace(portable, shared)
         drawn = torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
