@@ -1,6 +1,5 @@
 """A model with experts on the real vLLM: weight updates by expert, into tensors that vLLM fuses and packs."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,16 +35,16 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(first, second, run) -> Iterator[tuple[VLLMEngine, VLLMEngine]]:
-    """One that receives weights, and one that has read those of `second` by itself. They start together."""
+    """One that receives weights, and one that has read those of `second` by itself.
+
+    They start one after the other: transformers turns initialization off for the process, not for the thread that builds a model.
+    """
     pair = tuple(
         VLLMEngine(str(folder), "float32", max_model_len=MAX_MODEL_LEN, deterministic=True)
         for folder in (first, second)
     )
-
-    async def start() -> None:
-        await asyncio.gather(*(engine.ready() for engine in pair))
-
-    run(start())
+    for engine in pair:
+        run(engine.ready())
     yield pair  # type: ignore[misc]
     for engine in pair:
         engine._llm.shutdown()
