@@ -286,6 +286,11 @@ def _pack_routes(trajectories: Sequence[Trajectory], starts: np.ndarray, total: 
     routes = np.full((total, *known[0].shape[1:]), -1, dtype=np.int16)
     for start, trajectory in zip(starts, trajectories, strict=False):
         if trajectory.routes is not None:
+            if trajectory.routes.shape[1:] != routes.shape[1:]:
+                raise ValueError(
+                    f"routes of group {trajectory.group_id} have {list(trajectory.routes.shape[1:])} layers and experts per "
+                    f"token, others {list(routes.shape[1:])}"
+                )
             routes[start : start + len(trajectory.routes)] = trajectory.routes
     return routes
 

@@ -153,6 +153,10 @@ def _check_router(config: Config, architecture: "Architecture | None") -> None:
     other = "choose model.router.replay=old_log_probs"
     if architecture is not None and architecture.experts is None:
         raise UserError(f"model.router.replay=rollout needs a model with experts; {other}")
+    if architecture is not None and architecture.experts is not None and architecture.experts.per_token == 1:
+        raise UserError(
+            f"model.router.replay=rollout needs more than one expert per token: a route to expert 0 could not be told from none; {other}"
+        )
     if rollout.engine == "local":
         raise UserError(
             f"model.router.replay=rollout needs the routes of the rollout engine, which local does not report; {other} or "

@@ -62,12 +62,14 @@ def start_engines(
     log(
         f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}"
     )
-    engine = engine_type(rollout.engine)
+    engine, architecture = engine_type(rollout.engine), read_architecture(Path(model_path))
+    experts = architecture.experts
     return EnginePool(
         engine.load(),
         engine.arguments(config, model_path, load_weights=trainer is None),
         rollout,
-        vocab_size=read_architecture(Path(model_path)).vocab_size,
+        vocab_size=architecture.vocab_size,
+        route_shape=None if experts is None else (architecture.num_layers, experts.per_token),
         gpus_per_engine=rollout.engine_tensor_parallel_size if machine.gpus else 0,
         keep_batches=config.deterministic,
         placement_timeout_s=config.placement_timeout_s,

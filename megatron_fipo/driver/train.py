@@ -39,6 +39,10 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     """`megatron-fipo train`: run or resume `config`, then write model and report. Returns the exit code (`exit_codes.py`)."""
     architecture = read_architecture(Path(config.model.path))
     validate(config, architecture, None if config.ray_address else this_machine())
+    if replay is not None and config.model.router.replay == "rollout":
+        raise UserError(
+            "model.router.replay=rollout needs routes, which the dumps of --replay do not have; set it to old_log_probs"
+        )
     source = (
         None if replay is None else DumpFolder(replay, config.rollout.temperature, architecture.vocab_size)
     )

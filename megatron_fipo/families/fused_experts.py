@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PARTS = {".mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), ".mlp.experts.down_proj": ("down_proj",)}
-_NUMBERED = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>\d+)(?P<after>\..*)")
+_NUMBERED = re.compile(r"(?P<before>.*\.experts\.)(?P<expert>0|[1-9]\d*)(?P<after>\..*)")
 
 
 @dataclass(frozen=True)

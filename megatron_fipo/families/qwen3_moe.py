@@ -12,6 +12,7 @@ from megatron_fipo.families.decoder import (
 )
 from megatron_fipo.families.family import Architecture, Experts, Family, read_flag, read_size
 
+MOST_EXPERTS = 4096
 _OTHER_ROUTERS = ("n_group", "topk_group", "num_expert_group", "routed_scaling_factor", "use_expert_bias")
 _SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 
@@ -58,6 +59,8 @@ def _read_experts(config: dict[str, Any]) -> Experts | None:
         )
     except KeyError as missing:
         raise UserError(f"{missing} is missing; every model of this family needs it") from None
+    if count > MOST_EXPERTS:
+        raise UserError(f"{key}={count} is more than the {MOST_EXPERTS} that are supported")
     if experts.per_token > count:
         raise UserError(f"num_experts_per_tok={experts.per_token} is more than num_experts={count}")
     if experts.per_token == 1 and experts.normalized:
@@ -73,7 +76,7 @@ def _dense_layers(config: dict[str, Any], layers: int) -> tuple[int, ...]:
     Example: 6 layers with step 2 and mlp_only_layers [1] have experts in layers 3 and 5.
     """
     step = read_size({"decoder_sparse_step": 1} | config, "decoder_sparse_step")
-    listed = config.get("mlp_only_layers") or []
+    listed = [] if config.get("mlp_only_layers") is None else config["mlp_only_layers"]
     if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
         raise UserError(f"mlp_only_layers has to be a list of layer numbers, not {listed!r}")
     if outside := [layer for layer in listed if not 0 <= layer < layers]:

@@ -305,3 +305,10 @@ def test_trajectories_that_cannot_be_packed_are_named():
         shards([good], 1, max_position=3)
     with pytest.raises(ValueError, match="multiple of 4"):
         shards([good], 2, 2)
+
+
+def test_routes_of_two_models_are_not_mixed():
+    one, other = trajectory(2, [1, 1, 1]), trajectory(1, [1, 1])
+    one.routes, other.routes = np.zeros((4, 3, 2), np.uint8), np.zeros((2, 1, 2), np.uint8)
+    with pytest.raises(ValueError, match=r"have \[1, 2\] layers and experts per token, others \[3, 2\]"):
+        shards([one, other], 1)

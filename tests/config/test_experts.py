@@ -59,6 +59,8 @@ def test_dense_layers_among_experts():
         ({"moe_intermediate_size": ...}, "'moe_intermediate_size' is missing"),
         ({"num_experts": ...}, "'num_local_experts' is missing"),
         ({"num_local_experts": 4}, "num_experts=8 and num_local_experts=4 differ"),
+        ({"num_experts": 10**9}, "num_experts=1000000000 is more than the 4096"),
+        ({"mlp_only_layers": False}, "mlp_only_layers has to be a list of layer numbers, not False"),
         ({"num_experts": 0}, "num_experts has to be a positive integer, not 0"),
         ({"norm_topk_prob": 1}, "norm_topk_prob has to be true or false, not 1"),
         ({"mlp_only_layers": [6]}, "mlp_only_layers names layer 6, but there are 6 layers"),
@@ -152,6 +154,8 @@ def test_routers_that_cannot_do_what_they_are_asked_for(router, settings, messag
 
 def test_routes_of_the_engine_need_experts():
     wanted = config(RouterConfig(replay="rollout"), engine="vllm")
+    with pytest.raises(UserError, match="needs more than one expert per token"):
+        validate(wanted, translate(num_experts_per_tok=1, norm_topk_prob=False))
     with pytest.raises(UserError, match="needs a model with experts"):
         validate(wanted, translate(mlp_only_layers=list(range(6))))
 

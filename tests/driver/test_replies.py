@@ -27,7 +27,7 @@ def log_probs(*values: float) -> np.ndarray:
 
 
 def problem(reply, aborted: bool = False) -> str | None:
-    return malformed(reply, REQUESTS, SAMPLING, VOCABULARY, aborted)
+    return malformed(reply, REQUESTS, SAMPLING, VOCABULARY, aborted, (4, 2))
 
 
 def test_a_good_reply_passes():
@@ -90,7 +90,9 @@ def test_another_shape_does_not(reply):
         ({"weight_version": 1.0}, "a weight version that is a float"),
         ({"finish_reason": "abort"}, "reason 'abort'"),
         ({"routes": [[1]]}, "has routes that are not an array"),
-        ({"routes": np.zeros((3, 2), np.uint8)}, "has routes that are not an array"),
+        ({"routes": np.zeros((3, 2), np.uint8)}, "has routes of the shape [3, 2], not [tokens, 4 layers, 2"),
+        ({"routes": np.zeros((3, 1, 2), np.uint8)}, "has routes of the shape [3, 1, 2]"),
+        ({"routes": np.zeros((3, 4, 1), np.uint8)}, "has routes of the shape [3, 4, 1]"),
         ({"routes": np.zeros((3, 4, 2), np.int64)}, "has routes that are not an array"),
         ({"routes": np.zeros((4, 4, 2), np.uint8)}, "has routes of 4 tokens, but 3 were computed"),
     ],
@@ -113,3 +115,9 @@ def test_a_status_has_numbers():
         (EngineStatus(1, 5, kv_use=float("nan")), "kv_use that is a float or not finite"),
     ):
         assert words in str(malformed_status(status))
+
+
+def test_a_model_without_experts_has_no_routes():
+    reply = [GOOD[0], replace(GOOD[1], routes=np.zeros((3, 4, 2), np.uint8))]
+    found = malformed(reply, REQUESTS, SAMPLING, VOCABULARY, aborted=False)
+    assert found == "the response to request b has routes, but the model has no experts"

@@ -38,7 +38,10 @@ def responses(draw) -> Response:
             st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(-100, 0, width=32)), max_size=5)
         )
         reason = draw(st.sampled_from(["stop", "length", "abort"]))
-        routes = draw(st.none() | st.integers(0, 5).map(lambda rows: np.full((rows, 3, 2), 7, np.uint8)))
+        known = 0 if grown.routes is None else len(grown.routes)
+        computed = len(PROBLEMS["p"].prompt_ids) + len(grown.token_ids) + len(tokens) - 1
+        rows = draw(st.none() | st.integers(0, computed - known))
+        routes = None if rows is None else np.full((rows, 3, 2), 7, np.uint8)
         given = generation([t for t, _ in tokens], [p for _, p in tokens], reason, version)
         grown.add(replace(given, routes=routes))
     return grown
@@ -194,3 +197,10 @@ def test_a_foreign_loop_file_is_one_sentence_with_its_name(tmp_path, content):
     (tmp_path / LOOP_FILE).write_text(content)
     with pytest.raises(ValueError, match=r"^its loop\.json is not a loop state of this version \("):
         read_loop_state(tmp_path)
+
+
+def test_routes_of_more_tokens_than_a_response_has_are_refused():
+    response = Response.of(generation((5, 6), (-0.1, -0.2), "stop", 1))
+    response.routes = np.zeros((4, 3, 2), np.uint8)
+    with pytest.raises(ValueError, match="has routes of 4 tokens, but 3 were computed"):
+        unpack_groups(*pack_groups([(PromptGroup(1, PROBLEMS["p"], [response]), None)]), PROBLEMS)

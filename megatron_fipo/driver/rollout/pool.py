@@ -53,13 +53,15 @@ class EnginePool:
         rollout: RolloutConfig,
         *,
         vocab_size: int,
+        route_shape: tuple[int, int] | None = None,
         keep_batches: bool,
         loaded_weights_serve: bool = False,
         **placement: Any,
     ) -> None:
         """Reserve resources for the engines and start them; they load while the caller continues.
 
-        `vocab_size`: a reply with a token id outside it is malformed. `keep_batches`: the requests of one
+        `vocab_size`: a reply with a token id outside it is malformed, `route_shape`: and one with routes of other
+        (layers, experts per token). `keep_batches`: the requests of one
         `submit` are sent in one call, also on a retry. `loaded_weights_serve`: engines serve the weights that
         they load, as version 0; else none gets a request before its first weights arrive.
         `placement`: where they run, the keywords of `EngineActors`.
@@ -67,7 +69,7 @@ class EnginePool:
         Raises `UserError` if the cluster has no space for them.
         """
         self._rollout = rollout
-        self._vocab_size = vocab_size
+        self._vocab_size, self._route_shape = vocab_size, route_shape
         engines: Any = engine_class
         self._requests_per_call: int = engines.requests_per_call
         self._dispatcher = Dispatcher(
@@ -305,7 +307,9 @@ class EnginePool:
 
     def _replied(self, call: Call, reply: Any, version: int | None) -> None:
         """Process an answer to `generate`, valid or not."""
-        problem = malformed(reply, call.requests, call.sampling, self._vocab_size, self._aborting)
+        problem = malformed(
+            reply, call.requests, call.sampling, self._vocab_size, self._aborting, self._route_shape
+        )
         if problem is not None:
             self._losses.counts.malformed += 1
             self._call_failed(call, f"gave a malformed reply: {problem}")

@@ -27,8 +27,11 @@ def malformed(
     sampling: SamplingParams,
     vocab_size: int,
     aborted: bool,
+    route_shape: tuple[int, int] | None = None,
 ) -> str | None:
     """What is wrong with a reply to `requests`, or None. With `aborted`, unfinished responses are allowed.
+
+    `route_shape` is (layers, experts per token) of the model; None without experts.
 
     Types must be exact: a subclass may do anything when it is read, and a masked array hides values.
     """
@@ -37,7 +40,7 @@ def malformed(
         return f"expected {len(requests)} generations, got {given}"
     for request, generation in zip(requests, reply, strict=True):
         problem = _malformed(generation, sampling.max_new_tokens - len(request.prefix), vocab_size, aborted)
-        problem = problem or _malformed_routes(request, generation)
+        problem = problem or _malformed_routes(request, generation, route_shape)
         if problem is not None:
             return f"the response to request {request.request_id} {problem}"
     return None
@@ -99,12 +102,21 @@ def _malformed(generation: Any, limit: int, vocab_size: int, aborted: bool) -> s
     return None
 
 
-def _malformed_routes(request: GenerationRequest, generation: Generation) -> str | None:
+def _malformed_routes(
+    request: GenerationRequest, generation: Generation, shape: tuple[int, int] | None
+) -> str | None:
     routes = generation.routes
     if routes is None:
         return None
-    if type(routes) is not np.ndarray or routes.ndim != 3 or routes.dtype not in (np.uint8, np.uint16):
-        return "has routes that are not an array of uint8 or uint16 [tokens, layers, experts per token]"
+    if shape is None:
+        return "has routes, but the model has no experts"
+    if type(routes) is not np.ndarray or routes.dtype not in (np.uint8, np.uint16):
+        return "has routes that are not an array of uint8 or uint16"
+    if routes.ndim != 3 or routes.shape[1:] != shape:
+        return (
+            f"has routes of the shape {list(routes.shape)}, not [tokens, {shape[0]} layers, {shape[1]} experts "
+            "per token]"
+        )
     computed = len(request.prompt_ids) + len(request.prefix) + len(generation.response_ids) - 1
     if len(routes) > computed - request.routed:
         return f"has routes of {len(routes)} tokens, but {computed - request.routed} were computed"

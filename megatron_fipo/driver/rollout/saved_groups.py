@@ -98,7 +98,7 @@ def unpack_groups(
             raise ValueError(f"group {saved['serial']} has no responses")
         group = PromptGroup(natural(saved, "serial"), problems[saved["problem_id"]], responses)
         for index, loaded in enumerate(responses):
-            if fault := _fault(loaded):
+            if fault := _fault(loaded, len(group.problem.prompt_ids)):
                 raise ValueError(f"response {index} of group {group.group_id} {fault}")
         groups.append((group, _scores(group, saved.get("scores"))))
     if position != len(columns[TOKEN_IDS]) or routed != len(columns[ROUTES]):
@@ -145,9 +145,11 @@ def _columns(tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray
     return columns
 
 
-def _fault(response: Response) -> str | None:
-    """What no response has, or None."""
+def _fault(response: Response, prompt: int) -> str | None:
+    """What no response to a prompt of that many tokens has, or None."""
     length = len(response.token_ids)
+    if response.routes is not None and len(response.routes) >= max(prompt + length, 1):
+        return f"has routes of {len(response.routes)} tokens, but {prompt + length - 1} were computed"
     if len(response.log_probs) != length:
         return "has log-probs whose number differs from its tokens"
     if length and response.token_ids.min() < 0:
