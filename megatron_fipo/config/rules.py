@@ -146,7 +146,8 @@ def _check_router(config: Config, architecture: "Architecture | None") -> None:
     router, rollout = config.model.router, config.rollout
     if router.load_balancing and not router.trainable:
         raise UserError(
-            f"model.router.load_balancing={router.load_balancing:g} trains the router; set model.router.trainable=true or it to 0"
+            f"model.router.load_balancing={router.load_balancing:g} trains the router; set model.router.trainable=true, or "
+            "model.router.load_balancing=0"
         )
     if router.replay != "rollout":
         return
@@ -164,7 +165,7 @@ def _check_router(config: Config, architecture: "Architecture | None") -> None:
         )
     if rollout.engine == "vllm" and rollout.temperature != 1:
         raise UserError(
-            f"model.router.replay=rollout needs rollout.temperature=1, not {rollout.temperature:g}: vLLM's newer model runner alone "
+            f"model.router.replay=rollout needs rollout.temperature=1, not {rollout.temperature:g}: only vLLM's newer model runner "
             f"reports routes, and the log-probs of another temperature need the older one; {other}"
         )
     if rollout.engine == "vllm" and config.deterministic:

@@ -21,8 +21,8 @@ class RouterConfig:
 
     replay: str = choice("old_log_probs", "rollout", "none")
     """Experts of each token in the updates of an iteration: those that the router chose in the pass of the old log-probs,
-    those that the rollout engine reported (vllm only), or a new choice in every pass. Without replay the log-ratio is not 0
-    in the first mini-step, and FutureKL sums the difference over later tokens."""
+    those that the rollout engine reported (vllm, or an engine of yours), or a new choice in every pass. Without replay the
+    log-ratio need not be 0 in the first mini-step, and FutureKL sums the difference over later tokens."""
     trainable: bool = False
     """Also train the router. Its choice then changes between iterations only, unless replay is `none`."""
     dtype: str = choice("float32", "float64")

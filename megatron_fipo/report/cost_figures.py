@@ -62,6 +62,22 @@ COST = Section(
             from_zero=True,
         ),
         Panel(
+            "Load of experts",
+            "Tokens of the busiest and of the least busy expert over the mean of its layer, mean over layers. 1 is an even spread. "
+            "Healthy: level. An expert-parallel rank with busy experts makes the others wait.",
+            (Line("router/load_max", "busiest"), Line("router/load_min", "least busy", "teal")),
+            reference=1.0,
+            from_zero=True,
+        ),
+        Panel(
+            "Routes of the engine",
+            "Share of tokens and layers for which the rollout engine reported no route, and for which the trainer's router would have "
+            "chosen other experts. Healthy: missing near the share of padding, differing a few percent and level.",
+            (Line("router/missing", "missing"), Line("router/differing", "differing", "orange")),
+            unit="share",
+            from_zero=True,
+        ),
+        Panel(
             "KV cache and prefix cache",
             "Means over the engines.",
             (

@@ -63,6 +63,8 @@ VLLM_KEY = "rollout.vllm"
 """Also free if only arguments change that decide how fast vLLM samples (`SPEED_ONLY`), and not what it samples."""
 SEED = "seed"
 """Another seed is refused always: the order of the training data follows from it."""
+ROUTER = "model.router.trainable"
+"""Refused always too: a checkpoint has the optimizer's state of what was trained."""
 TRAINING_SETS = "data.sets"
 _DATA_PATH = re.compile(r"data\.train_path|data\.sets\.\w+\.path")
 _SET_OR_WEIGHT = re.compile(r"data\.sets\.\w+(\.weight)?")
@@ -110,7 +112,9 @@ def refuse_changes(
     fixed = {
         key
         for key in lines
-        if key == SEED or _SET_OR_WEIGHT.fullmatch(key) or (_DATA_PATH.fullmatch(key) and inputs.get(key))
+        if key in (SEED, ROUTER)
+        or _SET_OR_WEIGHT.fullmatch(key)
+        or (_DATA_PATH.fullmatch(key) and inputs.get(key))
     }
     refused = [key for key in lines if _setting(key) not in allow_change or key in fixed]
     if refused:

@@ -149,12 +149,16 @@ def test_the_settings_that_count_are_those_of_the_newest_checkpoint(tmp_path):
         claim(directory, config(tmp_path, "rollout.temperature=0.8"))
 
 
-def test_another_seed_is_refused_even_if_it_is_allowed(tmp_path):
-    """The order of the training data follows from it."""
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("seed=2", "seed was 1 and is 2"), ("model.router.trainable=true", "trainable was False and is True")],
+)
+def test_what_a_run_cannot_change_is_refused_even_if_it_is_allowed(tmp_path, change, words):
+    """The order of the training data follows from the seed; a checkpoint has the optimizer's state of what was trained."""
     directory = claimed(tmp_path)
     save(directory, 1)
-    with pytest.raises(UserError, match=r"seed was 1 and is 2\): restore them, or choose another run_dir$"):
-        claim(directory, config(tmp_path, "seed=2"), ["seed"])
+    with pytest.raises(UserError, match=rf"{words}\): restore them, or choose another run_dir$"):
+        claim(directory, config(tmp_path, change), [change.partition("=")[0]])
 
 
 SETS = ("data.sets.math=m.parquet", "data.sets.code=c.parquet", "data.sets.code.weight=2")
