@@ -29,7 +29,9 @@ def episodes() -> list[Trajectory]:
     responses = []
     for length, ranges in zip(LENGTHS, OBSERVATIONS, strict=True):
         ids, log_probs = np.arange(length, dtype=np.int32), np.full(length, -1, np.float32)
-        responses.append(Response.of(EpisodeGeneration(ids, log_probs, "stop", 0, ranges, None)))
+        responses.append(
+            Response.of(EpisodeGeneration(ids, log_probs, "stop", 0, observations=ranges, score=None))
+        )
     scores = [Score(float(index), float(index % 2)) for index in range(len(responses))]
     made = trajectories(PromptGroup(0, problem, responses), scores, Overlong(99, 0, 0.0))
     for trajectory, advantage in zip(made, [1.0, -1.0, 0.5, -0.25], strict=True):
