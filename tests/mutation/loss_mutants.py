@@ -357,8 +357,8 @@ MUTANTS = (
     Mutant(
         "old log-probs scored in another order",
         POLICY,
-        "return self._run(shards, lambda shard: collect, forward_only=True)",
-        "return self._run(shards[::-1], lambda shard: collect, forward_only=True)",
+        "shards, lambda shard: collect, forward_only=True,",
+        "shards[::-1], lambda shard: collect, forward_only=True,",
         (FIRST_STEP,),
     ),
     Mutant(

@@ -98,7 +98,7 @@ def test_any_text_has_a_score(text, reason):
 @given(st.text(min_size=1, max_size=60))
 def test_exact_finds_every_ground_truth_without_an_obstacle_right(truth):
     if EXACT.obstacle(problem(truth)) is None:
-        assert scored(EXACT.score, f"Answer: {truth}", problem(truth)).accuracy == 1
+        assert scored(EXACT.score, f"Answer: {truth.strip()}", problem(truth)).accuracy == 1
 
 
 installed = importlib.util.find_spec("math_verify") is not None
