@@ -53,6 +53,11 @@ def usable_routes(routes: torch.Tensor, experts: int) -> torch.Tensor:
     return routes.masked_fill(impossible, missing_route(dtype)).to(dtype)
 
 
+def filled(routes: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """`routes` [T, k] with the router's own choice [T, k] for tokens whose route is missing; in the dtype of `own`."""
+    return torch.where(routes[:, :1] == missing_route(routes.dtype), own, routes.to(own.dtype))
+
+
 def router_weights(chunk: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """The weights [experts, H] of the chunk's routers, by layer."""
     for layer in _layers_with_experts(chunk):
@@ -130,7 +135,7 @@ class _LayerReplay(RouterReplay):
             self.chosen.append(own.to(route_dtype(scores.shape[1])))
         if routes is None:
             return values, own
-        chosen = torch.where(routes[:, :1] == missing_route(routes.dtype), own, routes.long())
+        chosen = filled(routes, own)
         return scores.gather(1, chosen), chosen
 
 

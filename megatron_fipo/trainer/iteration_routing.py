@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard
 from megatron_fipo.errors import UserError
-from megatron_fipo.model.routing import RankRoutes, missing_route, usable_routes
+from megatron_fipo.model.routing import RankRoutes, filled, usable_routes
 from megatron_fipo.trainer.rank_model import RankModel
 from megatron_fipo.trainer.router_metrics import RouterCounts
 
@@ -89,10 +89,7 @@ def _filled(engine: Sequence[RankRoutes], chosen: Sequence[RankRoutes]) -> list[
     """The engine's routes, with the router's own choice for the tokens that have none."""
     return [
         [
-            [
-                torch.where(given[:, :1] == missing_route(given.dtype), own, given)
-                for given, own in zip(*chunk, strict=True)
-            ]
+            [filled(given, own) for given, own in zip(*chunk, strict=True)]
             for chunk in zip(*micro_batch, strict=True)
         ]
         for micro_batch in zip(engine, chosen, strict=True)
