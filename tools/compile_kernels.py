@@ -12,8 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +44,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 DIVISIBLE = [["tt.divisibility", 16]]
-"""Triton's attribute of arguments that are multiples of 16: pointers into new memory, and some integers."""
+"""Triton's attribute of arguments that are multiples of 16: most pointers, and some integers."""
 
 
 @dataclass(frozen=True)
@@ -103,24 +104,23 @@ def head_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield name, lambda inputs=inputs: run_head(inputs)
 
 
-def recorded_launches() -> list[Launch]:
+def recorded_launches(scenarios: Iterable[tuple[str, Callable[[], object]]]) -> list[Launch]:
     """Every different launch of the scenarios. None is carried out, so results of the functions are undefined."""
     launches: dict[str, Launch] = {}
-    for scenarios in (loss_scenarios, head_scenarios):
-        for name, run in scenarios():
+    for name, run in scenarios:
 
-            def record(
-                kernel: JITFunction, *args: Any, grid: Any, warmup: bool, _name: str = name, **named: Any
-            ) -> None:
-                launch = describe_launch(_name, kernel, args, named)
-                launches.setdefault(launch.key, launch)
+        def record(
+            kernel: JITFunction, *args: Any, grid: Any, warmup: bool, _name: str = name, **named: Any
+        ) -> None:
+            launch = describe_launch(_name, kernel, args, named)
+            launches.setdefault(launch.key, launch)
 
-            # The switch is read when kernels are defined (imported above, without it) and when they are chosen for CPU tensors.
-            with (
-                mock.patch.object(JITFunction, "run", record),
-                mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-            ):
-                run()
+        # The switch is read when kernels are defined (imported above, without it) and when they are chosen for CPU tensors.
+        with (
+            mock.patch.object(JITFunction, "run", record),
+            mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        ):
+            run()
     return list(launches.values())
 
 
@@ -140,7 +140,8 @@ def describe_launch(scenario: str, kernel: JITFunction, args: tuple, named: dict
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            divisible.append(parameter.name)
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+                divisible.append(parameter.name)
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -203,7 +204,7 @@ def main() -> int:
     arch = options.parse_args().arch
     print(f"Triton {triton.__version__}, sm_{arch}\n")
     heads = ("kernel", "first launched by", "warps", "registers", "stack", "spills", "shared memory")
-    launches = recorded_launches()
+    launches = recorded_launches(chain(loss_scenarios(), head_scenarios()))
     usages = [compile_launch(launch, arch) for launch in launches]
     rows = (
         (

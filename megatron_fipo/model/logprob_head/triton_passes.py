@@ -80,7 +80,7 @@ def statistics_kernel(
     tl.store(statistics + 3 * rows + row, tl.load(statistics + 3 * rows + row) + target)
 
 
-@triton.jit(do_not_specialize=["first_word"])
+@triton.jit(do_not_specialize=["first_word"], do_not_specialize_on_alignment=["entropy_gradients"])
 def gradient_kernel(
     logits,
     shifts,

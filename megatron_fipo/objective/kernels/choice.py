@@ -36,7 +36,7 @@ def kernels_obstacle(kernels: str, device: torch.device) -> str | None:
 
 
 def describe_kernels(kernels: str, device: torch.device) -> str:
-    """What computes head and loss on `device`, for the log: "Triton 3.6.0", or "plain torch" and why Triton is not used."""
+    """What computes head, loss and SwiGLU on `device`, for the log: "Triton 3.6.0", or "plain torch" and why Triton is not used."""
     reason = _obstacle(device)
     if kernels != "torch" and reason is None:
         import triton

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fipo.objective.config import LOG_RATIO_LIMIT, ObjectiveConfig
-from megatron_fipo.objective.drop_rule import KeptSequences, apply_drop_rule
 from megatron_fipo.objective.kernels import triton_loss
 from megatron_fipo.objective.kernels import triton_scan as scan
 from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
@@ -64,30 +62,27 @@ def triton_policy_loss(
     cp_group: dist.ProcessGroup | None,
 ) -> PolicyLoss:
     """`policy_loss` with Triton, for inputs that it has checked."""
-    loss, sums, maxima, influence, future_kl, kept, reference_weight = _TritonPolicyLoss.apply(
+    loss, sums, maxima, influence, future_kl, kept = _TritonPolicyLoss.apply(
         log_probs, entropy, rows, objective, cp_group
     )
-    named = dict(zip(triton_loss.TOKEN_SUMS, sums.unbind(), strict=True))
-    named["reference_loss"] = named["token_mean_loss"] * reference_weight
-    statistics = Statistics(torch.stack([named[name] for name in SUMS]), maxima)
-    return PolicyLoss(loss, named["normalizer"].to(log_probs.dtype), influence, future_kl, kept, statistics)
+    normalizer = sums[SUMS.index("normalizer")].to(log_probs.dtype)
+    return PolicyLoss(loss, normalizer, influence, future_kl, kept, Statistics(sums, maxima))
 
 
 class _TritonPolicyLoss(torch.autograd.Function):
-    """(log_probs [R], entropy [R] or None) → loss sum with gradient, and without: sums, maxima, f, F, kept rows, reference weight."""
+    """(log_probs [R], entropy [R] or None) → loss sum with gradient, and without: sums, maxima, f, F, kept rows."""
 
     @staticmethod
     def forward(ctx: Any, log_probs, entropy, rows, objective, group):
         ctx.set_materialize_grads(False)
         with _on(log_probs.device):
-            outputs, reference_weight = _launch(log_probs, entropy, rows, objective, group)
+            outputs = _launch(log_probs, entropy, rows, objective, group)
         ctx.save_for_backward(outputs["grad_log_probs"], outputs["grad_entropy"])
         sums = outputs["sums"].sum(dim=1)
-        maxima = F.pad(outputs["maxima"], (0, 1), value=-torch.inf).amax(dim=1)
-        per_row = (outputs[name] for name in ("influence", "future_kl", "kept_rows"))
-        reported = (sums, maxima, *per_row, reference_weight)
+        maxima = outputs["maxima"].amax(dim=1)
+        reported = (sums, maxima, *(outputs[name] for name in ("influence", "future_kl", "kept_rows")))
         ctx.mark_non_differentiable(*reported)
-        return sums[triton_loss.TOKEN_SUMS.index("loss")].to(log_probs.dtype), *reported
+        return sums[SUMS.index("loss")].to(log_probs.dtype), *reported
 
     @staticmethod
     @once_differentiable
@@ -105,8 +100,8 @@ def _launch(
     rows: PolicyRows,
     objective: ObjectiveConfig,
     group: dist.ProcessGroup | None,
-) -> tuple[dict[str, Any], Tensor]:
-    """The launches around the gather: outputs of `loss_rows_kernel` by name (grad_entropy may be None), and the reference weight."""
+) -> dict[str, Any]:
+    """The launches around the gather: outputs of `loss_rows_kernel` by name; grad_entropy may be None."""
     plan, rate = rows.plan, decay_rate(objective.half_life)
     inputs = _row_inputs(log_probs, entropy, rows)
     shared = {
@@ -130,7 +125,6 @@ def _launch(
     local = log_probs.new_empty(plan.num_sequences, chunks + 2, dtype=torch.float64)
     _add_chunks(aggregate, counts, local, plan, rate)
     gathered = all_gather(local, group)  # [cp, S, C + 2]
-    sequences = apply_drop_rule(gathered[:, :, chunks:].sum(dim=0), rows, objective)
     outputs = _row_outputs(log_probs, plan, objective.entropy_coefficient != 0)
     names = (
         "slot_row", "block_segment", "aggregate", "first_block", "gathered", "chunk_distance", "is_later", "row_distance", "num_sequences",
@@ -139,12 +133,12 @@ def _launch(
         **inputs,
         last_row=rows.last_row.contiguous(),
         **dict(zip(names, _scan_tables(plan, aggregate, gathered), strict=True)),
-        **_sequence_inputs(sequences),
+        response_length=rows.response_length.contiguous(),
         **outputs,
         **triton_loss.loss_constants(objective),
         **(_scan_constants(plan, rate) | shared),
     )
-    return outputs, sequences.reference_weight
+    return outputs
 
 
 def _add_chunks(aggregate: Tensor, counts: Tensor | None, local: Tensor, plan: ScanPlan, rate: float) -> None:
@@ -180,23 +174,17 @@ def _row_inputs(log_probs: Tensor, entropy: Tensor | None, rows: PolicyRows) -> 
         "reference": rows.reference_log_probs,
         "rollout": rows.rollout_log_probs,
     }
-    return {name: None if value is None else value.detach().contiguous() for name, value in given.items()}
-
-
-def _sequence_inputs(sequences: KeptSequences) -> dict[str, Tensor]:
-    return {
-        "kept_sequence": sequences.kept.view(torch.uint8),
-        "non_finite_sequence": sequences.non_finite.view(torch.uint8),
-        "sequence_weight": sequences.weight.contiguous(),
-    }
+    return {name: None if value is None else value.contiguous() for name, value in given.items()}
 
 
 def _row_outputs(log_probs: Tensor, plan: ScanPlan, entropy_gradient: bool) -> dict[str, Any]:
     per_row = ("grad_log_probs", "influence", "future_kl", "kept_rows")
     outputs: dict[str, Any] = {name: torch.empty_like(log_probs) for name in per_row}
     outputs["grad_entropy"] = torch.empty_like(log_probs) if entropy_gradient else None
-    outputs["sums"] = log_probs.new_empty(len(triton_loss.TOKEN_SUMS), plan.num_blocks, dtype=torch.float64)
+    outputs["sums"] = log_probs.new_empty(len(SUMS), plan.num_blocks, dtype=torch.float64)
     outputs["maxima"] = log_probs.new_empty(len(MAXIMA), plan.num_blocks, dtype=torch.float64)
+    if not plan.num_blocks:  # torch refuses the maximum over no columns
+        outputs["maxima"] = log_probs.new_full((len(MAXIMA), 1), -torch.inf, dtype=torch.float64)
     return outputs
 
 

@@ -4,6 +4,9 @@
                         chunk_sums_kernel    one program per sequence (`triton_scan.py`)
     after the gather    loss_rows_kernel     one program per block: F of each row, then everything that depends on it
 
+Each kernel compiles once for all packs: no integer is specialized, nor the address of the entropies, which follow R log-probs
+in one tensor.
+
 Sums and exponentials are float64; per-row values have the dtype of the log-probs, float32 beside a model. There are no
 atomics, so results are bitwise deterministic. Notation as in `triton_scan.py`.
 """
@@ -17,41 +20,41 @@ from megatron_fipo.objective.config import SAFE_INFLUENCE, ObjectiveConfig
 from megatron_fipo.objective.kernels.triton_scan import block_rows, first_slot, future_kl_of_rows, suffix_scan
 from megatron_fipo.objective.metrics import MAXIMA, SUMS
 
-TOKEN_SUMS = tuple(name for name in SUMS if name != "reference_loss")
-"""What `loss_rows_kernel` sums in each block, in the order of the rows of its `sums`."""
-
 LIMIT = tl.constexpr(20.0)
 """LOG_RATIO_LIMIT; the launcher checks that they agree."""
+LANES = tl.constexpr(32)
+"""Sequences whose counts a program adds at one time: one for each thread of its warp."""
 LOWEST = tl.constexpr(float("-inf"))
 
 # Rows of `sums` and `maxima` by name. Triton puts constexpr globals into its cache key, so a moved row recompiles.
-SUM_LOSS = tl.constexpr(TOKEN_SUMS.index("loss"))
-SUM_NORMALIZER = tl.constexpr(TOKEN_SUMS.index("normalizer"))
-SUM_TOKEN_MEAN_LOSS = tl.constexpr(TOKEN_SUMS.index("token_mean_loss"))
-SUM_SEQUENCES = tl.constexpr(TOKEN_SUMS.index("sequences"))
-SUM_DROPPED_SEQUENCES = tl.constexpr(TOKEN_SUMS.index("dropped_sequences"))
-SUM_NONFINITE_SEQUENCES = tl.constexpr(TOKEN_SUMS.index("nonfinite_sequences"))
-SUM_TOKENS = tl.constexpr(TOKEN_SUMS.index("tokens"))
-SUM_FINITE_TOKENS = tl.constexpr(TOKEN_SUMS.index("finite_tokens"))
-SUM_KEPT_TOKENS = tl.constexpr(TOKEN_SUMS.index("kept_tokens"))
-SUM_LOG_RATIO = tl.constexpr(TOKEN_SUMS.index("log_ratio"))
-SUM_LOG_RATIO_SQUARED = tl.constexpr(TOKEN_SUMS.index("log_ratio_squared"))
-SUM_ENTROPY = tl.constexpr(TOKEN_SUMS.index("entropy"))
-SUM_REFERENCE_KL = tl.constexpr(TOKEN_SUMS.index("reference_kl"))
-SUM_CLIPPED_HIGH = tl.constexpr(TOKEN_SUMS.index("clipped_high"))
-SUM_CLIPPED_LOW = tl.constexpr(TOKEN_SUMS.index("clipped_low"))
-SUM_DUAL_CLIPPED = tl.constexpr(TOKEN_SUMS.index("dual_clipped"))
-SUM_INFLUENCE = tl.constexpr(TOKEN_SUMS.index("influence"))
-SUM_INFLUENCE_AT_LOW = tl.constexpr(TOKEN_SUMS.index("influence_at_low"))
-SUM_INFLUENCE_AT_HIGH = tl.constexpr(TOKEN_SUMS.index("influence_at_high"))
-SUM_INFLUENCE_RAW = tl.constexpr(TOKEN_SUMS.index("influence_raw"))
-SUM_COMPARED_TOKENS = tl.constexpr(TOKEN_SUMS.index("compared_tokens"))
-SUM_ROLLOUT_DIFFERENCE = tl.constexpr(TOKEN_SUMS.index("rollout_difference"))
-SUM_ROLLOUT_DIFFERENCE_SIZE = tl.constexpr(TOKEN_SUMS.index("rollout_difference_size"))
-SUM_ROLLOUT_K3 = tl.constexpr(TOKEN_SUMS.index("rollout_k3"))
-SUM_IMPORTANCE = tl.constexpr(TOKEN_SUMS.index("importance"))
-SUM_IMPORTANCE_SQUARED = tl.constexpr(TOKEN_SUMS.index("importance_squared"))
-SUM_IMPORTANCE_CAPPED = tl.constexpr(TOKEN_SUMS.index("importance_capped"))
+SUM_LOSS = tl.constexpr(SUMS.index("loss"))
+SUM_NORMALIZER = tl.constexpr(SUMS.index("normalizer"))
+SUM_TOKEN_MEAN_LOSS = tl.constexpr(SUMS.index("token_mean_loss"))
+SUM_REFERENCE_LOSS = tl.constexpr(SUMS.index("reference_loss"))
+SUM_SEQUENCES = tl.constexpr(SUMS.index("sequences"))
+SUM_DROPPED_SEQUENCES = tl.constexpr(SUMS.index("dropped_sequences"))
+SUM_NONFINITE_SEQUENCES = tl.constexpr(SUMS.index("nonfinite_sequences"))
+SUM_TOKENS = tl.constexpr(SUMS.index("tokens"))
+SUM_FINITE_TOKENS = tl.constexpr(SUMS.index("finite_tokens"))
+SUM_KEPT_TOKENS = tl.constexpr(SUMS.index("kept_tokens"))
+SUM_LOG_RATIO = tl.constexpr(SUMS.index("log_ratio"))
+SUM_LOG_RATIO_SQUARED = tl.constexpr(SUMS.index("log_ratio_squared"))
+SUM_ENTROPY = tl.constexpr(SUMS.index("entropy"))
+SUM_REFERENCE_KL = tl.constexpr(SUMS.index("reference_kl"))
+SUM_CLIPPED_HIGH = tl.constexpr(SUMS.index("clipped_high"))
+SUM_CLIPPED_LOW = tl.constexpr(SUMS.index("clipped_low"))
+SUM_DUAL_CLIPPED = tl.constexpr(SUMS.index("dual_clipped"))
+SUM_INFLUENCE = tl.constexpr(SUMS.index("influence"))
+SUM_INFLUENCE_AT_LOW = tl.constexpr(SUMS.index("influence_at_low"))
+SUM_INFLUENCE_AT_HIGH = tl.constexpr(SUMS.index("influence_at_high"))
+SUM_INFLUENCE_RAW = tl.constexpr(SUMS.index("influence_raw"))
+SUM_COMPARED_TOKENS = tl.constexpr(SUMS.index("compared_tokens"))
+SUM_ROLLOUT_DIFFERENCE = tl.constexpr(SUMS.index("rollout_difference"))
+SUM_ROLLOUT_DIFFERENCE_SIZE = tl.constexpr(SUMS.index("rollout_difference_size"))
+SUM_ROLLOUT_K3 = tl.constexpr(SUMS.index("rollout_k3"))
+SUM_IMPORTANCE = tl.constexpr(SUMS.index("importance"))
+SUM_IMPORTANCE_SQUARED = tl.constexpr(SUMS.index("importance_squared"))
+SUM_IMPORTANCE_CAPPED = tl.constexpr(SUMS.index("importance_capped"))
 MAX_INFLUENCE_MAX = tl.constexpr(MAXIMA.index("influence_max"))
 MAX_INFLUENCE_NEGATIVE_MIN = tl.constexpr(MAXIMA.index("influence_negative_min"))
 MAX_ROLLOUT_DIFFERENCE_MAX = tl.constexpr(MAXIMA.index("rollout_difference_max"))
@@ -73,6 +76,7 @@ def loss_constants(objective: ObjectiveConfig) -> dict[str, Any]:
         "KL": objective.kl_coefficient,
         "ENTROPY": objective.entropy_coefficient,
         "UNIT": objective.unit,
+        "DROPS": objective.drops,
     }
 
 
@@ -127,7 +131,7 @@ def _exp(value):
     return tl.exp(value.to(tl.float64)).to(value.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["entropy"])
 def loss_blocks_kernel(
     log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, slot_row, aggregate, counts,
     GAMMA: tl.constexpr, DUAL_CLIP: tl.constexpr, FUTURE_KL_LIMIT: tl.constexpr, CORRECTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,10 +197,53 @@ def _surrogate(ratio, weighted, negative, LOW: tl.constexpr, HIGH: tl.constexpr,
 
 
 @triton.jit
+def _reported(
+    gathered, sequence, exists, num_sequences, CP: tl.constexpr, WIDTH: tl.constexpr, COLUMN: tl.constexpr
+):
+    """A column of `gathered` [cp, S, WIDTH] for these sequences, summed over the ranks."""
+    total = tl.zeros(sequence.shape, tl.float64)
+    for rank in tl.static_range(CP):
+        index = (rank * num_sequences + sequence) * WIDTH + COLUMN
+        total += tl.load(gathered + index, mask=exists, other=0.0)
+    return total
+
+
+@triton.jit
+def drop_rule(
+    gathered, response_length, sequence, num_sequences,
+    CP: tl.constexpr, C: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """Step 7 as `objective.drop_rule.apply_drop_rule`: (not finite, kept), each bool [1], of one sequence, and the reference weight.
+
+    Every program reads the counts of all sequences: a few hundred numbers, which takes less time than another launch.
+    """
+    lane = tl.arange(0, LANES)
+    sequences = tl.zeros([LANES], tl.float64)
+    tokens = tl.zeros([LANES], tl.float64)
+    first = tl.zeros([], tl.int32)
+    while first < num_sequences:
+        exists = first + lane < num_sequences
+        non_finite = _reported(gathered, first + lane, exists, num_sequences, CP, C + 2, C) > 0
+        keeps = non_finite == 0
+        if DROPS:
+            keeps = keeps & (_reported(gathered, first + lane, exists, num_sequences, CP, C + 2, C + 1) <= 1)
+        length = tl.load(response_length + first + lane, mask=exists, other=0.0).to(tl.float64)
+        sequences += (length > 0).to(tl.float64)
+        tokens += tl.where(keeps, length, 0.0)
+        first += LANES
+    one = sequence + tl.arange(0, 1)
+    non_finite_here = _reported(gathered, one, one >= 0, num_sequences, CP, C + 2, C) > 0
+    kept_here = non_finite_here == 0
+    if DROPS:
+        kept_here = kept_here & (_reported(gathered, one, one >= 0, num_sequences, CP, C + 2, C + 1) <= 1)
+    return non_finite_here, kept_here, tl.sum(sequences, 0) / tl.maximum(tl.sum(tokens, 0), 1.0)
+
+
+@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["entropy"])
 def loss_rows_kernel(
     log_probs, old_log_probs, advantages, mask, entropy, reference, rollout, last_row,
     slot_row, block_segment, aggregate, first_block, gathered, chunk_distance, is_later, row_distance, num_sequences,
-    kept_sequence, non_finite_sequence, sequence_weight,
+    response_length,
     grad_log_probs, grad_entropy, influence, future_kl, kept_rows, sums, maxima,
     GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, SOURCES: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -204,14 +251,20 @@ def loss_rows_kernel(
     WEIGHTED: tl.constexpr, INFLUENCE_LOW: tl.constexpr, INFLUENCE_HIGH: tl.constexpr,
     SAFETY: tl.constexpr, SAFE_LOW: tl.constexpr, SAFE_HIGH: tl.constexpr,
     CORRECTION: tl.constexpr, CAP: tl.constexpr, KL: tl.constexpr, ENTROPY: tl.constexpr, UNIT: tl.constexpr,
+    DROPS: tl.constexpr,
 ):  # fmt: skip
     """F, then steps 4 to 8 of the loss with their gradient, for the rows of one block.
 
     Per-row inputs [R] (mask, entropy, reference, rollout may be None), per-sequence ones [S] → per row: gradient of the
     loss sum by log-prob and (with an entropy bonus) by entropy, influence weight, F, and 1 if kept; per block: `sums`
-    [len(TOKEN_SUMS), blocks] and `maxima` [len(MAXIMA), blocks], float64.
+    [len(SUMS), blocks] and `maxima` [len(MAXIMA), blocks], float64.
     """
     dtype: tl.constexpr = log_probs.dtype.element_ty
+    segment = tl.load(block_segment + tl.program_id(0))
+    sequence = segment // C
+    non_finite_here, kept_here, reference_weight = drop_rule(
+        gathered, response_length, sequence, num_sequences, CP, C, DROPS
+    )
     row, valid = block_rows(slot_row, BLOCK)
     counts, usable, log_ratio, unclamped, advantage = _usable_rows(
         row,
@@ -225,7 +278,6 @@ def loss_rows_kernel(
         rollout,
         CORRECTION != "none",
     )
-    segment = tl.load(block_segment + tl.program_id(0))
     x = tl.where(log_ratio <= FUTURE_KL_LIMIT, log_ratio, 0.0).to(tl.float64)
     future = future_kl_of_rows(
         x, row, valid, aggregate, first_block, gathered, chunk_distance, is_later, row_distance, segment, num_sequences,
@@ -233,8 +285,6 @@ def loss_rows_kernel(
     ).to(dtype)  # fmt: skip
     tl.store(future_kl + row, future, mask=valid)
 
-    kept_here = tl.load(kept_sequence + segment // C) != 0
-    non_finite_here = tl.load(non_finite_sequence + segment // C) != 0
     kept = counts & kept_here
     finite = counts & (non_finite_here == 0)
     tl.store(kept_rows + row, kept.to(dtype), mask=valid)
@@ -276,7 +326,12 @@ def loss_rows_kernel(
     if entropy is not None:
         entropies = tl.where(usable, tl.load(entropy + row, mask=valid, other=0.0), 0.0)
         loss -= ENTROPY * entropies
-    row_weight = tl.where(kept, tl.load(sequence_weight + segment // C), 0.0)
+    sequence_weight = tl.full([BLOCK], 1.0, dtype)
+    if UNIT == "kept_sequences":
+        sequence_weight /= tl.maximum(tl.load(response_length + sequence), 1.0).to(dtype)
+    if UNIT == "sequences":
+        sequence_weight = tl.full([BLOCK], 0.0, dtype) + reference_weight.to(dtype)
+    row_weight = tl.where(kept, sequence_weight, 0.0)
     tl.store(grad_log_probs + row, tl.where(usable, row_weight * gradient, 0.0), mask=valid)
     if grad_entropy is not None:
         tl.store(grad_entropy + row, tl.where(usable, -ENTROPY * row_weight, 0.0), mask=valid)
@@ -291,6 +346,7 @@ def loss_rows_kernel(
     _add(sums, SUM_LOSS, valid, row_weight * loss)
     _add(sums, SUM_NORMALIZER, valid, unit)
     _add(sums, SUM_TOKEN_MEAN_LOSS, kept, policy)
+    _add(sums, SUM_REFERENCE_LOSS, kept, policy.to(tl.float64) * reference_weight)
     _add(sums, SUM_SEQUENCES, valid, last)
     _add(sums, SUM_DROPPED_SEQUENCES, valid & (kept_here == 0) & (non_finite_here == 0), last)
     _add(sums, SUM_NONFINITE_SEQUENCES, valid & non_finite_here, last)

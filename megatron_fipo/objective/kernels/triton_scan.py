@@ -100,7 +100,7 @@ def scan_blocks_kernel(x, slot_row, aggregate, GAMMA: tl.constexpr, BLOCK: tl.co
     tl.store(aggregate + tl.program_id(0), first_slot(future, BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def scan_rows_kernel(
     x, slot_row, block_segment, aggregate, first_block, gathered, chunk_distance, is_later, row_distance, num_sequences, out,
     GAMMA: tl.constexpr, RATE: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, SOURCES: tl.constexpr,
