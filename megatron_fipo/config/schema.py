@@ -136,8 +136,10 @@ class HeadConfig:
     """Memory for logits at one time: the vocabulary is processed in slabs that fit. On a GPU a bfloat16 logit takes 6
     bytes (float32 and its gradient). More slabs are slower: each reads and writes the sum of the hidden states'
     gradients."""
-    logits_memory_mb: int = number(0, least=0)
-    """Keep logits (in the model's dtype) for backward while they fit this budget per micro-batch; 0 recomputes them."""
+    logits_memory_mb: int | None = number(None, least=0)
+    """Keep logits (in the model's dtype) for backward while they fit this budget per micro-batch; 0 recomputes them, which
+    takes a third more matrix products. null: half of the GPU memory that the first two steps left free (metric memory/logits_gib);
+    0 on a CPU and with `deterministic`."""
 
 
 @dataclass

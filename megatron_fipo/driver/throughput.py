@@ -126,7 +126,7 @@ def mfu_values(work: Work, capacity: Capacity, seconds: Mapping[str, float]) -> 
 
 
 def rank_values(costs: Sequence[RankCosts]) -> dict[str, float]:
-    """The largest of each cost over the ranks, and for memory the rank that has it (the first of equals)."""
+    """The largest of each cost over the ranks, and for memory the rank that has it (the first of equals); the smallest budget."""
     values = {
         "overhead/unpickle": max(cost.unpickle_s for cost in costs),
         "overhead/shards": max(cost.shards_s for cost in costs),
@@ -140,6 +140,9 @@ def rank_values(costs: Sequence[RankCosts]) -> dict[str, float]:
         if known:
             values[f"memory/{name}_gib"] = max(known) / GIB
             values[f"memory/{name}_rank"] = float(amounts.index(max(known)))
+    budgets = [cost.logits_bytes for cost in costs if cost.logits_bytes is not None]
+    if budgets:
+        values["memory/logits_gib"] = min(budgets) / GIB
     return values
 
 

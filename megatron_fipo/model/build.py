@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig, RouterConfig
@@ -21,6 +22,7 @@ from megatron_fipo.model import mcore
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
 from megatron_fipo.model.megatron_precision import layer_precision
 from megatron_fipo.model.routing import router_weights
+from megatron_fipo.model.swiglu import SwiGLU
 
 
 def build_model(
@@ -28,12 +30,14 @@ def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
     model_class: type[GPTModel] = GPTModel,
+    kernels: str = "auto",
     **model_kwargs: Any,
 ) -> list[GPTModel]:
     """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them, in pipeline order.
 
-    Of `folder` only config.json is read. Parameters have `model.dtype` and random values. Each chunk has the
-    additional attributes `family`, `architecture` and `unpadded_vocab_size`. Requires `parallel.initialize`.
+    Of `folder` only config.json is read. `kernels`, as `head.kernels`, is for the activation. Parameters have
+    `model.dtype` and random values. Each chunk has the additional attributes `family`, `architecture` and
+    `unpadded_vocab_size`. Requires `parallel.initialize`.
     With tied embeddings and several pipeline stages it is collective over the embedding group (one all-reduce
     of the embedding, by Megatron-Core). UserError for an unknown architecture, or one that the parallel sizes
     do not divide.
@@ -61,6 +65,9 @@ def build_model(
             **model_kwargs,
         )
         mcore.mark_experts(chunk)
+        if config.use_te_activation_func:
+            for module in (module for module in chunk.modules() if isinstance(module, MLP)):
+                module.activation_func = SwiGLU(kernels)
         for parameter in router_weights(chunk):
             parameter.requires_grad_(model.router.trainable)
         chunk.family, chunk.architecture = family, architecture
@@ -95,8 +102,9 @@ def transformer_config(
         perform_initialization=True,
         use_cpu_initialization=on_cpu,
         apply_rope_fusion=layer_spec == TRANSFORMER_ENGINE,
-        bias_activation_fusion=can_compile(),
-        bias_dropout_fusion=can_compile(),
+        # There is no bias and no dropout, so without fusion this is one addition.
+        bias_dropout_fusion=False,
+        **_activation_settings(architecture),
         gradient_accumulation_fusion=mcore.HAS_APEX_WEIGHT_GRADIENT and not on_cpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -108,6 +116,16 @@ def transformer_config(
         **_expert_settings(architecture, model.router, parallel, layer_spec),
         **_recompute_settings(model.recompute),
     )
+
+
+def _activation_settings(architecture: Architecture) -> dict[str, Any]:
+    """Keywords of `TransformerConfig`: `SwiGLU` computes the activation, but on GPUs not that of experts.
+
+    The name of the first is that of the modules for which Megatron-Core made the place. The activation of experts is multiplied
+    by the router's weights, which Megatron-Core fuses through torch.compile.
+    """
+    fused_by_compiler = architecture.experts is not None and can_compile()
+    return {"use_te_activation_func": not fused_by_compiler, "bias_activation_fusion": fused_by_compiler}
 
 
 def _pipeline_settings(parallel: ParallelConfig, on_cpu: bool) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class RankCosts:
     """Largest memory that tensors occupied on the GPU since the iteration before; None without a GPU."""
     reserved_bytes: int | None = None
     """The same with the allocator's unused blocks."""
+    logits_bytes: int | None = None
+    """What the head may keep of logits per micro-batch; None without a GPU, without a head, and before it is decided."""
 
 
 @dataclass(frozen=True, eq=False)

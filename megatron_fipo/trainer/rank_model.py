@@ -13,8 +13,8 @@ import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.build import build_model
 from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
+from megatron_fipo.model.logprob_head.budget import DECIDED_AFTER, device_memory, logits_budget_mb
 from megatron_fipo.model.logprob_head.head import HeadRequest
 from megatron_fipo.model.megatron_precision import optimizer_precision
 from megatron_fipo.model.routing import ChunkRouting, RankRoutes
@@ -57,9 +58,14 @@ class StepResult:
     grad_norm: float
     skipped: bool
     """True if the gradient was not finite: parameters and optimizer state are unchanged."""
-    statistics: dict[str, float]
     influence_weights: list[torch.Tensor]
     """[R] per micro-batch, on this rank's rows."""
+    read_statistics: Callable[[], dict[str, float]]
+
+    @cached_property
+    def statistics(self) -> dict[str, float]:
+        """What is reported. The first access copies it to the host, and so waits for the device: read it after the last step."""
+        return self.read_statistics()
 
 
 class RankModel:
@@ -79,10 +85,13 @@ class RankModel:
             raise UserError(f"head.kernels={head.kernels} cannot run here: {reason}; set it to auto or torch")
         self.device = device
         self.head = head
+        self._steps = 0
         self.temperature = temperature
         self.clip_grad = optimizer.clip_grad
         self.weight_decay = optimizer.weight_decay
-        self.modules = build_model(Path(model.path), model, parallel, model_class=LogProbGPTModel)
+        self.modules = build_model(
+            Path(model.path), model, parallel, model_class=LogProbGPTModel, kernels=head.kernels
+        )
         self.model_config = self.modules[0].config
         self.vocab_size = self.modules[0].unpadded_vocab_size
         self.chunks = self._wrap(parallel, optimizer)
@@ -190,24 +199,28 @@ class RankModel:
         records, grad_norm, skipped = self._update(
             shards, loss, lr, objective.entropy_coefficient != 0, replayed
         )
-        statistics: dict[str, float] = {}
-        if self.is_last_stage:
-            merged = records[0]["statistics"]
-            for record in records[1:]:
-                merged = merged.merge(record["statistics"])
-            statistics = merged.reduce(self.statistics_group).finalize()
-        return StepResult(grad_norm, skipped, statistics, [record["influence_weights"] for record in records])
+        if not self.is_last_stage:
+            return StepResult(grad_norm, skipped, [], dict)
+        merged = records[0]["statistics"]
+        for record in records[1:]:
+            merged = merged.merge(record["statistics"])
+        merged = merged.reduce(self.statistics_group)
+        weights = [record["influence_weights"] for record in records]
+        return StepResult(grad_norm, skipped, weights, merged.finalize)
 
     def supervised_step(self, shards: Sequence[PackedShard], lr: float) -> StepResult:
         """One optimizer step on the cross-entropy of the response rows, averaged over all tokens of the mini-batch."""
         records, grad_norm, skipped = self._update(shards, lambda shard: _cross_entropy, lr, False)
-        statistics: dict[str, float] = {}
-        if self.is_last_stage:
-            sums = torch.stack([record["sums"] for record in records]).sum(dim=0)
-            torch.distributed.all_reduce(sums, group=self.statistics_group)
+        if not self.is_last_stage:
+            return StepResult(grad_norm, skipped, [], dict)
+        sums = torch.stack([record["sums"] for record in records]).sum(dim=0)
+        torch.distributed.all_reduce(sums, group=self.statistics_group)
+
+        def read() -> dict[str, float]:
             total, tokens = sums.tolist()
-            statistics = {"loss": total / max(tokens, 1.0), "tokens": tokens}
-        return StepResult(grad_norm, skipped, statistics, [])
+            return {"loss": total / max(tokens, 1.0), "tokens": tokens}
+
+        return StepResult(grad_norm, skipped, [], read)
 
     def _update(
         self,
@@ -240,7 +253,15 @@ class RankModel:
                 decoupled = mcore.uses_decoupled_gradients(self.optimizer)
                 clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm, decoupled)
             self.optimizer.step_with_ready_grads()
+        self._steps += 1
+        if self._steps == DECIDED_AFTER and self.head.logits_memory_mb is None:
+            self._decide_logits_budget()
         return records, grad_norm, skipped
+
+    def _decide_logits_budget(self) -> None:
+        memory = device_memory(self.device)
+        budget = 0 if memory is None else logits_budget_mb(memory)
+        self.head = replace(self.head, logits_memory_mb=budget)
 
     def _run(
         self,

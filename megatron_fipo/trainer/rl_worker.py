@@ -43,6 +43,7 @@ from megatron_fipo.trainer.protocol import (
     TokenWeights,
 )
 from megatron_fipo.trainer.rank import MegatronRank
+from megatron_fipo.trainer.rank_model import StepResult
 from megatron_fipo.weight_sync.nccl import NcclTransport
 from megatron_fipo.weight_sync.object_store import ObjectStoreTransport
 from megatron_fipo.weight_sync.transport import Transport, WeightSyncError, WeightTransport, transport_for
@@ -93,25 +94,19 @@ class RLWorker(MegatronRank, RLRank):
                 with self._reference_weights():
                     reference = self._log_probs(share, seconds)
 
-        def update(step: int, shards: list[PackedShard]) -> tuple[dict[str, float], list[TokenWeights]]:
+        def update(step: int, shards: list[PackedShard]) -> tuple[StepResult, list[TokenWeights]]:
             shards = _with_log_probs(shards, old[step], None if reference is None else reference[step])
             result = self.policy.policy_step(shards, self.config.objective, lr, routing.replayed(step))
-            metrics = {
-                **result.statistics,
-                "policy/grad_norm": result.grad_norm,
-                "policy/skipped_steps": float(result.skipped),
-            }
-            return metrics, _token_weights(
-                shards, result.influence_weights, share.mini_batches[step], samples
-            )
+            return result, _token_weights(shards, result.influence_weights, share.mini_batches[step], samples)
 
         with clock(seconds, "update", self.device):
             steps = self._for_each_mini_step(share, update, seconds)
-        mini_steps = [metrics for metrics, _ in steps]
+            mini_steps = [_step_metrics(result) for result, _ in steps]
         token_weights = [weights for _, found in steps for weights in found]
         if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
             torch.cuda.empty_cache()  # for the engines that wake now
-        costs = take_costs(seconds, self.device)
+        head = self.policy.head if self.policy.is_last_stage else None
+        costs = take_costs(seconds, self.device, None if head is None else head.logits_memory_mb)
         phases = {name: seconds[name] for name in ("old_log_probs", "update")}
         return RankIteration(
             IterationReport(mini_steps, phases, router) if self.reports else None,
@@ -220,6 +215,14 @@ class RLWorker(MegatronRank, RLRank):
         with torch.no_grad():
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.copy_(weight)
+
+
+def _step_metrics(result: StepResult) -> dict[str, float]:
+    return {
+        **result.statistics,
+        "policy/grad_norm": result.grad_norm,
+        "policy/skipped_steps": float(result.skipped),
+    }
 
 
 def _with_log_probs(

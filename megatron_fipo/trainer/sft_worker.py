@@ -17,9 +17,9 @@ class SftWorker(MegatronRank, SftRank):
     def train_steps(
         self, batches: list[list[list[list[Trajectory]]]], rates: list[float], pad_token_id: int
     ) -> list[float] | None:
-        losses = []
+        results = []
         for batch, lr in zip(batches, rates, strict=True):
             mine = batch[parallel_state.get_data_parallel_rank()]
-            result = self.policy.supervised_step(self.shards(mine, pad_token_id), lr)
-            losses.append(result.statistics.get("loss", math.nan))
+            results.append(self.policy.supervised_step(self.shards(mine, pad_token_id), lr))
+        losses = [result.statistics.get("loss", math.nan) for result in results]
         return losses if self.reports else None

@@ -84,7 +84,7 @@ def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, ver
 
 def test_the_notes_name_what_each_package_does_here():
     assert (
-        "head and loss kernels"
+        "kernels of head, loss and SwiGLU"
         in status_of(replace(BARE, versions=BARE.versions | {"triton": "3.6.0"}), "triton").note
     )
     assert "the same numbers" in status_of(BARE, "triton").note

@@ -147,6 +147,11 @@ def test_each_largest_cost_names_its_rank(costs: list[RankCosts]):
         assert getattr(costs[int(values[f"memory/{name}_rank"])], field) == largest
 
 
+def test_the_budget_for_logits_is_the_smallest_of_the_ranks_with_a_head():
+    costs = [RankCosts(0.0, 0.0, 1), *(RankCosts(0.0, 0.0, 1, logits_bytes=n * 2**30) for n in (3, 2, 5))]
+    assert rank_values(costs)["memory/logits_gib"] == 2.0
+
+
 def test_without_a_gpu_there_is_no_device_memory():
     assert set(rank_values([RankCosts(0.0, 0.0, 2**30)])) == {
         "overhead/unpickle",

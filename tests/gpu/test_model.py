@@ -19,6 +19,7 @@ from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings
 from megatron_fipo.model.attention import PackedAttention
 from megatron_fipo.model.layer_spec import shared_names
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
+from megatron_fipo.model.swiglu import SwiGLU
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.trainer.rank import be_deterministic
@@ -68,6 +69,26 @@ def test_packed_attention(
     errors |= {
         name: relative_norm(a, b) for name, a, b in zip(("dQ", "dK", "dV"), found, expected, strict=True)
     }
+    record_errors(errors, dict.fromkeys(errors, tolerance))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float32, 1e-6)], ids=["bfloat16", "float32"]
+)
+def test_swiglu(bench: Bench, record_errors: Callable, dtype: torch.dtype, tolerance: float) -> None:
+    """`SwiGLU` forward and backward against float64."""
+    tokens, width = bench.pick((3_000, 8_960), (20, 48))
+    generator = torch.Generator().manual_seed(5)
+    given = torch.randn(tokens, 1, 2 * width, generator=generator).mul_(3)
+    given = given.to(bench.device, dtype).requires_grad_()
+    incoming = torch.randn(tokens, 1, width, generator=generator).to(bench.device, dtype)
+    found = SwiGLU("triton")(given)
+    (gradient,) = torch.autograd.grad(found, given, incoming)
+    exact = given.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    truth = torch.nn.functional.silu(gate) * up
+    (expected,) = torch.autograd.grad(truth, exact, incoming.double())
+    errors = {"out": relative_norm(found, truth), "gradient": relative_norm(gradient, expected)}
     record_errors(errors, dict.fromkeys(errors, tolerance))
 
 

@@ -95,7 +95,7 @@ class TestActive:
             "FP8: hybrid, scales tensorwise, weights kept in it",
             "weight gradients: added within the products",
             "optimizer: Transformer Engine's FusedAdam, moments bfloat16, master weights float32",
-            "head and loss: Triton 3.6.0",
+            "head, loss and SwiGLU: Triton 3.6.0",
         ]
 
     def test_everything_plain(self):
@@ -108,7 +108,7 @@ class TestActive:
             "FP8: none",
             "weight gradients: added after the products",
             "optimizer: torch's AdamW (CPU), moments float32, no master weights",
-            "head and loss: plain torch",
+            "head, loss and SwiGLU: plain torch",
         ]
 
     def test_offload_and_a_missing_flash_attention_are_said(self):

@@ -259,8 +259,8 @@ def _slab_width(rows: int, columns: int, bytes_per_logit: int, workspace_mb: int
 
 
 def _kept_slabs(rows: int, width: int, weight: torch.Tensor, settings: HeadConfig) -> int:
-    """Number of slabs whose logits fit the budget; 0 if no gradient will be computed."""
-    if not torch.is_grad_enabled():
+    """Number of slabs whose logits fit the budget; 0 if no gradient will be computed, and while there is no budget."""
+    if not torch.is_grad_enabled() or not settings.logits_memory_mb:
         return 0
     columns = settings.logits_memory_mb * 2**20 // (max(rows, 1) * weight.element_size())
     return columns // width if columns < weight.shape[0] else math.ceil(weight.shape[0] / width)

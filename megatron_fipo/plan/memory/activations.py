@@ -8,7 +8,7 @@ of its residual stream (T/tp with sequence parallelism). Counts are of elements 
     norms              2h  their outputs         2h fused; 4h on a CPU, where torch's norm keeps its normalized input too
     query and output   2q  rotated, attended     4q  gathered, padded, attended, restored to the order of the pack
     key and value      2k  rotated key, value    4k  gathered and padded, of all context-parallel ranks
-    feed-forward       3f  gate and up, product  3f  fused; 5f on a CPU: SiLU and up + 0 besides
+    feed-forward       3f  gate and up, product  3f
 
 The portable layers also keep the rotary tables, 4 · head size, and with context parallelism the mask that
 `scaled_dot_product_attention` makes, float32 [T, length of the sequence]; recomputation keeps one of bool per micro-batch
@@ -22,8 +22,8 @@ In FP8 the inputs of products are kept in a byte: norm outputs h, a copy of the 
 scales add 1/32 of that.
 
 The peak of a layer's backward pass is in its feed-forward part, where all of its activations still exist. With Transformer
-Engine 3f more, found on one H200; in the portable layers the product is free again and 3f of gradients exist: 2f. The
-gradient of the residual stream, h, exists throughout. A layer with experts: `expert_activations.py`.
+Engine 3f more, found on one H200; in the portable layers the product is free again and 3f of gradients exist: 2f, on a CPU
+one factor of them besides: 3f. The gradient of the residual stream, h, exists throughout. A layer with experts: `expert_activations.py`.
 
 Worked example, Transformer Engine in bfloat16, h = q = 896, k = 128, f = 4,864: 4h + 2q + 2k + 3f = 20,224 elements,
 40,448 bytes per token and layer; of 24 layers and 20,480 tokens 18.5 GiB.
@@ -107,8 +107,7 @@ def _head_norm(case: Case, sizes: Sizes) -> float:
 
 def _feed_forward(case: Case, sizes: Sizes) -> float:
     product = fp8_scale(case) or sizes.element
-    unfused = case.machine.on_cpu
-    return sizes.tokens * (sizes.ffn * (sizes.element * (4 if unfused else 2) + product))
+    return sizes.tokens * sizes.ffn * (2 * sizes.element + product)
 
 
 def _backward(case: Case, sizes: Sizes, engine: bool) -> float:
@@ -119,9 +118,8 @@ def _backward(case: Case, sizes: Sizes, engine: bool) -> float:
     """
     ffn = sizes.ffn * sizes.tokens * sizes.element
     complete = sizes.hidden * sizes.tokens * sizes.element
-    unfused = case.machine.on_cpu
-    activation = (3 if engine else 2) * ffn
-    projection = complete - (3 if unfused else 1) * ffn
+    activation = (3 if engine or case.machine.on_cpu else 2) * ffn
+    projection = complete - ffn
     if engine and case.config.parallel.sequence_parallel:
         projection += complete  # its input, gathered again
     output = ffn + (complete if case.config.parallel.sequence_parallel else 0.0)

@@ -4,7 +4,7 @@ Notation: h hidden size, f width of an expert on this rank, E experts of the lay
 the residual stream, c the copies of tokens that its experts process (`plan/experts.py`). Autograd keeps:
 
     per copy    h   input, in the order of the experts
-                3f  gate and up, product; 6f on a CPU: SiLU, up + 0 and the product before the router's weight besides
+                3f  gate and up, product; 4f on a CPU: the product before the router's weight besides
                 12  bytes: its place in the pack (int64) and the router's weight (float32)
     per token   8 · E bytes: the place of each copy is a view of a sorted [t, E] (int64)
                 20 · k bytes: chosen experts (int64, twice) and their softmax (float32)
@@ -33,7 +33,7 @@ DISPATCHER_PER_EXPERT, DISPATCHER_PER_CHOICE = 5, 8
 def expert_bytes(case: Case, sizes: Sizes) -> float:
     """From forward to backward. In FP8 the inputs of products are kept in a byte."""
     experts, width, product = experts_of(case), expert_width(case), fp8_scale(case) or sizes.element
-    between = width * sizes.element * (5 if case.machine.on_cpu else 2)
+    between = width * sizes.element * (3 if case.machine.on_cpu else 2)
     of_copy = sizes.hidden * product + between + width * product + PER_COPY
     of_token = PER_EXPERT * experts.count + PER_CHOICE * experts.per_token
     return _copies(case, sizes) * of_copy + sizes.residual_tokens * of_token

@@ -199,7 +199,7 @@ def _head(case: Case, sizes: Sizes, columns: int) -> float:
     head, rows = case.config.head, sizes.rows
     logit = _bytes_per_logit(case)
     width = min(columns, max(SLAB, int(head.workspace_mb * 2**20 / (rows * logit)) // SLAB * SLAB))
-    kept = min(head.logits_memory_mb * 2**20, rows * columns * sizes.element)
+    kept = min((head.logits_memory_mb or 0) * 2**20, rows * columns * sizes.element)
     hidden = rows * sizes.hidden
     norm = sizes.hidden_bytes * (2 if case.machine.on_cpu else 1)
     passes = norm + hidden * sizes.element + kept + rows * width * logit + hidden * 4

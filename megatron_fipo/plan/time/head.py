@@ -28,7 +28,7 @@ def head_time(case: Case, pack: Packs) -> tuple[Estimate, Estimate]:
     hidden, columns = case.architecture.hidden_size, vocabulary_columns(case)
     product = product_seconds(case, dtype, pack.rows, hidden, columns)
     logits, element = pack.rows * columns, BYTES_PER_ELEMENT[dtype]
-    kept = min(1.0, case.config.head.logits_memory_mb * MIB / (logits * element)) if logits else 1.0
+    kept = min(1.0, (case.config.head.logits_memory_mb or 0) * MIB / (logits * element)) if logits else 1.0
     group, memory = tensor_group(case), case.machine.memory
     size = hidden * element * (pack.tokens if case.config.parallel.sequence_parallel else pack.rows)
     forward = total(
