@@ -81,8 +81,8 @@ COMPONENTS = (
         "triton",
         "triton",
         False,
-        "head and loss kernels on GPUs, and fusions by torch.compile",
-        "head, loss and small fusions run as plain torch: the same numbers, slower on GPUs",
+        "kernels of head, loss and SwiGLU on GPUs",
+        "head, loss and SwiGLU run as plain torch: the same numbers, slower on GPUs",
     ),
     Component(
         "wandb",

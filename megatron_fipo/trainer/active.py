@@ -30,7 +30,7 @@ class RankFacts:
     fuses_gradients: bool
     """Whether linear layers add their weight gradients to the buffer inside the GEMM."""
     kernels: str
-    """What computes head and loss, from `describe_kernels`."""
+    """What computes head, loss and SwiGLU, from `describe_kernels`."""
 
 
 def active_lines(facts: RankFacts, model: ModelConfig, optimizer: OptimizerSettings) -> list[str]:
@@ -59,5 +59,5 @@ def active_lines(facts: RankFacts, model: ModelConfig, optimizer: OptimizerSetti
         f"FP8: {fp8}{', weights kept in it' if model.fp8_param_gather else ''}",
         f"weight gradients: {'added within the products' if facts.fuses_gradients else 'added after the products'}",
         f"optimizer: {ADAMS.get(facts.adam, facts.adam)}, {state}{offload}",
-        f"head and loss: {facts.kernels}",
+        f"head, loss and SwiGLU: {facts.kernels}",
     ]
