@@ -101,6 +101,7 @@ class RLWorker(MegatronRank, RLRank):
 
         with clock(seconds, "update", self.device):
             steps = self._for_each_mini_step(share, update, seconds)
+            # Read after the last step: reading waits for the device.
             mini_steps = [_step_metrics(result) for result, _ in steps]
         token_weights = [weights for _, found in steps for weights in found]
         if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
