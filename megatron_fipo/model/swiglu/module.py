@@ -28,6 +28,10 @@ class SwiGLU(torch.nn.Module):
     def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         return _SwiGLU.apply(gate_and_up, takes_triton(self.kernels, gate_and_up, DTYPES))
 
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Empty. Megatron-Core 0.16 asks every part of a feed-forward layer for its part of a checkpoint."""
+        return {}
+
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
