@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from megatron_fipo.families.family import (
     EMBEDDING_WEIGHT,
@@ -26,6 +26,7 @@ from megatron_fipo.families.family import (
     padded_vocab_size,
 )
 from megatron_fipo.model.layer_spec import shared_names
+from megatron_fipo.model.mcore import layer_of
 
 
 class TensorSource(Protocol):
@@ -192,19 +193,19 @@ def map_model(model_chunks: Sequence[torch.nn.Module]) -> ModelMap:
 
 
 def _unwrap(chunk: Any) -> Any:
-    while not isinstance(chunk, GPTModel):
+    while not isinstance(chunk, LanguageModule):
         chunk = chunk.module
     return chunk
 
 
-def _global_parameters(chunk: GPTModel) -> list[tuple[str, torch.nn.Parameter]]:
+def _global_parameters(chunk: LanguageModule) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters by their name in the complete model: layers over all stages, experts over all ranks, norms as in
     `shared_names`."""
     named = []
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            layer = chunk.decoder.layers[int(index)].layer_number - 1
+            layer = layer_of(chunk.decoder.layers[int(index)])
             for portable, shared in shared_names(chunk.architecture.has_experts(layer)).items():
                 if rest.startswith(portable):
                     rest = shared + rest.removeprefix(portable)

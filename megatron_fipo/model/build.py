@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -19,6 +19,7 @@ from megatron_fipo.environment import can_compile
 from megatron_fipo.families.family import Architecture, padded_vocab_size
 from megatron_fipo.families.registry import read_model_config
 from megatron_fipo.model import mcore
+from megatron_fipo.model.gpt import LogProbGPTModel
 from megatron_fipo.model.layer_spec import TRANSFORMER_ENGINE, block_spec, choose_layer_spec
 from megatron_fipo.model.megatron_precision import layer_precision
 from megatron_fipo.model.routing import router_weights
@@ -29,10 +30,8 @@ def build_model(
     folder: Path,
     model: ModelConfig,
     parallel: ParallelConfig,
-    model_class: type[GPTModel] = GPTModel,
     kernels: str = "auto",
-    **model_kwargs: Any,
-) -> list[GPTModel]:
+) -> list[LanguageModule]:
     """This rank's model chunks: one, or `virtual_pipeline_model_parallel_size` of them, in pipeline order.
 
     Of `folder` only config.json is read. `kernels`, as `head.kernels`, is for the activation. Parameters have
@@ -49,9 +48,11 @@ def build_model(
     virtual_stages = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual_stages) if virtual_stages else [None]:
-        chunk = model_class(
+        build = _hybrid_model if mcore.USES_HYBRID_MODEL else _gpt_model
+        chunk = build(
+            architecture,
+            layer_spec,
             config=config,
-            transformer_layer_spec=block_spec(config, layer_spec, vp_stage),
             vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -59,10 +60,8 @@ def build_model(
             share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
-            rope_scaling=architecture.rope_scaling_factor != 1.0,
             rope_scaling_factor=architecture.rope_scaling_factor,
             vp_stage=vp_stage,
-            **model_kwargs,
         )
         mcore.mark_experts(chunk)
         if config.use_te_activation_func:
@@ -76,13 +75,27 @@ def build_model(
     return chunks
 
 
+def _gpt_model(architecture: Architecture, layer_spec: str, **arguments: Any) -> LanguageModule:
+    return LogProbGPTModel(
+        transformer_layer_spec=block_spec(arguments["config"], layer_spec, arguments["vp_stage"]),
+        rope_scaling=architecture.rope_scaling_factor != 1.0,
+        **arguments,
+    )
+
+
+def _hybrid_model(architecture: Architecture, layer_spec: str, **arguments: Any) -> LanguageModule:
+    from megatron_fipo.model.hybrid import LogProbHybridModel, hybrid_arguments  # Megatron-Core 0.19 and later
+
+    return LogProbHybridModel(**hybrid_arguments(arguments["config"], architecture, layer_spec), **arguments)
+
+
 def transformer_config(
     architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, layer_spec: str
 ) -> TransformerConfig:
     """Megatron-Core's config: architecture, parallel layout, and settings for packed per-token training."""
     on_cpu = not torch.cuda.is_available()
     return TransformerConfig(
-        num_layers=architecture.num_layers,
+        **_layer_counts(architecture, model.recompute),
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
@@ -114,7 +127,6 @@ def transformer_config(
         **layer_precision(model),
         **_pipeline_settings(parallel, on_cpu),
         **_expert_settings(architecture, model.router, parallel, layer_spec),
-        **_recompute_settings(model.recompute),
     )
 
 
@@ -155,10 +167,8 @@ def _expert_settings(
     experts = architecture.experts
     if experts is None:
         return {}
-    pattern = [int(architecture.has_experts(layer)) for layer in range(architecture.num_layers)]
     return {
         "num_moe_experts": experts.count,
-        "moe_layer_freq": pattern if experts.dense_layers else 1,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
         # Megatron-Core has two softmaxes: over all experts before the choice, or over the chosen ones.
@@ -172,7 +182,19 @@ def _expert_settings(
     }
 
 
-def _recompute_settings(recompute: str) -> dict[str, Any]:
+def _layer_counts(architecture: Architecture, recompute: str) -> dict[str, Any]:
+    """Keywords of `TransformerConfig` that count layers: their number, where experts are, and what is recomputed."""
+    halves = mcore.HALVES if mcore.USES_HYBRID_MODEL else 1
+    counts: dict[str, Any] = {
+        "num_layers": halves * architecture.num_layers,
+        "is_hybrid_model": mcore.USES_HYBRID_MODEL,
+        "recompute_granularity": None if recompute == "none" else recompute,
+    }
     if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective" if recompute == "selective" else None}
+        counts |= {"recompute_method": "uniform", "recompute_num_layers": halves}
+    experts = architecture.experts
+    if experts is not None and experts.dense_layers and not mcore.USES_HYBRID_MODEL:  # its pattern says it
+        counts["moe_layer_freq"] = [
+            int(architecture.has_experts(layer)) for layer in range(architecture.num_layers)
+        ]
+    return counts

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -21,13 +22,14 @@ class LogProbGPTModel(GPTModel):
     def _postprocess(self, hidden_states, labels=None, **kwargs):
         if not isinstance(labels, HeadRequest):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
-        if not self.post_process:
-            return hidden_states
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return _apply_head(
-            hidden_states, weight, labels, self.config.sequence_parallel, self.pg_collection.tp
-        )
+        return apply_head(self, hidden_states, labels) if self.post_process else hidden_states
+
+
+def apply_head(model: LanguageModule, hidden_states: torch.Tensor, request: HeadRequest) -> torch.Tensor:
+    """Log-probs [R] and entropy [R] as [2, R] from the hidden states after the final norm of a last stage."""
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return _apply_head(hidden_states, weight, request, model.config.sequence_parallel, model.pg_collection.tp)
 
 
 def _apply_head(hidden_states, weight, request: HeadRequest, sequence_parallel: bool, group) -> torch.Tensor:
@@ -54,6 +56,6 @@ def forward_log_probs(
         "attention_mask": None,
         "packed_seq_params": packed,
     }
-    if mcore.HAS_OUTPUT_PROCESSOR:
+    if mcore.HAS_OUTPUT_PROCESSOR and not mcore.USES_HYBRID_MODEL:
         return model(**arguments, output_processor=_output_processor, output_processor_context=request)
     return model(**arguments, labels=request)

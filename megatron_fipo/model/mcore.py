@@ -29,6 +29,13 @@ if not SUPPORTED[0] <= VERSION < SUPPORTED[1]:
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
 """Whether `GPTModel.forward` takes a function for the hidden states after the final norm (0.18 and later)."""
 
+USES_HYBRID_MODEL = False
+"""Whether models are HybridModels instead of GPTModels (0.19 and later only). Both give the same numbers and
+checkpoints; docs/megatron-core-versions.md states what is missing before the change."""
+
+HALVES = 2
+"""Layers of HybridModel for a layer of GPTModel: its attention, and its feed-forward part."""
+
 ASYNC_SAVE = (
     {"async_strategy": "mcore"}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
@@ -52,6 +59,11 @@ HAS_APEX_WEIGHT_GRADIENT = find_spec("fused_weight_gradient_mlp_cuda") is not No
 def has_transformer_engine() -> bool:
     """Whether NVIDIA's Transformer Engine is installed (searched, not imported)."""
     return find_spec("transformer_engine") is not None
+
+
+def layer_of(module: MegatronModule) -> int:
+    """The layer of a `TransformerLayer` or `MoELayer`, counted from 0 over all pipeline stages as in a family's table."""
+    return (module.layer_number - 1) // (HALVES if module.config.is_hybrid_model else 1)
 
 
 def fuse_gradient_accumulation(chunk: MegatronModule) -> bool:

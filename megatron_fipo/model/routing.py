@@ -24,6 +24,8 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
+from megatron_fipo.model.mcore import layer_of
+
 Routes = list[torch.Tensor]
 """Of one micro-batch in one model chunk: `route_dtype` [T, k] per layer with experts."""
 RankRoutes = list[Routes]
@@ -73,7 +75,7 @@ class ChunkRouting:
 
     def __init__(self, chunk: torch.nn.Module) -> None:
         modules = _layers_with_experts(chunk)
-        self.layers = [module.layer_number - 1 for module in modules]
+        self.layers = [layer_of(module) for module in modules]
         """The layers with experts, counted from 0 over all pipeline stages."""
         self._layers = [_LayerReplay() for _ in modules]
         for module, replay in zip(modules, self._layers, strict=True):

@@ -40,7 +40,7 @@ from megatron_fipo.environment import find_accelerators
 from megatron_fipo.errors import UserError
 from megatron_fipo.model import mcore
 from megatron_fipo.model.build import build_model
-from megatron_fipo.model.gpt import LogProbGPTModel, forward_log_probs
+from megatron_fipo.model.gpt import forward_log_probs
 from megatron_fipo.model.logprob_head.budget import DECIDED_AFTER, device_memory, logits_budget_mb
 from megatron_fipo.model.logprob_head.head import HeadRequest
 from megatron_fipo.model.megatron_precision import optimizer_precision
@@ -89,9 +89,7 @@ class RankModel:
         self.temperature = temperature
         self.clip_grad = optimizer.clip_grad
         self.weight_decay = optimizer.weight_decay
-        self.modules = build_model(
-            Path(model.path), model, parallel, model_class=LogProbGPTModel, kernels=head.kernels
-        )
+        self.modules = build_model(Path(model.path), model, parallel, head.kernels)
         self.model_config = self.modules[0].config
         self.vocab_size = self.modules[0].unpadded_vocab_size
         self.chunks = self._wrap(parallel, optimizer)

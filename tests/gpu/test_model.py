@@ -15,9 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_fipo.batching.shard import PackedShard
+from megatron_fipo.checkpoint.shard_layouts import map_model
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings
+from megatron_fipo.model import mcore
 from megatron_fipo.model.attention import PackedAttention
-from megatron_fipo.model.layer_spec import shared_names
 from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_probs
 from megatron_fipo.model.swiglu import SwiGLU
 from megatron_fipo.objective.config import ObjectiveConfig
@@ -176,7 +177,10 @@ class Trained:
 
 
 def _train(bench: Bench, dtype: str, steps: int, old_log_probs: list[Tensor] | None = None) -> Trained:
-    """Steps of a fresh policy, whose weights are the same in every dtype; without old log-probs it scores them itself."""
+    """Steps of a fresh policy, whose weights are the same in every dtype; without old log-probs it scores them itself.
+
+    Weights have the names in the family's table.
+    """
     with one_rank(bench, seed=5):
         model = ModelConfig(dtype=dtype, layer_spec="portable" if dtype == "float32" else "auto")
         policy = new_policy(bench, _shape(bench), model, optimizer=OptimizerSettings(clip_grad=0.0))
@@ -188,16 +192,16 @@ def _train(bench: Bench, dtype: str, steps: int, old_log_probs: list[Tensor] | N
         return Trained(
             results,
             old,
-            {name: value.detach().clone() for name, value in policy.modules[0].named_parameters()},
+            {
+                name: value.detach().clone() for name, value in map_model(policy.modules).parameters.items()
+            },
         )
 
 
 @torch.no_grad()
 def _set_weights(policy: RankModel) -> None:
     """Normal numbers on bfloat16's grid, drawn on the CPU by name: the same in every dtype and with every kind of layer."""
-    for name, parameter in policy.modules[0].named_parameters():
-        for portable, shared in shared_names(has_experts=False).items():
-            name = name.replace(portable, shared)
+    for name, parameter in map_model(policy.modules).parameters.items():
         drawn = torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
         )
@@ -218,6 +222,25 @@ def test_a_step_in_bf16_is_near_one_in_fp32(bench: Bench, record_errors: Callabl
         "gradient norm": abs(found.grad_norm - expected.grad_norm) / expected.grad_norm,
     }
     record_errors(errors, {"loss": 0.1, "gradient norm": 0.1})
+
+
+@pytest.mark.skipif(mcore.VERSION < (0, 19), reason="HybridModel came with Megatron-Core 0.19")
+def test_a_step_of_hybrid_model_is_that_of_gpt_model(
+    bench: Bench, record_errors: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradient norm and the updated weights, in bfloat16 (with Transformer Engine's layers if it is installed)."""
+    expected = _train(bench, "bfloat16", 1)
+    monkeypatch.setattr(mcore, "USES_HYBRID_MODEL", True)
+    found = _train(bench, "bfloat16", 1, expected.old_log_probs)
+    require(found.weights.keys() == expected.weights.keys(), "the weights have other names")
+    (result,), (true_result,) = found.results, expected.results
+    loss, true_loss = (step.statistics["policy/loss"] for step in (result, true_result))
+    errors = {
+        "loss": abs(loss - true_loss) / abs(true_loss),
+        "gradient norm": abs(result.grad_norm - true_result.grad_norm) / true_result.grad_norm,
+        "weights": max(relative_norm(found.weights[name], expected.weights[name]) for name in found.weights),
+    }
+    record_errors(errors, {"loss": 1e-3, "gradient norm": 1e-3, "weights": 1e-3})
 
 
 def test_deterministic_runs_have_the_same_bits(bench: Bench) -> None:
