@@ -7,6 +7,7 @@ once (lengths are ragged), a prompt is computed once for all of its responses, a
 separate random stream.
 """
 
+import inspect
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class LocalEngine:
         self._trust_remote_code = trust_remote_code
         self._load_weights = load_weights
         self._model: Any = None
+        self._cache_argument = "past_key_values"
+        """Of the model's `forward`: older versions of transformers, and code of models, have this name."""
         self._end_ids: frozenset[int] = frozenset()
         self._decode_text: Decode | None = None
         self._version = NO_WEIGHTS
@@ -103,6 +106,8 @@ class LocalEngine:
                     self._model_path, self._dtype, self._trust_remote_code, self._load_weights
                 )
                 _choose_products(model)
+                if "cache" in inspect.signature(model.forward).parameters:
+                    self._cache_argument = "cache"
                 self._device = "cuda" if torch.cuda.is_available() else "cpu"
                 self._model = model.eval().requires_grad_(False).to(self._device)
                 self._version = 0 if self._load_weights else NO_WEIGHTS
@@ -186,8 +191,8 @@ class LocalEngine:
                 input_ids=tokens[:, None],
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_argument: cache},
             ).logits[:, -1]
         return rows
 
@@ -212,9 +217,9 @@ class LocalEngine:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
         brought, computed = sum(map(len, contexts)), sum(map(len, unique))
         self._tokens += computed

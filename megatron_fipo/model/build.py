@@ -84,7 +84,10 @@ def _gpt_model(architecture: Architecture, layer_spec: str, **arguments: Any) ->
 
 
 def _hybrid_model(architecture: Architecture, layer_spec: str, **arguments: Any) -> LanguageModule:
-    from megatron_fipo.model.hybrid import LogProbHybridModel, hybrid_arguments  # Megatron-Core 0.19 and later
+    from megatron_fipo.model.hybrid import (
+        LogProbHybridModel,
+        hybrid_arguments,
+    )  # Megatron-Core 0.19 and later
 
     return LogProbHybridModel(**hybrid_arguments(arguments["config"], architecture, layer_spec), **arguments)
 
@@ -127,6 +130,7 @@ def transformer_config(
         **layer_precision(model),
         **_pipeline_settings(parallel, on_cpu),
         **_expert_settings(architecture, model.router, parallel, layer_spec),
+        **mcore.NO_CUDA_GRAPHS,
     )
 
 

@@ -5,17 +5,22 @@ All other modules work with every supported release.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import Adam, DistributedOptimizer, MegatronOptimizer
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 SUPPORTED = ((0, 16), (0, 20))
@@ -44,6 +49,14 @@ ASYNC_SAVE = (
 """Keywords that make `dist_checkpointing.save` use its own background writer (newer releases prefer another
 package's)."""
 
+NO_CUDA_GRAPHS: dict[str, Any] = {
+    "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope": []
+}
+"""Keywords of `TransformerConfig` without parts to capture. Its own default is a deprecated text."""
+
+HAS_PARAMETER_LAYOUT = "full_param_layout" in inspect.signature(DistributedDataParallel.__init__).parameters
+"""Whether `DistributedDataParallel` wants the layout of its buffers from its caller (0.18 and later)."""
+
 COMMON_STATE_FILE = "common.pt" if VERSION < (0, 19) else None
 """The file from which this release reads a checkpoint's common state. Later ones read it too, but write it
 with the data."""
@@ -59,6 +72,39 @@ HAS_APEX_WEIGHT_GRADIENT = find_spec("fused_weight_gradient_mlp_cuda") is not No
 def has_transformer_engine() -> bool:
     """Whether NVIDIA's Transformer Engine is installed (searched, not imported)."""
     return find_spec("transformer_engine") is not None
+
+
+def feed_forward_spec(linear_fc1: type, linear_fc2: type) -> Any:
+    """The `mlp` of a layer's submodules: a spec in 0.16 and 0.17, then a function that builds it."""
+    submodules = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2)
+    if not hasattr(MLP, "as_mlp_submodule"):
+        return ModuleSpec(module=MLP, submodules=submodules)
+    return partial(MLP.as_mlp_submodule, submodules=submodules)
+
+
+def parameter_layout(
+    module: torch.nn.Module, settings: DistributedDataParallelConfig, disable_bucketing: bool
+) -> dict[str, Any]:
+    """Keywords of `DistributedDataParallel` for the layout of its buffers, which is the one that it would compute itself."""
+    if not (HAS_PARAMETER_LAYOUT and settings.use_distributed_optimizer):
+        return {}
+    bucket_size = settings.bucket_size
+    if (
+        not settings.overlap_grad_reduce
+        or disable_bucketing
+        or parallel_state.get_pipeline_model_parallel_rank()
+    ):
+        bucket_size = None
+    elif bucket_size is None:
+        bucket_size = max(40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size())
+    layout = DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        bucket_size,
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        settings,
+        parallel_state.get_expert_data_parallel_world_size(),
+    )
+    return {"full_param_layout": layout}
 
 
 def layer_of(module: MegatronModule) -> int:

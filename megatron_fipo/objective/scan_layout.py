@@ -17,6 +17,8 @@ BLOCK = 128
 """Positions in a block of the scan, and blocks in a block of blocks."""
 LARGEST_RATE = 2000.0
 """2^−2000 is 0 in float64, so a half life below 1/2000 is γ = 0 exactly; the bound keeps 0·rate from becoming 0·∞."""
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""The name in `torch.distributed` of the gather into one tensor: the second is deprecated from torch 2.13 on."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return local.unsqueeze(0)
     gathered = local.new_empty(group.size() * len(local), *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local, group=group)
+    getattr(dist, ALL_GATHER)(gathered, local, group=group)
     return gathered.view(group.size(), *local.shape)
 
 

@@ -114,8 +114,12 @@ class RankModel:
             module = module.to(self.device)
             if self.model_config.bf16:
                 module = Float16Module(self.model_config, module)
+            disable_bucketing = index > 0
+            layout = mcore.parameter_layout(module, ddp_config, disable_bucketing)
             chunks.append(
-                DistributedDataParallel(self.model_config, ddp_config, module, disable_bucketing=index > 0)
+                DistributedDataParallel(
+                    self.model_config, ddp_config, module, disable_bucketing=disable_bucketing, **layout
+                )
             )
         fused = [mcore.fuse_gradient_accumulation(chunk) for chunk in chunks]
         self.fuses_gradients = all(fused)

@@ -16,7 +16,7 @@ from megatron_fipo.objective.future_kl import scan_future_kl
 from megatron_fipo.objective.kernels import launch
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.loss_inputs import PolicyLoss, PolicyRows
-from megatron_fipo.objective.scan_layout import ChunkTable
+from megatron_fipo.objective.scan_layout import ALL_GATHER, ChunkTable
 from tests.objective.oracle import future_kl_by_definition
 from tests.objective.packed import (
     contiguous,
@@ -235,7 +235,7 @@ def test_backward_makes_nothing_but_the_gradient() -> None:
 @pytest.mark.parametrize("cp", [2, 4])
 def test_one_all_gather_of_constant_size(cp) -> None:
     for calls in run_ranks(cp, count_collectives, 300, "none", "triton"):
-        assert calls == [("all_gather_into_tensor", 3 * 32)]
+        assert calls == [(ALL_GATHER, 3 * 32)]
 
 
 def test_riders_are_summed_over_each_sequence() -> None:

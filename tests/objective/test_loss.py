@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
 from megatron_fipo.objective.loss_inputs import PolicyLoss
+from megatron_fipo.objective.scan_layout import ALL_GATHER
 from megatron_fipo.objective.statistics import Statistics
 from tests.objective.oracle import OracleResult, Response, oracle_loss
 from tests.objective.packed import contiguous, packed_rows, random_responses, zigzag
@@ -251,7 +252,7 @@ def test_one_all_gather_of_constant_size(cp, correction) -> None:
     """Forward and backward of a micro-batch of three sequences: one all-gather of 32 bytes per sequence, at any length."""
     for length in (16, 1600):
         for calls in run_ranks(cp, count_collectives, length, correction):
-            assert calls == [("all_gather_into_tensor", 3 * 32)]
+            assert calls == [(ALL_GATHER, 3 * 32)]
 
 
 def _poison(rank: int, world_size: int) -> list:

@@ -100,7 +100,7 @@ def _communicating_rank(rank: int, cp: int, length: int, store: str, queue: "mp.
     import numpy as np
 
     from megatron_fipo.objective.future_kl import scan_future_kl
-    from megatron_fipo.objective.scan_layout import ChunkTable, build_scan_plan
+    from megatron_fipo.objective.scan_layout import ALL_GATHER, ChunkTable, build_scan_plan
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=cp)
     size = length // (2 * cp)
@@ -110,7 +110,7 @@ def _communicating_rank(rank: int, cp: int, length: int, store: str, queue: "mp.
     position = np.tile((first[rank, 0][:, None] + np.arange(size)).ravel(), BATCH)
     plan = build_scan_plan(table, rank, np.repeat(np.arange(BATCH), 2 * size), position)
     rows = torch.zeros(plan.num_rows)
-    with mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as all_gather:
+    with mock.patch.object(dist, ALL_GATHER, wraps=getattr(dist, ALL_GATHER)) as all_gather:
         scan_future_kl(rows, torch.zeros(plan.num_rows, 2), plan, HALF_LIFE, dist.group.WORLD)
     if rank == 0:
         queue.put([call.args[1].nbytes for call in all_gather.call_args_list])
