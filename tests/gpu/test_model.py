@@ -192,9 +192,7 @@ def _train(bench: Bench, dtype: str, steps: int, old_log_probs: list[Tensor] | N
         return Trained(
             results,
             old,
-            {
-                name: value.detach().clone() for name, value in map_model(policy.modules).parameters.items()
-            },
+            {name: value.detach().clone() for name, value in map_model(policy.modules).parameters.items()},
         )
 
 
