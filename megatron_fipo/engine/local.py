@@ -7,16 +7,16 @@ once (lengths are ragged), a prompt is computed once for all of its responses, a
 separate random stream.
 """
 
-import inspect
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_fipo.engine.decoding.dynamic import DynamicDecoder
+from megatron_fipo.engine.decoding.rows import Counts, Decoder, Row
 from megatron_fipo.engine.model_folder import load_model
 from megatron_fipo.engine.protocol import (
     NO_WEIGHTS,
@@ -26,23 +26,9 @@ from megatron_fipo.engine.protocol import (
     SamplingParams,
 )
 from megatron_fipo.engine.stop_strings import Decode, StopStrings, decoder
-from megatron_fipo.errors import UserError
+from megatron_fipo.errors import UserError, first_line
 from megatron_fipo.families.fused_experts import is_fused, separate
 from megatron_fipo.weight_sync.checksum import Checksums
-
-
-@dataclass
-class _Row:
-    """One response while it is decoded."""
-
-    uniforms: np.ndarray
-    """One random number for each token that may still be sampled."""
-    prefix: list[int] = field(default_factory=list)
-    """The response before this call."""
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finish_reason: str = "abort"
-    """Until the last token sets it."""
 
 
 class LocalEngine:
@@ -75,22 +61,13 @@ class LocalEngine:
         self._trust_remote_code = trust_remote_code
         self._load_weights = load_weights
         self._model: Any = None
-        self._cache_argument = "past_key_values"
-        """Of the model's `forward`: older versions of transformers, and code of models, have this name."""
+        self._decoder: Decoder
         self._end_ids: frozenset[int] = frozenset()
         self._decode_text: Decode | None = None
         self._version = NO_WEIGHTS
         self._received: set[str] | None = None
         self._check = False
-        self._tokens = 0
-        """Prompt and response tokens computed."""
-        self._generated = 0
-        """Response tokens among them."""
-        self._prefix_queries = 0
-        """Tokens of all requests' prompts and prefixes."""
-        self._prefix_hits = 0
-        """Those that another request of the same call had too, so they were computed once."""
-        self._running = 0
+        self._counts = Counts()
         self._using_model = threading.Lock()
         self._abort = threading.Event()
 
@@ -106,21 +83,20 @@ class LocalEngine:
                     self._model_path, self._dtype, self._trust_remote_code, self._load_weights
                 )
                 _choose_products(model)
-                if "cache" in inspect.signature(model.forward).parameters:
-                    self._cache_argument = "cache"
-                self._device = "cuda" if torch.cuda.is_available() else "cpu"
-                self._model = model.eval().requires_grad_(False).to(self._device)
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                self._model = model.eval().requires_grad_(False).to(device)
+                self._decoder = _new_decoder(self._model, self._counts, self._abort.is_set)
                 self._version = 0 if self._load_weights else NO_WEIGHTS
         return self.status()
 
     def status(self) -> EngineStatus:
         return EngineStatus(
             self._version,
-            self._tokens,
-            running=self._running,
-            generated_tokens=self._generated,
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
+            self._counts.computed,
+            running=self._counts.running,
+            generated_tokens=self._counts.generated,
+            prefix_queries=self._counts.prefix_queries,
+            prefix_hits=self._counts.prefix_hits,
         )
 
     # -- generation ------------------------------------------------------------------------------------------
@@ -129,8 +105,7 @@ class LocalEngine:
         """Generate each request's response to its end, all in one batch.
 
         Log-probs are of the distribution at `sampling.temperature` over the full vocabulary, before
-        truncation; at temperature 0 (greedy) they are those of temperature 1. Memory: the KV cache of the
-        unfinished rows, and their logits [rows, V] of one step.
+        truncation; at temperature 0 (greedy) they are those of temperature 1.
         """
         with self._using_model:
             if self._version == NO_WEIGHTS or self._received is not None:
@@ -138,10 +113,19 @@ class LocalEngine:
                     "generate() was called before there were weights or during a weight update"
                 )
             self._abort.clear()
+            rows = [Row.of(request, sampling.max_new_tokens) for request in requests]
+            end_ids = self._end_ids.union(sampling.stop_token_ids)
+            stop = StopStrings(sampling.stop, self._text_decoder()) if sampling.stop else None
+
+            def append(
+                running: Sequence[Row], tokens: Sequence[int], log_probs: Sequence[float]
+            ) -> list[int]:
+                return self._append(running, tokens, log_probs, end_ids, stop)
+
             try:
-                rows = self._decode(requests, sampling)
+                self._decoder.decode(rows, sampling, append)
             finally:
-                self._running = 0
+                self._counts.running = 0
             return [
                 Generation(
                     np.array(row.tokens, dtype=np.int32),
@@ -155,83 +139,9 @@ class LocalEngine:
     def abort(self) -> None:
         self._abort.set()
 
-    @torch.inference_mode()
-    def _decode(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[_Row]:
-        """One row per request. An abort takes effect between two decode steps."""
-        limit = sampling.max_new_tokens
-        rows = [
-            _Row(
-                np.random.default_rng(request.seed).random(limit)[len(request.prefix) :],
-                request.prefix.tolist(),
-            )
-            for request in requests
-        ]
-        logits, cache, mask = self._prefill(
-            [(*request.prompt_ids, *request.prefix.tolist()) for request in requests]
-        )
-        running, end_ids = rows, self._end_ids.union(sampling.stop_token_ids)
-        stop = StopStrings(sampling.stop, self._decoder()) if sampling.stop else None
-        while not self._abort.is_set():
-            uniforms = torch.from_numpy(np.array([row.uniforms[len(row.tokens)] for row in running])).to(
-                self._device
-            )
-            tokens, log_probs = sample_tokens(logits, uniforms, sampling)
-            self._running = len(running)
-            survivors = self._append(running, tokens.tolist(), log_probs.tolist(), end_ids, stop)
-            if not survivors:
-                break
-            if len(survivors) < len(running):
-                index = torch.tensor(survivors, device=self._device)
-                running = [running[i] for i in survivors]
-                cache.batch_select_indices(index)
-                tokens, mask = tokens[index], mask[index]
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            positions = mask.sum(-1, keepdim=True) - 1
-            logits = self._model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                **{self._cache_argument: cache},
-            ).logits[:, -1]
-        return rows
-
-    def _prefill(self, contexts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Any, Tensor]:
-        """Run each distinct context once, left-padded.
-
-        Returns logits [rows, V], KV cache and mask [rows, P] of all rows.
-        """
-        from transformers import DynamicCache
-
-        unique = {context: row for row, context in enumerate(dict.fromkeys(contexts))}
-        width = max(map(len, unique))
-        ids = torch.zeros(len(unique), width, dtype=torch.long)
-        mask = torch.zeros(len(unique), width, dtype=torch.long)
-        for context, row in unique.items():
-            ids[row, width - len(context) :] = torch.tensor(context)
-            mask[row, width - len(context) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
-        cache = DynamicCache(config=self._model.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_argument: cache},
-        )
-        brought, computed = sum(map(len, contexts)), sum(map(len, unique))
-        self._tokens += computed
-        self._prefix_queries += brought
-        self._prefix_hits += brought - computed
-        index = torch.tensor([unique[context] for context in contexts], device=self._device)
-        cache.batch_select_indices(index)
-        return output.logits[index, -1], cache, mask[index]
-
     def _append(
         self,
-        running: Sequence[_Row],
+        running: Sequence[Row],
         tokens: Sequence[int],
         log_probs: Sequence[float],
         end_ids: Collection[int],
@@ -239,8 +149,8 @@ class LocalEngine:
     ) -> list[int]:
         """Add one token to each row; return the indices of the unfinished rows."""
         survivors = []
-        self._tokens += len(tokens)
-        self._generated += len(tokens)
+        self._counts.computed += len(tokens)
+        self._counts.generated += len(tokens)
         for index, (row, token, log_prob) in enumerate(zip(running, tokens, log_probs, strict=True)):
             row.tokens.append(token)
             row.log_probs.append(log_prob)
@@ -252,7 +162,7 @@ class LocalEngine:
                 survivors.append(index)
         return survivors
 
-    def _decoder(self) -> Decode:
+    def _text_decoder(self) -> Decode:
         if self._decode_text is None:
             self._decode_text = decoder(self._model_path, self._trust_remote_code)
         return self._decode_text
@@ -321,10 +231,15 @@ class LocalEngine:
             return checksums.finish()
 
     def sleep(self) -> None:
-        """Does nothing: only engines on vLLM share a GPU with the trainer."""
+        """Free the device memory of the KV cache and the CUDA graphs; the next call of `generate` makes them again.
+
+        The weights stay. On a CPU nothing is kept between calls.
+        """
+        with self._using_model:
+            self._decoder.release()
 
     def wake(self) -> None:
-        """Does nothing, like `sleep`."""
+        """Does nothing."""
 
     def _weights(self) -> dict[str, Tensor]:
         """All weights by Hugging Face name, of each expert separately; tied ones under each of their names."""
@@ -343,40 +258,20 @@ def _choose_products(model: Any) -> None:
         model.set_experts_implementation("eager")
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverse CDF: (tokens [B] int64, their log-probs [B] float32).
+def _new_decoder(model: Any, counts: Counts, aborted: Callable[[], bool]) -> Decoder:
+    """On a GPU the one with CUDA graphs, if the model can be captured."""
+    if model.device.type == "cuda":
+        from megatron_fipo.engine.decoding.graphs import Graphs, free_bytes
+        from megatron_fipo.engine.decoding.static import StaticDecoder
 
-    `logits` [B, V] of any float dtype, `uniforms` [B] float64 in [0, 1). The uniform number selects one of the tokens
-    that truncation keeps.
-    """
-    greedy = sampling.temperature == 0
-    log_probs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
-    if greedy:
-        tokens = log_probs.argmax(dim=-1)
-    else:
-        # In float64 and with u <= 1 - 2^-53, u * total rounds below total: the search never passes the last
-        # likely token.
-        probs = log_probs.double().exp()
-        order = None
-        if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
-            probs, order = probs.sort(dim=-1, descending=True, stable=True)
-            probs = _truncate(probs, sampling)
-        cdf = probs.cumsum(dim=-1)
-        ranks = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
-        tokens = (ranks if order is None else order.gather(-1, ranks)).squeeze(-1)
-    return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def _truncate(probs: Tensor, sampling: SamplingParams) -> Tensor:
-    """Zero probabilities that are not sampled from; `probs` [B, V] is in descending order.
-
-    As in vLLM: min-p compares with the most likely token, top-k then keeps the first, and top-p the smallest set of these
-    whose share of their sum reaches `top_p`.
-    """
-    probs = probs * (probs >= sampling.min_p * probs[:, :1])
-    if sampling.top_k:
-        probs[:, sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        before = probs.cumsum(-1) - probs
-        probs = probs * (before < sampling.top_p * probs.sum(-1, keepdim=True))
-    return probs
+        try:
+            decoder = StaticDecoder(model, counts, aborted, Graphs(), free_bytes)
+            decoder.rehearse()
+            return decoder
+        except Exception as error:  # the model's code decides what it raises
+            print(
+                f"rollout engine: {type(model).__name__} cannot be decoded with CUDA graphs ({first_line(error)}); it is decoded "
+                "without, which is slower",
+                flush=True,
+            )
+    return DynamicDecoder(model, counts, aborted)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_fipo.engine.local import LocalEngine, sample_tokens
+from megatron_fipo.engine.local import LocalEngine
 from megatron_fipo.engine.protocol import Generation, GenerationRequest, SamplingParams
 from megatron_fipo.errors import UserError
 from megatron_fipo.weight_sync.checksum import tensor_checksum
@@ -158,37 +158,6 @@ def test_status_and_abort_do_not_wait_for_a_call(shared_engine):
     with shared_engine._using_model:
         assert shared_engine.status().weight_version == 0
         shared_engine.abort()
-
-
-def test_sampling_follows_the_distribution_and_truncation():
-    """Inverse CDF on an even grid of uniform numbers gives each token its exact probability."""
-    probs = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.3])
-    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    logits = probs.log().expand(len(grid), -1)
-
-    def shares(sampling: SamplingParams) -> list[float]:
-        drawn, log_probs = sample_tokens(logits, grid, sampling)
-        torch.testing.assert_close(log_probs, torch.log_softmax(logits / sampling.temperature, -1)[0, drawn])
-        return (torch.bincount(drawn, minlength=5) / len(grid)).tolist()
-
-    assert shares(SamplingParams(1.0, 1.0, 1)) == pytest.approx(probs.tolist(), abs=2e-4)
-    assert shares(SamplingParams(0.5, 1.0, 1)) == pytest.approx(
-        (probs**2 / (probs**2).sum()).tolist(), abs=2e-4
-    )
-    assert shares(SamplingParams(1.0, 0.69, 1)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
-    assert shares(SamplingParams(1.0, 0.75, 1)) == pytest.approx(
-        [0, 0.4 / 0.95, 0, 0.25 / 0.95, 0.3 / 0.95], abs=2e-4
-    )
-    assert shares(SamplingParams(1.0, 1.0, 1, top_k=2)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
-    assert shares(SamplingParams(1.0, 0.6, 1, top_k=3)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
-    assert shares(SamplingParams(1.0, 1.0, 1, min_p=0.7)) == pytest.approx([0, 4 / 7, 0, 0, 3 / 7], abs=2e-4)
-    assert shares(SamplingParams(1.0, 1.0, 1, top_k=9, min_p=0.01)) == pytest.approx(probs.tolist(), abs=2e-4)
-
-
-def test_extreme_uniform_numbers_never_draw_an_impossible_token():
-    logits = torch.tensor([[-torch.inf, 0.1, 0.7, -torch.inf]]).expand(2, -1)
-    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert sample_tokens(logits, uniforms, PLAIN)[0].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("tied", [True, False])
