@@ -4,6 +4,9 @@ Nothing heavy is imported before a function needs torch, and no optional package
 """
 
 import os
+import re
+import shutil
+import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +50,34 @@ PACKAGES = {
 """The packages whose versions a job logs and compares between its nodes, and a module of each."""
 
 
+HIDES_GPUS = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES with which a user or a scheduler hides all GPUs."""
+KERNEL_DRIVER = Path("/proc/driver/nvidia")
+SMI_TIMEOUT_S = 30.0
+_DRIVER_VERSION = re.compile(r"\b\d{3}(\.\d+)+\b")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU that CUDA sees."""
+
+    name: str
+    """The complete name that CUDA reports."""
+    capability: tuple[int, int]
+    """Major and minor compute capability."""
+    memory_bytes: int
+    """All of its memory, also what other processes use."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver."""
+
+    version: str
+    gpus: int
+    """That it lists, whether or not torch can use them."""
+
+
 @dataclass(frozen=True)
 class Accelerators:
     """The GPUs that a process sees and the packages installed for them."""
@@ -59,6 +90,12 @@ class Accelerators:
     """Its version, "unknown version" if it has no metadata, None if it is not installed."""
     apex: bool = False
     """Whether NVIDIA's apex is installed."""
+    cards: tuple[Card, ...] = ()
+    """The GPUs."""
+    triton: bool = True
+    """Whether Triton is installed."""
+    unused_driver: Driver | None = None
+    """A driver whose GPUs torch does not see, although nothing hides them (CUDA_VISIBLE_DEVICES); None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -75,30 +112,59 @@ class Machine:
 
 def this_machine() -> Machine:
     """CPU cores that this process may use, visible CUDA devices, and the packages for them."""
-    import torch
-
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(cpus=cpus, gpus=torch.cuda.device_count(), accelerators=find_accelerators())
+    found = find_accelerators()
+    return Machine(cpus=cpus, gpus=len(found.cards), accelerators=found)
 
 
-def device_names() -> list[str]:
-    """The complete names of the GPUs that this process sees, as CUDA reports them."""
+def find_cards() -> tuple[Card, ...]:
+    """The GPUs that this process can use; none with a driver that is too old, though it lists them."""
     import torch
 
-    return [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    if not torch.cuda.is_available():
+        return ()
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple(Card(card.name, (card.major, card.minor), card.total_memory) for card in found)
 
 
 def find_accelerators() -> Accelerators:
-    """The GPUs that this process sees, and the installed Transformer Engine and apex."""
+    """The GPUs that this process sees, the packages for them, and a driver that torch cannot use."""
     import torch
 
-    devices = range(torch.cuda.device_count())
+    cards = find_cards()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDES_GPUS
     return Accelerators(
-        capability=min((torch.cuda.get_device_capability(device) for device in devices), default=None),
+        capability=min((card.capability for card in cards), default=None),
         cuda=torch.version.cuda,
         transformer_engine=installed_version("transformer_engine", "transformer-engine"),
         apex=has_nvidia_apex(),
+        cards=cards,
+        triton=find_spec("triton") is not None,
+        unused_driver=None if cards or hidden else find_driver(),
     )
+
+
+def find_driver(folder: Path = KERNEL_DRIVER) -> Driver | None:
+    """NVIDIA's driver of this machine, as the kernel or else nvidia-smi reports it; None without a GPU. Asks neither CUDA nor torch."""
+    if (version_file := folder / "version").is_file():
+        version = _DRIVER_VERSION.search(version_file.read_text())
+        gpus = folder / "gpus"
+        count = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+        return Driver(version[0] if version else "unknown version", count) if count else None
+    if (program := shutil.which("nvidia-smi")) is None:
+        return None
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return None  # it cannot reach a driver
+    versions = [line for line in done.stdout.split("\n") if _DRIVER_VERSION.fullmatch(line.strip())]
+    return Driver(versions[0].strip(), len(versions)) if versions else None
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    """A compute capability as it is written: 8.9."""
+    return ".".join(map(str, capability))
 
 
 def can_compile() -> bool:

@@ -85,10 +85,10 @@ def read_case(config: "Config", arguments: argparse.Namespace | None = None) -> 
 
 def _default_machine(config: "Config") -> "Machine":
     """The shipped machine with this machine's GPU. float32 is for CPUs: packed attention on GPUs has no float32 kernel."""
-    from megatron_fipo.environment import device_names
+    from megatron_fipo.environment import find_cards
     from megatron_fipo.plan.machine_file import load_machine, machine_names
 
-    if devices := device_names():
+    if devices := [card.name for card in find_cards()]:
         for machine in map(load_machine, machine_names()):
             if machine.device in devices:
                 return machine

@@ -199,8 +199,9 @@ def add_doctor(commands: Subparsers) -> None:
 
 
 DOCTOR_HELP = """\
-    Show Python, CUDA and the packages that training uses, each with its version or the effect of its absence.
-    Exits with code 1 if a required package is missing.
+    Show Python, CUDA and the packages that training uses, each with its version or the effect of its absence,
+    and what is wrong with the GPUs: a driver that is too old, cards that differ or are too old. Exits with code 1
+    if a required package is missing, or the GPUs cannot train with the default settings.
 """
 
 

@@ -4,17 +4,19 @@
 """
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_fipo.config.card_rules import CardNeeds, card_findings
 from megatron_fipo.config.gpu_rules import fp8_obstacle
 from megatron_fipo.engine.vllm_start import SUPPORTED_VLLM, installed_vllm, is_supported
-from megatron_fipo.environment import Accelerators, device_names, has_nvidia_apex, installed_version
+from megatron_fipo.environment import Accelerators, find_accelerators, has_nvidia_apex, installed_version
 
+NO_ACCELERATORS = Accelerators(capability=None, cuda=None, transformer_engine=None)
 Severity = Literal["ok", "optional", "missing"]
 """`ok`; `optional`: absent, training works without it; `missing`: absent, nothing runs."""
 
@@ -101,13 +103,9 @@ class EnvironmentFacts:
     python: str
     versions: dict[str, str | None]
     """By component name: the version, "unknown version" if it is importable without metadata, or None."""
-    cuda: str | None
-    """The CUDA version that torch was built for."""
-    devices: tuple[str, ...]
-    """Names of the visible CUDA devices."""
     apex_is_nvidia: bool
-    capability: tuple[int, int] | None = None
-    """The lowest compute capability of the devices; None without a device."""
+    accelerators: Accelerators
+    """The GPUs, and the packages for them; empty if torch cannot be imported."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +129,12 @@ def check_components(facts: EnvironmentFacts) -> list[ComponentStatus]:
 
 
 def _check_cuda(facts: EnvironmentFacts) -> ComponentStatus:
-    if facts.devices:
-        names = ", ".join(f"{facts.devices.count(name)} x {name}" for name in dict.fromkeys(facts.devices))
-        return ComponentStatus("CUDA", facts.cuda or "unknown version", names, "ok")
-    if facts.cuda:
-        note = (
-            f"torch was built for CUDA {facts.cuda} but finds no device; training runs on CPU cores, "
-            "for small models only"
-        )
+    cuda, devices = facts.accelerators.cuda, [card.name for card in facts.accelerators.cards]
+    if devices:
+        names = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+        return ComponentStatus("CUDA", cuda or "unknown version", names, "ok")
+    if cuda:
+        note = f"torch was built for CUDA {cuda} but finds no device; training runs on CPU cores, for small models only"
         return ComponentStatus("CUDA", "no device", note, "optional")
     return ComponentStatus(
         "CUDA",
@@ -169,7 +165,7 @@ def _check(component: Component, facts: EnvironmentFacts) -> ComponentStatus:
 
 def _fp8_note(facts: EnvironmentFacts) -> str:
     """The FP8 recipes that these GPUs support, or why they support none."""
-    machine = Accelerators(facts.capability, facts.cuda, facts.versions["transformer-engine"])
+    machine = replace(facts.accelerators, transformer_engine=facts.versions["transformer-engine"])
     obstacles = {recipe: fp8_obstacle(recipe, machine) for recipe in ("delayed", "tensorwise", "blockwise")}
     possible = [recipe for recipe, obstacle in obstacles.items() if obstacle is None]
     if not possible:
@@ -179,28 +175,19 @@ def _fp8_note(facts: EnvironmentFacts) -> str:
 
 def inspect_environment() -> EnvironmentFacts:
     """Inspect this machine. Of the packages only torch is imported, to list CUDA devices."""
-    cuda, devices, capability = _cuda()
     return EnvironmentFacts(
         python=platform.python_version(),
         versions={component.name: _version(component) for component in COMPONENTS},
-        cuda=cuda,
-        devices=devices,
         apex_is_nvidia=has_nvidia_apex(),
-        capability=capability,
+        accelerators=_accelerators(),
     )
 
 
-def _cuda() -> tuple[str | None, tuple[str, ...], tuple[int, int] | None]:
+def _accelerators() -> Accelerators:
     try:
-        import torch
-    except (ImportError, OSError):
-        return None, (), None
-    devices = range(torch.cuda.device_count())
-    return (
-        torch.version.cuda,
-        tuple(device_names()),
-        min((torch.cuda.get_device_capability(index) for index in devices), default=None),
-    )
+        return find_accelerators()
+    except (ImportError, OSError):  # no torch, or one whose libraries are missing
+        return NO_ACCELERATORS
 
 
 def _version(component: Component) -> str | None:
@@ -211,13 +198,25 @@ def _version(component: Component) -> str | None:
 
 
 def main(console: Console | None = None) -> int:
-    """Print the table; returns 1 if a required package is absent."""
+    """Print the table, and what is wrong with the GPUs for a run with default settings.
+
+    Returns 1 if a required package is absent, or the GPUs cannot train such a run.
+    """
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "version", "note"):
         table.add_column(column)
     style = {"ok": "green", "optional": "yellow", "missing": "bold red"}
-    statuses = check_components(inspect_environment())
+    facts, console = inspect_environment(), console or Console()
+    statuses, findings = check_components(facts), card_findings(facts.accelerators, CardNeeds())
     for status in statuses:
         table.add_row(status.name, status.state, status.note, style=style[status.severity])
-    (console or Console()).print(table)
-    return int(any(status.severity == "missing" for status in statuses))
+    console.print(table)
+    for finding in findings:
+        console.print(
+            f"{finding.sentence}.",
+            style="bold red" if finding.fatal else "yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    missing = any(status.severity == "missing" for status in statuses)
+    return int(missing or any(finding.fatal for finding in findings))

@@ -3,7 +3,7 @@
 from packaging.version import InvalidVersion, Version
 
 from megatron_fipo.config.schema import ModelConfig, OptimizerSettings, ParallelConfig
-from megatron_fipo.environment import Accelerators
+from megatron_fipo.environment import Accelerators, dotted
 from megatron_fipo.errors import UserError
 
 INSTALL = "pip install 'megatron-fipo[gpu]'"
@@ -31,16 +31,16 @@ def fp8_obstacle(recipe: str, machine: Accelerators) -> str | None:
     if _below(machine.transformer_engine, OLDEST_TRANSFORMER_ENGINE):
         return f"Transformer Engine {machine.transformer_engine} is installed and it needs {OLDEST_TRANSFORMER_ENGINE} ({INSTALL})"
     if machine.capability < FP8_CAPABILITY:
-        return f"the GPU has compute capability {_dotted(machine.capability)} and FP8 needs {_dotted(FP8_CAPABILITY)} (Ada, Hopper)"
+        return f"the GPU has compute capability {dotted(machine.capability)} and FP8 needs {dotted(FP8_CAPABILITY)} (Ada, Hopper)"
     if recipe != "blockwise":
         return None
     if machine.capability < BLOCKWISE_CAPABILITY:
-        needed = _dotted(BLOCKWISE_CAPABILITY)
-        return f"the GPU has compute capability {_dotted(machine.capability)} and blockwise needs {needed} (Hopper); choose tensorwise"
+        needed = dotted(BLOCKWISE_CAPABILITY)
+        return f"the GPU has compute capability {dotted(machine.capability)} and blockwise needs {needed} (Hopper); choose tensorwise"
     if machine.capability >= AFTER_HOPPER and _below(machine.transformer_engine, BLOCKWISE_AFTER_HOPPER):
         return (
             f"Transformer Engine {machine.transformer_engine} is installed and blockwise on a GPU of compute capability "
-            f"{_dotted(machine.capability)} needs {BLOCKWISE_AFTER_HOPPER} ({INSTALL})"
+            f"{dotted(machine.capability)} needs {BLOCKWISE_AFTER_HOPPER} ({INSTALL})"
         )
     if machine.cuda is None or _below(machine.cuda, BLOCKWISE_CUDA):
         return (
@@ -164,7 +164,3 @@ def _below(version: str, least: str) -> bool:
         return Version(version) < Version(least)
     except InvalidVersion:  # a custom build of unknown age
         return False
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_fipo.config import Config
+from megatron_fipo.config.card_rules import CardNeeds, card_findings, check_cards
 from megatron_fipo.driver.cluster import (
     run_cluster,
     start_engines,
@@ -39,6 +40,10 @@ def evaluate(model_dir: str, config: Config, output: Path) -> None:
             run_cluster(config, read_architecture(Path(model_dir)), console.note) as machine,
             contextlib.ExitStack() as stack,
         ):
+            if machine.accelerators is not None:
+                needs = CardNeeds(config.model.dtype)
+                for note in check_cards(card_findings(machine.accelerators, needs)):
+                    console.note(note)
             own = trials(config, [], held_out, tokenizer.encode(RESPONSE, add_special_tokens=False))
             try_rewards(config, model_dir, own, console.note)
             pool = start_engines(config, model_dir, machine, console.note)

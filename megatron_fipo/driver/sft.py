@@ -26,6 +26,7 @@ from megatron_fipo.config import (
     SftConfig,
     validate_sft,
 )
+from megatron_fipo.config.card_rules import CardNeeds, card_findings, check_cards
 from megatron_fipo.driver.cluster import ray_cluster
 from megatron_fipo.driver.tokenizer import pad_id
 from megatron_fipo.driver.trainer_group import SftTrainer
@@ -47,6 +48,11 @@ def train(config: SftConfig) -> None:
     source = Path(config.model_config_path)
     architecture = read_architecture(source)
     validate_sft(config, architecture, machine)
+    notes = (
+        check_cards(card_findings(machine.accelerators, CardNeeds(config.dtype)))
+        if machine.accelerators
+        else []
+    )
     target = Path(config.output_dir)
     check_new_folder(target, "output_dir")
     load_hf_config(source, trust_remote_code=False)
@@ -63,6 +69,8 @@ def train(config: SftConfig) -> None:
         tempfile.TemporaryDirectory() as folder,
         contextlib.ExitStack() as stack,
     ):
+        for note in notes:
+            progress.console.print(note)
         initial = Path(folder) / "initial"
         _write_initial_model(config, initial)
         trainer = SftTrainer(_rank_settings(config, initial), int(machine.gpus > 0))

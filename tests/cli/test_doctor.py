@@ -5,14 +5,22 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from megatron_fipo.cli.doctor import COMPONENTS, EnvironmentFacts, check_components, inspect_environment, main
+from megatron_fipo.cli import doctor
+from megatron_fipo.cli.doctor import (
+    COMPONENTS,
+    NO_ACCELERATORS,
+    EnvironmentFacts,
+    check_components,
+    inspect_environment,
+    main,
+)
+from megatron_fipo.environment import Card, Driver
 
 BARE = EnvironmentFacts(
     python="3.11.7",
     versions={component.name: None for component in COMPONENTS},
-    cuda=None,
-    devices=(),
     apex_is_nvidia=False,
+    accelerators=NO_ACCELERATORS,
 )
 
 
@@ -55,7 +63,8 @@ def test_a_vllm_that_cannot_be_used(version):
     ],
 )
 def test_cuda(cuda, devices, state, severity):
-    found = status_of(replace(BARE, cuda=cuda, devices=devices), "CUDA")
+    cards = tuple(Card(name, (9, 0), 80 * 2**30) for name in devices)
+    found = status_of(replace(BARE, accelerators=replace(NO_ACCELERATORS, cuda=cuda, cards=cards)), "CUDA")
     assert (found.state, found.severity) == (state, severity)
     if devices:
         assert found.note == "2 x H100, 1 x L4"
@@ -74,7 +83,9 @@ def test_cuda(cuda, devices, state, severity):
 )
 def test_transformer_engine_says_which_fp8_these_gpus_have(capability, cuda, version, note):
     facts = replace(
-        BARE, versions=BARE.versions | {"transformer-engine": version}, cuda=cuda, capability=capability
+        BARE,
+        versions=BARE.versions | {"transformer-engine": version},
+        accelerators=replace(NO_ACCELERATORS, cuda=cuda, capability=capability),
     )
     found = status_of(facts, "transformer-engine")
     assert (found.state, found.severity) == (version, "ok")
@@ -124,3 +135,17 @@ def test_this_environment():
     console = Console(file=output, width=120)
     assert main(console) == 0
     assert "megatron-core" in output.getvalue()
+
+
+@pytest.mark.parametrize(("cuda", "code"), [("13.0", 1), (None, 0)])
+def test_a_driver_that_torch_cannot_use_is_reported_and_is_an_error_if_torch_is_for_gpus(
+    cuda, code, monkeypatch
+):
+    driver = Driver("535.104.05", 2)
+    facts = replace(
+        inspect_environment(), accelerators=replace(NO_ACCELERATORS, cuda=cuda, unused_driver=driver)
+    )
+    monkeypatch.setattr(doctor, "inspect_environment", lambda: facts)
+    output = StringIO()
+    assert main(Console(file=output, width=120)) == code
+    assert "this machine has 2 GPUs with driver 535.104.05, but torch" in output.getvalue()

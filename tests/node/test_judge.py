@@ -1,11 +1,16 @@
 """Each fault is found, and its sentence names the node, the measurement, the threshold and the fix."""
 
+import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from megatron_fipo.config.card_rules import CardNeeds, card_findings
+from megatron_fipo.environment import Accelerators, Card, Driver
 from megatron_fipo.node.preflight.facts import (
     ClockOffset,
     Gpus,
@@ -19,7 +24,9 @@ from megatron_fipo.node.preflight.facts import (
     to_json,
 )
 from megatron_fipo.node.preflight.judge import bad_nodes, judge
+from megatron_fipo.node.preflight.judge_others import card_warnings
 from megatron_fipo.node.preflight.limits import PreflightLimits, limits_for
+from megatron_fipo.node.preflight.render import print_preflight
 from tests.node.measured import GPU, HEALTHY, healthy, with_node
 
 LIMITS = PreflightLimits(gpus_per_node=8)
@@ -82,6 +89,48 @@ def test_gpu_health(gpus: Gpus, expected: str) -> None:
     sentences = [fault.sentence for fault in judge(found, LIMITS) if fault.check == "GPU health"]
     assert len(sentences) == 1
     assert expected in sentences[0]
+
+
+H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30)
+ACCELERATORS = Accelerators((9, 0), "13.0", None, cards=(H100,) * 8)
+
+
+def test_gpus_that_training_would_refuse_are_a_fault_with_the_same_sentence() -> None:
+    unused = replace(ACCELERATORS, cards=(), capability=None, unused_driver=Driver("535.104.05", 8))
+    expected = card_findings(unused, CardNeeds())[0].sentence
+    sentence = one_fault(with_node(healthy(3), "n1", gpus=replace(GPUS, accelerators=unused)))
+    assert sentence == f"n1: {expected}"
+    old = replace(ACCELERATORS, cards=(replace(H100, capability=(7, 5)),), capability=(7, 5))
+    found = with_node(healthy(3), "n1", gpus=replace(GPUS, accelerators=old))
+    assert "model.dtype=bfloat16 needs GPUs of compute capability 8.0" in one_fault(found)
+    assert judge(found, replace(LIMITS, dtype="float32")) == []
+    assert not [fault for fault in judge(with_all(old), LIMITS) if fault.exclude], "of all nodes: the set-up"
+
+
+def with_all(accelerators: Accelerators) -> Measurements:
+    found = healthy(3)
+    for name in found.names:
+        found = with_node(found, name, gpus=replace(GPUS, accelerators=accelerators))
+    return found
+
+
+def test_nodes_with_other_cards_are_a_warning() -> None:
+    found = with_all(ACCELERATORS)
+    assert card_warnings(found) == []
+    a100 = replace(H100, name="NVIDIA A100-SXM4-40GB", capability=(8, 0), memory_bytes=40 * 2**30)
+    other = replace(ACCELERATORS, cards=(a100,) * 8, capability=(8, 0))
+    mixed = with_node(found, "n1", gpus=replace(GPUS, accelerators=other))
+    (warning,) = card_warnings(mixed)
+    assert "16 x NVIDIA H100 80GB HBM3 (80 GiB), 8 x NVIDIA A100-SXM4-40GB (40 GiB)" in warning
+    assert judge(mixed, LIMITS) == []
+    console = Console(file=StringIO(), width=120)
+    print_preflight(mixed, [], console)
+    assert f"warning {warning}." in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+def test_facts_of_gpus_survive_the_way_between_nodes() -> None:
+    facts = replace(GPUS, accelerators=replace(ACCELERATORS, unused_driver=Driver("580.1", 1)))
+    assert from_json(Gpus, json.loads(json.dumps(to_json(facts)))) == facts
 
 
 def test_an_old_hardware_error_is_no_fault() -> None:

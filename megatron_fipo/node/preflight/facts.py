@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from megatron_fipo.environment import Accelerators
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -40,6 +42,8 @@ class Gpus:
     smi_error: str | None
     xids: tuple[Xid, ...] | None
     """None if the kernel log cannot be read."""
+    accelerators: Accelerators | None = None
+    """The same devices in more detail, and the packages for them."""
 
 
 @dataclass(frozen=True)

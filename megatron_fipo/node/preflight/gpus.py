@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 
-from megatron_fipo.environment import device_names
+from megatron_fipo.environment import find_accelerators
 from megatron_fipo.node.preflight.facts import Gpu, Gpus, Xid
 
 SMI_TIMEOUT_S = 30.0
@@ -24,14 +24,14 @@ _XID = re.compile(r"^\[\s*(?P<time>[0-9.]+)\].*NVRM: Xid \((?:PCI:)?(?P<device>[
 
 def inspect_gpus() -> Gpus:
     """The GPUs of this node; imports torch."""
-    by_torch = tuple(device_names())
+    found = find_accelerators()
     listed, error = None, None
     if shutil.which("nvidia-smi"):
         try:
             listed = parse_listing(_smi())
         except (OSError, subprocess.SubprocessError, ValueError) as problem:
             error = _reason(problem)
-    return Gpus(by_torch, listed, error, _kernel_xids())
+    return Gpus(tuple(card.name for card in found.cards), listed, error, _kernel_xids(), found)
 
 
 def parse_listing(text: str) -> tuple[Gpu, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from megatron_fipo.config.card_rules import CardNeeds, card_findings
 from megatron_fipo.node.preflight.facts import (
     Fault,
     Gpu,
@@ -17,7 +18,7 @@ from megatron_fipo.node.preflight.judge_network import judge_network
 from megatron_fipo.node.preflight.judge_others import judge_differences, judge_shared_folder
 from megatron_fipo.node.preflight.limits import PreflightLimits
 
-SET_UP = ("GPU count", "space", "limits")
+SET_UP = ("GPU count", "GPU fitness", "space", "limits")
 """Faults that lie in the image, the job script or the request if all nodes have them: other nodes would have them too."""
 CHECKS = {
     "gpus": "the inspection of its GPUs",
@@ -102,6 +103,13 @@ def _judge_gpus(gpus: Gpus, limits: PreflightLimits) -> Iterator[tuple[str, str]
             "GPU count",
             f"torch sees {len(gpus.by_torch)} GPUs{smi}, of {wanted} requested; a GPU has failed, is not in the allocation, "
             "or torch is built without CUDA: exclude the node, or fix the request or torch",
+        )
+    if gpus.accelerators is not None:
+        needs = CardNeeds(limits.dtype)
+        yield from (
+            ("GPU fitness", finding.sentence)
+            for finding in card_findings(gpus.accelerators, needs)
+            if finding.fatal
         )
     for gpu in gpus.listed or ():
         yield from (("GPU health", sentence) for sentence in _judge_gpu(gpu))

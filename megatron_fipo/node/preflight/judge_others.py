@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from megatron_fipo.config.card_rules import CardNeeds, card_findings, together
 from megatron_fipo.node.preflight.facts import Fault, Measurements
 
 
@@ -21,6 +22,15 @@ def judge_differences(found: Measurements) -> Iterator[Fault]:
             name: f"{package} {installed.get(package, 'absent')}" for name, installed in versions.items()
         }
         yield from _deviating(values, "versions", "use the same environment or image on all nodes")
+
+
+def card_warnings(found: Measurements) -> list[str]:
+    """What `train` would report about the GPUs of all nodes together, and is no fault."""
+    known = [
+        facts.gpus.accelerators for facts in found.nodes.values() if facts.gpus and facts.gpus.accelerators
+    ]
+    findings = card_findings(together(known), CardNeeds()) if known else []
+    return [finding.sentence for finding in findings if not finding.fatal]
 
 
 def judge_shared_folder(found: Measurements) -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""Print the preflight: a table of the nodes, then a sentence for each fault."""
+"""Print the preflight: a table of the nodes, then a sentence for each warning and each fault."""
 
 import sys
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_fipo.node.preflight.facts import Fault, Measurements, NetworkFacts, NodeFacts
 from megatron_fipo.node.preflight.judge_network import pair_speeds
+from megatron_fipo.node.preflight.judge_others import card_warnings
 
 COLUMNS = (
     "node",
@@ -46,6 +47,8 @@ def print_preflight(found: Measurements, faults: Sequence[Fault], console: Conso
     reduced = [facts.all_reduce_gb_per_s for facts in found.network.values() if facts.all_reduce_gb_per_s]
     if reduced:
         console.print(f"All-reduce over all nodes: {min(reduced):.3g} GB/s of bus bandwidth.")
+    for warning in card_warnings(found):
+        console.print(f"[yellow]warning[/] {escape(warning)}.", soft_wrap=True)
     for fault in faults:
         console.print(f"[bold red]fault[/] {escape(fault.sentence)}.", soft_wrap=True)
     count = f"{len(found.names)} node{'s' * (len(found.names) > 1)}"

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from megatron_fipo.objective.kernels import OLDEST_CAPABILITY
+
 KERNELS = ("auto", "torch", "triton")
-OLDEST_CAPABILITY = (8, 0)
-"""Compute capability of the oldest GPU that Triton supports (Ampere)."""
 
 
 def takes_triton(kernels: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
