@@ -6,11 +6,11 @@ All other modules work with every supported release.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from megatron.core import __version__ as MCORE_VERSION
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 SUPPORTED = ((0, 16), (0, 20))
 """First supported release, and the first release that is not known to work."""
 
-VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+VERSION = tuple(int(part) for part in MCORE_VERSION.split(".")[:2])
 
 if not SUPPORTED[0] <= VERSION < SUPPORTED[1]:
-    raise RuntimeError(f"megatron-core {version('megatron-core')} is not supported; install 0.16 to 0.19")
+    raise RuntimeError(f"megatron-core {MCORE_VERSION} is not supported; install 0.16 to 0.19")
 
 HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
 """Whether `GPTModel.forward` takes a function for the hidden states after the final norm (0.18 and later)."""
