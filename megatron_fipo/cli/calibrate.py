@@ -55,7 +55,7 @@ def add_calibrate(commands: Subparsers) -> None:
 
 def run_calibrate(arguments: argparse.Namespace) -> int:
     """Measure, write the file, then print its figures."""
-    from megatron_fipo.config import load_config, validate
+    from megatron_fipo.config import load_config, validate, with_placement
     from megatron_fipo.families.registry import read_model_config
     from megatron_fipo.outputs import check_output_file
     from megatron_fipo.plan.case import Case
@@ -64,7 +64,7 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, note=say)
     family, architecture = read_model_config(config.model.path)
     validate(config, architecture)
-    case = Case(config, family, architecture, load_machine(arguments.base))
+    case = Case(with_placement(config, 0), family, architecture, load_machine(arguments.base))
     check_output_file(arguments.output, "--output")
     from megatron_fipo.calibrate.run import calibrate
 

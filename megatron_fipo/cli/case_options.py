@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from megatron_fipo.cli.arguments import Parser, option_help
 from megatron_fipo.cli.streams import say
 from megatron_fipo.errors import UserError
+from megatron_fipo.plan.card_memory import DEFAULT_MACHINE
 from megatron_fipo.plan.workload import Assumptions
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_fipo.plan.machine import Machine
 
 T = TypeVar("T", bound="DataclassInstance")
-GPU_DEFAULT, CPU_DEFAULT = "h100-80gb", "cpu"
+GPU_DEFAULT, CPU_DEFAULT = DEFAULT_MACHINE, "cpu"
 
 
 def add_case_options(command: Parser) -> None:
@@ -26,7 +27,7 @@ def add_case_options(command: Parser) -> None:
     command.add_argument(
         "--machine",
         metavar="NAME|FILE",
-        help="a shipped machine, or a file written by `calibrate` (default: this machine's GPUs if they are known, else "
+        help="a shipped machine, or a file written by `calibrate` (default: this machine's GPUs, without any "
         f"{GPU_DEFAULT}, or {CPU_DEFAULT} for model.dtype=float32)",
     )
     add_fields(command, "assumptions about responses", Assumptions)
@@ -74,22 +75,27 @@ def read_case(config: "Config", arguments: argparse.Namespace | None = None) -> 
     UserError for its model folder, an option or a machine.
     """
     arguments = arguments or argparse.Namespace(machine=None)
+    from megatron_fipo.config import placement_note
+    from megatron_fipo.environment import find_cards
     from megatron_fipo.families.registry import read_model_config
     from megatron_fipo.plan.case import case_of
     from megatron_fipo.plan.machine_file import load_machine
 
-    machine = _default_machine(config) if arguments.machine is None else load_machine(arguments.machine)
     assumptions = read_fields(Assumptions, arguments)
-    return case_of(config, *read_model_config(config.model.path), machine, assumptions)
+    cards = () if arguments.machine is not None or config.ray_address else find_cards()
+    if note := placement_note(config, len(cards)):
+        say(note)
+    machine = _default_machine(config) if arguments.machine is None else load_machine(arguments.machine)
+    return case_of(config, *read_model_config(config.model.path), machine, assumptions, len(cards))
 
 
 def _default_machine(config: "Config") -> "Machine":
-    """The shipped machine with this machine's GPU. float32 is for CPUs: packed attention on GPUs has no float32 kernel."""
+    """This machine's GPUs. float32 is planned for CPUs: no machine with GPUs has figures for it."""
     from megatron_fipo.environment import find_cards
-    from megatron_fipo.plan.machine_file import load_machine, machine_names
+    from megatron_fipo.plan.card_memory import machine_of
+    from megatron_fipo.plan.machine_file import load_machine
 
-    if devices := [card.name for card in find_cards()]:
-        for machine in map(load_machine, machine_names()):
-            if machine.device in devices:
-                return machine
-    return load_machine(CPU_DEFAULT if config.model.dtype == "float32" else GPU_DEFAULT)
+    if config.model.dtype == "float32":
+        return load_machine(CPU_DEFAULT)
+    cards = find_cards()
+    return machine_of(cards) if cards else load_machine(GPU_DEFAULT)

@@ -4,6 +4,7 @@ Heavy packages are imported inside functions, so that the command line starts fa
 """
 
 from megatron_fipo.config.load import differences, load_config, load_stored_config, save_config
+from megatron_fipo.config.placement import placement_note, with_placement
 from megatron_fipo.config.rules import validate, validate_evaluation, validate_sft
 from megatron_fipo.config.schema import (
     BatchConfig,
@@ -56,8 +57,10 @@ __all__ = [
     "differences",
     "load_config",
     "load_stored_config",
+    "placement_note",
     "save_config",
     "validate",
     "validate_evaluation",
     "validate_sft",
+    "with_placement",
 ]

@@ -13,6 +13,7 @@ from megatron_fipo.config.gpu_rules import (
     check_precision,
 )
 from megatron_fipo.config.judge_rules import check_judges
+from megatron_fipo.config.placement import check_placement, engine_gpus, sharing_obstacle, with_placement
 from megatron_fipo.config.schema import Config, ParallelConfig, RolloutConfig
 from megatron_fipo.config.set_rules import check_data, check_limits
 from megatron_fipo.config.sft_schema import SftConfig
@@ -21,6 +22,8 @@ from megatron_fipo.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_fipo.families.family import Architecture
+
+TAKE_MORE = "lower one or join a larger Ray cluster (ray_address)"
 
 
 def validate(
@@ -33,7 +36,7 @@ def validate(
     check_environment(config)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
-        _check_machine(config.parallel, config.model.layer_spec, machine, config.rollout)
+        _check_run_on(config, machine)
     _check_precision(config, architecture, machine)
     _check_router(config, architecture)
     if config.parallel.overlap_communication and not config.optimizer.distributed:
@@ -83,32 +86,39 @@ def _check_parallel(parallel: ParallelConfig, architecture: "Architecture | None
         check_divisibility(architecture, parallel)
 
 
-def _check_machine(
-    parallel: ParallelConfig, layer_spec: str, machine: Machine, rollout: RolloutConfig | None = None
-) -> None:
+def _check_run_on(config: Config, machine: Machine) -> None:
     """Ranks and rollout engines have separate GPUs unless colocated; without GPUs the engines share the ranks' cores."""
-    kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
-    apart = rollout is not None and machine.gpus and rollout.placement == "separate"
-    engines = (
-        rollout.num_engines * rollout.engine_tensor_parallel_size if rollout is not None and apart else 0
-    )
-    if parallel.world_size + engines > available and not machine.may_grow:
-        ranks = (
-            f"the sizes of `parallel` need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
-            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
-            f"{parallel.data_parallel_size})"
+    rollout, parallel, engines, fix = config.rollout, config.parallel, 0, ""
+    if machine.gpus and not with_placement(config, machine.gpus).rollout.colocated:
+        engines = engine_gpus(config)
+    if engines and machine.gpus >= parallel.world_size:
+        obstacle = sharing_obstacle(config)
+        fix = ", or let engines share the ranks' GPUs: rollout.placement=colocated " + (
+            obstacle or "does that"
         )
-        more = (
-            f" and rollout.num_engines={rollout.num_engines} of rollout.engine_tensor_parallel_size="
-            f"{rollout.engine_tensor_parallel_size} need {engines} more GPUs"
-            if rollout is not None and engines
-            else ""
-        )
+    _check_machine(parallel, config.model.layer_spec, machine)
+    if parallel.world_size + engines > machine.gpus and engines and not machine.may_grow:
         raise UserError(
-            f"{ranks}{more}, but there are {available} {kind}; lower one or join a larger Ray cluster (ray_address)"
+            f"{_ranks(parallel)} and rollout.num_engines={rollout.num_engines} of rollout.engine_tensor_parallel_size="
+            f"{rollout.engine_tensor_parallel_size} need {engines} more GPUs, but there are {machine.gpus} GPUs; {TAKE_MORE}{fix}"
         )
+
+
+def _check_machine(parallel: ParallelConfig, layer_spec: str, machine: Machine) -> None:
+    """Each rank has a GPU, or a core if there are no GPUs."""
+    kind, available = ("GPUs", machine.gpus) if machine.gpus else ("CPU cores", machine.cpus)
+    if parallel.world_size > available and not machine.may_grow:
+        raise UserError(f"{_ranks(parallel)}, but there are {available} {kind}; {TAKE_MORE}")
     if layer_spec == "transformer_engine" and not machine.gpus:
         raise UserError("layer_spec=transformer_engine needs a GPU; use auto or portable here")
+
+
+def _ranks(parallel: ParallelConfig) -> str:
+    return (
+        f"the sizes of `parallel` need {parallel.world_size} ranks (tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
+        f"{parallel.data_parallel_size})"
+    )
 
 
 def _check_precision(config: Config, architecture: "Architecture | None", machine: Machine | None) -> None:
@@ -213,27 +223,16 @@ def _check_rollout(config: Config, architecture: "Architecture | None") -> None:
             "heads; choose a divisor"
         )
     if rollout.engine != "vllm":
-        for key, other in (("engine_tensor_parallel_size", 1), ("placement", "separate")):
-            if getattr(rollout, key) != other:
-                raise UserError(
-                    f"rollout.{key}={getattr(rollout, key)} needs rollout.engine=vllm, not {rollout.engine}"
-                )
+        if rollout.engine_tensor_parallel_size != 1:
+            raise UserError(
+                f"rollout.engine_tensor_parallel_size={rollout.engine_tensor_parallel_size} needs rollout.engine=vllm, not "
+                f"{rollout.engine}"
+            )
         if rollout.vllm:
             raise UserError(
                 f"rollout.vllm has arguments of vLLM and needs rollout.engine=vllm, not {rollout.engine}"
             )
-    if rollout.placement == "colocated" and rollout.mode != "synchronous":
-        raise UserError(
-            f"rollout.placement=colocated needs rollout.mode=synchronous, not {rollout.mode}: engines sleep during updates"
-        )
-    if rollout.placement == "colocated" and (
-        rollout.engine_tensor_parallel_size > 1 or rollout.num_engines > config.parallel.world_size
-    ):
-        raise UserError(
-            f"rollout.placement=colocated puts each engine on the GPU of one of the {config.parallel.world_size} trainer ranks, so "
-            f"rollout.num_engines={rollout.num_engines} of rollout.engine_tensor_parallel_size="
-            f"{rollout.engine_tensor_parallel_size} do not fit; lower them or choose separate"
-        )
+    check_placement(config)
     if rollout.mode != "synchronous" and rollout.max_staleness < 1:
         raise UserError(
             f"rollout.mode={rollout.mode} trains on groups one version old; raise rollout.max_staleness to 1 or more"

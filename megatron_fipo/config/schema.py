@@ -193,9 +193,10 @@ class RolloutConfig:
     """Engine replicas; requests are spread over them."""
     engine_tensor_parallel_size: int = number(1, least=1)
     """Ranks that share one engine's model (vllm only). Each takes one GPU if there are GPUs."""
-    placement: str = choice("separate", "colocated")
+    placement: str = choice("auto", "separate", "colocated")
     """`separate`: engines have their own GPUs. `colocated`: engines share the trainer's GPUs; they sleep and release their
-    memory while the trainer works (vllm and mode=synchronous only)."""
+    memory while the trainer works (vllm and local, mode=synchronous only). `auto`: `colocated` if there are fewer GPUs than
+    ranks and engines need, but one for each rank, and engines can share them; else `separate`."""
     gpu_memory_share: float = number(0.85, above=0, most=1)
     """Share of a GPU's memory for an engine's weights and KV cache (vllm on GPUs only)."""
     mode: str = choice("synchronous", "one_step_off", "fully_asynchronous")
@@ -265,6 +266,13 @@ class RolloutConfig:
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt and response together."""
         return self.max_prompt_length + self.max_response_length
+
+    @property
+    def colocated(self) -> bool:
+        """Whether engines share the trainer's GPUs. RuntimeError for `auto`, which `placement.with_placement` replaces."""
+        if self.placement == "auto":
+            raise RuntimeError("rollout.placement=auto was read before it was replaced by a placement")
+        return self.placement == "colocated"
 
 
 @dataclass

@@ -58,7 +58,7 @@ def start_engines(
     rollout = config.rollout
     source = "Hugging Face folder"
     if trainer is not None:
-        source = transport_for(rollout.engine, "cuda" if machine.gpus else "cpu", rollout.placement)
+        source = transport_for(rollout.engine, "cuda" if machine.gpus else "cpu", rollout.colocated)
     log(
         f"{rollout.num_engines} {rollout.engine} engine{'s' if rollout.num_engines > 1 else ''}, weights by {source}"
     )
@@ -74,7 +74,7 @@ def start_engines(
         keep_batches=config.deterministic,
         placement_timeout_s=config.placement_timeout_s,
         loaded_weights_serve=trainer is None,
-        trainer_placement=trainer if rollout.placement == "colocated" else None,
+        trainer_placement=trainer if trainer is not None and rollout.colocated else None,
     )
 
 

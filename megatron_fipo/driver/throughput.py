@@ -27,7 +27,7 @@ def devices_of(config: Config, live: bool) -> Devices:
     """Without engines unless `live`. Colocated engines use the trainer's GPUs."""
     rollout, ranks = config.rollout, config.parallel.world_size
     engines = rollout.num_engines * rollout.engine_tensor_parallel_size if live else 0
-    return Devices(ranks, engines, ranks if rollout.placement == "colocated" else ranks + engines)
+    return Devices(ranks, engines, ranks if rollout.colocated else ranks + engines)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import Config, validate
+from megatron_fipo.config import Config, placement_note, validate, with_placement
 from megatron_fipo.driver.attempt import Attempts, RunParts
+from megatron_fipo.driver.cards import judge_cards, judge_machine
 from megatron_fipo.driver.cluster import run_cluster
 from megatron_fipo.driver.console import Console
 from megatron_fipo.driver.loop import check_stop
@@ -22,7 +23,7 @@ from megatron_fipo.driver.stop import Stop
 from megatron_fipo.driver.tokenizer import checked_tokenizer, pad_id, prints_date
 from megatron_fipo.driver.trainer_group import RLTrainer
 from megatron_fipo.engine.registry import engine_type
-from megatron_fipo.environment import Machine, this_machine
+from megatron_fipo.environment import Accelerators, Machine, this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.run_dir import run_folder
@@ -38,7 +39,12 @@ from megatron_fipo.tasks.task import HeldOut
 def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None = None) -> int:
     """`megatron-fipo train`: run or resume `config`, then write model and report. Returns the exit code (`exit_codes.py`)."""
     architecture = read_architecture(Path(config.model.path))
-    validate(config, architecture, None if config.ray_address else this_machine())
+    here = None if config.ray_address else this_machine()
+    validate(config, architecture)
+    notes = (
+        [] if here is None else judge_machine(config, here)
+    )  # its reason for no GPU comes before "needs a GPU"
+    validate(config, architecture, here)
     if replay is not None and config.model.router.replay == "rollout":
         raise UserError(
             "model.router.replay=rollout needs routes, which the dumps of --replay do not have; set it to old_log_probs"
@@ -51,6 +57,8 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
     tokenizer = checked_tokenizer(config.model.path, config.model.trust_remote_code)
     decode = ResponseText(tokenizer)
     with Console(config.iterations) as console:
+        for note in notes:
+            console.note(note)
         directory = RunDirectory(run_folder(config.run_dir))
         train_set, held_out, inputs = load_inputs(config, directory, tokenizer, console.note)
         for change in directory.claim(config, inputs, allow_change):
@@ -63,7 +71,10 @@ def train(config: Config, allow_change: Sequence[str] = (), replay: Path | None 
             contextlib.ExitStack() as stack,
         ):
             validate(config, architecture, machine)
-            trainer = reserve_trainer(config, machine, stop)
+            if (placed := placement_note(config, machine.gpus)) is not None:
+                console.note(placed)
+            config = with_placement(config, machine.gpus)
+            trainer = reserve_trainer(config, machine, stop, console.note)
             stack.callback(trainer.shutdown)
             recovery = Recovery(config.recovery, stop, console.note)
             held_out = evaluated_problems(held_out, source, console.note)
@@ -128,10 +139,24 @@ def evaluated_problems(held_out: HeldOut, source: DumpFolder | None, log: Callab
     return held_out
 
 
-def reserve_trainer(config: Config, machine: Machine, stop: Stop) -> RLTrainer:
-    """The resources of the trainer's ranks, which an attempt starts."""
-    share = 1 - COLOCATED_GPU_SHARE if config.rollout.placement == "colocated" else 1.0
-    return RLTrainer(with_absolute_paths(config), int(machine.gpus > 0), share, lambda: check_stop(stop))
+def reserve_trainer(config: Config, machine: Machine, stop: Stop, log: Callable[[str], None]) -> RLTrainer:
+    """The resources of the trainer's ranks, which an attempt starts.
+
+    Of a cluster that the run has joined, only the ranks know the GPUs: they are judged once the ranks have started.
+    """
+
+    def judge(found: list[Accelerators]) -> None:
+        for note in judge_cards(config, found):
+            log(note)
+
+    share = 1 - COLOCATED_GPU_SHARE if config.rollout.colocated else 1.0
+    return RLTrainer(
+        with_absolute_paths(config),
+        int(machine.gpus > 0),
+        share,
+        lambda: check_stop(stop),
+        judge if machine.accelerators is None else None,
+    )
 
 
 def with_absolute_paths(config: Config) -> Config:

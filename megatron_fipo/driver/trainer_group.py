@@ -26,6 +26,7 @@ from megatron_fipo.driver.placement import (
 from megatron_fipo.driver.rank_actor import RankActor, TrainerLostError, raised, start_actor, submit
 from megatron_fipo.driver.rank_watch import RankWatch
 from megatron_fipo.driver.ray_wait import wait_for_one
+from megatron_fipo.environment import Accelerators
 from megatron_fipo.trainer.protocol import (
     IterationReport,
     PushFailure,
@@ -80,12 +81,14 @@ class TrainerGroup:
         recovery: RecoveryConfig | None = None,
         check: Callable[[], None] = lambda: None,
         placement_timeout_s: float = PLACEMENT_TIMEOUT_S,
+        judge: Callable[[list[Accelerators]], None] | None = None,
         **worker_arguments: Any,
     ) -> None:
         """Reserve the resources of the ranks: `gpus_per_rank` GPUs each, of which a rank takes `gpu_share`.
 
         The rest is for a colocated engine. `load_worker` runs on the rank and imports the worker class.
-        `check` is called while the ranks start and load, and may raise.
+        `check` is called while the ranks start and load, and may raise. `judge` gets the GPUs that each rank sees before the
+        first start builds a model, and may raise.
 
         Raises `UserError` if the cluster has no space for the ranks.
         """
@@ -93,6 +96,7 @@ class TrainerGroup:
         self._arguments = worker_arguments
         self._recovery = recovery or RecoveryConfig()
         self._check = check
+        self._judge = judge
         self._failure: Exception | None = None
         self._options = {"num_cpus": 1, "num_gpus": gpus_per_rank * gpu_share}
         self._size = world_size
@@ -126,6 +130,9 @@ class TrainerGroup:
             for rank, actor in enumerate(self.actors)
         ]
         self._nodes = self._results(starts, RankActor.start.__name__)
+        if self._judge is not None:
+            self._judge(self.call(TrainerRank.accelerators))
+            self._judge = None
         method = TrainerRank.rendezvous.__name__
         (rendezvous,) = self._results([submit(self.actors[0], method)], method)
         self.call(TrainerRank.setup, rendezvous)
@@ -249,7 +256,12 @@ class RLTrainer(TrainerGroup):
     """The ranks of a reinforcement-learning run."""
 
     def __init__(
-        self, config: "Config", gpus_per_rank: int, gpu_share: float, check: Callable[[], None]
+        self,
+        config: "Config",
+        gpus_per_rank: int,
+        gpu_share: float,
+        check: Callable[[], None],
+        judge: Callable[[list[Accelerators]], None] | None = None,
     ) -> None:
         super().__init__(
             rl_worker,
@@ -259,6 +271,7 @@ class RLTrainer(TrainerGroup):
             config.recovery,
             check,
             config.placement_timeout_s,
+            judge,
             config=config,
         )
 

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_placement
+from megatron_fipo.config.placement import engine_gpus
 from megatron_fipo.errors import UserError
 
 
@@ -24,16 +25,13 @@ def check_allocation(config: Config, allocation: Allocation) -> None:
     On GPUs each rank and each rank of an engine takes one, unless engines are colocated with the trainer. On CPUs each rank
     and each engine takes one.
     """
-    rollout, ranks = config.rollout, config.parallel.world_size
-    separate = rollout.placement == "separate"
     gpus = allocation.gpus_per_node
+    colocated = with_placement(config, allocation.nodes * gpus).rollout.colocated
+    ranks, engines = config.parallel.world_size, 0 if colocated else config.rollout.num_engines
     if gpus:
-        engines = rollout.num_engines * rollout.engine_tensor_parallel_size if separate else 0
-        _check("GPUs", ranks, engines, allocation.nodes, gpus)
+        _check("GPUs", ranks, 0 if colocated else engine_gpus(config), allocation.nodes, gpus)
     if allocation.cpus_per_node is not None:
-        _check(
-            "CPUs", ranks, rollout.num_engines if separate else 0, allocation.nodes, allocation.cpus_per_node
-        )
+        _check("CPUs", ranks, engines, allocation.nodes, allocation.cpus_per_node)
 
 
 def _check(kind: str, ranks: int, engines: int, nodes: int, per_node: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_placement
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.family import Architecture, Family
 from megatron_fipo.plan.machine import Machine
@@ -20,7 +20,7 @@ DEFAULT_EXPERT_LOAD = 1.2
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned. The configuration is valid (`config.rules.validate`)."""
+    """What is planned. The configuration is valid (`config.rules.validate`), and its placement is decided."""
 
     config: Config
     family: Family
@@ -49,7 +49,7 @@ class Case:
 
     @property
     def colocated(self) -> bool:
-        return self.config.rollout.placement == "colocated"
+        return self.config.rollout.colocated
 
     @property
     def expert_load(self) -> float:
@@ -117,14 +117,20 @@ class Case:
 
 
 def case_of(
-    config: Config, family: Family, architecture: Architecture, machine: Machine, assumptions: Assumptions
+    config: Config,
+    family: Family,
+    architecture: Architecture,
+    machine: Machine,
+    assumptions: Assumptions,
+    gpus: int = 0,
 ) -> Case:
     """The case of a configuration as it is: GRPO's KL term scores the batch with a reference policy too.
 
+    `gpus` decide `rollout.placement=auto`: those that the run has; 0 if there will be as many as it needs.
     What is not assumed gets its default, so that a plan can print it. UserError for a mean length above its limit.
     """
     case = Case(
-        config,
+        with_placement(config, gpus),
         family,
         architecture,
         machine,

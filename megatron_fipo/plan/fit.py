@@ -55,22 +55,29 @@ def _trainer(case: Case) -> Misfit | None:
 
 
 def _engine(case: Case) -> Misfit | None:
-    rollout = case.config.rollout
-    longest = rollout.longest_sequence
+    if (share := share_misfit(case)) is not None:
+        return share
+    longest = case.config.rollout.longest_sequence
     memory = engine_memory(case)
-    if case.colocated and rollout.gpu_memory_share > free_share(case):
-        return Misfit(
-            f"rollout.gpu_memory_share={rollout.gpu_memory_share:g} is not free beside a trainer rank, which keeps "
-            f"{memory.trainer.value / GIB:.1f} of {case.machine.device_bytes / GIB:.1f} GiB while engines sample; lower it to "
-            f"{free_share(case):.2f}",
-            fatal=True,
-        )
     if memory.cache_tokens.value >= longest:
         return None
     return Misfit(
         f"an engine's cache holds {memory.cache_tokens.value:,.0f} tokens, fewer than the longest prompt and response of "
         f"{longest:,} (weights take {memory.weights / GIB:.1f} of {case.machine.device_bytes / GIB:.1f} GiB per device); "
         "raise rollout.engine_tensor_parallel_size",
+        fatal=True,
+    )
+
+
+def share_misfit(case: Case) -> Misfit | None:
+    """A share of the device that is not free for a colocated engine on vLLM; `local` takes memory as it needs it."""
+    rollout = case.config.rollout
+    if not case.colocated or rollout.engine != "vllm" or rollout.gpu_memory_share <= free_share(case):
+        return None
+    return Misfit(
+        f"rollout.gpu_memory_share={rollout.gpu_memory_share:g} is not free beside a trainer rank, which keeps "
+        f"{engine_memory(case).trainer.value / GIB:.1f} of {case.machine.device_bytes / GIB:.1f} GiB while engines sample; lower it "
+        f"to {free_share(case):.2f}",
         fatal=True,
     )
 

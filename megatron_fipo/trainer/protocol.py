@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
+from megatron_fipo.environment import Accelerators
 
 if TYPE_CHECKING:
     import ray
@@ -102,6 +103,9 @@ class RankSettings:
 
 class TrainerRank(Protocol):
     """Start of a rank, and what every kind of training needs."""
+
+    def accelerators(self) -> Accelerators:
+        """The GPU that this rank sees, and the packages for it."""
 
     def rendezvous(self) -> str:
         """A free address on this rank's node for the process group."""

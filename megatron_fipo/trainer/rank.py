@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory
-from megatron_fipo.environment import BF16_PEAK_FLOPS, find_accelerators, installed_version
+from megatron_fipo.environment import BF16_PEAK_FLOPS, Accelerators, find_accelerators, installed_version
 from megatron_fipo.model import parallel as model_parallel
 from megatron_fipo.model.layer_spec import choose_layer_spec
 from megatron_fipo.model.mcore import ADAM
@@ -44,6 +44,10 @@ class MegatronRank(TrainerRank):
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._listener: socket.socket | None = None
         """Of rank 0, between `rendezvous` and `setup`."""
+
+    def accelerators(self) -> Accelerators:
+        """The GPU that this rank sees, and the packages for it."""
+        return find_accelerators()
 
     def rendezvous(self) -> str:
         """Listen for the other ranks on this rank's node. Returns address and port, for `setup`."""

@@ -104,7 +104,7 @@ class RLWorker(MegatronRank, RLRank):
             # Read after the last step: reading waits for the device.
             mini_steps = [_step_metrics(result) for result, _ in steps]
         token_weights = [weights for _, found in steps for weights in found]
-        if self.device.type == "cuda" and self.config.rollout.placement == "colocated":
+        if self.device.type == "cuda" and self.config.rollout.colocated:
             torch.cuda.empty_cache()  # for the engines that wake now
         head = self.policy.head if self.policy.is_last_stage else None
         costs = take_costs(seconds, self.device, None if head is None else head.logits_memory_mb)
@@ -127,7 +127,7 @@ class RLWorker(MegatronRank, RLRank):
         """The transport to the engines, made on all ranks."""
         modules, rollout = self.policy.modules, self.config.rollout
         bucket_bytes = rollout.weight_bucket_mb * 2**20
-        if transport_for(rollout.engine, self.device.type, rollout.placement) is Transport.OBJECT_STORE:
+        if transport_for(rollout.engine, self.device.type, rollout.colocated) is Transport.OBJECT_STORE:
             return ObjectStoreTransport(lambda: iterate_hf_tensors(modules), bucket_bytes)
         return NcclTransport(
             lambda: iterate_hf_tensors(modules, to_host=False),

@@ -20,16 +20,14 @@ class Transport(StrEnum):
     NCCL = "NCCL"
 
 
-def transport_for(engine: str, device: str, placement: str) -> Transport:
-    """The transport for `rollout.engine`, the trainer's device type and `rollout.placement`.
+def transport_for(engine: str, device: str, colocated: bool) -> Transport:
+    """The transport for `rollout.engine`, the trainer's device type, and whether engines share its GPUs.
 
     NCCL accepts no communicator with two ranks on one GPU, so colocated engines use the object store; `local` engines use
     it because they are for small models.
     """
     return (
-        Transport.NCCL
-        if (engine, device, placement) == ("vllm", "cuda", "separate")
-        else Transport.OBJECT_STORE
+        Transport.NCCL if (engine, device, colocated) == ("vllm", "cuda", False) else Transport.OBJECT_STORE
     )
 
 

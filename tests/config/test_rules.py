@@ -91,7 +91,11 @@ class TestValidate:
             ),
             ("rollout.engine_tensor_parallel_size=2", "needs rollout.engine=vllm"),
             ("rollout.engine=vllm rollout.engine_tensor_parallel_size=3", "does not divide the model's"),
-            ("rollout.placement=colocated", "needs rollout.engine=vllm"),
+            (
+                "rollout.engine=mine:Engine rollout.placement=colocated",
+                "needs rollout.engine=vllm or local, not mine:Engine",
+            ),
+            ("rollout.placement=colocated rollout.mode=one_step_off", "needs rollout.mode=synchronous"),
             (
                 "rollout.engine=vllm rollout.placement=colocated rollout.mode=one_step_off",
                 "needs rollout.mode=synchronous",
@@ -210,6 +214,7 @@ class TestValidate:
             "objective.name=dapo objective.normalization=reference_micro_batch",
             "rollout.num_engines=64",
             "rollout.engine=vllm rollout.placement=colocated",
+            "rollout.placement=colocated",
             "rollout.mode=fully_asynchronous rollout.unfinished=continue objective.correction=tis",
             "deterministic=true rollout.mode=one_step_off",
             "batch.max_tokens_per_micro_batch=144",
@@ -220,7 +225,8 @@ class TestValidate:
         validate(load_config(None, [*VALID, *overrides.split()]), ARCHITECTURE, Machine(cpus=2, gpus=0))
 
     def test_gpus_count_where_there_are_any(self):
-        config = load_config(None, [*VALID, "parallel.data_parallel_size=4", "rollout.num_engines=2"])
+        overrides = ["parallel.data_parallel_size=4", "rollout.num_engines=2", "rollout.placement=separate"]
+        config = load_config(None, [*VALID, *overrides])
         validate(config, ARCHITECTURE, Machine(cpus=2, gpus=6))
         with pytest.raises(
             UserError, match=r"`parallel` need 4 ranks .* rollout\.num_engines=2 .* there are 5 GPUs"
@@ -238,6 +244,36 @@ class TestValidate:
             None, ["model_config_path=m", "output_dir=o", "parallel.data_parallel_size=4"], SftConfig
         )
         validate_sft(supervised, ARCHITECTURE, Machine(cpus=2, gpus=4))
+
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            ("rollout.placement=separate", "share the ranks' GPUs: rollout.placement=colocated does that"),
+            (
+                "rollout.mode=one_step_off",
+                "rollout.placement=colocated needs rollout.mode=synchronous, not one",
+            ),
+            (
+                "rollout.num_engines=2",
+                "so rollout.num_engines=2 of rollout.engine_tensor_parallel_size=1 do not fit",
+            ),
+            ("rollout.engine=mine:Engine", "needs rollout.engine=vllm or local, not mine:Engine"),
+            (
+                "parallel.data_parallel_size=2",
+                "need 2 ranks (tensor 1 x pipeline 1 x context 1 x data 2), but there are 1 GPUs",
+            ),
+        ],
+    )
+    def test_engines_that_cannot_share_the_only_gpu_are_refused_with_the_reason(self, overrides, message):
+        config = load_config(None, [*VALID, *overrides.split()])
+        with pytest.raises(UserError) as error:
+            validate(config, ARCHITECTURE, Machine(cpus=64, gpus=1))
+        assert message in str(error.value)
+        assert "there are 1 GPUs" in str(error.value)
+        validate(config, ARCHITECTURE, Machine(cpus=64, gpus=1, may_grow=True))
+
+    def test_one_gpu_is_enough(self):
+        validate(load_config(None, VALID), ARCHITECTURE, Machine(cpus=2, gpus=1))
 
     @pytest.mark.parametrize(
         ("overrides", "machine", "message"),

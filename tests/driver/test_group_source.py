@@ -103,6 +103,7 @@ class Console:
 
 def rollouts(trainer: Any, pool: Pool, collector: Collector, **settings: Any) -> LiveGroups:
     config = Config(model=ModelConfig(path="m"), run_dir="r")
+    config.rollout.placement = "separate"
     config.deterministic = settings.pop("deterministic", False)
     for name, value in settings.items():
         setattr(config.rollout, name, value)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,20 @@ def cluster() -> Iterator[None]:
 
 CLUSTER = """
 import sys, ray
-store = 256 * 2**20
-ray.init(address="local", num_cpus=6, num_gpus=0, include_dashboard=False, object_store_memory=store, log_to_driver=False)
+store, gpus = 256 * 2**20, int(sys.argv[1])
+ray.init(address="local", num_cpus=6, num_gpus=gpus, include_dashboard=False, object_store_memory=store, log_to_driver=False)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 
 
-@pytest.fixture(scope="module")
-def cluster_of_runs() -> Iterator[str]:
-    """Address of a cluster that the runs of a module join one after another, with 6 logical CPUs and no GPU.
+@contextmanager
+def started_cluster(gpus: int) -> Iterator[str]:
+    """Address of a cluster that runs join one after another, with 6 logical CPUs and so many logical GPUs.
 
     A child process starts it, and ends it when its standard input closes, also if this process is killed.
     """
-    command = [sys.executable, "-c", CLUSTER]
+    command = [sys.executable, "-c", CLUSTER, str(gpus)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
@@ -64,6 +65,13 @@ def cluster_of_runs() -> Iterator[str]:
         yield address
         owner.stdin.close()
         assert owner.wait(timeout=LONGEST_S) == 0
+
+
+@pytest.fixture(scope="module")
+def cluster_of_runs() -> Iterator[str]:
+    """The cluster of the runs of a module, without a GPU."""
+    with started_cluster(gpus=0) as address:
+        yield address
 
 
 Train = Callable[..., subprocess.CompletedProcess]

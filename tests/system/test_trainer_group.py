@@ -21,6 +21,7 @@ from megatron_fipo import progress
 from megatron_fipo.config import RecoveryConfig
 from megatron_fipo.driver.rank_actor import TrainerBugError, TrainerLostError, TrainerRefusedError
 from megatron_fipo.driver.trainer_group import TrainerGroup
+from megatron_fipo.environment import Accelerators
 from megatron_fipo.errors import UserError
 from tests.system.runs import check, ended
 
@@ -45,6 +46,9 @@ def rank_class(dies_in: str = "") -> Any:
                 self._die("start")
                 if dies_in == "refuses":
                     raise UserError("no such model; give another")
+
+        def accelerators(self) -> Accelerators:
+            return Accelerators(capability=(9, self.rank), cuda="13.0", transformer_engine=None)
 
         def rendezvous(self) -> str:
             self._die("rendezvous")
@@ -134,6 +138,26 @@ def test_a_rank_that_dies_at_the_start_says_why_and_leaves_nothing_reserved(meth
     with pytest.raises(TrainerLostError, match=message):
         group.start()
     group.shutdown()
+    assert placements() == []
+
+
+def test_gpus_are_judged_once_and_before_a_rank_sets_up():
+    seen = []
+
+    def refuse(found: list[Accelerators]) -> None:
+        seen.append([each.capability for each in found])
+        if len(seen) == 1:
+            raise UserError("these cards are too small")
+
+    group = TrainerGroup(lambda: rank_class(dies_in="rendezvous"), 2, 0, judge=refuse)
+    with pytest.raises(UserError, match="too small"):
+        group.start()
+    group.shutdown()
+    group = TrainerGroup(lambda: rank_class(), 2, 0, judge=refuse)
+    group.start()
+    group.start()
+    group.shutdown()
+    assert seen == [[(9, 0), (9, 1)]] * 2
     assert placements() == []
 
 

@@ -286,11 +286,11 @@ def test_buckets_keep_order_and_stay_within_the_limit(sizes, limit):
 
 def test_only_engines_with_gpus_of_their_own_use_nccl():
     chosen = {
-        (engine, device, placement): transport_for(engine, device, placement)
+        (engine, device, colocated): transport_for(engine, device, colocated)
         for engine in ("local", "vllm")
         for device in ("cpu", "cuda")
-        for placement in ("separate", "colocated")
+        for colocated in (False, True)
     }
     assert [case for case, transport in chosen.items() if transport is Transport.NCCL] == [
-        ("vllm", "cuda", "separate")
+        ("vllm", "cuda", False)
     ]

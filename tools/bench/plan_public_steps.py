@@ -11,7 +11,7 @@ one optimizer step per iteration, one log-prob pass, every group trained on. Its
 from collections.abc import Iterator
 
 from megatron_fipo.config import load_config
-from megatron_fipo.plan.case import Case
+from megatron_fipo.plan.case import case_of
 from megatron_fipo.plan.machine_file import load_machine
 from megatron_fipo.plan.render_search import engines_text, layout_text
 from megatron_fipo.plan.search import MODES, search
@@ -55,7 +55,7 @@ def own_steps() -> Iterator[tuple[str, ...]]:
     assumptions = Assumptions(prompt_tokens=100, response_end=3_156, informative=1.0)
     for precision, overrides in PRECISIONS.items():
         config = load_config("examples/qwen2.5-32b/fipo.yaml", [*SETTINGS, *overrides])
-        found = search(Case(config, family, architecture, MACHINE, assumptions), GPUS)
+        found = search(case_of(config, family, architecture, MACHINE, assumptions), GPUS)
         for mode in MODES:
             best = next(result for result in found if result.case.config.rollout.mode == mode)
             rate, case = best.iteration.rate, best.case

@@ -159,9 +159,9 @@ class LiveGroups:
         self._requests: RequestPool = episodes or pool
         self._pushes = 0
         rollout = config.rollout
-        self._through_nccl = transport_for(rollout.engine, "cuda", rollout.placement) is Transport.NCCL
+        self._through_nccl = transport_for(rollout.engine, "cuda", rollout.colocated) is Transport.NCCL
         self._samples_during_update = config.rollout.mode != "synchronous"
-        self._colocated = config.rollout.placement == "colocated"
+        self._colocated = rollout.colocated
         self._asleep = False
         self._pushing = False
         self._last_iteration = False

@@ -30,6 +30,7 @@ from megatron_fipo.config import (
     ModelConfig,
     OptimizerSettings,
     ParallelConfig,
+    RolloutConfig,
 )
 from megatron_fipo.families.family import Experts
 from megatron_fipo.families.registry import read_model_config
@@ -91,6 +92,7 @@ def case_of(run: Run, folder: Path) -> Case:
             responses_per_prompt=2,
             max_tokens_per_micro_batch=run.tokens,
         ),
+        rollout=RolloutConfig(placement="separate"),
     )
     prompt = run.length // 4
     assumptions = Assumptions(

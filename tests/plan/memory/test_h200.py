@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_fipo.config import BatchConfig, Config, ModelConfig
+from megatron_fipo.config import BatchConfig, Config, ModelConfig, RolloutConfig
 from megatron_fipo.families.qwen2 import QWEN2
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.memory.trainer import trainer_memory
@@ -48,6 +48,7 @@ def test_tensors_of_a_step_are_within_5_percent(model, lengths, fp8, recipe, mea
             responses_per_prompt=2,
             max_tokens_per_micro_batch=20_480,
         ),
+        rollout=RolloutConfig(placement="separate"),
     )
     case = Case(
         config,

@@ -24,7 +24,7 @@ def case_of(
     """Settings are named with their section: `parallel__data_parallel_size=2`. Qwen3-MoE if the architecture has experts."""
     config = Config()
     config.batch.prompts_per_iteration, config.batch.mini_batch_prompts = 64, 16
-    config.rollout.engine = "vllm"
+    config.rollout.engine, config.rollout.placement = "vllm", "separate"
     for name, value in settings.items():
         section, _, key = name.partition("__")
         assert hasattr(getattr(config, section), key), name
