@@ -3,6 +3,7 @@
 import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from megatron_fipo.batching.shard import PackedShard, build_shard
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings, ParallelConfig
 from megatron_fipo.model import parallel as model_parallel
+from megatron_fipo.trainer.rank import be_deterministic
 from megatron_fipo.trainer.rank_model import RankModel
 from tools.bench.harness import Bench, release
 
@@ -70,6 +72,20 @@ def one_rank(bench: Bench, seed: int) -> Iterator[None]:
             model_parallel.destroy()
             dist.destroy_process_group()
             release(bench)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch and its libraries choose deterministic algorithms until the block ends."""
+    before = dict(os.environ)
+    be_deterministic()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def new_policy(

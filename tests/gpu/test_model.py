@@ -23,11 +23,18 @@ from megatron_fipo.model.logprob_head.head import HeadRequest, response_log_prob
 from megatron_fipo.model.swiglu import SwiGLU
 from megatron_fipo.objective.config import ObjectiveConfig
 from megatron_fipo.objective.loss import policy_loss
-from megatron_fipo.trainer.rank import be_deterministic
 from megatron_fipo.trainer.rank_model import RankModel, StepResult
 from tests.gpu.compare import relative_norm, require
 from tests.gpu.loss_inputs import FIPO
-from tests.gpu.policies import Shape, new_policy, one_rank, random_shard, score, with_old_log_probs
+from tests.gpu.policies import (
+    Shape,
+    deterministic,
+    new_policy,
+    one_rank,
+    random_shard,
+    score,
+    with_old_log_probs,
+)
 from tools.bench.harness import Bench, synchronize
 
 pytestmark = pytest.mark.gpu
@@ -243,18 +250,9 @@ def test_a_step_of_hybrid_model_is_that_of_gpt_model(
 
 def test_deterministic_runs_have_the_same_bits(bench: Bench) -> None:
     """Two runs of two steps give the same statistics and weights."""
-    with _deterministic():
+    with deterministic():
         first, second = (_train(bench, "bfloat16", 2) for _ in range(2))
     same = first.results[1].statistics == second.results[1].statistics
     require(same, "the statistics of the second step differ")
     moved = [name for name, value in first.weights.items() if not torch.equal(value, second.weights[name])]
     require(not moved, f"{len(moved)} of {len(first.weights)} weights differ, such as {moved[:1]}")
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    be_deterministic()
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

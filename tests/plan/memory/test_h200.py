@@ -9,7 +9,7 @@ from megatron_fipo.plan.memory.trainer import trainer_memory
 from megatron_fipo.plan.workload import Assumptions
 from tests.plan.machines import toy_machine
 from tools.bench.gpu_layers import LAYERS
-from tools.bench.gpu_step import MODELS
+from tools.bench.gpu_models import MODELS
 
 SHAPES = MODELS | {"32B": LAYERS}
 ONE, FOUR = (1_024, 19_456), (512, 4_608)

@@ -1,0 +1,165 @@
+"""Steps over packs of 20 lengths in one process: what compiling for new lengths costs, and whether fused functions are right.
+
+python -m tools.bench.gpu_lengths
+"""
+
+import megatron_fipo.model  # noqa: F401  isort: skip (the CPU platform, before anything imports Megatron-Core)
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean, median
+
+import numpy as np
+import torch
+from torch._dynamo.utils import get_compilation_metrics
+
+from megatron_fipo.batching.shard import PackedShard
+from megatron_fipo.config import ModelConfig, OptimizerSettings
+from megatron_fipo.environment import can_compile
+from megatron_fipo.trainer.rank_model import RankModel
+from tests.gpu.policies import Shape, random_shard, with_old_log_probs
+from tools.bench.gpu_models import LR, MODELS, OBJECTIVE, TOY, obstacle, with_policy
+from tools.bench.harness import Bench, Cases, run_cases, synchronize
+from tools.bench.report import FAILED, FIGURE, OK, SKIPPED, Row, duration, reason
+
+SECTION = "lengths"
+NAME = "0.5B"
+PACKS = 20
+LONGEST, SHORTEST = 8_192, 512
+"""Tokens of a pack."""
+SEQUENCES = 4
+DRIFT = 0.02
+TOLERANCE = 0.02
+"""Of losses with and without fused functions, relative to the mean size of the losses: fused ones round to bfloat16 less often."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What 20 packs took, in the order of `pack_lengths`."""
+
+    scores: list[float]
+    """Seconds of the old log-prob pass of each pack."""
+    steps: list[float]
+    losses: list[float]
+
+
+def pack_lengths(bench: Bench) -> list[int]:
+    """20 different lengths in random order."""
+    shortest, longest = bench.pick((SHORTEST, LONGEST), (24, 120))
+    drawn = np.random.default_rng(11).choice(np.arange(shortest, longest), PACKS, replace=False)
+    return [int(length) for length in drawn]
+
+
+def sequences(tokens: int) -> tuple[list[int], list[int]]:
+    """Prompts and responses of a pack of exactly this many tokens."""
+    prompt = max(1, tokens // (8 * SEQUENCES))
+    responses = [tokens // SEQUENCES - prompt] * SEQUENCES
+    responses[0] += tokens - tokens // SEQUENCES * SEQUENCES
+    return [prompt] * SEQUENCES, responses
+
+
+def run_packs(bench: Bench, policy: RankModel, shards: list[PackedShard], old: list[torch.Tensor]) -> Passes:
+    """Score each pack and take a step at rate 0, which changes no weight. Fills `old` if it is empty."""
+    passes = Passes([], [], [])
+    generator = torch.Generator().manual_seed(5)
+    for index, shard in enumerate(shards):
+        seconds, (scores,) = _timed(bench, lambda shard=shard: policy.log_probs([shard]))
+        passes.scores.append(seconds)
+        if len(old) == index:
+            old.append(scores.cpu() + DRIFT * torch.randn(scores.shape, generator=generator))
+        ready = with_old_log_probs([shard], [old[index]])
+        seconds, result = _timed(bench, lambda ready=ready: policy.policy_step(ready, OBJECTIVE, 0.0))
+        passes.steps.append(seconds)
+        passes.losses.append(result.statistics["policy/loss"])
+    return passes
+
+
+def _timed(bench: Bench, call):
+    synchronize(bench)
+    start = time.perf_counter()
+    result = call()
+    synchronize(bench)
+    return time.perf_counter() - start, result
+
+
+def compilations(skip: int) -> tuple[Counter[str], float]:
+    """Compilations by function since the first `skip` ones of this process, and their seconds together."""
+    found = get_compilation_metrics()[skip:]
+    return Counter(str(each.co_name) for each in found), sum(
+        each.entire_frame_compile_time_s or 0.0 for each in found
+    )
+
+
+def body(bench: Bench, policy: RankModel, shape: Shape) -> Iterator[Row]:
+    lengths = pack_lengths(bench)
+    shards = [
+        random_shard(bench, shape, *sequences(tokens), seed=index) for index, tokens in enumerate(lengths)
+    ]
+    old: list[torch.Tensor] = []
+    before = len(get_compilation_metrics())
+    fused = run_packs(bench, policy, shards, old)
+    counts, seconds = compilations(before)
+    yield time_row("old log-prob pass", lengths, fused.scores)
+    yield time_row("step", lengths, fused.steps)
+    yield compile_row(counts, seconds)
+    with torch.compiler.set_stance("force_eager"):
+        plain = run_packs(bench, policy, shards, old)
+    yield loss_row(fused.losses, plain.losses)
+    ratio = median(plain.steps) / median(fused.steps)
+    result = f"median {duration(median(plain.steps))}, {ratio:.2f} times as long"
+    figures: dict[str, float | str] = {"step_seconds": median(plain.steps), "ratio": ratio}
+    yield Row(SECTION, f"steps of {NAME} without fused functions", FIGURE, result, figures)
+
+
+def time_row(what: str, lengths: list[int], seconds: list[float]) -> Row:
+    """The stall is what each pack takes beyond the median."""
+    middle, longest = median(seconds), max(seconds)
+    stall = sum(max(0.0, each - middle) for each in seconds)
+    at = lengths[seconds.index(longest)]
+    result = (
+        f"median {duration(middle)}, longest {duration(longest)} ({at:,} tokens, number {seconds.index(longest) + 1}), "
+        f"{duration(stall)} beyond the median in all"
+    )
+    figures: dict[str, float | str] = {"median_seconds": middle, "stall_seconds": stall}
+    figures |= {
+        f"seconds_of_{number:02}_with_{tokens}_tokens": each
+        for number, (tokens, each) in enumerate(zip(lengths, seconds, strict=True), 1)
+    }
+    return Row(SECTION, f"{what} of {NAME}, {len(lengths)} lengths", FIGURE, result, figures)
+
+
+def compile_row(counts: Counter[str], seconds: float) -> Row:
+    name = f"compilations for {PACKS} lengths"
+    if not can_compile():
+        return reason(SKIPPED, SECTION, name, "functions are fused by torch.compile on a GPU only", False)
+    by_name = ", ".join(f"{function} {count}" for function, count in counts.most_common())
+    figures: dict[str, float | str] = {"compile_seconds": seconds, **counts}
+    return Row(SECTION, name, FIGURE, f"{counts.total()} in {seconds:.1f} s: {by_name or 'none'}", figures)
+
+
+def loss_row(fused: list[float], plain: list[float]) -> Row:
+    """FAILED if a loss differs by more than the tolerance."""
+    scale = mean(abs(loss) for loss in plain)
+    error = max(abs(a - b) for a, b in zip(fused, plain, strict=True)) / scale
+    correct = error <= TOLERANCE  # False for NaN
+    result = f"largest difference {error:.1e} of the mean loss (at most {TOLERANCE:g})"
+    name = "losses with and without fused functions"
+    return Row(SECTION, name, OK if correct else FAILED, result, {"loss": error}, True)
+
+
+def twenty_lengths(bench: Bench) -> Iterator[Row]:
+    shape, model = bench.pick(MODELS[NAME], TOY), ModelConfig()
+    longest = sequences(bench.pick(LONGEST, 120))
+    if why := obstacle(bench, shape, model, longest):
+        yield reason(SKIPPED, SECTION, f"{PACKS} lengths", why, False)
+        return
+    optimizer = OptimizerSettings(lr=LR, weight_decay=0.0)
+    yield from with_policy(bench, shape, model, lambda policy: body(bench, policy, shape), optimizer)
+
+
+CASES: Cases = {f"{PACKS} lengths": twenty_lengths}
+
+if __name__ == "__main__":
+    run_cases(__doc__, SECTION, CASES)
