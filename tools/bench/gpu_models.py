@@ -112,6 +112,7 @@ def with_policy(
     optimizer: OptimizerSettings | None = None,
 ) -> Iterator[Row]:
     """The rows of `body`, called with a new policy that only it refers to: afterwards the memory is free again."""
+    release(bench)  # what an exception still referred to
     with one_rank(bench, seed=3):
         yield from body(new_policy(bench, shape, model, optimizer=optimizer or OptimizerSettings(lr=LR)))
     release(bench)
