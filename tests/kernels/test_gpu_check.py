@@ -104,7 +104,7 @@ def test_every_check_passes_and_only_what_is_absent_is_skipped(rehearsal):
     assert skipped == NOT_ON_A_CPU
     checked = [row["name"] for row in rows if row["verdict"] == OK]
     assert sum("triton" in name for name in checked) == sum("torch" in name for name in checked) >= 8
-    for what in ("first mini step", "after a resume", "cpu_offload=0 ", "with and without fused functions"):
+    for what in ("first mini step", "after a resume", "cpu_offload=0 ", "with and without fused kernels"):
         assert any(what in name for name in checked)
     assert sum("profile of 1.5B BF16, 1 x 20,480: " in row["name"] for row in rows) >= 6
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -171,7 +171,7 @@ def test_the_difference_of_updates():
 
 
 def test_a_resume_with_other_bits_fails():
-    step = StepResult(1.0, False, {"policy/loss": 0.5}, [])
+    step = StepResult(1.0, False, [], lambda: {"policy/loss": 0.5})
     weights = [torch.ones(2), torch.ones(1)]
     assert equal_row((step, weights), (step, [each.clone() for each in weights])).verdict == OK
     moved = equal_row((step, weights), (step, [weights[0], weights[1] + 1e-7]))

@@ -70,6 +70,8 @@ def test_a_trace_without_the_step_is_refused():
     ("name", "around", "kind"),
     [
         ("statistics_kernel", (), "head"),
+        ("gradient_kernel", (), "head"),
+        ("swiglu_gradient_kernel", (), "norm, activation, residual"),
         ("scan_rows_kernel", (), "loss"),
         ("sm90_xmma_gemm_bf16bf16", (), "GEMM"),
         ("cast_transpose_fused_kernel", (), "FP8 casts"),

@@ -1,4 +1,4 @@
-"""Steps over packs of 20 lengths in one process: what compiling for new lengths costs, and whether fused functions are right.
+"""Steps over packs of 20 lengths in one process: what compiling for new lengths costs, and whether fused kernels are right.
 
 python -m tools.bench.gpu_lengths
 """
@@ -16,11 +16,11 @@ import torch
 from torch._dynamo.utils import get_compilation_metrics
 
 from megatron_fipo.batching.shard import PackedShard
-from megatron_fipo.config import ModelConfig, OptimizerSettings
+from megatron_fipo.config import HeadConfig, ModelConfig, OptimizerSettings
 from megatron_fipo.environment import can_compile
 from megatron_fipo.trainer.rank_model import RankModel
-from tests.gpu.policies import Shape, random_shard, with_old_log_probs
-from tools.bench.gpu_models import LR, MODELS, OBJECTIVE, TOY, obstacle, with_policy
+from tests.gpu.policies import random_shard, with_old_log_probs
+from tools.bench.gpu_models import LR, MODELS, OBJECTIVE, RECOMPUTED, TOY, obstacle, with_policy
 from tools.bench.harness import Bench, Cases, run_cases, synchronize
 from tools.bench.report import FAILED, FIGURE, OK, SKIPPED, Row, duration, reason
 
@@ -32,7 +32,9 @@ LONGEST, SHORTEST = 8_192, 512
 SEQUENCES = 4
 DRIFT = 0.02
 TOLERANCE = 0.02
-"""Of losses with and without fused functions, relative to the mean size of the losses: fused ones round to bfloat16 less often."""
+"""Of losses with and without fused kernels, relative to the mean size of the losses: fused ones round to bfloat16 less often."""
+UNFUSED = HeadConfig(kernels="torch", logits_memory_mb=0)
+"""Head, loss and activation in plain torch."""
 
 
 @dataclass(frozen=True)
@@ -92,25 +94,33 @@ def compilations(skip: int) -> tuple[Counter[str], float]:
     )
 
 
-def body(bench: Bench, policy: RankModel, shape: Shape) -> Iterator[Row]:
-    lengths = pack_lengths(bench)
-    shards = [
-        random_shard(bench, shape, *sequences(tokens), seed=index) for index, tokens in enumerate(lengths)
-    ]
-    old: list[torch.Tensor] = []
+@dataclass
+class Packs:
+    """The same for all policies."""
+
+    lengths: list[int]
+    shards: list[PackedShard]
+    old: list[torch.Tensor]
+    """Old log-probs, empty until the first policy has scored."""
+
+
+def fused_rows(bench: Bench, policy: RankModel, packs: Packs, losses: list[float]) -> Iterator[Row]:
+    """Times and compilations; fills `losses`."""
     before = len(get_compilation_metrics())
-    fused = run_packs(bench, policy, shards, old)
+    passes = run_packs(bench, policy, packs.shards, packs.old)
     counts, seconds = compilations(before)
-    yield time_row("old log-prob pass", lengths, fused.scores)
-    yield time_row("step", lengths, fused.steps)
+    losses.extend(passes.losses)
+    yield time_row("old log-prob pass", packs.lengths, passes.scores)
+    yield time_row("step", packs.lengths, passes.steps)
     yield compile_row(counts, seconds)
+
+
+def unfused_rows(bench: Bench, policy: RankModel, packs: Packs, losses: list[float]) -> Iterator[Row]:
+    """The same packs with plain torch, and without what torch.compile fuses."""
     with torch.compiler.set_stance("force_eager"):
-        plain = run_packs(bench, policy, shards, old)
-    yield loss_row(fused.losses, plain.losses)
-    ratio = median(plain.steps) / median(fused.steps)
-    result = f"median {duration(median(plain.steps))}, {ratio:.2f} times as long"
-    figures: dict[str, float | str] = {"step_seconds": median(plain.steps), "ratio": ratio}
-    yield Row(SECTION, f"steps of {NAME} without fused functions", FIGURE, result, figures)
+        passes = run_packs(bench, policy, packs.shards, packs.old)
+    yield loss_row(losses, passes.losses)
+    yield time_row("step without fused kernels", packs.lengths, passes.steps)
 
 
 def time_row(what: str, lengths: list[int], seconds: list[float]) -> Row:
@@ -146,18 +156,31 @@ def loss_row(fused: list[float], plain: list[float]) -> Row:
     correct = all(error <= TOLERANCE for error in errors)  # False for NaN
     error = max(errors)
     result = f"largest difference {error:.1e} of the mean loss (at most {TOLERANCE:g})"
-    name = "losses with and without fused functions"
+    name = "losses with and without fused kernels"
     return Row(SECTION, name, OK if correct else FAILED, result, {"loss": error}, True)
 
 
 def twenty_lengths(bench: Bench) -> Iterator[Row]:
+    """Two policies with the same random weights, one after the other."""
     shape, model = bench.pick(MODELS[NAME], TOY), ModelConfig()
-    longest = sequences(bench.pick(LONGEST, 120))
-    if why := obstacle(bench, shape, model, longest):
+    if why := obstacle(bench, shape, model, sequences(bench.pick(LONGEST, 120))):
         yield reason(SKIPPED, SECTION, f"{PACKS} lengths", why, False)
         return
+    lengths = pack_lengths(bench)
+    shards = [
+        random_shard(bench, shape, *sequences(tokens), seed=index) for index, tokens in enumerate(lengths)
+    ]
+    packs, losses = Packs(lengths, shards, []), list[float]()
     optimizer = OptimizerSettings(lr=LR, weight_decay=0.0)
-    yield from with_policy(bench, shape, model, lambda policy: body(bench, policy, shape), optimizer)
+    for rows, head in ((fused_rows, RECOMPUTED), (unfused_rows, UNFUSED)):
+        yield from with_policy(
+            bench,
+            shape,
+            model,
+            lambda policy, rows=rows: rows(bench, policy, packs, losses),
+            optimizer,
+            head,
+        )
 
 
 CASES: Cases = {f"{PACKS} lengths": twenty_lengths}

@@ -22,6 +22,7 @@ from tools.bench.gpu_models import (
     MODELS,
     OBJECTIVE,
     PACKS,
+    RECOMPUTED,
     TOY,
     TOY_PACKS,
     obstacle,
@@ -117,7 +118,7 @@ def measure_mode(bench: Bench, shape: Shape, model: ModelConfig) -> tuple[Parts,
         with new_meter(bench) as meter:
             parts, policy = measure_parts(
                 meter,
-                lambda: new_policy(bench, shape, model, optimizer=optimizer),
+                lambda: new_policy(bench, shape, model, RECOMPUTED, optimizer),
                 lambda policy: next(packs(bench, policy, shape, model, only=LONGEST))[1],
             )
         _, shards = next(packs(bench, policy, shape, model, only=LONGEST))

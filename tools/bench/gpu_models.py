@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from megatron_fipo.batching.shard import PackedShard
-from megatron_fipo.config import Config, ModelConfig, OptimizerSettings
+from megatron_fipo.config import Config, HeadConfig, ModelConfig, OptimizerSettings
 from megatron_fipo.config.gpu_rules import check_accelerators, fp8_obstacle
 from megatron_fipo.environment import find_accelerators
 from megatron_fipo.errors import UserError
@@ -35,6 +35,8 @@ TOY_PACKS = {"1 x 20,480": ([10], [50]), "4 x 5,120": ([5] * 4, [10] * 4)}
 LONGEST = "1 x 20,480"
 LR, WARM_UP = 1e-6, 2
 OBJECTIVE = ObjectiveConfig()
+RECOMPUTED = HeadConfig(logits_memory_mb=0)
+"""Without logits that are kept in the memory that happens to be free."""
 Lengths = tuple[list[int], list[int]]
 """Of prompts and responses, equal within each."""
 
@@ -53,12 +55,12 @@ def settings(recipe: str | None, recompute: str = "none", fp8_parameters: bool =
 
 
 def planned(bench: Bench, shape: Shape, model: ModelConfig, lengths: Lengths, offload: float = 0.0) -> Case:
-    """The planner's case of a step with one micro-batch of these sequences, on a machine like this one.
+    """The planner's case of a step with one micro-batch of these sequences, on a machine like this one, with logits recomputed.
 
     Rates are an H200's: times hold there only.
     """
     prompts, responses = lengths
-    config = Config(model=model, optimizer=OptimizerSettings(cpu_offload=offload))
+    config = Config(model=model, head=RECOMPUTED, optimizer=OptimizerSettings(cpu_offload=offload))
     tokens = -(-(sum(prompts) + sum(responses)) // model.token_multiple) * model.token_multiple
     config.batch.prompts_per_iteration = config.batch.mini_batch_prompts = 1
     config.batch.responses_per_prompt, config.batch.max_tokens_per_micro_batch = len(prompts), tokens
@@ -110,11 +112,14 @@ def with_policy(
     model: ModelConfig,
     body: Callable[[RankModel], Iterator[Row]],
     optimizer: OptimizerSettings | None = None,
+    head: HeadConfig | None = None,
 ) -> Iterator[Row]:
     """The rows of `body`, called with a new policy that only it refers to: afterwards the memory is free again."""
     release(bench)  # what an exception still referred to
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats()  # the policy keeps logits in what its own peak leaves free
     with one_rank(bench, seed=3):
-        yield from body(new_policy(bench, shape, model, optimizer=optimizer or OptimizerSettings(lr=LR)))
+        yield from body(new_policy(bench, shape, model, head, optimizer or OptimizerSettings(lr=LR)))
     release(bench)
 
 

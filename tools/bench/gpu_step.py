@@ -66,6 +66,8 @@ class Step:
     loss_by_host: Timing
     waits: int
     """Times in one step that the host waited for the device."""
+    logits_mb: int
+    """`head.logits_memory_mb` of the measured steps, from the memory that the first two left free."""
 
 
 def step_flops(shape: Shape, lengths: Sequence[int], rows: int) -> float:
@@ -114,6 +116,7 @@ def measure_pack(bench: Bench, policy: RankModel, shape: Shape, shards: list[Pac
         loss=time_small(bench, [loss] * 4),
         loss_by_host=time_calls(bench, loss),
         waits=waits_of(bench, lambda: policy.policy_step(shards, OBJECTIVE, LR)).total(),
+        logits_mb=policy.head.logits_memory_mb or 0,
     )
 
 
@@ -150,6 +153,7 @@ def rows_of(name: str, step: Step, peak: float, source: str, has_aim: bool) -> I
         "peak_flops_from": source,
         "peak_bytes": step.peak_bytes,
         "host_waits": step.waits,
+        "logits_memory_mb": step.logits_mb,
     } | step.seconds.figures("step")
     result = (
         f"{duration(seconds)}, {step.tokens / seconds:,.0f} tokens/s, MFU {100 * mfu:.1f} % of {peak / 1e12:,.0f} TFLOP/s, "

@@ -4,6 +4,7 @@ On a GPU work is what the device does; when it does nothing it is idle. On a CPU
 others. Work is assigned by the operations that launched it and by its own name: the head's products are the head's.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ BLOCKING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchron
 
 KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "optimizer": (("optimizer.step", "fusedadam"), ("multi_tensor", "adam")),
-    "head": (("_logprobandentropy",), ("statistics_kernel", "gradient_kernel")),
+    "head": (("_logprobandentropy",), (r"\bstatistics_kernel", r"\bgradient_kernel")),
     "loss": (
         ("_tritonpolicyloss",),
         ("loss_blocks_kernel", "loss_rows_kernel", "scan_", "chunk_sums_kernel"),
@@ -54,7 +55,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-"""By kind, in order: parts of names of operations around the work, and of the work itself; lower case."""
+"""By kind, in order: patterns of names of operations around the work, and of the work itself; lower case."""
 OTHER = "other"
 
 
@@ -76,7 +77,7 @@ def kind_of(work: Work) -> str:
     """The first kind that matches."""
     name, around = work.name.lower(), " ".join(work.around).lower()
     for kind, (outer, own) in KINDS.items():
-        if any(part in around for part in outer) or any(part in name for part in own):
+        if any(re.search(each, around) for each in outer) or any(re.search(each, name) for each in own):
             return kind
     return OTHER
 
