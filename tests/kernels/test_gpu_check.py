@@ -201,6 +201,23 @@ def test_a_case_that_raises_dies_or_hangs_costs_its_own_rows_only(tmp_path, faul
 
 
 @pytest.mark.timeout(600)
+def test_a_section_that_is_ended_takes_its_own_processes_with_it(tmp_path):
+    """As the complete command does, whose run must not keep the GPU."""
+    script = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, file=open(sys.argv[1], 'w')); "
+    )
+    script += "import time; time.sleep(600)"
+    (tmp_path / "parent.py").write_text(
+        f"import sys; sys.argv.append({str(tmp_path / 'pid')!r}); exec({script!r})"
+    )
+    (row,) = _run(tmp_path, ("parent",), budget_s=15.0, case_s=15.0)
+    assert row.verdict == FAILED
+    pid = int((tmp_path / "pid").read_text())
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+@pytest.mark.timeout(600)
 def test_a_section_without_time_left_names_what_did_not_run(tmp_path, faulty_cases):
     rows = _run(tmp_path, faulty_cases, budget_s=25.0, case_s=600.0, one_each=("fine", "hangs", "last"))
     assert [(row.name, row.verdict) for row in rows] == [

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +96,11 @@ def _run_child(
             cwd=ROOT,
             start_new_session=True,  # so that its own children can be ended with it
         )
-        child = _follow(section, process, messages, end, add)
+        try:
+            child = _follow(section, process, messages, end, add)
+        except BaseException:  # such as Ctrl-C, which does not reach another session
+            _kill(process)
+            raise
     return child, process.returncode
 
 
@@ -117,13 +122,19 @@ def _follow(
             now = time.monotonic()
             if now >= end or now >= child.since + section.case_s:
                 child.killed = "section" if now >= end else "case"
-                os.killpg(process.pid, signal.SIGKILL)
+                _kill(process)
                 try:
                     process.wait(timeout=20)
                 except subprocess.TimeoutExpired:  # it hangs in the driver
                     return child
                 continue
             time.sleep(POLL_S)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The process and its children, unless it has ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _take(message: dict, section: Section, child: _Child, add: Callable[[Row], None]) -> None:
