@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,6 +194,34 @@ def installed_version(module: str, package: str) -> str | None:
 def package_versions() -> dict[str, str]:
     """The version of each of `PACKAGES`, or "absent"."""
     return {name: installed_version(module, name) or "absent" for name, module in PACKAGES.items()}
+
+
+@cache
+def source_commit(root: Path = Path(__file__).parents[1]) -> str | None:
+    """The git commit of a source tree, with `+changes` if files of the package differ from it; None if it is no repository.
+
+    Read once: a process runs the sources that it started with.
+    """
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+            for words in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no", "--", Path(__file__).parent.name),
+            )
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit[:12]}+changes" if changes else commit[:12]
+
+
+def run_versions() -> dict[str, str]:
+    """What a run records of the software that trained it: `package_versions`, and `source_commit` as `commit`."""
+    return {**package_versions(), "commit": source_commit() or "unknown"}
 
 
 def has_nvidia_apex() -> bool:

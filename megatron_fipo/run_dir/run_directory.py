@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from megatron_fipo.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_fipo.config import Config, save_config
+from megatron_fipo.environment import run_versions
 from megatron_fipo.errors import UserError, writing
 from megatron_fipo.outputs import point_link
 from megatron_fipo.run_dir import CONFIG_FILE, LOGS
@@ -347,16 +347,7 @@ def _refuse_other_folder(run_dir: Path) -> None:
 
 def _info(iteration: int, config: Config) -> dict[str, Any]:
     """What a run's manifests record in addition to the files."""
-    versions = {package: _version(package) for package in ("megatron-fipo", "megatron-core", "torch")}
-    return {"iteration": iteration, "layout": asdict(config.parallel), "versions": versions}
-
-
-def _version(package: str) -> str:
-    """The installed version; "source" if the package is imported from a source tree without metadata."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "source"
+    return {"iteration": iteration, "layout": asdict(config.parallel), "versions": run_versions()}
 
 
 def _refuse_incomplete(partial: Path, files: Mapping[str, FileRecord]) -> None:

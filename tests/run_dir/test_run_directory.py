@@ -4,7 +4,6 @@ import errno
 import importlib.metadata
 import json
 import os
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.checkpoint.manifest import check_files, read_manifest
 from megatron_fipo.config import load_config
+from megatron_fipo.environment import run_versions, source_commit
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import run_directory
 from megatron_fipo.run_dir.loop_state import LoopState, RolloutState
@@ -49,16 +49,11 @@ def test_a_checkpoint_holds_everything_and_becomes_the_latest(tmp_path):
     assert os.readlink(directory.checkpoints / "latest") == "iteration_000012"
 
 
-def test_a_package_without_metadata_is_recorded_as_source(tmp_path, monkeypatch):
-    def version(package):
-        if package == "megatron-fipo":
-            raise PackageNotFoundError(package)
-        return importlib.metadata.version(package)
-
-    monkeypatch.setattr(run_directory, "version", version)
+def test_a_checkpoint_records_versions_and_commit(tmp_path):
     versions = read_manifest(save(claimed(tmp_path), 1)).info["versions"]
-    assert versions["megatron-fipo"] == "source"
+    assert versions == run_versions()
     assert versions["torch"] == importlib.metadata.version("torch")
+    assert versions["commit"] == (source_commit() or "unknown")
 
 
 def test_only_complete_checkpoints_are_visible_while_one_is_written(tmp_path):
