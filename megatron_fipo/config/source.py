@@ -1,7 +1,7 @@
 """The settings in a YAML file or an override, by dotted key, converted to their declared types."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,14 @@ def of_file(path: Path, schema: type, *, stored: bool = False) -> dict[str, Any]
         )
     if stored:
         _leave_out(node, REPLACED)
-    return dict(_walk(node, schema, lambda node: f"{path}, line {node.start_mark.line + 1}"))
+    values = dict(_walk(node, schema, lambda node: f"{path}, line {node.start_mark.line + 1}"))
+    for key, kind in leaves(schema):
+        empty = [name for name, value in values.items() if value is None and name.rpartition(".")[0] == key]
+        if is_section_mapping(kind) and empty:
+            raise UserError(
+                f"{path}: {empty[0]} has no value; write {empty[0].rpartition('.')[2]}: {{}} for defaults, or remove it"
+            )
+    return values
 
 
 def _leave_out(node: yaml.MappingNode, keys: Iterable[str], prefix: str = "") -> None:
@@ -148,6 +155,9 @@ def _entries(key: str, node: yaml.Node, kind: Any, place: Place, root: Any) -> I
         seen.add(name)
         if is_dataclass(kind) and (fault := name_fault(name_node.value)) is not None:
             raise UserError(f"{place(name_node)}: {key} {fault}")
+        if is_dataclass(kind) and isinstance(value, yaml.MappingNode) and not value.value:
+            yield _default_of(name, kind)  # an entry of defaults
+            continue
         if is_dataclass(kind) and isinstance(value, yaml.MappingNode):
             yield from _walk(value, kind, place, kind, f"{name}.")
             continue
@@ -160,6 +170,12 @@ def _entries(key: str, node: yaml.Node, kind: Any, place: Place, root: Any) -> I
                 yield name, free_value(value) if kind is Any else convert(value, kind)
         except ValueError as error:
             raise UserError(f"{place(value)}: {name} {error}") from None
+
+
+def _default_of(entry: str, section: Any) -> tuple[str, Any]:
+    """(dotted key, value) of the first setting of a section that has a default, or is required."""
+    item = next(item for item in fields(section) if item.default not in (None, MISSING))
+    return f"{entry}.{item.name}", item.default
 
 
 def _value_of(item: Field, key: str, node: yaml.Node, place: Place) -> Any:
