@@ -9,6 +9,7 @@ from megatron_fipo.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_fipo.plan.case import Case
+    from megatron_fipo.plan.plan import Plan
 
 PLAN_HELP = """\
     Estimate what a run needs, without a GPU and without starting anything: memory of a trainer rank by part,
@@ -59,10 +60,24 @@ def print_case(case: "Case") -> None:
     from megatron_fipo.plan.render import print_plan
 
     plan = make_plan(case)
-    fatal = [misfit.reason for misfit in plan.misfits if misfit.fatal]
+    fatal = _misfit(case, plan)
     print_plan(plan, None if fatal else make_times(case), Console())
     if fatal:
-        raise UserError(f"{'; '.join(fatal)}. {_nearest(case)}")
+        raise UserError(fatal)
+
+
+def check_fit(case: "Case") -> None:
+    """As `print_case` without printing: UserError if the case cannot fit its machine."""
+    from megatron_fipo.plan.plan import make_plan
+
+    if fatal := _misfit(case, make_plan(case)):
+        raise UserError(fatal)
+
+
+def _misfit(case: "Case", plan: "Plan") -> str | None:
+    """Why a case cannot fit its machine, with the nearest layout that does; None if it can."""
+    fatal = [misfit.reason for misfit in plan.misfits if misfit.fatal]
+    return f"{'; '.join(fatal)}. {_nearest(case)}" if fatal else None
 
 
 def _search(case: "Case", devices: int) -> int:

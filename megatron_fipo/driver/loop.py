@@ -54,6 +54,7 @@ from megatron_fipo.objective.advantages import group_advantages
 from megatron_fipo.objective.metrics import over_mini_steps
 from megatron_fipo.outputs import write_table
 from megatron_fipo.phases import PhaseClock
+from megatron_fipo.run_dir import evaluation_table
 from megatron_fipo.run_dir.loop_state import LOOP_FILE, TOKENS_FILE, LoopState
 from megatron_fipo.run_dir.metrics_log import MetricsLog, Sample, SampleLog, read_metrics
 from megatron_fipo.run_dir.run_directory import RunDirectory
@@ -255,10 +256,7 @@ class Loop:
         components.console.evaluation(self.state.iteration, evaluation.values)
         if evaluation.all_wrong is not None:
             components.console.note(evaluation.all_wrong)
-        write_table(
-            self.directory.path / "evaluations" / f"iteration_{self.state.iteration:06d}.jsonl",
-            evaluation.table,
-        )
+        write_table(evaluation_table(self.directory.path, self.state.iteration), evaluation.table)
 
     def _save(self) -> None:
         self.components.console.phase("checkpoint")

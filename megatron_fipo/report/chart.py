@@ -86,7 +86,7 @@ def draw(panel: Panel, run: Run) -> str | None:
             _draw_stack(axes, panel, series)
         else:
             _draw_lines(axes, panel, series)
-        _finish_axes(axes, panel, series, run.iterations)
+        finish_axes(axes, panel, series, run.iterations)
 
     return drawing(panel.title, paint)
 
@@ -153,9 +153,8 @@ def _draw_stack(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, floa
         bottom = [low + value for low, value in zip(bottom, layer, strict=True)]
 
 
-def _finish_axes(
-    axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]], iterations: int
-) -> None:
+def finish_axes(axes: Axes, panel: Panel, series: Mapping[str, Mapping[int, float]], iterations: int) -> None:
+    """Scale and labels of the axes for these series of a panel, over so many iterations."""
     values = [value for one in series.values() for value in one.values() if math.isfinite(value)]
     share = panel.unit == "share"
     if not panel.stacked and not share and min(values) > 0 and max(values) > _LOG_SPAN * min(values):

@@ -51,6 +51,16 @@ def html_page(title: str, body: str) -> str:
     )
 
 
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table from texts; the first cell of a row is its heading."""
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
 def html_figure(title: str, keys: Sequence[str], svg: str, caption: str) -> str:
     """A figure of the page. `keys` are those of `key`; title and caption are text."""
     return (

@@ -76,8 +76,8 @@ class Run:
         return None if value is None else str(value)
 
 
-def read_run(run_dir: Path) -> Run:
-    """Read a run's folder. Raises `UserError` if it has no metrics."""
+def read_run(run_dir: Path, *, with_samples: bool = True) -> Run:
+    """Read a run's folder, on request without its samples, whose file is large. Raises `UserError` if it has no metrics."""
     records = read_metrics(run_dir)
     if not records:
         raise UserError(
@@ -85,4 +85,5 @@ def read_run(run_dir: Path) -> Run:
         )
     config_path = run_dir / CONFIG_FILE
     config = config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else None
-    return Run(run_dir.resolve().name, records, choose_samples(run_dir), config)
+    samples = choose_samples(run_dir) if with_samples else []
+    return Run(run_dir.resolve().name, records, samples, config)

@@ -42,6 +42,13 @@ tbody th + th { padding-left: 18px; }
 thead th { color: var(--quiet); font-weight: 400; font-size: 13px; }
 .headline tbody tr:first-child td { font-size: 24px; padding-top: 4px; padding-bottom: 4px; }
 .headline p { color: var(--quiet); font-size: 13px; margin-top: 12px; }
+.results table { border-collapse: separate; border-spacing: 0; }
+.results th, .results td { padding-left: 26px; }
+.results th:first-child { padding-left: 0; padding-right: 12px; text-align: left; position: sticky; left: 0;
+  background: var(--page); }
+.results details th:first-child { background: var(--panel); }
+.results td { white-space: pre; }
+.results p { color: var(--quiet); font-size: 13px; margin-top: 12px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(360px, 100%), 1fr)); gap: 20px;
   align-items: start; }
 .grid.wide { grid-template-columns: 1fr; }

@@ -87,8 +87,11 @@ class Owner:
 class RunLock:
     """The lock of a run's folder, from the constructor on until `release` or the end of the process."""
 
-    def __init__(self, folder: Path) -> None:
-        """`UserError` if another process has it. Waits `EXPIRES_S` for a lease that is not renewed. Raises OSError."""
+    def __init__(self, folder: Path, setting: str = "run_dir") -> None:
+        """`UserError`, naming the `setting` of the folder, if another process has it. Raises OSError.
+
+        Waits `EXPIRES_S` for a lease that is not renewed.
+        """
         self._folder = folder
         self._lease: _Lease | None = None
         self._file: IO[str] = open(folder / LOCK, "a")  # noqa: SIM115 (open until the process ends)
@@ -96,11 +99,11 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise _in_use(folder, "another process") from None
+            raise _in_use(folder, "another process", setting) from None
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            self._lease = _Lease(folder)
+            self._lease = _Lease(folder, setting)
 
     @property
     def note(self) -> str | None:
@@ -130,8 +133,8 @@ class RunLock:
 class _Lease:
     """The lease of this process, renewed by a thread."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LEASE
+    def __init__(self, folder: Path, setting: str) -> None:
+        self._path, self._setting = folder / LEASE, setting
         self._own = Owner.this_process()
         while not self._create():
             found = _read(self._path)
@@ -191,7 +194,7 @@ class _Lease:
             if now is None:
                 return
             if now != found:
-                raise _in_use(self._path.parent, str(now))
+                raise _in_use(self._path.parent, str(now), self._setting)
 
     def _take_from(self, found: Owner) -> bool:
         """Replace the lease of `found`; False if there is none any more. `UserError` if another process is faster."""
@@ -205,7 +208,7 @@ class _Lease:
         try:
             now = _read(self._path)
             if now is not None and now != found:
-                raise _in_use(self._path.parent, str(now))
+                raise _in_use(self._path.parent, str(now), self._setting)
             if now is not None:
                 self._write().replace(self._path)
             return now is not None
@@ -235,5 +238,5 @@ def _read(path: Path) -> Owner | None:
         ) from None
 
 
-def _in_use(folder: Path, who: str) -> UserError:
-    return UserError(f"{who} is training in {folder}; wait for it or choose another run_dir")
+def _in_use(folder: Path, who: str, setting: str) -> UserError:
+    return UserError(f"{who} is training in {folder}; wait for it or choose another {setting}")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from megatron_fipo.report.page import html_page
+from megatron_fipo.report.page import html_page, html_table
 from megatron_fipo.simulate.operation import Operation
 from megatron_fipo.simulate.pictures import Curve, curves, gantt
 from megatron_fipo.simulate.scaling import Curve as Scaling
@@ -35,9 +35,9 @@ def render_page(name: str, training: Training, scaling: Scaling, operation: Oper
     body = "".join(
         (
             f'<header><h1>{escape(name)}</h1><p class="facts">{escape(facts)}</p></header>',
-            f'<section class="headline"><h2>Result</h2>{_table(("", ""), summary(training))}'
+            f'<section class="headline"><h2>Result</h2>{html_table(("", ""), summary(training))}'
             f"<p>{escape(_range_note())} {escape(accuracy(training))}</p></section>",
-            f"<section><h2>Where the time goes</h2>{_table(('', 'time', 'share'), time_by_cause(training))}</section>",
+            f"<section><h2>Where the time goes</h2>{html_table(('', 'time', 'share'), time_by_cause(training))}</section>",
             f"<section><h2>One iteration</h2>{_gantt(training)}</section>",
             f"<section><h2>Over the number of GPUs</h2>{_over_gpus(training, scaling)}</section>",
             f"<section><h2>Over training</h2>{_over_training(training)}</section>",
@@ -53,15 +53,6 @@ def _range_note() -> str:
         "Trained tokens are prompts and responses of the batch; generated ones are all response tokens that the engines gave. "
         "Both rates are over the wall time and all GPUs."
     )
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _gantt(training: Training) -> str:
@@ -166,4 +157,4 @@ def _assumptions(training: Training, operation: Operation, basis: Basis) -> str:
     calibrated = f"Calibrated on: {'; '.join(sorted(basis.sources)) or 'nothing'}."
     unknown = f"Not calibrated: {', '.join(sorted(basis.not_calibrated)) or 'nothing'}."
     items = "".join(f"<li>{escape(text)}</li>" for text in (lengths, *LEFT_OUT, calibrated, unknown))
-    return f"{_table(('option', 'value'), [*assumed, *operation_rows(operation)])}<ul>{items}</ul>"
+    return f"{html_table(('option', 'value'), [*assumed, *operation_rows(operation)])}<ul>{items}</ul>"
