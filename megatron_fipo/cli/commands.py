@@ -217,7 +217,7 @@ def add_config(commands: Subparsers) -> None:
     command.add_argument(
         "command",
         nargs="?",
-        choices=("train", "sft", "launch"),
+        choices=("train", "sft", "launch", "study"),
         default="train",
         help="the command that the settings are for (default: train)",
     )
@@ -237,6 +237,8 @@ def run_config(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import Config, SftConfig
     from megatron_fipo.config.describe import describe
     from megatron_fipo.launch.settings import LaunchSettings
+    from megatron_fipo.study.schema import StudyConfig
 
-    print(describe({"train": Config, "sft": SftConfig, "launch": LaunchSettings}[arguments.command]))
+    schemas = {"train": Config, "sft": SftConfig, "launch": LaunchSettings, "study": StudyConfig}
+    print(describe(schemas[arguments.command]))
     return 0

@@ -23,6 +23,7 @@ from megatron_fipo.cli.plan import add_plan
 from megatron_fipo.cli.preflight import add_preflight
 from megatron_fipo.cli.simulate import add_simulate
 from megatron_fipo.cli.streams import ReaderGone, checked_output, say
+from megatron_fipo.cli.study import add_study
 from megatron_fipo.driver.cluster_loss import leave_if_lost
 from megatron_fipo.errors import LostError, UserError
 from megatron_fipo.exit_codes import DONE, INTERRUPTED, LOST, USER_ERROR
@@ -66,6 +67,7 @@ def build_parser() -> Parser:
     add_evaluate(commands)
     add_sft(commands)
     add_report(commands)
+    add_study(commands)
     add_doctor(commands)
     add_preflight(commands)
     add_calibrate(commands)

@@ -18,9 +18,9 @@ SOURCES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted(ROOT.glob("examples/*/*.yaml")),
 ]
-TRAIN, LAUNCH = (
+TRAIN, LAUNCH, STUDY = (
     [(path, words) for path in SOURCES for words in shown_commands(path.read_text(encoding="utf-8"), command)]
-    for command in ("train", "launch slurm")
+    for command in ("train", "launch slurm", "study")
 )
 ABLATIONS = [words for path, words in TRAIN if path.name == "ablations.md"]
 LAPTOP = "examples/countdown/fipo.yaml"
@@ -64,6 +64,12 @@ def changed(words: list[str]) -> dict[str, str]:
 def test_a_shown_command_dry_runs(words, capsys):
     assert cli.main(["train", *words, *(() if "--dry-run" in words else ("--dry-run",))]) == 0
     assert "Nothing was started" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for _, words in STUDY])
+def test_a_shown_study_dry_runs(words, capsys):
+    assert cli.main(["study", *words, *(() if "--dry-run" in words else ("--dry-run",))]) == 0
+    assert " runs in runs/studies/" in capsys.readouterr().out
 
 
 def test_commands_are_found():

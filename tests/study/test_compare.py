@@ -1,0 +1,228 @@
+"""Runs become arms; means, differences and tables hold what the runs' files say."""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir.metrics_log import MetricsLog
+from megatron_fipo.study.compare import Comparison, Difference
+from megatron_fipo.study.outcome import Outcome
+from megatron_fipo.study.problems import read_problems
+from megatron_fipo.study.results import ACCURACY, MEASURES, version_differences
+from megatron_fipo.study.table import differences_table, means_table, rows, to_csv, to_json, to_markdown
+from megatron_fipo.study.write import read_comparison, write_results
+from tests.study.synthetic_study import VERSIONS, write_run, write_study
+
+
+def _read(*folders: Path, allow: bool = False) -> Comparison:
+    return read_comparison(folders, allow_mixed_versions=allow)
+
+
+def _difference(comparison: Comparison, first: str, second: str, column: str) -> Difference:
+    return next(
+        found
+        for found in comparison.differences
+        if (found.first.label, found.second.label, found.measure.column) == (first, second, column)
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study"), gains={"grpo": 0.5}).path
+
+
+def test_a_mean_is_that_of_the_last_evaluation_over_seeds(study: Path) -> None:
+    comparison = _read(study)
+    final = [
+        result.run.evaluations()[-1].values
+        for result in comparison.results
+        if result.arm == "dapo" and result.run
+    ]
+    mean = next(m for m in comparison.means if m.variant.label == "dapo" and m.measure is ACCURACY)
+    assert mean.estimate.mean == pytest.approx(statistics.fmean(v["evaluation/avg_at_k"] for v in final))
+    assert (mean.iteration, mean.estimate.seeds) == (20, 3)
+
+
+def test_differences_are_paired_by_seed_and_problem(study: Path) -> None:
+    comparison = _read(study)
+    found = _difference(comparison, "fipo", "grpo", "accuracy")
+    assert found.by_problem
+    by_hand = []
+    for seed in (1, 2, 3):
+        tables = [read_problems(study / f"runs/countdown-{arm}-seed{seed}", 20) for arm in ("fipo", "grpo")]
+        assert all(tables)
+        first, second = (table.accuracy for table in tables if table)
+        assert first.keys() == second.keys()
+        by_hand.append(statistics.fmean(first[problem] - second[problem] for problem in first))
+    assert found.estimate.mean == pytest.approx(statistics.fmean(by_hand))
+    assert found.estimate.high is not None
+    assert found.estimate.high < 0  # the gain of 0.5
+    assert not _difference(comparison, "fipo", "grpo", "entropy").by_problem
+    pairs = {(d.first.label, d.second.label) for d in comparison.differences}
+    assert pairs == {("fipo", "dapo"), ("fipo", "grpo"), ("dapo", "grpo")}
+
+
+def test_without_tables_the_pairs_are_seeds(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, ("fipo", "dapo"))
+    for table in tmp_path.glob("runs/*dapo*/evaluations/*"):
+        table.unlink()
+    found = _difference(_read(folder.path), "fipo", "dapo", "accuracy")
+    assert not found.by_problem
+    assert found.estimate.low is not None
+
+
+def test_a_failed_run_stays_in_the_table_and_out_of_the_means(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, ("fipo", "dapo"))
+    folder.save_outcome("countdown-dapo-seed2", Outcome("failed", "no space, left (exit code 2)"))
+    comparison = _read(tmp_path)
+    row = next(row for row in rows(comparison) if row["run"] == "countdown-dapo-seed2")
+    assert (row["status"], row["reason"]) == ("failed", "no space, left (exit code 2)")
+    assert [variant.seeds for variant in comparison.variants] == [[1, 2, 3], [1, 3]]
+    assert _difference(comparison, "fipo", "dapo", "accuracy").estimate.seeds == 2
+
+
+def test_a_study_without_a_complete_run_has_a_table(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, ("fipo",), (1, 2))
+    folder.save_outcome("countdown-fipo-seed1", Outcome("failed", "it printed nothing"))
+    (tmp_path / "outcomes/countdown-fipo-seed2.json").unlink()
+    comparison = _read(tmp_path)
+    assert [row["status"] for row in rows(comparison)] == ["failed", "missing"]
+    assert means_table(comparison)[1][0][-2:] == ["none complete", "–"]
+    assert differences_table(comparison)[1] == []
+
+
+def test_one_seed_claims_no_interval(tmp_path: Path) -> None:
+    comparison = _read(write_study(tmp_path, ("fipo", "dapo"), (1,)).path)
+    assert all(found.estimate.low is None for found in (*comparison.means, *comparison.differences))
+    assert "[" not in to_markdown(comparison)
+
+
+def test_the_table_has_every_run_and_every_measure(study: Path) -> None:
+    comparison = _read(study)
+    found = list(csv.DictReader(io.StringIO(to_csv(comparison))))
+    assert [row["run"] for row in found] == [
+        f"countdown-{arm}-seed{seed}" for arm in ("fipo", "dapo", "grpo") for seed in (1, 2, 3)
+    ]
+    first, result = found[0], comparison.results[0]
+    for measure in MEASURES:
+        assert float(first[measure.column]) == pytest.approx(result.final(measure), rel=1e-5)
+    assert result.run is not None
+    for record in result.run.evaluations():
+        value = float(first[f"accuracy@{record.iteration}"])
+        assert value == pytest.approx(record.values["evaluation/avg_at_k"], rel=1e-5)
+    used = sum(result.run.series("tokens/used").values())
+    assert float(first["tokens_trained"]) == pytest.approx(used, rel=1e-5)
+    assert first["settings.objective.name"] == "fipo"
+    assert first["version.torch"] == VERSIONS["torch"]
+    assert first["version.commit"] == VERSIONS["commit"]
+
+
+def test_weights_of_an_objective_without_weights_are_empty(study: Path) -> None:
+    found = {row["run"]: row for row in csv.DictReader(io.StringIO(to_csv(_read(study))))}
+    assert found["countdown-dapo-seed1"]["influence_mean"] == ""
+    assert found["countdown-fipo-seed1"]["influence_max"] == "1.2"
+
+
+def test_the_same_runs_give_the_same_files(study: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_results([study], tmp_path / name, allow_mixed_versions=False)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["results.csv", "results.html", "results.json", "results.md"]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_json_has_runs_means_and_differences(study: Path) -> None:
+    comparison = _read(study)
+    content = json.loads(to_json(comparison))
+    assert len(content["runs"]) == 9
+    assert content["means"][0]["seeds"] == [1, 2, 3]
+    assert {found["paired_by"] for found in content["differences"]} == {"seeds and problems", "seeds"}
+    assert len(content["differences"]) == len(comparison.differences)
+
+
+def test_runs_of_other_versions_are_refused_and_shown_if_allowed(tmp_path: Path) -> None:
+    other = {**VERSIONS, "torch": "2.12.0"}
+    write_study(tmp_path, ("fipo", "dapo"), (1, 2), versions={"countdown-dapo-seed2": other})
+    with pytest.raises(
+        UserError, match=r"different versions \(torch 2\.12\.0 and 2\.13\.0\).*--allow-mixed-versions"
+    ):
+        _read(tmp_path)
+    found = {row["run"]: row["version.torch"] for row in rows(_read(tmp_path, allow=True))}
+    assert found["countdown-dapo-seed2"] == "2.12.0"
+    assert found["countdown-dapo-seed1"] == "2.13.0"
+
+
+def test_a_version_that_a_run_did_not_record_differs() -> None:
+    assert version_differences([{"torch": "1", "ray": "2"}, {"torch": "1"}]) == ["ray 2 and unknown"]
+    assert version_differences([VERSIONS, VERSIONS]) == []
+
+
+def test_any_runs_are_grouped_by_the_settings_in_which_they_differ(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{objective}-{lr}-{seed}", objective, seed, lr=lr)
+        for objective in ("fipo", "dapo")
+        for lr in (1e-4, 3e-4)
+        for seed in (2, 1)
+    ]
+    comparison = _read(*runs)
+    assert [variant.label for variant in comparison.variants] == [
+        "fipo, lr=0.0001",
+        "fipo, lr=0.0003",
+        "dapo, lr=0.0001",
+        "dapo, lr=0.0003",
+    ]
+    assert all(variant.seeds == [1, 2] for variant in comparison.variants)
+    pairs = {(found.first.label, found.second.label) for found in comparison.differences}
+    assert len(pairs) == 4  # those that differ in one setting, not in both
+    assert ("fipo, lr=0.0001", "dapo, lr=0.0003") not in pairs
+
+
+def test_runs_of_different_length_are_compared_where_both_were_evaluated(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{name}-{seed}", name, seed, iterations=length)
+        for name, length in (("fipo", 10), ("dapo", 20))
+        for seed in (1, 2)
+    ]
+    for run in runs:  # the same settings but for the objective: the shorter ones are in progress
+        config = (run / "config.yaml").read_text().replace("iterations: 10", "iterations: 20")
+        (run / "config.yaml").write_text(config)
+    comparison = _read(*runs)
+    assert {m.variant.label: m.iteration for m in comparison.means if m.measure is ACCURACY} == {
+        "fipo": 10,
+        "dapo": 20,
+    }
+    assert _difference(comparison, "fipo", "dapo", "accuracy").iteration == 10
+
+
+def test_a_seed_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, "fipo", 1) for name in "ab"]
+    with pytest.raises(UserError, match="seed 1 of fipo is there twice"):
+        _read(*runs)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no metrics, or no seed"):
+        _read(tmp_path)
+
+
+def test_the_time_includes_evaluations_that_no_iteration_contains(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "fipo", 1, iterations=5)
+    before = _read(run).results[0].seconds
+    MetricsLog(run).log("evaluation", 0, {"evaluation/seconds": 7.0})
+    after = _read(run).results[0].seconds
+    assert before is not None
+    assert after == pytest.approx(before + 7.0)
+
+
+def test_a_damaged_table_of_problems_is_named(tmp_path: Path) -> None:
+    write_study(tmp_path, ("fipo", "dapo"), (1,))
+    table = tmp_path / "runs/countdown-fipo-seed1/evaluations/iteration_000020.jsonl"
+    table.write_text(table.read_text() + "{}\n")
+    with pytest.raises(UserError, match=r"iteration_000020\.jsonl line 161 is not a row of an evaluation"):
+        _read(tmp_path)
