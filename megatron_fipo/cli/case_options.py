@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from megatron_fipo.cli.arguments import Parser, option_help
 from megatron_fipo.cli.streams import say
 from megatron_fipo.errors import UserError
-from megatron_fipo.plan.card_memory import DEFAULT_MACHINE
+from megatron_fipo.plan.machine import DEFAULT_MACHINE
 from megatron_fipo.plan.workload import Assumptions
 
 if TYPE_CHECKING:

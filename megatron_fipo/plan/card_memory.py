@@ -12,14 +12,12 @@ from megatron_fipo.environment import Card
 from megatron_fipo.plan.case import Case
 from megatron_fipo.plan.estimate import Breakdown, exact
 from megatron_fipo.plan.fit import fullest_stage, share_misfit
-from megatron_fipo.plan.machine import Machine
+from megatron_fipo.plan.machine import DEFAULT_MACHINE, Machine
 from megatron_fipo.plan.machine_file import load_machine, machine_names
 from megatron_fipo.plan.memory.engine import engine_memory
 from megatron_fipo.plan.memory.trainer import trainer_memory
 
 GIB = 2**30
-DEFAULT_MACHINE = "h100-80gb"
-"""Its figures stand in for a GPU of which no machine is shipped."""
 STATIC = ("weights", "gradients", "optimizer", "reference model")
 NAMED = 4
 """Parts that a sentence lists, the largest first."""

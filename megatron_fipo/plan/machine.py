@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from megatron_fipo.plan.estimate import Estimate
 
+DEFAULT_MACHINE = "h100-80gb"
+"""Its figures stand in for a GPU of which no machine is shipped."""
+
 PRECISIONS = ("bfloat16", "float32", "fp8_blockwise", "fp8_tensorwise")
 """Of matrix products."""
 
