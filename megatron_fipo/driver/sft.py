@@ -1,21 +1,21 @@
-"""`megatron-fipo sft`: supervised training from random weights, which makes the base model of a small task.
+"""`megatron-fipo sft`: supervised training of a model folder or of random weights, on rows or on generated traces.
 
 Ranks, packing, head and optimizer are those of reinforcement learning; the loss is plain cross-entropy on the response.
 """
 
 import contextlib
 import math
-import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from rich.progress import Progress
 
 from megatron_fipo.batching.packing import micro_batch_multiple, plan_micro_batches
-from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
+from megatron_fipo.batching.trajectory import Trajectory
 from megatron_fipo.checkpoint.hf_config import load_hf_config
+from megatron_fipo.checkpoint.model_folder import open_model_folder
 from megatron_fipo.checkpoint.tokenizer import load_tokenizer
 from megatron_fipo.config import (
     HeadConfig,
@@ -28,14 +28,13 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.config.card_rules import CardNeeds, card_findings, check_cards
 from megatron_fipo.driver.cluster import ray_cluster
+from megatron_fipo.driver.sft_data import SupervisedData, supervised_data
 from megatron_fipo.driver.tokenizer import pad_id
 from megatron_fipo.driver.trainer_group import SftTrainer
 from megatron_fipo.environment import this_machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.families.registry import read_architecture
 from megatron_fipo.outputs import check_new_folder
-from megatron_fipo.tasks.countdown.problems import generate_problems
-from megatron_fipo.tasks.countdown.traces import supervised_trace
 from megatron_fipo.trainer.protocol import RankSettings
 
 STEPS_PER_CALL = 20
@@ -43,9 +42,9 @@ STEPS_PER_CALL = 20
 
 
 def train(config: SftConfig) -> None:
-    """`megatron-fipo sft`: imitate generated traces and write the model to `output_dir` in Hugging Face format."""
+    """`megatron-fipo sft`: imitate responses and write the model to `output_dir` in Hugging Face format."""
     machine = this_machine()
-    source = Path(config.model_config_path)
+    source = Path(config.start)
     architecture = read_architecture(source)
     validate_sft(config, architecture, machine)
     notes = (
@@ -55,14 +54,15 @@ def train(config: SftConfig) -> None:
     )
     target = Path(config.output_dir)
     check_new_folder(target, "output_dir")
+    if config.model_path is not None:
+        open_model_folder(source)
     load_hf_config(source, trust_remote_code=False)
-    tokenizer, _ = load_tokenizer(source, trust_remote_code=False, vocab_size=architecture.vocab_size)
+    tokenizer, end_ids = load_tokenizer(source, trust_remote_code=False, vocab_size=architecture.vocab_size)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer in {source} has no end-of-sequence token; set eos_token in its tokenizer_config.json."
         )
-    traces = countdown_traces(config, tokenizer)
-    rates = [learning_rate(config, step) for step in range(config.steps)]
+    data = supervised_data(config, tokenizer, end_ids, print)
     with (
         Progress() as progress,
         ray_cluster(None, workers=config.parallel.world_size, log=progress.console.print),
@@ -71,24 +71,55 @@ def train(config: SftConfig) -> None:
     ):
         for note in notes:
             progress.console.print(note)
-        initial = Path(folder) / "initial"
-        _write_initial_model(config, initial)
+        initial = source
+        if config.model_path is None:
+            initial = Path(folder) / "initial"
+            _write_initial_model(config, initial)
         trainer = SftTrainer(_rank_settings(config, initial), int(machine.gpus > 0))
         stack.callback(trainer.shutdown)
         trainer.start()
         for line in trainer.describe():
             progress.console.print(line)
-        bar = progress.add_task("supervised training", total=config.steps)
-        for start in range(0, config.steps, STEPS_PER_CALL):
-            count = min(STEPS_PER_CALL, config.steps - start)
-            batches = [_plan(_take(traces, config.tokens_per_step), config) for _ in range(count)]
-            losses = trainer.train_steps(batches, rates[start : start + count], pad_id(tokenizer))
-            progress.update(
-                bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}"
-            )
+        _train(config, trainer, data, pad_id(tokenizer), progress)
         target.parent.mkdir(parents=True, exist_ok=True)
         trainer.export_hf(initial, target)
     print(f"model {target}")
+
+
+def _train(
+    config: SftConfig, trainer: SftTrainer, data: SupervisedData, pad_token_id: int, progress: Progress
+) -> None:
+    """All steps, with the loss of the held-out rows before and after them."""
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    measure = _held_out_measurement(config, trainer, data.held_out, pad_token_id, progress.console.print)
+    measure("before training")
+    bar = progress.add_task("supervised training", total=config.steps)
+    for start in range(0, config.steps, STEPS_PER_CALL):
+        count = min(STEPS_PER_CALL, config.steps - start)
+        batches = [_plan(_take(data.training, config.tokens_per_step), config) for _ in range(count)]
+        losses = trainer.train_steps(batches, rates[start : start + count], pad_token_id)
+        progress.update(
+            bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}"
+        )
+    measure(f"after {config.steps} steps")
+
+
+def _held_out_measurement(
+    config: SftConfig,
+    trainer: SftTrainer,
+    held_out: Sequence[Trajectory],
+    pad_token_id: int,
+    log: Callable[[str], Any],
+) -> Callable[[str], None]:
+    """A function that logs the loss of the held-out rows, and when it was measured; it does nothing if there are none."""
+    plan = _plan(held_out, config) if held_out else None
+
+    def measure(when: str) -> None:
+        if plan is not None:
+            loss = trainer.supervised_loss(plan, pad_token_id)
+            log(f"held-out loss {when}: {loss:.4f} per response token, {len(held_out):,} rows")
+
+    return measure
 
 
 def _write_initial_model(config: SftConfig, target: Path) -> None:
@@ -97,28 +128,7 @@ def _write_initial_model(config: SftConfig, target: Path) -> None:
 
     from megatron_fipo.checkpoint.random_weights import write_random_model
 
-    write_random_model(Path(config.model_config_path), target, config.seed, getattr(torch, config.dtype))
-
-
-def countdown_traces(config: SftConfig, tokenizer: object) -> Iterator[Trajectory]:
-    """An endless stream: the training problems in shuffled epochs, each time with a new trace."""
-    problems = generate_problems(config.data.train_size, held_out=False, seed=config.seed)
-    rng = random.Random(f"supervised {config.seed}")
-    while True:
-        rng.shuffle(problems)
-        for problem in problems:
-            prompt = tokenizer.encode(problem.prompt, add_special_tokens=False)  # type: ignore[attr-defined]
-            response = tokenizer.encode(supervised_trace(problem, rng), add_special_tokens=False)  # type: ignore[attr-defined]
-            response = [*response, tokenizer.eos_token_id]  # type: ignore[attr-defined]
-            yield Trajectory(
-                str(problem),
-                np.array(prompt, dtype=np.int32),
-                np.array(response, dtype=np.int32),
-                np.ones(len(response), dtype=np.int8),
-                np.zeros(len(response), dtype=np.float32),
-                [VersionSpan(0, 0, len(response))],
-                "stop",
-            )
+    write_random_model(Path(config.start), target, config.seed, getattr(torch, config.dtype))
 
 
 def learning_rate(config: SftConfig, step: int) -> float:
@@ -138,12 +148,12 @@ def _take(traces: Iterator[Trajectory], tokens: int) -> list[Trajectory]:
     return taken
 
 
-def _plan(traces: list[Trajectory], config: SftConfig) -> list[list[list[Trajectory]]]:
+def _plan(traces: Sequence[Trajectory], config: SftConfig) -> list[list[list[Trajectory]]]:
     parallel = config.parallel
     plan = plan_micro_batches(
         [trace.length for trace in traces],
         data_parallel_size=parallel.data_parallel_size,
-        token_budget=2 * config.tokens_per_step,
+        token_budget=config.micro_batch_tokens,
         length_multiple=parallel.length_multiple,
         count_multiple=micro_batch_multiple(
             parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size

@@ -343,6 +343,11 @@ class SftTrainer(TrainerGroup):
         answers = self.call(SftRank.train_steps, put_once(batches), rates, pad_token_id)
         return next(losses for losses in answers if losses is not None)
 
+    def supervised_loss(self, batch: "list[list[list[Trajectory]]]", pad_token_id: int) -> float:
+        """Mean cross-entropy per response token of a batch, without an update."""
+        answers = self.call(SftRank.supervised_loss, put_once(batch), pad_token_id)
+        return next(loss for loss in answers if loss is not None)
+
 
 def put_once(value: Value) -> Value:
     """Store a large argument once for all ranks: a reference, which Ray replaces by the value on the rank."""

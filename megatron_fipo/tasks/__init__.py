@@ -8,6 +8,8 @@
     prompt_encoder.py   a prompt to text and token ids
     chat_template.py    the names that a chat template reads
     prompt_file.py      problems from rows
+    supervised_rows.py  prompts with responses to imitate, from rows
+    located_rows.py     the rows of a set with their places
     row_files.py        the files of a set: shards, folders, patterns
     row_reader.py       a file (parquet, JSON lines, Arrow) as a stream of rows
     arrow_types.py      which of its columns have values of JSON

@@ -5,21 +5,17 @@ repeats 17 thousand prompts about a hundred times.
 """
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_fipo.config import Config, EvaluationSet, TrainingSet
 from megatron_fipo.errors import UserError
-from megatron_fipo.field_rules import is_import_path
 from megatron_fipo.tasks.dataset import digest
+from megatron_fipo.tasks.located_rows import located_rows
 from megatron_fipo.tasks.row import ColumnNames, parse_row
-from megatron_fipo.tasks.row_files import row_files
-from megatron_fipo.tasks.row_function import function_rows
 from megatron_fipo.tasks.row_notes import RowNotes
-from megatron_fipo.tasks.row_reader import ROW_UNITS, read_rows, wanted_of
+from megatron_fipo.tasks.row_reader import ROW_UNITS, wanted_of
 from megatron_fipo.tasks.task import EncodePrompt, Log, Problem, PromptTooLongError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +72,8 @@ def read_problems(settings: RowSettings, encode: EncodePrompt, log: Log = logger
     unit = ROW_UNITS.get(settings.source, "row")
     notes = RowNotes(settings.title, unit, log)
     different = 0
-    for located in _rows(settings, notes):
+    wanted = wanted_of(settings.names, settings.keep_columns)
+    for located in located_rows(settings.path, settings.source, wanted):
         row = parse_row(located.where, located.values, settings.names, settings.answer)
         repeats = notes.repeats(located.label, row)
         if repeats and settings.deduplicate:
@@ -95,6 +92,7 @@ def read_problems(settings: RowSettings, encode: EncodePrompt, log: Log = logger
         content = digest(row.prompt, row.ground_truth, row.data_source, row.index).hex()
         columns = _json_columns(located.values, notes.left_out) if settings.keep_columns else {}
         problems[name] = Problem(name, prompt_ids, text, row.ground_truth, row.data_source, content, columns)
+    notes.left_out |= wanted.left_out
     if settings.overlong == "error":
         notes.refuse_too_long()
     if not notes.rows:
@@ -107,38 +105,6 @@ def read_problems(settings: RowSettings, encode: EncodePrompt, log: Log = logger
         )
     notes.report_equal_texts(different, problems.values())
     return list(problems.values())
-
-
-class _Located(NamedTuple):
-    where: str
-    """Names the row in errors."""
-    label: str
-    """Names it in messages about the set: its number, or file and number if there are several files."""
-    number: int
-    """Of one file as the file counts; of several files, from 0 over all of them."""
-    values: Mapping[str, Any]
-
-
-def _rows(settings: RowSettings, notes: RowNotes) -> Iterator[_Located]:
-    if is_import_path(settings.source):
-        for number, values in function_rows(settings.source, settings.path, os.getcwd()):
-            where = f"{settings.title} row {number}" + (
-                "" if settings.path is None else f" of {settings.source}"
-            )
-            yield _Located(where, str(number), number, values)
-        return
-    assert settings.path is not None
-    unit, wanted = ROW_UNITS[settings.source], wanted_of(settings.names, settings.keep_columns)
-    files, position = row_files(Path(settings.path), settings.source), 0
-    for file in files:
-        for number, values in read_rows(file, settings.source, wanted):
-            where = f"{file} {unit} {number}"
-            if len(files) == 1:
-                yield _Located(where, str(number), number, values)
-            else:
-                yield _Located(where, f"{file.name}:{number}", position, values)
-            position += 1
-    notes.left_out |= wanted.left_out
 
 
 def _json_columns(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:

@@ -65,6 +65,16 @@ LIKELY_COLUMNS: Mapping[str, Sequence[str]] = {
         "output",
         "solution",
     ),
+    "response": (
+        "response",
+        "completion",
+        "chosen",
+        "messages",
+        "conversations",
+        "output",
+        "answer",
+        "solution",
+    ),
 }
 """What published files call the required columns, the likeliest first."""
 
@@ -97,9 +107,9 @@ def parse_row(
     json_columns: list[str] = []
     if names.prompt not in row and names.prompt.partition(".")[0] not in row:
         raise UserError(f"{where} has no `{names.prompt}`; {columns_advice('prompt', list(row))}")
-    prompt, was_json = _prompt(where, names.prompt, _value(where, row, names.prompt, json_columns))
+    prompt, was_json = as_prompt(where, names.prompt, value_of(where, row, names.prompt, json_columns))
     key = names.ground_truth
-    answer = as_text(where, key, _value(where, row, key, json_columns))
+    answer = as_text(where, key, value_of(where, row, key, json_columns))
     if answer is None or is_blank(answer):
         raise UserError(
             f"{where} has no `{key}`; give every row an answer ({columns_advice('ground_truth', list(row))})"
@@ -115,9 +125,9 @@ def parse_row(
         prompt=prompt,
         prompt_was_json=was_json,
         ground_truth=answer,
-        data_source=as_text(where, names.data_source, _value(where, row, names.data_source, json_columns))
+        data_source=as_text(where, names.data_source, value_of(where, row, names.data_source, json_columns))
         or "",
-        index=as_text(where, names.id, _value(where, row, names.id, json_columns)),
+        index=as_text(where, names.id, value_of(where, row, names.id, json_columns)),
         json_columns=tuple(json_columns),
     )
 
@@ -163,8 +173,8 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _prompt(where: str, key: str, value: Any) -> tuple[Prompt, bool]:
-    """The prompt, and whether it was JSON text of messages."""
+def as_prompt(where: str, key: str, value: Any) -> tuple[Prompt, bool]:
+    """The value as a prompt, and whether it was JSON text of messages. Raises `UserError` that names `where` and `key`."""
     if isinstance(value, list):
         return _messages(where, key, value), False
     if isinstance(value, str) and not is_blank(value):
@@ -205,7 +215,7 @@ def is_blank(text: str) -> bool:
     return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
-def _value(where: str, row: Mapping[str, Any], name: str, json_columns: list[str]) -> Any:
+def value_of(where: str, row: Mapping[str, Any], name: str, json_columns: list[str]) -> Any:
     """What a row has under a column, or under a field of an object; None if there is none.
 
     The names of objects that are stored as JSON text are added to `json_columns`.

@@ -113,17 +113,7 @@ class RowNotes:
                 f"{title}: rewards do not get the columns {listed(sorted(self.left_out), 12)}, whose values are not texts, "
                 "numbers, lists or objects"
             )
-        if self.as_messages and not encode.has_chat_template:
-            log(
-                f"{title}: the tokenizer has no chat template, so the {self.as_messages:,} prompts stored as a "
-                "message of the user are its content alone"
-            )
-        texts = self.rows - self.as_messages
-        if texts and encode.has_chat_template and not encode.wraps_texts:
-            log(
-                f"{title}: {texts:,} prompts are plain text and are used without the chat template; "
-                "data.text_prompts=user_message makes messages of them"
-            )
+        report_forms(title, self.rows - self.as_messages, self.as_messages, encode, log)
 
     def report_equal_texts(self, different: int, problems: Iterable[Problem]) -> None:
         """Report if the problems have fewer texts than there are different prompts among them."""
@@ -133,3 +123,17 @@ class RowNotes:
                 f"{self.title}: {same:,} of {different:,} different prompts have the formatted text of another one; "
                 "check the chat template"
             )
+
+
+def report_forms(title: str, texts: int, messages: int, encode: EncodePrompt, log: Log) -> None:
+    """How many prompts of a set are used in another form than stored, or without the chat template that there is."""
+    if messages and not encode.has_chat_template:
+        log(
+            f"{title}: the tokenizer has no chat template, so the {messages:,} prompts stored as a "
+            "message of the user are its content alone"
+        )
+    if texts and encode.has_chat_template and not encode.wraps_texts:
+        log(
+            f"{title}: {texts:,} prompts are plain text and are used without the chat template; "
+            "data.text_prompts=user_message makes messages of them"
+        )

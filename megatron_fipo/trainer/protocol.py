@@ -165,3 +165,6 @@ class SftRank(TrainerRank, Protocol):
         self, batches: "list[list[list[list[Trajectory]]]]", rates: list[float], pad_token_id: int
     ) -> list[float] | None:
         """One optimizer step per batch ([data-parallel rank][micro-batch][trajectory]); losses, from the reporting rank."""
+
+    def supervised_loss(self, batch: "list[list[list[Trajectory]]]", pad_token_id: int) -> float | None:
+        """Cross-entropy of the batch's responses without an update (collective), from the reporting rank. Shaped as one batch."""

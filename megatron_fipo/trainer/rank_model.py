@@ -1,8 +1,9 @@
 """One rank's model and optimizer: scoring, policy steps and supervised steps through Megatron-Core's schedule.
 
 `log_probs` scores responses, `policy_step` takes one optimizer step on the FIPO family of losses, `supervised_step` one
-on plain cross-entropy. All three run the same forward over `PackedShard`s through Megatron-Core's pipeline schedule, so
-every combination of tensor, sequence, pipeline, context and data parallelism is configuration.
+on plain cross-entropy, which `supervised_loss` measures. All run the same forward over `PackedShard`s through
+Megatron-Core's pipeline schedule, so every combination of tensor, sequence, pipeline, context and data parallelism is
+configuration.
 
 Normalization happens once: the loss function returns a sum and a count (`calculate_per_token_loss`), Megatron sums
 gradients and counts over micro-batches and over the data × context ranks, and divides at the end.
@@ -223,6 +224,20 @@ class RankModel:
             return {"loss": total / max(tokens, 1.0), "tokens": tokens}
 
         return StepResult(grad_norm, skipped, [], read)
+
+    def supervised_loss(self, shards: Sequence[PackedShard]) -> float | None:
+        """Cross-entropy per response row without an update, averaged as in `supervised_step`; None before the last stage.
+
+        One all-reduce of two numbers over the data × context ranks.
+        """
+        log_probs = self.log_probs(shards)
+        if not self.is_last_stage:
+            return None
+        rows = torch.cat(log_probs).double()
+        sums = torch.stack((-rows.sum(), torch.full_like(rows.sum(), rows.numel())))
+        torch.distributed.all_reduce(sums, group=self.statistics_group)
+        total, tokens = sums.tolist()
+        return total / max(tokens, 1.0)
 
     def _update(
         self,

@@ -23,3 +23,8 @@ class SftWorker(MegatronRank, SftRank):
             results.append(self.policy.supervised_step(self.shards(mine, pad_token_id), lr))
         losses = [result.statistics.get("loss", math.nan) for result in results]
         return losses if self.reports else None
+
+    def supervised_loss(self, batch: list[list[list[Trajectory]]], pad_token_id: int) -> float | None:
+        mine = batch[parallel_state.get_data_parallel_rank()]
+        loss = self.policy.supervised_loss(self.shards(mine, pad_token_id))
+        return loss if self.reports else None

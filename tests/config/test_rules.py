@@ -452,6 +452,36 @@ class TestValidate:
         with pytest.raises(UserError, match="needs dtype=bfloat16, not float32"):
             validate_sft(sft("layer_spec=transformer_engine"), ARCHITECTURE, Machine(cpus=1, gpus=1))
 
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["model_config_path=m"], "both given"),
+            (["model_path=null"], "both absent"),
+            (["data.source=countdown"], r"remove data\.path"),
+            (["data.path=null"], r"data\.source=jsonl needs data\.path"),
+            (["data.held_out_path=b", "data.held_out_share=0.1"], "are both given"),
+            (["data.max_length=65"], r"data\.max_length=65 must be at most tokens_per_step=64"),
+            (
+                ["parallel.context_parallel_size=2", "data.max_length=63", "max_tokens_per_micro_batch=63"],
+                r"data\.max_length=63 \(64 as a multiple of 4\) must be at most max_tokens_per_micro_batch=63",
+            ),
+            (
+                ["data.max_length=40000", "tokens_per_step=40000"],
+                "exceeds the model's max_position_embeddings",
+            ),
+        ],
+    )
+    def test_supervised_rows(self, overrides, message):
+        given = ["model_path=m", "output_dir=o", "data.source=jsonl", "data.path=a", "data.max_length=64"]
+        given += ["tokens_per_step=64"]
+        validate_sft(load_config(None, given, SftConfig), ARCHITECTURE)
+        with pytest.raises(UserError, match=message):
+            validate_sft(load_config(None, [*given, *overrides], SftConfig), ARCHITECTURE)
+
+    def test_supervised_rows_of_a_function_need_no_file(self):
+        given = ["model_path=m", "output_dir=o", "data.source=my_rows:rows"]
+        validate_sft(load_config(None, given, SftConfig), ARCHITECTURE)
+
     def test_every_number_of_the_schema_has_a_range(self):
         kinds = (int, float, int | None, float | None)
         numbers = [

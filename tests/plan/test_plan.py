@@ -40,6 +40,7 @@ RECIPES = [
     EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")
 ]
 RECIPES += [EXAMPLES / "countdown-tool/calculator", EXAMPLES / "countdown-moe/fipo"]
+RECIPES += [EXAMPLES / "smollm-math" / name for name in ("fipo", "dapo", "grpo")]
 RECIPES += [EXAMPLES / "qwen2.5-32b" / name for name in ("fipo", "dapo", "grpo", "fipo-32gpu")]
 RECIPES += [EXAMPLES / "qwen2.5-7b-math" / name for name in ("fipo", "dapo", "grpo", "fipo-8gpu")]
 RECIPES += [EXAMPLES / "qwen3-30b-a3b" / name for name in ("fipo", "dapo")]
@@ -73,7 +74,8 @@ def printed(config: Config) -> str:
 class TestShippedRecipes:
     def test_none_is_forgotten(self):
         shipped = {path.with_suffix("") for path in EXAMPLES.glob("*/*.yaml")}
-        assert shipped == {*RECIPES, EXAMPLES / "countdown/sft", EXAMPLES / "countdown-moe/sft"}
+        folders = ("countdown", "countdown-moe", "smollm-math")
+        assert shipped == {*RECIPES, *(EXAMPLES / folder / "sft" for folder in folders)}
 
     @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
     def test_loads_validates_and_dry_runs(self, recipe):

@@ -263,6 +263,46 @@ def test_sft_makes_a_model_from_nothing_and_overwrites_none(tmp_path):
     assert (target / "model.safetensors").read_bytes() == before
 
 
+def test_sft_teaches_a_model_folder_the_responses_of_rows(tmp_path):
+    """From weights, on two ranks: the loss of rows that are never trained on falls, and weights change."""
+    rows = [
+        {"question": f"{a},{b},1={a + b + 1}:", "solution": f"#{a}+{b}+1"}
+        for a in range(1, 10)
+        for b in range(1, 10)
+    ]
+    path, target = tmp_path / "rows.jsonl", tmp_path / "taught"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    done = run_here(
+        "sft",
+        ROOT / "examples/countdown/sft.yaml",
+        "model_config_path=null",
+        "model_path=examples/countdown/base-model",
+        f"output_dir={target}",
+        "data.source=jsonl",
+        f"data.path={path}",
+        "data.columns.prompt=question",
+        "data.columns.response=solution",
+        "data.held_out_share=0.2",
+        "data.max_length=32",
+        "steps=30",
+        "tokens_per_step=400",
+        "max_tokens_per_micro_batch=120",
+        "optimizer.warmup_steps=1",
+        "parallel.data_parallel_size=2",
+    )
+    assert "rows.jsonl: 81 rows, on average 8 tokens of prompt and 7 of response" in done.stdout.replace(
+        "\n", ""
+    )
+    before, after = (
+        float(loss) for loss in re.findall(r"held-out loss \S+ [\w ]*: ([\d.]+) per", done.stdout)
+    )
+    assert after < 0.5 * before
+    assert "16 rows" in done.stdout
+    base = ROOT / "examples/countdown/base-model"
+    assert (target / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (target / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
+
+
 def test_evaluate_prints_accuracy_and_writes_every_response(cluster_of_runs, tmp_path):
     table = tmp_path / "table.jsonl"
     model, config = "examples/countdown/base-model", "examples/countdown/fipo.yaml"
