@@ -6,6 +6,7 @@ Ranks, packing, head and optimizer are those of reinforcement learning; the loss
 import contextlib
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ from megatron_fipo.outputs import check_new_folder
 from megatron_fipo.trainer.protocol import RankSettings
 
 STEPS_PER_CALL = 20
-"""Optimizer steps per message to the ranks."""
+"""Most optimizer steps per message to the ranks."""
+SECONDS_PER_CALL = 5.0
+"""A message has fewer steps if they would take longer: the loss is shown after each message."""
 
 
 def train(config: SftConfig) -> None:
@@ -94,13 +97,19 @@ def _train(
     measure = _held_out_measurement(config, trainer, data.held_out, pad_token_id, progress.console.print)
     measure("before training")
     bar = progress.add_task("supervised training", total=config.steps)
-    for start in range(0, config.steps, STEPS_PER_CALL):
-        count = min(STEPS_PER_CALL, config.steps - start)
+    done, count = 0, 1
+    while done < config.steps:
+        count = min(count, config.steps - done)
+        started = time.monotonic()
         batches = [_plan(_take(data.training, config.tokens_per_step), config) for _ in range(count)]
-        losses = trainer.train_steps(batches, rates[start : start + count], pad_token_id)
-        progress.update(
-            bar, advance=count, description=f"supervised training, loss {sum(losses) / count:.4f}"
-        )
+        losses = trainer.train_steps(batches, rates[done : done + count], pad_token_id)
+        done += count
+        loss = f"loss {sum(losses) / count:.4f}"
+        progress.update(bar, advance=count, description=f"supervised training, {loss}")
+        if not progress.console.is_terminal:
+            progress.console.print(f"{done:,} of {config.steps:,} steps, {loss}")
+        per_step = (time.monotonic() - started) / count
+        count = max(1, min(STEPS_PER_CALL, int(SECONDS_PER_CALL / per_step)))
     measure(f"after {config.steps} steps")
 
 

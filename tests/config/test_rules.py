@@ -479,7 +479,7 @@ class TestValidate:
             validate_sft(load_config(None, [*given, *overrides], SftConfig), ARCHITECTURE)
 
     def test_supervised_rows_of_a_function_need_no_file(self):
-        given = ["model_path=m", "output_dir=o", "data.source=my_rows:rows"]
+        given = ["model_path=m", "output_dir=o", "data.source=my_rows:rows", "data.max_length=64"]
         validate_sft(load_config(None, given, SftConfig), ARCHITECTURE)
 
     def test_every_number_of_the_schema_has_a_range(self):
