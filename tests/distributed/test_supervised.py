@@ -43,7 +43,11 @@ def truth():
         scored = [log_probs for log_probs, _ in hf_log_probs(model, examples(), 1.0)]
         loss = -torch.cat(scored).mean()
         loss.backward()
-        yield path, float(loss.detach()), {name: parameter.grad for name, parameter in model.named_parameters()}
+        yield (
+            path,
+            float(loss.detach()),
+            {name: parameter.grad for name, parameter in model.named_parameters()},
+        )
 
 
 def step_on_rank(rank, world_size, folder, parallel):
