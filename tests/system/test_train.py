@@ -290,9 +290,7 @@ def test_sft_teaches_a_model_folder_the_responses_of_rows(tmp_path):
         "optimizer.warmup_steps=1",
         "parallel.data_parallel_size=2",
     )
-    assert "rows.jsonl: 81 rows, on average 8 tokens of prompt and 7 of response" in done.stdout.replace(
-        "\n", ""
-    )
+    assert "rows.jsonl: 81 rows, on average 9 tokens of prompt and 7 of response" in done.stdout
     before, after = (
         float(loss) for loss in re.findall(r"held-out loss \S+ [\w ]*: ([\d.]+) per", done.stdout)
     )
