@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fipo.objective.kernels import OLDEST_CAPABILITY
 from tools.check import machine
 from tools.check.machine import Gpu, check_packages, describe_machine, usable_gpu
 from tools.check.sections import PART_LIMIT_S, PARTS, SECTIONS, choose
@@ -73,6 +74,7 @@ def test_a_gpu_that_is_absent_or_too_old_is_refused(gpu, message):
 
 
 def test_a_gpu_from_ampere_on_is_taken():
+    assert machine.OLDEST_CAPABILITY == OLDEST_CAPABILITY
     assert usable_gpu(replace(H200, capability=(8, 0))).capability == (8, 0)
     assert usable_gpu(H200) is H200
 

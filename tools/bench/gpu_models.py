@@ -65,6 +65,7 @@ def planned(bench: Bench, shape: Shape, model: ModelConfig, lengths: Lengths, of
     config.batch.prompts_per_iteration = config.batch.mini_batch_prompts = 1
     config.batch.responses_per_prompt, config.batch.max_tokens_per_micro_batch = len(prompts), tokens
     config.rollout.max_prompt_length, config.rollout.max_response_length = prompts[0], responses[0]
+    config.rollout.placement = "separate"
     machine = load_machine("h200" if bench.on_gpu else "cpu")
     if bench.on_gpu:
         machine = replace(machine, device=torch.cuda.get_device_name(bench.device))

@@ -63,6 +63,7 @@ PARTS = {
         _tests("model", 40.0, 100.0, 60.0),
         _tests("scores", 60.0, 110.0, 50.0),
         _tests("checksum", 8.0, 20.0, 20.0),
+        _tests("decoding", 25.0, 50.0, 40.0),
         _bench("resume", "gpu_checkpoint", 30.0, 60.0, 60.0, correctness=True),
         _bench("offload", "gpu_offload", 45.0, 90.0, 90.0, correctness=True),
         _bench("lengths", "gpu_lengths", 45.0, 90.0, 90.0, correctness=True),
@@ -82,7 +83,8 @@ PARTS = {
             70.0,
             one_each=("BF16", "FP8 blockwise", "FP8 tensorwise"),
         ),
-        _bench("fp8", "gpu_fp8", 75.0, 110.0, 70.0),
+        _bench("fp8", "gpu_fp8", 60.0, 100.0, 70.0),
+        _bench("rollouts", "local_engine", 40.0, 70.0, 70.0, one_each=("0.6M",)),
     ),
 }
 SECTIONS = tuple(chain.from_iterable(PARTS.values()))
