@@ -198,7 +198,7 @@ def package_versions() -> dict[str, str]:
 
 @cache
 def source_commit(root: Path = Path(__file__).parents[1]) -> str | None:
-    """The git commit of a source tree, with `+changes` if files of the package differ from it; None if it is no repository.
+    """The last git commit that changed the package, with `+changes` if its files differ from it; None if it is no repository.
 
     Read once: a process runs the sources that it started with.
     """
@@ -210,7 +210,7 @@ def source_commit(root: Path = Path(__file__).parents[1]) -> str | None:
                 ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=30
             ).stdout.strip()
             for words in (
-                ("rev-parse", "HEAD"),
+                ("log", "-1", "--format=%H", "--", Path(__file__).parent.name),
                 ("status", "--porcelain", "--untracked-files=no", "--", Path(__file__).parent.name),
             )
         )

@@ -22,6 +22,8 @@ def test_the_commit_of_a_source_tree(tmp_path: Path) -> None:
     _git(tmp_path, "commit", "-q", "-m", "first")
     commit = _git(tmp_path, "rev-parse", "HEAD")[:12]
     (tmp_path / "notes.txt").write_text("not of the package")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "second")
     source_commit.cache_clear()
     assert source_commit(tmp_path) == commit
     source.write_text("a = 2\n")
