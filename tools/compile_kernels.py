@@ -3,7 +3,7 @@
     python -m tools.compile_kernels                    # compute capability 9.0
     python -m tools.compile_kernels --arch 100
 
-The kernels are those that the loss and the head launch: both run here on small CPU tensors while launches are only recorded,
+The kernels are those that the loss, the head and SwiGLU launch: they run here on small CPU tensors while launches are only recorded,
 so that types, constants and numbers of warps are the real ones. Exits with 1 if a kernel spills registers or uses a stack.
 """
 
@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_fipo.config import HeadConfig
 from megatron_fipo.model.logprob_head import triton_passes  # noqa: F401  (compiled kernels, not interpreted ones)
+from megatron_fipo.model.swiglu import SwiGLU, triton_kernels  # noqa: F401
 from megatron_fipo.objective.future_kl import scan_future_kl
 from megatron_fipo.objective.kernels import triton_loss  # noqa: F401
 from tests.gpu.head_inputs import random_head_inputs, run_head
@@ -102,6 +103,17 @@ def head_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
                 name = f"head {dtype}{', bonus' * bonus}{', kept' * bool(megabytes)}".replace("torch.", "")
                 inputs = random_head_inputs(bench, settings, dtype, bonus)
                 yield name, lambda inputs=inputs: run_head(inputs)
+
+
+def activation_scenarios() -> Iterator[tuple[str, Callable[[], object]]]:
+    """SwiGLU forward and backward."""
+
+    def run(dtype: torch.dtype) -> None:
+        given = torch.randn(16, 2 * 4_864).to(dtype).requires_grad_()
+        SwiGLU("triton")(given).sum().backward()
+
+    for dtype in (torch.bfloat16, torch.float32):
+        yield f"swiglu {dtype}".replace("torch.", ""), lambda dtype=dtype: run(dtype)
 
 
 def recorded_launches(scenarios: Iterable[tuple[str, Callable[[], object]]]) -> list[Launch]:
@@ -204,7 +216,7 @@ def main() -> int:
     arch = options.parse_args().arch
     print(f"Triton {triton.__version__}, sm_{arch}\n")
     heads = ("kernel", "first launched by", "warps", "registers", "stack", "spills", "shared memory")
-    launches = recorded_launches(chain(loss_scenarios(), head_scenarios()))
+    launches = recorded_launches(chain(loss_scenarios(), head_scenarios(), activation_scenarios()))
     usages = [compile_launch(launch, arch) for launch in launches]
     rows = (
         (
