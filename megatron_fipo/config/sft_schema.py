@@ -39,6 +39,8 @@ class SftDataConfig:
     """Rows above max_length: refused, or left out and counted."""
     train_size: int = number(4000, least=1)
     """Problems to write traces for (countdown). The held-out problems are never among them."""
+    numbers: int = number(3, least=3, most=4)
+    """Numbers in each problem (countdown), as data.numbers of `train`."""
 
 
 @dataclass

@@ -85,6 +85,8 @@ class DataConfig:
     """Problems to generate for training (countdown)."""
     evaluation_size: int = number(150, least=1)
     """Held-out problems to generate (countdown)."""
+    numbers: int = number(3, least=3, most=4)
+    """Numbers in each generated problem (countdown). Searches with four are about three times as long as with three."""
 
 
 @dataclass

@@ -90,7 +90,8 @@ def countdown_traces(config: SftConfig, tokenizer: Any) -> Iterator[Trajectory]:
         raise UserError(
             "the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json."
         )
-    problems = generate_problems(config.data.train_size, held_out=False, seed=config.seed)
+    data = config.data
+    problems = generate_problems(data.train_size, numbers=data.numbers, held_out=False, seed=config.seed)
     rng = random.Random(f"supervised {config.seed}")
     while True:
         rng.shuffle(problems)

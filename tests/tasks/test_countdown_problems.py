@@ -8,8 +8,11 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_fipo.errors import UserError
@@ -23,12 +26,15 @@ from megatron_fipo.tasks.countdown.problems import (
 )
 from megatron_fipo.tasks.countdown.scorer import score_countdown
 from megatron_fipo.tasks.countdown.tokenizer import CHARACTERS, build_tokenizer, save_tokenizer
-from megatron_fipo.tasks.countdown.traces import supervised_trace
+from megatron_fipo.tasks.countdown.traces import STYLES, TraceStyle, supervised_trace
 from megatron_fipo.tasks.task import Problem
 from tests.completions import scored
 
 TRAIN = generate_problems(4000, held_out=False, seed=1)
 HELD_OUT = generate_problems(150, held_out=True, seed=1)
+FOUR = generate_problems(4000, numbers=4, held_out=False, seed=1)
+FOUR_HELD_OUT = generate_problems(150, numbers=4, held_out=True, seed=1)
+SEARCH = TraceStyle(0.0, (0.0, 0.0))
 
 
 def accuracy(problem: CountdownProblem, response: str) -> float:
@@ -47,29 +53,32 @@ def test_expressions_are_worked_out_left_to_right():
     assert attempt(expression, 26) == "3*7=21+5=26-26=0;"
     assert evaluate(parsed("3+7*5")) == 50
     assert attempt(parsed("3-7*5"), 7) == "3-7=-4*5=-20-7=-27;"
+    assert attempt(parsed("3*7+5*2"), 40) == "3*7=21+5=26*2=52-40=12;"
 
 
 def test_problems_are_what_the_task_says():
-    for problem in TRAIN + HELD_OUT:
+    for count, problem in [(3, p) for p in TRAIN + HELD_OUT] + [(4, p) for p in FOUR + FOUR_HELD_OUT]:
+        assert len(problem.numbers) == count
         assert all(1 <= number <= 9 for number in problem.numbers)
         assert 1 <= problem.target <= 99
-        assert (
-            accuracy(problem, supervised_trace(problem, random.Random(0), right_probability=1.0)) == 1.0
-        )  # solvable
+        assert accuracy(problem, supervised_trace(problem, random.Random(0), SEARCH)) == 1.0  # solvable
         assert CountdownProblem.parse(str(problem)) == problem
     assert re.fullmatch(r"\d,\d,\d=\d{1,2}:", TRAIN[0].prompt)
+    assert re.fullmatch(r"\d,\d,\d,\d=\d{1,2}:", FOUR[0].prompt)
 
 
-def test_no_problem_is_in_both_splits_whatever_the_seed_or_the_order_of_numbers():
+@pytest.mark.parametrize("numbers", [3, 4])
+def test_no_problem_is_in_both_splits_whatever_the_seed_or_the_order_of_numbers(numbers):
     def keys(problems):
         return {(tuple(sorted(p.numbers)), p.target) for p in problems}
 
     for seed in (1, 2):
-        assert not keys(generate_problems(4000, held_out=False, seed=seed)) & keys(
-            generate_problems(450, held_out=True, seed=3)
+        assert not keys(generate_problems(4000, numbers=numbers, held_out=False, seed=seed)) & keys(
+            generate_problems(450, numbers=numbers, held_out=True, seed=3)
         )
     assert len(keys(HELD_OUT)) == 150  # no problem twice in another order while unused ones are left
-    assert len(set(TRAIN)) == 4000
+    assert len(set(TRAIN)) == len(set(FOUR)) == 4000
+    assert len(keys(FOUR_HELD_OUT)) == 150
 
 
 def test_generation_depends_on_the_seed_and_on_nothing_else():
@@ -77,12 +86,12 @@ def test_generation_depends_on_the_seed_and_on_nothing_else():
     assert generate_problems(50, held_out=False, seed=2) != TRAIN[:50]
     code = (
         "from megatron_fipo.tasks.countdown.problems import *;"
-        "print([str(p) for p in generate_problems(20, held_out=False, seed=1)])"
+        "print([str(p) for n in (3, 4) for p in generate_problems(20, numbers=n, held_out=False, seed=1)])"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
     ).stdout
-    assert other.strip() == str([str(p) for p in TRAIN[:20]])
+    assert other.strip() == str([str(p) for p in TRAIN[:20] + FOUR[:20]])
 
 
 def test_more_problems_than_there_are_is_refused():
@@ -90,39 +99,58 @@ def test_more_problems_than_there_are_is_refused():
         generate_problems(9999, held_out=True, seed=1)
 
 
-def test_traces_search_honestly_and_often_give_up():
+def honest_attempts(problem, trace):
+    """The attempts of a trace, each as the problem and the rules demand, and only the last one may be right."""
+    work, answer = trace.split("#")
+    attempts = work.split(";")[:-1]
+    assert len(set(attempts)) == len(attempts)
+    for step in attempts:
+        expression = re.sub(r"=-?\d+", "", step).rpartition("-")[0]
+        tried = parsed(expression)
+        assert attempt(tried, problem.target) == step + ";"
+        assert tried.numbers == problem.numbers
+        assert (evaluate(tried) == problem.target) == (
+            step == attempts[-1] and accuracy(problem, "#" + answer) == 1.0
+        )
+    return attempts
+
+
+@pytest.mark.parametrize(
+    ("problems", "first_right", "right", "length"),
+    [(TRAIN, (0.22, 0.28), (0.45, 0.6), (34, 46)), (FOUR, (0.1, 0.14), (0.45, 0.6), (90, 120))],
+)
+def test_traces_search_honestly_and_often_give_up(problems, first_right, right, length):
     rng = random.Random(5)
-    traces = [(problem, supervised_trace(problem, rng)) for problem in TRAIN]
-    first_right = lengths = 0
-    for problem, trace in traces:
-        work, answer = trace.split("#")
-        attempts = work.split(";")[:-1]
-        assert len(set(attempts)) == len(attempts)
-        for step in attempts:
-            match = re.fullmatch(r"(\d[-+*]\d)=-?\d+([-+*]\d)=(-?\d+)-(\d+)=(-?\d+)", step)
-            assert match
-            tried = parsed(match[1] + match[2])
-            assert attempt(tried, problem.target) == step + ";"
-            assert tried.numbers == problem.numbers
-            assert (int(match[3]) == problem.target) == (
-                step == attempts[-1] and accuracy(problem, "#" + answer) == 1.0
-            )
-        first_right += attempts[0].endswith("=0")
-        lengths += len(trace) + 1
-    assert 0.22 < first_right / len(traces) < 0.28
-    assert 0.45 < sum(accuracy(p, t) for p, t in traces) / len(traces) < 0.6
-    assert 34 < lengths / len(traces) < 46
+    traces = [(problem, supervised_trace(problem, rng)) for problem in problems]
+    firsts = [honest_attempts(problem, trace)[0].endswith("=0") for problem, trace in traces]
+    for measured, (low, high) in (
+        (sum(firsts) / len(traces), first_right),
+        (sum(accuracy(p, t) for p, t in traces) / len(traces), right),
+        (sum(len(trace) + 1 for _, trace in traces) / len(traces), length),
+    ):
+        assert low < measured < high
 
 
-def test_patience_buys_accuracy_with_length():
+@given(st.sampled_from(FOUR + TRAIN), st.integers(0, 2**32))
+def test_a_trace_without_giving_up_is_right_and_within_the_context_of_the_model(problem, seed):
+    trace = supervised_trace(problem, random.Random(seed), SEARCH)
+    assert accuracy(problem, trace) == 1.0
+    assert len(honest_attempts(problem, trace)) <= 17
+    assert len(problem.prompt + trace) < 512
+
+
+@pytest.mark.parametrize("problems", [TRAIN, FOUR])
+def test_patience_buys_accuracy_with_length(problems):
+    usual = STYLES[len(problems[0].numbers)]
+
     def measure(give_up):
-        rng = random.Random(5)
-        traces = [
-            (p, supervised_trace(p, rng, give_up_probabilities=(give_up, give_up))) for p in TRAIN[:1000]
-        ]
+        rng, style = random.Random(5), replace(usual, give_up_probabilities=(give_up, give_up))
+        traces = [(p, supervised_trace(p, rng, style)) for p in problems[:1000]]
         return sum(accuracy(p, t) for p, t in traces), sum(len(t) for _, t in traces)
 
-    (hasty_right, hasty_length), (patient_right, patient_length) = measure(0.6), measure(0.1)
+    (hasty_right, hasty_length), (patient_right, patient_length) = (
+        measure(give_up) for give_up in sorted(usual.give_up_probabilities, reverse=True)
+    )
     assert patient_right > 1.3 * hasty_right
     assert patient_length > 1.3 * hasty_length
 

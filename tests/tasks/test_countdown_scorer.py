@@ -70,7 +70,16 @@ def test_it_never_raises(response, finish_reason):
     assert score(response, problem(), finish_reason).reward in {0.0, 1.0}
 
 
-@pytest.mark.parametrize("ground_truth", ["26", "", "3,7,5=0", "3,7=21", "3,7,5=126", "10,7,5=26"])
+def test_four_numbers_need_an_expression_of_four():
+    assert score("#3*7+5*2", problem("3,7,5,2=52"), "stop") == Score(1.0, 1.0, "52")
+    assert score("#3*7+5+2", problem("3,7,5,2=52"), "stop") == Score(0.0, 0.0, "28")
+    assert score("#3*7+5", problem("3,7,5,2=26"), "stop") == Score(0.0, 0.0, NO_ANSWER)
+    assert score("#3*7+5*2", problem("3,7,5=52"), "stop") == Score(0.0, 0.0, NO_ANSWER)
+
+
+@pytest.mark.parametrize(
+    "ground_truth", ["26", "", "3,7,5=0", "3,7=21", "3,7,5=126", "10,7,5=26", "1,1,1,1,1=5"]
+)
 def test_a_ground_truth_that_is_no_countdown_problem_has_an_obstacle(ground_truth):
     assert "3,7,5=26" in (REWARD.obstacle(problem(ground_truth)) or "")
     assert REWARD.obstacle(problem("3,7,5=26")) is None

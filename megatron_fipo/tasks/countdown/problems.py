@@ -11,7 +11,8 @@ from megatron_fipo.config import Config
 from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.task import DataSource, EncodePrompt, Problem
 
-Numbers = tuple[int, int, int]
+Numbers = tuple[int, ...]
+"""Three or four numbers from 1 to 9."""
 
 OPERATORS = "+-*"
 HELD_OUT_SHARE = 0.1
@@ -20,14 +21,16 @@ HELD_OUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Expression:
-    """`a?b?c`, evaluated left to right."""
+    """`a?b?c` or `a?b?c?d`, evaluated left to right."""
 
     numbers: Numbers
-    operators: tuple[str, str]
+    operators: tuple[str, ...]
 
     def __str__(self) -> str:
-        (a, b, c), (first, second) = self.numbers, self.operators
-        return f"{a}{first}{b}{second}{c}"
+        first, *others = self.numbers
+        return f"{first}" + "".join(
+            f"{operator}{number}" for operator, number in zip(self.operators, others, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,19 @@ class CountdownProblem:
 
     @classmethod
     def parse(cls, text: str) -> "CountdownProblem | None":
-        """The problem written as `3,7,5=26`; None if `text` is not of this form."""
-        match = re.fullmatch(r"([1-9]),([1-9]),([1-9])=([1-9][0-9]?)", text, re.ASCII)
+        """The problem written as `3,7,5=26` or `3,7,5,2=52`; None if `text` is not of this form."""
+        match = re.fullmatch(r"([1-9](?:,[1-9]){2,3})=([1-9][0-9]?)", text, re.ASCII)
         if match is None:
             return None
-        a, b, c, target = map(int, match.groups())
-        return cls((a, b, c), target)
+        numbers, target = match.groups()
+        return cls(tuple(map(int, numbers.split(","))), int(target))
 
 
 def parse_expression(text: str) -> Expression | None:
     """The expression that the complete `text` is; None if it is not one."""
-    match = re.fullmatch(r"([1-9])([-+*])([1-9])([-+*])([1-9])", text, re.ASCII)
-    if match is None:
+    if re.fullmatch(r"[1-9](?:[-+*][1-9]){2,3}", text, re.ASCII) is None:
         return None
-    a, first, b, second, c = match.groups()
-    return Expression((int(a), int(b), int(c)), (first, second))
+    return Expression(tuple(map(int, text[::2])), tuple(text[1::2]))
 
 
 def _apply(left: int, operator: str, right: int) -> int:
@@ -67,31 +68,46 @@ def _apply(left: int, operator: str, right: int) -> int:
     return left - right if operator == "-" else left * right
 
 
-def _first_step(expression: Expression) -> int:
-    return _apply(expression.numbers[0], expression.operators[0], expression.numbers[1])
+def _values(expression: Expression) -> list[int]:
+    """The value after each operator, left to right, without operator precedence."""
+    value, *others = expression.numbers
+    values = []
+    for operator, number in zip(expression.operators, others, strict=True):
+        value = _apply(value, operator, number)
+        values.append(value)
+    return values
 
 
 def evaluate(expression: Expression) -> int:
     """The value, left to right, without operator precedence."""
-    return _apply(_first_step(expression), expression.operators[1], expression.numbers[2])
+    return _values(expression)[-1]
 
 
 def attempt(expression: Expression, target: int) -> str:
     """The expression evaluated and compared with the target: `3*7=21+5=26-26=0;`."""
-    (a, b, c), (first, second) = expression.numbers, expression.operators
-    value = evaluate(expression)
-    return f"{a}{first}{b}={_first_step(expression)}{second}{c}={value}-{target}={value - target};"
+    values = _values(expression)
+    steps = zip(expression.operators, expression.numbers[1:], values, strict=True)
+    work = "".join(f"{operator}{number}={value}" for operator, number, value in steps)
+    return f"{expression.numbers[0]}{work}-{target}={values[-1] - target};"
 
 
 def _orders(numbers: Numbers) -> list[Numbers]:
     """The numbers in every distinct order; the list does not depend on the order given."""
-    return sorted(set(permutations(numbers)))  # type: ignore[arg-type]
+    return sorted(set(permutations(numbers)))
 
 
 @cache
 def expressions(numbers: Numbers) -> tuple[Expression, ...]:
-    """The nine expressions with the numbers in this order."""
-    return tuple(Expression(numbers, (first, second)) for first, second in product(OPERATORS, repeat=2))
+    """The expressions with the numbers in this order: 9 with three numbers, 27 with four."""
+    return tuple(Expression(numbers, operators) for operators in product(OPERATORS, repeat=len(numbers) - 1))
+
+
+def _reachable(numbers: Numbers) -> set[int]:
+    """The targets that some expression with the numbers in this order has."""
+    values = {numbers[0]}
+    for number in numbers[1:]:
+        values = {_apply(value, operator, number) for value in values for operator in OPERATORS}
+    return {value for value in values if 1 <= value <= 99}
 
 
 def _is_held_out(numbers: Numbers, target: int) -> bool:
@@ -99,8 +115,8 @@ def _is_held_out(numbers: Numbers, target: int) -> bool:
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
-def generate_problems(size: int, *, held_out: bool, seed: int) -> list[CountdownProblem]:
-    """`size` distinct solvable problems, held out or for training; equal arguments give equal lists.
+def generate_problems(size: int, *, numbers: int = 3, held_out: bool, seed: int) -> list[CountdownProblem]:
+    """`size` distinct solvable problems of so many numbers, held out or for training; equal arguments give equal lists.
 
     Whether a problem is held out depends only on its sorted numbers and its target. Every problem occurs once
     before any occurs again with its numbers in another order. Raises `UserError` if there are fewer than
@@ -108,11 +124,11 @@ def generate_problems(size: int, *, held_out: bool, seed: int) -> list[Countdown
     """
     rng = random.Random(f"countdown {held_out} {seed}")
     orders_of: dict[tuple[Numbers, int], list[Numbers]] = {}
-    for numbers in combinations_with_replacement(range(1, 10), 3):
-        for order in _orders(numbers):
-            for target in {value for e in expressions(order) if 1 <= (value := evaluate(e)) <= 99}:
-                if _is_held_out(numbers, target) == held_out:
-                    orders_of.setdefault((numbers, target), []).append(order)
+    for chosen in combinations_with_replacement(range(1, 10), numbers):
+        for order in _orders(chosen):
+            for target in _reachable(order):
+                if _is_held_out(chosen, target) == held_out:
+                    orders_of.setdefault((chosen, target), []).append(order)
     ranked: list[tuple[int, float, CountdownProblem]] = []
     for (_, target), orders in sorted(orders_of.items()):
         rng.shuffle(orders)
@@ -125,9 +141,10 @@ def generate_problems(size: int, *, held_out: bool, seed: int) -> list[Countdown
 
 
 def _problems(config: Config, encode: EncodePrompt, *, held_out: bool) -> list[Problem]:
-    size, seed = config.data.evaluation_size if held_out else config.data.train_size, config.seed
+    data = config.data
+    size = data.evaluation_size if held_out else data.train_size
     problems = []
-    for problem in generate_problems(size, held_out=held_out, seed=seed):
+    for problem in generate_problems(size, numbers=data.numbers, held_out=held_out, seed=config.seed):
         text, prompt_ids = encode(f"countdown problem {problem}", problem.prompt)
         problems.append(
             Problem(str(problem), prompt_ids, text, ground_truth=str(problem), data_source="countdown")

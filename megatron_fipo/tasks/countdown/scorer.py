@@ -7,7 +7,7 @@ from megatron_fipo.tasks.task import NO_ANSWER, Completion, Problem, Reward, Sco
 def score_countdown(completion: Completion) -> Score:
     """1 if the response is not truncated and ends with a single `#` and a right expression, else 0.
 
-    An expression `a?b?c`, ? one of + - *, is right if it has the problem's numbers in their order and its
+    An expression `a?b?c` or `a?b?c?d`, ? one of + - *, is right if it has the problem's numbers in their order and its
     value, left to right, is the target. Attempts before the `#` are not checked. The answer for the majority
     vote is the value of a well-formed expression of these numbers, so different expressions with the same
     value vote together. Raises `ValueError` for a ground truth with a `countdown_obstacle`.
@@ -29,7 +29,7 @@ def countdown_obstacle(problem: Problem) -> str | None:
     """Why no response can be right for this ground truth; None if one can."""
     target = CountdownProblem.parse(problem.ground_truth)
     if target is None:
-        return "is not a countdown problem of the form 3,7,5=26 (three digits from 1 to 9, a target from 1 to 99); write it so"
+        return "is not a countdown problem of the form 3,7,5=26 (three or four digits from 1 to 9, a target from 1 to 99); write it so"
     if all(evaluate(expression) != target.target for expression in expressions(target.numbers)):
         return "has no solution; remove the problem"
     return None
