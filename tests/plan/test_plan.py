@@ -40,21 +40,24 @@ RECIPES = [
     EXAMPLES / name for name in ("countdown/fipo", "countdown/fipo-async", "countdown/dapo", "countdown/grpo")
 ]
 RECIPES += [EXAMPLES / "countdown-tool/calculator", EXAMPLES / "countdown-moe/fipo"]
-RECIPES += [EXAMPLES / "smollm-math" / name for name in ("fipo", "dapo", "grpo")]
+RECIPES += [
+    EXAMPLES / folder / name for folder in ("countdown-4", "smollm-math") for name in ("fipo", "dapo", "grpo")
+]
 RECIPES += [EXAMPLES / "qwen2.5-32b" / name for name in ("fipo", "dapo", "grpo", "fipo-32gpu")]
 RECIPES += [EXAMPLES / "qwen2.5-7b-math" / name for name in ("fipo", "dapo", "grpo", "fipo-8gpu")]
 RECIPES += [EXAMPLES / "qwen3-30b-a3b" / name for name in ("fipo", "dapo")]
 
 
 def load_recipe(name: str, *overrides: str) -> Config:
-    """A shipped recipe; the sizes of a countdown model are read from the folder that its base model was
+    """A shipped recipe; the sizes of a small model are read from the folder that its base model was
     made from.
     """
     config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
     folder = EXAMPLES / Path(name).parent
-    if "countdown" in name:
-        folder = (folder if folder.name == "countdown-moe" else EXAMPLES / "countdown") / "model-config"
-    config.model.path = str(folder)
+    if folder.name in {"countdown-4", "countdown-tool"}:
+        folder = EXAMPLES / "countdown"
+    made = folder / "model-config"
+    config.model.path = str(made if made.is_dir() else folder)
     return config
 
 
@@ -76,7 +79,7 @@ class TestShippedRecipes:
         shipped = {
             path.with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "studies"
         }
-        folders = ("countdown", "countdown-moe", "smollm-math")
+        folders = ("countdown", "countdown-4", "countdown-moe", "smollm-math")
         assert shipped == {*RECIPES, *(EXAMPLES / folder / "sft" for folder in folders)}
 
     @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
