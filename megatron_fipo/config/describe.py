@@ -21,7 +21,7 @@ def describe(schema: type, indent: int = 0) -> str:
             continue
         comment = docs[item.name]
         if (rule := rule_of(item)) is not None:
-            comment += f"\n{str(rule).capitalize()}."
+            comment += f"\nMust be {rule}."
         blocks.append(f"{_comment(comment)}\n{item.name}: {_yaml(_default(item))}")
     return textwrap.indent("\n".join(blocks), " " * indent)
 

@@ -23,7 +23,7 @@ class SftDataConfig:
     held_out_path: str | None = file_path(None)
     """Rows whose loss is measured, not trained on; null for none, or for those of held_out_share."""
     held_out_share: float = number(0.0, least=0, below=1)
-    """Share of the rows of `path`, chosen by `seed`, whose loss is measured and that are not trained on."""
+    """Share of the different prompts of `path`, chosen by `seed`, whose loss is measured and that are not trained on."""
     columns: dict[str, str] = named_texts(*SFT_COLUMN_NAMES)
     """Columns that are read, if they have other names: `columns: {prompt: question, response: solution}`. A dot names a field
     of an object. If both name the same column of messages, its last message, the assistant's, is the response."""

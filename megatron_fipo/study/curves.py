@@ -1,7 +1,7 @@
 """The figures of a study's page: every run as a thin line, and for each arm the mean over its seeds with its interval."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from html import escape
 from typing import get_args
@@ -122,12 +122,33 @@ def _over_iterations(panel: Panel, variants: Sequence[Variant], looks: Sequence[
 def _draw(axes: Axes, lines: Sequence[Points], mean: _Mean | None, look: Style) -> None:
     color, dashes = ink(look.color), (0, (3, 2)) if look.dashed else "-"
     for line in lines:
-        axes.plot(list(line), list(line.values()), color=color, linewidth=THIN, alpha=0.4, zorder=2)
+        axes.plot(
+            list(line),
+            list(line.values()),
+            color=color,
+            linewidth=THIN,
+            alpha=0.4,
+            marker=_marker(line),
+            zorder=2,
+        )
     if mean is None:
         return
     if mean.low is not None and mean.high is not None:
         axes.fill_between(mean.iterations, mean.low, mean.high, color=color, alpha=0.14, linewidth=0)
-    axes.plot(mean.iterations, mean.mean, color=color, linewidth=THICK, linestyle=dashes, zorder=3)
+    axes.plot(
+        mean.iterations,
+        mean.mean,
+        color=color,
+        linewidth=THICK,
+        linestyle=dashes,
+        marker=_marker(mean.iterations),
+        zorder=3,
+    )
+
+
+def _marker(points: Sized) -> str:
+    """A line of one point has no length."""
+    return "o" if len(points) == 1 else ""
 
 
 def _limit_height(axes: Axes, lines: Sequence[Points], means: Sequence[_Mean | None], share: bool) -> None:

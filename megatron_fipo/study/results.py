@@ -18,8 +18,8 @@ from megatron_fipo.run_dir.run_directory import RunDirectory
 from megatron_fipo.study.outcome import Outcome
 
 MIXED = "their results are not comparable; remove these runs, or add --allow-mixed-versions"
-NOT_COMPARED = ("run_dir", "seed")
-"""Settings in which runs of one arm may differ."""
+NOT_COMPARED = ("run_dir", "seed", "tracking.", "checkpoint.", "recovery.")
+"""Settings, and sections by their prefix, in which runs of one arm may differ: they do not change what is learned."""
 UNKNOWN = "unknown"
 
 
@@ -176,7 +176,7 @@ def refuse_mixed(results: Iterable[Result]) -> None:
 def differing_settings(results: Sequence[Result]) -> list[str]:
     """Dotted keys in which runs differ, except those that runs of one arm may differ in, in the order of the settings."""
     known = [result.settings for result in results if result.settings]
-    keys = dict.fromkeys(key for settings in known for key in settings if key not in NOT_COMPARED)
+    keys = dict.fromkeys(key for settings in known for key in settings if not key.startswith(NOT_COMPARED))
     return [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
 
 

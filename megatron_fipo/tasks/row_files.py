@@ -38,13 +38,9 @@ def row_files(path: Path, file_format: str) -> list[Path]:
         if glob.has_magic(str(path)):
             found = [Path(name) for name in sorted(glob.glob(str(path))) if os.path.isfile(name)]
             if not found:
-                raise UserError(
-                    f"no file matches {path}; check data.train_path, data.sets and evaluation.sets"
-                )
+                raise UserError(f"no file matches {path}; correct the path")
             return found
-    raise UserError(
-        f"the data file {path} does not exist; check data.train_path, data.sets and evaluation.sets"
-    )
+    raise UserError(f"the data file {path} does not exist; correct the path")
 
 
 def refuse_missing(path: Path) -> None:

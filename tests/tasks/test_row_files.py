@@ -109,7 +109,7 @@ def test_one_file_of_a_folder_and_files_with_pattern_characters_are_read(tmp_pat
     assert row_files(tmp_path, "parquet") == [only]
     odd = write(tmp_path / "a[1]*.parquet", ROWS)
     assert row_files(odd, "parquet") == [odd]
-    with pytest.raises(UserError, match=r"no file matches .*\*.jsonl; check data.train_path"):
+    with pytest.raises(UserError, match=r"no file matches .*\*.jsonl; correct the path"):
         row_files(tmp_path / "*.jsonl", "jsonl")
 
 
