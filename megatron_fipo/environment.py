@@ -148,7 +148,7 @@ def find_accelerators() -> Accelerators:
 def find_driver(folder: Path = KERNEL_DRIVER) -> Driver | None:
     """NVIDIA's driver of this machine, as the kernel or else nvidia-smi reports it; None without a GPU. Asks neither CUDA nor torch."""
     if (version_file := folder / "version").is_file():
-        version = _DRIVER_VERSION.search(version_file.read_text())
+        version = _DRIVER_VERSION.search(version_file.read_text(errors="replace"))
         gpus = folder / "gpus"
         count = len(list(gpus.iterdir())) if gpus.is_dir() else 0
         return Driver(version[0] if version else "unknown version", count) if count else None
@@ -156,7 +156,9 @@ def find_driver(folder: Path = KERNEL_DRIVER) -> Driver | None:
         return None
     command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SMI_TIMEOUT_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=SMI_TIMEOUT_S
+        )
     except (OSError, subprocess.SubprocessError):
         return None  # it cannot reach a driver
     versions = [line for line in done.stdout.split("\n") if _DRIVER_VERSION.fullmatch(line.strip())]

@@ -42,8 +42,8 @@ def main() -> int:
     if target.exists():
         print(f"{target} already exists; give another folder, or remove it", file=sys.stderr)
         return 2
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm-") as work:
             folder = Path(work, "model")
             if arguments.hub:
@@ -55,6 +55,9 @@ def main() -> int:
             shutil.move(folder, target)
     except FetchError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{target} cannot be written ({error.strerror}); give another folder", file=sys.stderr)
         return 1
     print(f"{QUESTION} {answer}\nmodel {target}: {TENSORS} tensors in bfloat16")
     return 0

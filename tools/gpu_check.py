@@ -45,7 +45,14 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     output = arguments.output / (arguments.part or "")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(
+            f"--output {arguments.output} cannot be written ({error.strerror}); give another folder",
+            file=sys.stderr,
+        )
+        return 2
     check = Check(output.resolve(), describe_machine(gpu, arguments.part), start, arguments.rehearse)
     report = check.run(chosen, limit_s)
     table = render(report)

@@ -41,11 +41,14 @@ def of_file(path: Path, schema: type, *, stored: bool = False) -> dict[str, Any]
         _leave_out(node, REPLACED)
     values = dict(_walk(node, schema, lambda node: f"{path}, line {node.start_mark.line + 1}"))
     for key, kind in leaves(schema):
-        empty = [name for name, value in values.items() if value is None and name.rpartition(".")[0] == key]
-        if is_section_mapping(kind) and empty:
-            raise UserError(
-                f"{path}: {empty[0]} has no value; write {empty[0].rpartition('.')[2]}: {{}} for defaults, or remove it"
-            )
+        entries = [name for name, value in values.items() if value is None and name.startswith(f"{key}.")]
+        if is_section_mapping(kind):
+            empty = [name for name in entries if name.rpartition(".")[0] == key]
+            advice = "write {}: {{}} for defaults, or remove it"
+        else:
+            empty, advice = (entries if is_mapping(kind) else []), "give it one, or remove it"
+        if empty:
+            raise UserError(f"{path}: {empty[0]} has no value; {advice.format(empty[0].rpartition('.')[2])}")
     return values
 
 

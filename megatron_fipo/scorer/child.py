@@ -63,8 +63,14 @@ class ScorerChild:
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._settings), daemon=True)
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self._settings), daemon=True)
+        try:
+            process.start()
+        except OSError as error:
+            raise UserError(
+                f"the scorer's process cannot start: {error.strerror}; free memory or processes"
+            ) from error
+        self._process = process
         theirs.close()  # so that the end of the process is the end of the connection
         self._connection = ours
         loaded = self._receive(START_TIMEOUT_S)
@@ -89,7 +95,7 @@ class ScorerChild:
         if self._process is not None:
             self._process.kill()
             self._process.join()
-            assert self._connection is not None
+        if self._connection is not None:
             self._connection.close()
         self._process = self._connection = None
 

@@ -162,6 +162,8 @@ def _by_problem(
             if found is None:
                 return None
             table.append(found.of(measure))
+    if any(a.keys() != b.keys() for a, b in zip(*tables, strict=True)):
+        return None  # a table lacks problems, so the pairs would be those of a part
     return paired_difference_by_problem(*tables)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_fipo.config import Config, load_config
+from megatron_fipo.config import Config, differences, load_config
 from megatron_fipo.errors import UserError, listed
 from megatron_fipo.study.schema import StudyConfig
 
@@ -102,6 +102,7 @@ def plan_runs(study: StudyConfig, check: Check, *, quick: bool = False) -> list[
         count = f"{len(impossible)} of {len(found)} combinations {'is' if len(impossible) == 1 else 'are'}"
         more = "" if len(impossible) <= SHOWN else f"; and {len(impossible) - SHOWN} more"
         raise UserError(f"{count} impossible, so nothing runs. {'; '.join(impossible[:SHOWN])}{more}")
+    _refuse_equal_settings([runs[combination, study.seeds[0]] for combination in found])
     planned = [runs[combination, seed] for seed in study.seeds for combination in found]
     _refuse_equal_names([run.name for run in planned])
     return planned
@@ -112,6 +113,13 @@ def _planned(study: StudyConfig, combination: Combination, seed: int) -> Planned
     own = (f"seed={seed}", f"run_dir={study.output_dir}/runs/{name}")
     config = load_config(combination.config, [*combination.overrides, *own])
     return PlannedRun(name, combination, seed, config)
+
+
+def _refuse_equal_settings(runs: Sequence[PlannedRun]) -> None:
+    """A difference between two arms that are the same would be noise."""
+    for a, b in itertools.combinations(runs, 2):
+        if not set(differences(a.config, b.config)) - {"run_dir"}:
+            raise UserError(f"{a.combination} and {b.combination} have the same settings; remove one of them")
 
 
 def _refuse_equal_names(names: Sequence[str]) -> None:

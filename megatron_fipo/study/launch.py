@@ -10,7 +10,7 @@ from megatron_fipo.run_dir.lock import RunLock
 from megatron_fipo.study.grid import PlannedRun
 from megatron_fipo.study.outcome import StudyFolder, outcome_of
 from megatron_fipo.study.processes import Job, Processes
-from megatron_fipo.study.results import MIXED, stored_versions, version_differences
+from megatron_fipo.study.results import MIXED, confirmed, read_result, stored_versions, version_differences
 from megatron_fipo.study.schema import StudyConfig
 
 Log = Callable[[str], None]
@@ -21,13 +21,14 @@ THREADS = {"OMP_NUM_THREADS": "1"}
 def claim(study: StudyConfig, runs: Sequence[PlannedRun], *, allow_mixed_versions: bool) -> RunLock:
     """Make the study's folder, lock it until the process ends, and store the settings of the study.
 
-    Raises UserError, before anything is written, if another process has the folder, or it has runs of other settings or,
-    unless allowed, of other versions.
+    Raises UserError, before anything is written, if another process has the folder, or it has runs that are not part of this
+    study, of other settings or, unless allowed, of other versions.
     """
     folder = StudyFolder(run_folder(study.output_dir))
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder.path, "output_dir")
+    _refuse_other_runs(folder, runs)
     for run in runs:
         _refuse_other_settings(folder, run)
     if not allow_mixed_versions:
@@ -39,6 +40,16 @@ def claim(study: StudyConfig, runs: Sequence[PlannedRun], *, allow_mixed_version
             )
     save_config(study, folder.settings)
     return lock
+
+
+def _refuse_other_runs(folder: StudyFolder, runs: Sequence[PlannedRun]) -> None:
+    """They would leave the results without a word."""
+    others = sorted(set(folder.ended()) - {run.name for run in runs})
+    if others:
+        raise UserError(
+            f"{folder.path} has {len(others)} runs that are not part of this study ({listed(others, 3)}); keep their arms and seeds "
+            f"in it, choose another output_dir, or remove their files in {folder.path}/outcomes"
+        )
 
 
 def _refuse_other_settings(folder: StudyFolder, run: PlannedRun) -> None:
@@ -54,13 +65,18 @@ def _refuse_other_settings(folder: StudyFolder, run: PlannedRun) -> None:
         )
 
 
+def _is_complete(folder: StudyFolder, run: PlannedRun) -> bool:
+    found = read_result(folder.run_dir(run.name), folder.outcome(run.name), name=run.name, seed=run.seed)
+    return confirmed(found).outcome.status == "complete"
+
+
 def execute(study: StudyConfig, runs: Sequence[PlannedRun], log: Log) -> int | None:
     """Run what is not complete. Returns the exit code if the study was asked to stop, else None.
 
     Call `claim` first. A run that fails is logged and recorded; the others continue.
     """
     folder = StudyFolder(run_folder(study.output_dir))
-    todo = [run for run in runs if folder.outcome(run.name).status != "complete"]
+    todo = [run for run in runs if not _is_complete(folder, run)]
     numbers = {run.name: number for number, run in enumerate(runs, 1)}
     if len(todo) < len(runs):
         log(f"{len(runs) - len(todo)} of {len(runs)} runs are complete already")

@@ -60,9 +60,13 @@ class StudyFolder:
             return Outcome("missing")
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not the outcome of a run ({error}); remove it") from None
-        if outcome.status not in get_args(Status):
-            raise UserError(f"{path} has the unknown status {outcome.status!r}; remove it")
+        if not isinstance(outcome.reason, str) or outcome.status not in get_args(Status):
+            raise UserError(f"{path} is not the outcome of a run (status {outcome.status!r}); remove it")
         return outcome
+
+    def ended(self) -> list[str]:
+        """The names of all runs with an outcome."""
+        return [path.stem for path in (self.path / "outcomes").glob("*.json")]
 
     def save_outcome(self, name: str, outcome: Outcome) -> None:
         """Write it completely or not at all. Raises UserError."""

@@ -1,9 +1,11 @@
 """Accuracy and length of each held-out problem of a run, from the table of an evaluation (`run_dir/evaluations/`)."""
 
 import json
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import evaluation_table
@@ -27,6 +29,12 @@ class ProblemValues:
         return {ACCURACY: self.accuracy, LENGTH: self.length}[measure]
 
 
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no length")
+    return float(value)
+
+
 def read_problems(run_dir: Path, iteration: int) -> ProblemValues | None:
     """The values of the evaluation after this iteration; None if the run wrote no table. Raises UserError."""
     path = evaluation_table(run_dir, iteration)
@@ -34,6 +42,8 @@ def read_problems(run_dir: Path, iteration: int) -> ProblemValues | None:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove the file") from None
     right: dict[Problem, list[float]] = {}
     lengths: dict[Problem, list[float]] = {}
     for number, line in enumerate(lines, 1):
@@ -41,7 +51,7 @@ def read_problems(run_dir: Path, iteration: int) -> ProblemValues | None:
             row = json.loads(line)
             problem = (row["set"], row["problem_id"], row["prompt"], row["ground_truth"])
             right.setdefault(problem, []).append(float(row["accuracy"] > 0))
-            lengths.setdefault(problem, []).append(float(row["length"]))
+            lengths.setdefault(problem, []).append(_finite(row["length"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} line {number} is not a row of an evaluation ({error!r}); remove the file"

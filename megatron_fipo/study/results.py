@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,28 @@ def read_result(
     )
 
 
+def confirmed(result: Result) -> Result:
+    """The same, not `complete` if the run's folder lacks iterations: it may have been removed or cut since."""
+    if result.outcome.status != "complete":
+        return result
+    wanted = result.settings.get("iterations")
+    if result.run is None:
+        outcome = Outcome("missing", f"its folder has no {METRICS_FILE}")
+    elif isinstance(wanted, int) and result.run.iterations < wanted:
+        outcome = Outcome("stopped", f"its {METRICS_FILE} has {result.run.iterations} of {wanted} iterations")
+    else:
+        return result
+    return replace(result, outcome=outcome)
+
+
 def stored_versions(run_dir: Path) -> dict[str, str]:
     """Versions in the newest checkpoint of a run; empty without one."""
     latest = RunDirectory(run_dir).latest()
     if latest is None:
         return {}
     versions = read_manifest(latest).info.get("versions")
-    return dict(versions) if isinstance(versions, dict) else {}
+    known = versions.items() if isinstance(versions, dict) else ()
+    return {name: version for name, version in known if isinstance(version, str)}
 
 
 def version_differences(versions: Sequence[Mapping[str, str]]) -> list[str]:
@@ -188,7 +203,7 @@ def _has_metrics(run_dir: Path) -> bool:
 def _settings(run: Run, run_dir: Path) -> Any:
     try:
         return yaml.safe_load(run.config or "")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise UserError(
             f"{run_dir}/config.yaml is not YAML; restore it from a checkpoint of the run"
         ) from None

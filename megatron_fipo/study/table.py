@@ -83,7 +83,7 @@ def to_json(comparison: Comparison) -> str:
             for difference in comparison.differences
         ],
     }
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -114,9 +114,9 @@ def means_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: a pair of variants, a difference per measure, and the number of seeds that both have."""
+    """Heads and rows: a pair of variants, a difference per measure, the number of seeds that both have, and the evaluation."""
     tasks = _has_tasks(comparison)
-    heads = [*(["task"] if tasks else []), "difference", *(m.title for m in COMPARED), "seeds"]
+    heads = [*(["task"] if tasks else []), "difference", *(m.title for m in COMPARED), "seeds", "iteration"]
     pairs: dict[tuple[int, int], dict[Measure, Difference]] = {}
     for difference in comparison.differences:
         pair = (id(difference.first), id(difference.second))
@@ -129,7 +129,9 @@ def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]
             for measure in COMPARED
         ]
         name = f"{one.first.label} − {one.second.label}"
-        body.append([*([one.first.task] if tasks else []), name, *cells, str(one.estimate.seeds)])
+        evaluated = [found.iteration for found in of_pair.values() if found.measure.held_out]
+        last = str(max(evaluated)) if evaluated else "–"
+        body.append([*([one.first.task] if tasks else []), name, *cells, str(one.estimate.seeds), last])
     return heads, body
 
 

@@ -12,7 +12,7 @@ from megatron_fipo.study.grid import combinations
 from megatron_fipo.study.outcome import Outcome, StudyFolder
 from megatron_fipo.study.page import render_page
 from megatron_fipo.study.problems import read_problems
-from megatron_fipo.study.results import Result, read_result, refuse_mixed
+from megatron_fipo.study.results import Result, confirmed, read_result, refuse_mixed
 from megatron_fipo.study.schema import StudyConfig
 from megatron_fipo.study.table import to_csv, to_json, to_markdown
 
@@ -68,17 +68,16 @@ def _of_study(path: Path) -> tuple[str, list[Result]]:
         for seed in study.seeds:
             name = combination.run_name(seed)
             run_dir, outcome = folder.run_dir(name), folder.outcome(name)
-            results.append(
-                read_result(
-                    run_dir,
-                    outcome,
-                    name=name,
-                    task=combination.task,
-                    arm=combination.arm,
-                    grid=combination.grid,
-                    seed=seed,
-                )
+            found = read_result(
+                run_dir,
+                outcome,
+                name=name,
+                task=combination.task,
+                arm=combination.arm,
+                grid=combination.grid,
+                seed=seed,
             )
+            results.append(confirmed(found))
     return study.name, results
 
 

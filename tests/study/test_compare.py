@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
 from megatron_fipo.errors import UserError
+from megatron_fipo.run_dir import evaluation_table
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.study.compare import Comparison, Difference
 from megatron_fipo.study.outcome import Outcome
@@ -84,6 +86,25 @@ def test_a_failed_run_stays_in_the_table_and_out_of_the_means(tmp_path: Path) ->
     assert (row["status"], row["reason"]) == ("failed", "no space, left (exit code 2)")
     assert [variant.seeds for variant in comparison.variants] == [[1, 2, 3], [1, 3]]
     assert _difference(comparison, "fipo", "dapo", "accuracy").estimate.seeds == 2
+
+
+def test_a_run_that_was_removed_or_cut_after_its_end_is_not_complete(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, arms=("fipo", "dapo"), seeds=(1, 2))
+    shutil.rmtree(folder.run_dir("countdown-fipo-seed1"))
+    metrics = folder.run_dir("countdown-fipo-seed2") / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:8]))
+    comparison = _read(tmp_path)
+    found = {result.name: result.outcome for result in comparison.results}
+    assert found["countdown-fipo-seed1"] == Outcome("missing", "its folder has no metrics.jsonl")
+    assert found["countdown-fipo-seed2"].status == "stopped"
+    assert {mean.variant.label for mean in comparison.means} == {"dapo"}
+
+
+def test_a_table_that_lacks_problems_is_not_paired_by_them(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, arms=("fipo", "dapo"), seeds=(1, 2))
+    table = evaluation_table(folder.run_dir("countdown-fipo-seed1"), 20)
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:8]))
+    assert not _difference(_read(tmp_path), "fipo", "dapo", "accuracy").by_problem
 
 
 def test_a_study_without_a_complete_run_has_a_table(tmp_path: Path) -> None:

@@ -105,6 +105,17 @@ def test_values_that_would_share_a_folder_are_refused() -> None:
         plan_runs(replace(STUDY, grid={"env.X": ("a b", "a_b")}), _accept)
 
 
+def test_combinations_with_equal_settings_are_refused() -> None:
+    arms = {
+        "a": Arm(overrides=("objective.name=dapo",)),
+        "b": Arm(overrides=("objective.name=fipo", "objective.name=dapo")),
+    }
+    with pytest.raises(UserError, match="arm a and task countdown, arm b have the same settings"):
+        plan_runs(replace(STUDY, arms=arms), _accept)
+    with pytest.raises(UserError, match="have the same settings"):
+        plan_runs(replace(STUDY, grid={"optimizer.lr": ("1e-5", "0.00001")}), _accept)
+
+
 def test_the_example_is_possible() -> None:
     study = load_config("examples/studies/objectives.yaml", [], StudyConfig)
     for quick in (False, True):

@@ -79,6 +79,11 @@ def test_an_arm_without_a_value_is_not_lost(tmp_path: Path) -> None:
         _load(tmp_path, STUDY.replace("base: {}", "base:"))
 
 
+def test_a_grid_without_values_is_not_lost(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"grid\.optimizer\.lr has no value; give it one"):
+        _load(tmp_path, STUDY + "grid: {optimizer.lr: }\n")
+
+
 def test_tasks_and_arms_are_needed(tmp_path: Path) -> None:
     for missing in ("tasks", "arms"):
         with pytest.raises(UserError, match=f"{missing} needs at least one entry"):
