@@ -76,11 +76,11 @@ class EncodeResponse:
     """All tokens on which engines stop."""
 
     def __call__(self, where: str, text: str) -> tuple[int, ...]:
-        """Raises `UserError` that names `where` for a text without tokens, and with one in it that ends a response."""
+        """Raises `UserError` that names `where` for a text with unknown characters, and with a token in it that ends a response."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
+        if not ids or self.tokenizer.unk_token_id in ids:
             raise UserError(
-                f"{where} has a response without tokens; the tokenizer has none of its characters, so use another or remove the row"
+                f"{where} has a response with characters that the tokenizer lacks; use another tokenizer, or remove the row"
             )
         if inner := self.end_ids.intersection(ids):
             token = self.tokenizer.convert_ids_to_tokens(min(inner))

@@ -84,7 +84,11 @@ def test_a_conversation_keeps_its_earlier_answers_in_the_prompt():
             "2 messages .* data.columns.prompt=response too",
         ),
         ({"prompt": "1", "response": "2<eos>"}, {}, "line 2 has a response that contains <eos>"),
-        ({"prompt": "1", "response": "🙂"}, {}, "line 2 has a response without tokens"),
+        (
+            {"prompt": "1", "response": "🙂"},
+            {},
+            "line 2 has a response with characters that the tokenizer lacks",
+        ),
         ({"m": [ASSISTANT]}, {"prompt": "m", "response": "m"}, "line 2 has a `m` of one message"),
         ({"m": "text"}, {"prompt": "m", "response": "m"}, "line 2 has a text as its `m`"),
         (
