@@ -87,13 +87,18 @@ def run_study(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from megatron_fipo.config import load_config
     from megatron_fipo.environment import this_machine
+    from megatron_fipo.run_dir import run_folder
     from megatron_fipo.study.grid import plan_runs, shrunk
+    from megatron_fipo.study.launch import check_folder
+    from megatron_fipo.study.outcome import StudyFolder
     from megatron_fipo.study.schema import StudyConfig
 
     study = shrunk(load_config(arguments.study, arguments.overrides, StudyConfig, note=say), arguments.quick)
     machine = None if arguments.dry_run else this_machine()
     runs = plan_runs(study, _check(machine), quick=arguments.quick)
     if arguments.dry_run:
+        folder = StudyFolder(run_folder(study.output_dir))
+        check_folder(folder, runs, allow_mixed_versions=arguments.allow_mixed_versions)
         for run in runs:
             print(run.name)
         print(f"{len(runs)} runs in {study.output_dir}, {study.parallel_runs} at one time")

@@ -20,6 +20,20 @@ def check_start(config: SftConfig) -> None:
         )
 
 
+FOR_RANDOM_WEIGHTS = 1e-3
+"""A learning rate from which on weights that were trained before are lost within a few steps."""
+
+
+def rate_note(config: SftConfig) -> str | None:
+    """What to report of a learning rate that suits random weights and is used on trained ones."""
+    if config.model_path is None or config.optimizer.lr < FOR_RANDOM_WEIGHTS:
+        return None
+    return (
+        f"optimizer.lr={config.optimizer.lr:g} suits random weights; from {config.model_path} it may lose what the model knows "
+        "(1e-5 is usual)"
+    )
+
+
 def check_supervised_data(config: SftConfig, architecture: "Architecture | None") -> None:
     """Raise UserError if rows are missing or given twice, or if their length fits neither a step nor the model."""
     data = config.data

@@ -28,6 +28,7 @@ from megatron_fipo.config import (
     validate_sft,
 )
 from megatron_fipo.config.card_rules import CardNeeds, card_findings, check_cards
+from megatron_fipo.config.sft_rules import rate_note
 from megatron_fipo.driver.cluster import ray_cluster
 from megatron_fipo.driver.sft_data import SupervisedData, supervised_data
 from megatron_fipo.driver.tokenizer import pad_id
@@ -72,8 +73,9 @@ def train(config: SftConfig) -> None:
         tempfile.TemporaryDirectory() as folder,
         contextlib.ExitStack() as stack,
     ):
-        for note in notes:
-            progress.console.print(note)
+        for note in (*notes, rate_note(config)):
+            if note is not None:
+                progress.console.print(note)
         initial = source
         if config.model_path is None:
             initial = Path(folder) / "initial"

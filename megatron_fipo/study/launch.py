@@ -28,6 +28,13 @@ def claim(study: StudyConfig, runs: Sequence[PlannedRun], *, allow_mixed_version
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder.path, "output_dir")
+    check_folder(folder, runs, allow_mixed_versions=allow_mixed_versions)
+    save_config(study, folder.settings)
+    return lock
+
+
+def check_folder(folder: StudyFolder, runs: Sequence[PlannedRun], *, allow_mixed_versions: bool) -> None:
+    """Raise UserError for runs in the folder with which these cannot be compared. The folder need not exist."""
     _refuse_other_runs(folder, runs)
     for run in runs:
         _refuse_other_settings(folder, run)
@@ -38,8 +45,6 @@ def claim(study: StudyConfig, runs: Sequence[PlannedRun], *, allow_mixed_version
             raise UserError(
                 f"{folder.path} has runs of other versions than this process ({'; '.join(different)}); {MIXED}"
             )
-    save_config(study, folder.settings)
-    return lock
 
 
 def _refuse_other_runs(folder: StudyFolder, runs: Sequence[PlannedRun]) -> None:

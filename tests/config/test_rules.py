@@ -6,11 +6,13 @@ import pytest
 from megatron_fipo.config import (
     Config,
     SftConfig,
+    SftOptimizerSettings,
     load_config,
     validate,
     validate_evaluation,
     validate_sft,
 )
+from megatron_fipo.config.sft_rules import rate_note
 from megatron_fipo.environment import Accelerators, Machine
 from megatron_fipo.errors import UserError
 from megatron_fipo.field_rules import Range
@@ -493,3 +495,11 @@ class TestValidate:
         ]
         assert len(numbers) > 50
         assert [(name, item.name) for name, item in numbers if not isinstance(rule_of(item), Range)] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "lr", "noted"), [("model", 3e-3, True), ("model", 1e-5, False), (None, 3e-3, False)]
+)
+def test_a_rate_for_random_weights_is_reported_on_trained_ones(path: str | None, lr: float, noted: bool):
+    config = SftConfig(model_path=path, output_dir="out", optimizer=SftOptimizerSettings(lr=lr))
+    assert (rate_note(config) is not None) == noted
