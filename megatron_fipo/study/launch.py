@@ -48,7 +48,7 @@ def check_folder(folder: StudyFolder, runs: Sequence[PlannedRun], *, allow_mixed
 
 
 def _refuse_other_runs(folder: StudyFolder, runs: Sequence[PlannedRun]) -> None:
-    """They would leave the results without a word."""
+    """Their results would be dropped."""
     others = sorted(set(folder.ended()) - {run.name for run in runs})
     if others:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Runs become arms; means, differences and tables hold what the runs' files say."""
+"""Runs become arms; means, differences and tables hold what is in the runs' files."""
 
 import csv
 import io
