@@ -29,7 +29,7 @@ from megatron_fipo.calibrate.shapes import (
 from megatron_fipo.calibrate.timing import finish, timed
 from megatron_fipo.config import ParallelConfig
 from megatron_fipo.model import mcore, parallel
-from megatron_fipo.model.build import transformer_config
+from megatron_fipo.model.build import set_activation, transformer_config
 from megatron_fipo.model.layer_spec import block_spec, choose_layer_spec
 from megatron_fipo.plan.case import Case
 
@@ -88,6 +88,7 @@ class Layers:
             pre_process=True,
             post_process=False,
         ).to(device)
+        set_activation(block)
         attention = block.layers[0].self_attention
         self.core, self.mask = attention.core_attention, attention.attn_mask_type
         self.dtype = config.params_dtype

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.config import ModelConfig, ParallelConfig, RouterConfig
@@ -64,9 +65,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         mcore.mark_experts(chunk)
-        if config.use_te_activation_func:
-            for module in (module for module in chunk.modules() if isinstance(module, MLP)):
-                module.activation_func = SwiGLU(kernels)
+        set_activation(chunk, kernels)
         for parameter in router_weights(chunk):
             parameter.requires_grad_(model.router.trainable)
         chunk.family, chunk.architecture = family, architecture
@@ -90,6 +89,13 @@ def _hybrid_model(architecture: Architecture, layer_spec: str, **arguments: Any)
     )  # Megatron-Core 0.19 and later
 
     return LogProbHybridModel(**hybrid_arguments(arguments["config"], architecture, layer_spec), **arguments)
+
+
+def set_activation(layers: MegatronModule, kernels: str = "auto") -> None:
+    """Let `SwiGLU` compute the activation of layers that were built with `transformer_config`, if that says so."""
+    if layers.config.use_te_activation_func:
+        for module in (module for module in layers.modules() if isinstance(module, MLP)):
+            module.activation_func = SwiGLU(kernels)
 
 
 def transformer_config(
@@ -135,7 +141,7 @@ def transformer_config(
 
 
 def _activation_settings(architecture: Architecture) -> dict[str, Any]:
-    """Keywords of `TransformerConfig`: `SwiGLU` computes the activation, but on GPUs not that of experts.
+    """Keywords of `TransformerConfig`: `SwiGLU` computes the activation (`set_activation`), but on GPUs not that of experts.
 
     The name of the first is that of the modules for which Megatron-Core made the place. The activation of experts is multiplied
     by the router's weights, which Megatron-Core fuses through torch.compile.

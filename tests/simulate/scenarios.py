@@ -51,6 +51,7 @@ def config(**rollout: Any) -> Config:
     made.batch.prompts_per_iteration, made.batch.responses_per_prompt, made.batch.mini_batch_prompts = 8, 4, 8
     settings = {
         "num_engines": 3,
+        "placement": "separate",
         "prompts_in_flight": 16,
         "max_prompt_length": 20,
         "max_response_length": 400,
