@@ -10,7 +10,6 @@ import numpy as np
 
 from megatron_fipo.batching.trajectory import Trajectory, VersionSpan
 from megatron_fipo.config import SftConfig
-from megatron_fipo.errors import UserError
 from megatron_fipo.tasks.chat_template import check_template_arguments
 from megatron_fipo.tasks.countdown.problems import generate_problems
 from megatron_fipo.tasks.countdown.traces import supervised_trace
@@ -86,10 +85,6 @@ def _trajectory(example: Example) -> Trajectory:
 
 def countdown_traces(config: SftConfig, tokenizer: Any) -> Iterator[Trajectory]:
     """An endless stream: the training problems in shuffled epochs, each time with a new trace."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json."
-        )
     data = config.data
     problems = generate_problems(data.train_size, numbers=data.numbers, held_out=False, seed=config.seed)
     rng = random.Random(f"supervised {config.seed}")

@@ -11,8 +11,9 @@ from megatron_fipo.engine.decoding.rows import Counts, Decoder, Row
 from megatron_fipo.engine.decoding.static import StaticDecoder
 from megatron_fipo.engine.protocol import SamplingParams
 from tests.gpu.compare import require
+from tests.gpu.policies import Shape
 from tools.bench.harness import Bench
-from tools.bench.local_engine import Shape, append, new_model, new_rows
+from tools.bench.local_engine import append, new_model, new_rows
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
@@ -27,7 +28,7 @@ SAMPLINGS = {
 
 
 def _shape(bench: Bench) -> Shape:
-    return bench.pick(Shape(6, 512, 1_024, 8, 2, 8_003), Shape(2, 32, 48, 4, 2, 301))
+    return bench.pick(Shape(6, 512, 1_024, 8, 2, 8_003, tied=True), Shape(2, 32, 48, 4, 2, 301, tied=True))
 
 
 def _decode(bench: Bench, decoder: Decoder, sampling: SamplingParams) -> list[Row]:

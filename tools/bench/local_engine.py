@@ -8,7 +8,6 @@ Random weights in bfloat16, 512 responses of 128 tokens to 32 prompts of 64. No 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from megatron_fipo.engine.decoding.graphs import Graphs, Launches, free_bytes
 from megatron_fipo.engine.decoding.rows import Counts, Decoder, Row
 from megatron_fipo.engine.decoding.static import StaticDecoder
 from megatron_fipo.engine.protocol import GenerationRequest, SamplingParams
+from tests.gpu.policies import Shape
 from tools.bench.harness import Bench, Case, Cases, heading, release, run_cases, synchronize
 from tools.bench.report import FIGURE, aimed, duration, mebibytes
 from tools.bench.report import Row as ReportRow
@@ -27,28 +27,16 @@ AIM_S = 3e-3
 """Per step with graphs."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Llama-shaped model."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    vocabulary: int
-
-
 MODELS = {
-    "0.6M": Shape(4, 128, 256, 4, 2, 32),
-    "135M": Shape(30, 576, 1_536, 9, 3, 49_152),
-    "0.5B": Shape(24, 896, 4_864, 14, 2, 151_936),
+    "0.6M": Shape(4, 128, 256, 4, 2, 32, tied=True),
+    "135M": Shape(30, 576, 1_536, 9, 3, 49_152, tied=True),
+    "0.5B": Shape(24, 896, 4_864, 14, 2, 151_936, tied=True),
 }
-TOY = Shape(2, 32, 48, 4, 2, 61)
+TOY = Shape(2, 32, 48, 4, 2, 61, tied=True)
 
 
 def new_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Random weights, wide enough that no token is certain."""
+    """A Llama of this shape with random weights, wide enough that no token is certain."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -59,7 +47,7 @@ def new_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfl
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.groups,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
     )
     return LlamaForCausalLM(config).to(device, dtype).eval().requires_grad_(False)
 
