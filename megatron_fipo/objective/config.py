@@ -23,7 +23,7 @@ class ObjectiveConfig:
 
     name: str = choice("fipo", "dapo", "grpo")
     """`fipo` weights each token by its FutureKL. `dapo` is the same with weight 1 and without the drop rule.
-    `grpo` averages per response and clips symmetrically at clip_low."""
+    `grpo` is `dapo` with the mean over responses and a ratio clipped symmetrically at clip_low."""
     half_life: float = number(32.0, above=0, finite=False)
     """Tokens after which a future log-ratio counts half (the paper's tau); .inf for no decay."""
     influence_clip: tuple[float, float] | None = (1.0, 1.2)
@@ -41,9 +41,10 @@ class ObjectiveConfig:
     paper's ablation without the filter; the dual clip and the drop rule do not change."""
     drop_dual_clipped: bool = True
     """Drop a response with more than one token of negative advantage and ratio above dual_clip (fipo only)."""
-    normalization: str = choice("token_mean", "reference_micro_batch")
-    """`token_mean` divides by the kept tokens of the mini-batch, so the parallel layout does not change the gradient.
-    `reference_micro_batch` averages each micro-batch alone, as the authors' release does (not grpo)."""
+    normalization: str = choice("token_mean", "response_mean", "reference_micro_batch")
+    """`token_mean` is the mean over the kept tokens of the mini-batch, and `response_mean` that over its kept responses of the
+    mean of each, which `grpo` always uses; the parallel layout changes neither. `reference_micro_batch` averages the tokens
+    of each micro-batch alone, as the authors' release does (not grpo)."""
     kl_coefficient: float = number(0.0, least=0)
     """Weight of the k3 estimate of KL(policy || initial model) (grpo only)."""
     entropy_coefficient: float = number(0.0, least=0)
@@ -70,9 +71,9 @@ class ObjectiveConfig:
             raise ValueError(
                 f"kl_coefficient={self.kl_coefficient} is for grpo only, and {self.name} has no KL term; set it to 0"
             )
-        if self.normalization != "token_mean" and self.name == "grpo":
+        if self.depends_on_packing and self.name == "grpo":
             raise ValueError(
-                f"normalization={self.normalization} is not for grpo, which averages per response; set token_mean"
+                f"normalization={self.normalization} is not for grpo, which averages per response; set response_mean"
             )
 
     @property
@@ -110,6 +111,12 @@ class ObjectiveConfig:
     @property
     def unit(self) -> str:
         """What the denominator of the loss counts: kept_tokens, kept_sequences, or sequences (dropped ones included)."""
-        if self.name == "grpo":
-            return "kept_sequences"
-        return "kept_tokens" if self.normalization == "token_mean" else "sequences"
+        if self.depends_on_packing:
+            return "sequences"
+        by_response = self.name == "grpo" or self.normalization == "response_mean"
+        return "kept_sequences" if by_response else "kept_tokens"
+
+    @property
+    def depends_on_packing(self) -> bool:
+        """Whether the gradient depends on which responses share a micro-batch."""
+        return self.normalization == "reference_micro_batch"

@@ -151,7 +151,7 @@ def _is_among(key: str, names: tuple[str, ...]) -> bool:
 
 def _free_keys(stored: Config, config: Config) -> tuple[str, ...]:
     free: tuple[str, ...] = FREE_KEYS
-    if stored.objective.normalization == config.objective.normalization == "token_mean":
+    if not (stored.objective.depends_on_packing or config.objective.depends_on_packing):
         free += PACKING_KEYS
     if stored.rollout.unfinished == config.rollout.unfinished == "drop":
         free += (IN_FLIGHT_KEY,)

@@ -149,7 +149,7 @@ def _mean(
         losses = [token_losses[i] for i in indices if kept[i]]
         return torch.cat(losses).mean() if sum(map(len, losses)) else torch.zeros((), dtype=torch.float64)
 
-    if objective.name == "grpo":
+    if objective.name == "grpo" or objective.normalization == "response_mean":
         means = [
             losses.mean() for losses, keep in zip(token_losses, kept, strict=True) if keep and len(losses)
         ]

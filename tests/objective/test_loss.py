@@ -26,6 +26,7 @@ OBJECTIVES = {
         influence_clip=None, drop_dual_clipped=False, half_life=4.0, filter_future_kl=False
     ),
     "fipo_reference": replace(SAFE_7B, name="fipo", normalization="reference_micro_batch"),
+    "fipo_responses": replace(SAFE_7B, name="fipo", normalization="response_mean"),
     "dapo": ObjectiveConfig(name="dapo"),
     "dapo_reference": ObjectiveConfig(name="dapo", normalization="reference_micro_batch"),
     "grpo_kl": ObjectiveConfig(name="grpo", kl_coefficient=0.05, entropy_coefficient=0.01),

@@ -83,6 +83,7 @@ def test_the_watch_sees_a_sync(bad) -> None:
     ("name", "normalization"),
     [
         ("fipo", "token_mean"),
+        ("fipo", "response_mean"),
         ("fipo", "reference_micro_batch"),
         ("dapo", "token_mean"),
         ("dapo", "reference_micro_batch"),

@@ -23,7 +23,7 @@ def batch(length: int = 60):
     return members, (log_probs.detach().requires_grad_(), old, advantages, mask)
 
 
-@pytest.mark.parametrize("normalization", ["token_mean", "reference_micro_batch"])
+@pytest.mark.parametrize("normalization", ["token_mean", "response_mean", "reference_micro_batch"])
 def test_matches_the_oracle(normalization) -> None:
     config = FIPOConfig(influence_clip=(0.8, 1.2), normalization=normalization)
     members, (log_probs, old, advantages, mask) = batch()

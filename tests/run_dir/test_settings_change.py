@@ -93,6 +93,7 @@ def test_a_run_that_never_got_anywhere_does_not_hold_its_folder(tmp_path):
         ),
         ([], ["batch.max_tokens_per_micro_batch=30000"]),
         (["rollout.unfinished=drop"], ["rollout.prompts_in_flight=7"]),
+        (["objective.normalization=response_mean"], ["batch.max_tokens_per_micro_batch=30000"]),
     ],
 )
 def test_what_a_run_may_change(tmp_path, first, then):
