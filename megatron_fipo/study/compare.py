@@ -18,6 +18,9 @@ OBJECTIVE = "objective.name"
 Problems = Callable[[Result, int], ProblemValues | None]
 """The held-out problems of a run after an iteration; None if they are not known."""
 COMPARED = tuple(measure for measure in MEASURES if measure.compared)
+"""Measures that have means."""
+PAIRED = tuple(measure for measure in COMPARED if not measure.is_difference)
+"""Those that have differences of arms; arms of one task start from the same model, so gains differ as accuracies do."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def compare(
     pairs = [(a, b) for a, b in combinations(known, 2) if _comparable(a, b)]
     differences = [
         difference
-        for measure in COMPARED
+        for measure in PAIRED
         for a, b in pairs
         if (difference := _difference(a, b, measure, problems))
     ]
@@ -135,7 +138,12 @@ def _mean(variant: Variant, measure: Measure) -> Mean | None:
     if iteration is None:
         return None
     values = [result.series(measure)[iteration] for result in variant.results]
-    return Mean(variant, measure, iteration, _limited(mean_over_seeds(values), measure, 0.0))
+    return Mean(
+        variant,
+        measure,
+        iteration,
+        _limited(mean_over_seeds(values), measure, -1.0 if measure.is_difference else 0.0),
+    )
 
 
 def _difference(a: Variant, b: Variant, measure: Measure, problems: Problems) -> Difference | None:

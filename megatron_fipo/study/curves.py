@@ -14,11 +14,9 @@ from megatron_fipo.report.chart import drawing, finish_axes, ink
 from megatron_fipo.report.page import html_figure, key
 from megatron_fipo.report.panel import Color, Line, Panel, Unit
 from megatron_fipo.study.compare import Variant
-from megatron_fipo.study.results import ACCURACY, LENGTH, Result
+from megatron_fipo.study.results import ACCURACY, LENGTH, Points, Result
 from megatron_fipo.study.statistics import bands
 
-Points = dict[int, float]
-"""Iteration → finite value."""
 COLORS: tuple[Color, ...] = get_args(Color)
 THIN, THICK = 0.7, 1.9
 LARGEST_BAND = 0.6

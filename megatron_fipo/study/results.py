@@ -1,8 +1,9 @@
 """What the runs of a comparison measured: the folder of each, read once, without torch."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,30 @@ NOT_COMPARED = ("run_dir", "seed", "tracking.", "checkpoint.", "recovery.")
 """Settings, and sections by their prefix, in which runs of one arm may differ: they do not change what is learned."""
 UNKNOWN = "unknown"
 
+Points = dict[int, float]
+"""Iteration → finite value."""
+
+
+def gains(points: Points) -> Points:
+    """Each later value less the first one: what a run added to the model that it started from."""
+    return {
+        iteration: points[iteration] - points[min(points)] for iteration in points if iteration > min(points)
+    }
+
+
+def means_of_curve(points: Points) -> Points:
+    """The mean height of a curve of straight lines from its first point to each later one.
+
+    Of 0.2 at iteration 0, 0.4 at 5 and 0.4 at 15: 0.3 at 5, and (5 · 0.3 + 10 · 0.4) / 15 = 0.367 at 15.
+    """
+    means: Points = {}
+    area = 0.0
+    iterations = sorted(points)
+    for before, iteration in pairwise(iterations):
+        area += (iteration - before) * (points[before] + points[iteration]) / 2
+        means[iteration] = area / (iteration - iterations[0])
+    return means
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -39,13 +64,33 @@ class Measure:
     """Has a mean over seeds and differences between arms."""
     digits: int = 1
     """Decimals of these; of a share those of its percentage."""
+    of_curve: Callable[[Points], Points] = dict
+    """What is measured of the values logged."""
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether it may be below 0, also of a share."""
+        return self.of_curve is gains
 
 
+ACCURACY = Measure(
+    "accuracy", evaluation_metric(MAIN), "accuracy, avg@k", "share", held_out=True, compared=True
+)
+LENGTH = Measure("length", evaluation_metric("length_mean"), "length, tokens", held_out=True, compared=True)
 MEASURES = (
-    Measure("accuracy", evaluation_metric(MAIN), "accuracy, avg@k", "share", held_out=True, compared=True),
+    ACCURACY,
+    Measure("accuracy_gain", ACCURACY.metric, "gain", "share", compared=True, of_curve=gains),
+    Measure(
+        "accuracy_over_run",
+        ACCURACY.metric,
+        "mean over the run",
+        "share",
+        compared=True,
+        of_curve=means_of_curve,
+    ),
     Measure("consensus", evaluation_metric("cons_at_k"), "accuracy, cons@k", "share", held_out=True),
     Measure("pass", evaluation_metric("pass_at_k"), "pass@k", "share", held_out=True, compared=True),
-    Measure("length", evaluation_metric("length_mean"), "length, tokens", held_out=True, compared=True),
+    LENGTH,
     Measure("truncated", evaluation_metric("truncated"), "truncated", "share", held_out=True, compared=True),
     Measure("entropy", "policy/entropy", "entropy", compared=True, digits=3),
     Measure("kl", "policy/kl", "policy KL", compared=True, digits=5),
@@ -58,7 +103,6 @@ MEASURES = (
     Measure("influence_at_high", "influence/share_at_high", "weights at the upper bound", "share"),
 )
 """In the order of the table's columns."""
-ACCURACY, LENGTH = MEASURES[0], MEASURES[3]
 
 
 @dataclass(frozen=True)
@@ -87,7 +131,8 @@ class Result:
     def series(self, measure: Measure) -> dict[int, float]:
         """Iteration → value, finite ones only."""
         values = {} if self.run is None else self.run.series(measure.metric)
-        return {iteration: value for iteration, value in values.items() if math.isfinite(value)}
+        finite = {iteration: value for iteration, value in values.items() if math.isfinite(value)}
+        return measure.of_curve(finite)
 
     def final(self, measure: Measure) -> float | None:
         """The last value."""

@@ -5,7 +5,7 @@ import io
 import json
 from typing import Any
 
-from megatron_fipo.study.compare import COMPARED, Comparison, Difference, Mean, Variant
+from megatron_fipo.study.compare import COMPARED, PAIRED, Comparison, Difference, Mean, Variant
 from megatron_fipo.study.results import MEASURES, Measure
 from megatron_fipo.study.statistics import Estimate
 
@@ -104,7 +104,9 @@ def means_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         of_variant = {mean.measure: mean for mean in comparison.means if mean.variant is variant}
         iterations = [mean.iteration for mean in of_variant.values() if mean.measure.held_out]
         cells = [
-            text_of(of_variant[measure].estimate, measure) if measure in of_variant else "–"
+            text_of(of_variant[measure].estimate, measure, signed=measure.is_difference)
+            if measure in of_variant
+            else "–"
             for measure in COMPARED
         ]
         seeds = ", ".join(map(str, variant.seeds)) or "none complete"
@@ -116,7 +118,7 @@ def means_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a pair of variants, a difference per measure, the number of seeds that both have, and the evaluation."""
     tasks = _has_tasks(comparison)
-    heads = [*(["task"] if tasks else []), "difference", *(m.title for m in COMPARED), "seeds", "iteration"]
+    heads = [*(["task"] if tasks else []), "difference", *(m.title for m in PAIRED), "seeds", "iteration"]
     pairs: dict[tuple[int, int], dict[Measure, Difference]] = {}
     for difference in comparison.differences:
         pair = (id(difference.first), id(difference.second))
@@ -126,7 +128,7 @@ def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]
         one = next(iter(of_pair.values()))
         cells = [
             text_of(of_pair[measure].estimate, measure, signed=True) if measure in of_pair else "–"
-            for measure in COMPARED
+            for measure in PAIRED
         ]
         name = f"{one.first.label} − {one.second.label}"
         evaluated = [found.iteration for found in of_pair.values() if found.measure.held_out]

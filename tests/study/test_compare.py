@@ -7,6 +7,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_fipo.errors import UserError
@@ -15,7 +16,7 @@ from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.study.compare import Comparison, Difference
 from megatron_fipo.study.outcome import Outcome
 from megatron_fipo.study.problems import read_problems
-from megatron_fipo.study.results import ACCURACY, MEASURES, version_differences
+from megatron_fipo.study.results import ACCURACY, MEASURES, gains, means_of_curve, version_differences
 from megatron_fipo.study.table import differences_table, means_table, rows, to_csv, to_json, to_markdown
 from megatron_fipo.study.write import read_comparison, write_results
 from tests.study.synthetic_study import VERSIONS, write_run, write_study
@@ -48,6 +49,28 @@ def test_a_mean_is_that_of_the_last_evaluation_over_seeds(study: Path) -> None:
     mean = next(m for m in comparison.means if m.variant.label == "dapo" and m.measure is ACCURACY)
     assert mean.estimate.mean == pytest.approx(statistics.fmean(v["evaluation/avg_at_k"] for v in final))
     assert (mean.iteration, mean.estimate.seeds) == (20, 3)
+
+
+def test_the_mean_over_the_run_is_the_area_under_the_curve_of_evaluations(study: Path) -> None:
+    comparison = _read(study)
+    curves = [result.series(ACCURACY) for result in comparison.results if result.arm == "dapo"]
+    areas = [np.trapezoid(list(curve.values()), list(curve)) / 20 for curve in curves]
+    mean = next(
+        m for m in comparison.means if m.variant.label == "dapo" and m.measure.column == "accuracy_over_run"
+    )
+    assert mean.estimate.mean == pytest.approx(statistics.fmean(areas))
+    assert means_of_curve({0: 0.2, 5: 0.4, 15: 0.4}) == pytest.approx({5: 0.3, 15: 11 / 30})
+    assert means_of_curve({5: 0.4}) == {}
+
+
+def test_the_gain_is_the_last_accuracy_less_the_first_one_of_the_same_run(study: Path) -> None:
+    comparison = _read(study)
+    curves = [result.series(ACCURACY) for result in comparison.results if result.arm == "dapo"]
+    mean = next(
+        m for m in comparison.means if m.variant.label == "dapo" and m.measure.column == "accuracy_gain"
+    )
+    assert mean.estimate.mean == pytest.approx(statistics.fmean(curve[20] - curve[0] for curve in curves))
+    assert gains({5: 0.4, 10: 0.3}) == pytest.approx({10: -0.1})
 
 
 def test_differences_are_paired_by_seed_and_problem(study: Path) -> None:

@@ -1,6 +1,7 @@
 """Every combination is a run; which setting wins; and an impossible combination stops all before anything runs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -116,9 +117,26 @@ def test_combinations_with_equal_settings_are_refused() -> None:
         plan_runs(replace(STUDY, grid={"optimizer.lr": ("1e-5", "0.00001")}), _accept)
 
 
-def test_the_example_is_possible() -> None:
-    study = load_config("examples/studies/objectives.yaml", [], StudyConfig)
+@pytest.mark.parametrize("path", sorted(Path("examples/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_possible(path) -> None:
+    study = load_config(path, [], StudyConfig)
     for quick in (False, True):
-        runs = plan_runs(shrunk(study, quick), validate, quick=quick)
-        assert len(runs) == 4 * (2 if quick else 5)
-    assert len(combinations(study, quick=False)) == 4
+        shown = shrunk(study, quick)
+        found = combinations(study, quick=quick)
+        assert len(plan_runs(shown, validate, quick=quick)) == len(found) * len(shown.seeds)
+
+
+def test_the_main_example_compares_credit_and_average_with_five_seeds() -> None:
+    study = load_config("examples/studies/objectives.yaml", [], StudyConfig)
+    objectives = {
+        run.combination.arm: run.config.objective for run in plan_runs(study, validate, quick=False)
+    }
+    averages = {arm: (objective.name, objective.unit) for arm, objective in objectives.items()}
+    assert averages == {
+        "fipo": ("fipo", "kept_tokens"),
+        "dapo": ("dapo", "kept_tokens"),
+        "fipo_responses": ("fipo", "kept_sequences"),
+        "dapo_responses": ("dapo", "kept_sequences"),
+        "grpo": ("grpo", "kept_sequences"),
+    }
+    assert len(study.seeds) == 5
