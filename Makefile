@@ -133,8 +133,10 @@ TRANSFORMERS ?= 5.9.0
 ADAPTERS := .venv-adapters/.trl-$(TRL)-verl-$(VERL)-transformers-$(TRANSFORMERS)
 ADAPTERS_PIP := .venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test-adapters
-test-adapters: $(ADAPTERS)
+.PHONY: test-adapters venv-adapters
+venv-adapters: $(ADAPTERS)
+
+test-adapters: venv-adapters
 	OMP_NUM_THREADS=1 .venv-adapters/bin/python -m pytest --confcutdir=tests/adapters tests/adapters
 
 $(ADAPTERS):
