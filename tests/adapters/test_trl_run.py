@@ -24,9 +24,12 @@ SMALL = [
 RESPONSES = 16
 
 
-def test_the_log_is_what_trl_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plain_generate", [False, True])
+def test_the_log_is_what_trl_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_generate: bool
+) -> None:
     monkeypatch.chdir(ROOT)
-    trainer = train(load_config(CONFIG, [*SMALL, f"run_dir={tmp_path}"]))
+    trainer = train(load_config(CONFIG, [*SMALL, f"run_dir={tmp_path}"]), plain_generate)
     of_trl = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     records = read_metrics(tmp_path)
     iterations = [record.values for record in records if record.kind == "iteration"]

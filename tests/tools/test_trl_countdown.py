@@ -10,10 +10,14 @@ from megatron_fipo.config import load_config
 from megatron_fipo.run_dir.metrics_log import MetricsLog, read_metrics
 from tools.bench import process_tree
 from tools.bench.harness import ROOT
-from tools.bench.trl_countdown import CONFIG, OURS, TRL, command, result, rows, settings
+from tools.bench.trl_countdown import CONFIG, OURS, TRL, Comparison, command, measure, page, result, rows
 
 OPTIONS = Namespace(
-    iterations=3, threads=2, trl_python=Path("python-of-trl"), overrides=["rollout.top_p=0.9"]
+    iterations=3,
+    threads=2,
+    trl_python=Path("python-of-trl"),
+    plain_generate=False,
+    overrides=["rollout.top_p=0.9"],
 )
 
 
@@ -60,15 +64,25 @@ def test_the_table_is_that_of_the_logs(tmp_path):
     assert table["prompts sampled"][0] == "26 (26 to 28)"
     assert table["groups all right or all wrong"] == ["2 (2 to 4)", "2", "0.80"]
     assert table["peak memory, GiB"] == ["3.00", "1.00", "0.33"]
-    assert table["accuracy, avg@4, iteration 0"] == ["0.300", "0.250", "0.83"]
-    assert table["accuracy, avg@4, iteration 5"] == ["0.500", "0.375", "0.75"]
-    assert table["response length, iteration 5"] == ["80.0", "80.0", "1.00"]
+    assert table["held-out accuracy, iteration 0"] == ["0.300", "0.250", "0.83"]
+    assert table["held-out accuracy, iteration 5"] == ["0.500", "0.375", "0.75"]
+    assert table["held-out response length, iteration 5"] == ["80.0", "80.0", "1.00"]
+
+
+def test_the_page_names_versions_and_settings(tmp_path):
+    log_of(tmp_path, [1.0, 1.0], [0.25, 0.5])
+    runs = [
+        result(system, 1, 0.5, process_tree.Ended(0, 60.0, 1), read_metrics(tmp_path))
+        for system in (OURS, TRL)
+    ]
+    shown = page(Comparison("a machine", ["seed=1"], {OURS: {"torch": "2.13"}, TRL: {"trl": "1.16"}}, runs))
+    assert shown.startswith(f"a machine\n\n- {CONFIG} seed=1\n- {OURS}: torch 2.13\n- {TRL}: trl 1.16\n\n")
+    assert f"| {OURS} | {TRL} 1.16 | {TRL} / {OURS} |" in shown
 
 
 def test_both_systems_get_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    given = settings(OPTIONS, 7, tmp_path / "run")
-    words = {system: command(system, OPTIONS, given) for system in (OURS, TRL)}
+    words = {system: command(system, OPTIONS, 7, tmp_path / "run") for system in (OURS, TRL)}
     assert words[TRL][0] == "python-of-trl"
     loaded = {system: load_config(CONFIG, each[each.index(CONFIG) + 1 :]) for system, each in words.items()}
     assert loaded[OURS].parallel.data_parallel_size == loaded[OURS].rollout.num_engines == OPTIONS.threads
@@ -76,6 +90,8 @@ def test_both_systems_get_the_same_settings(tmp_path, monkeypatch):
     assert loaded[OURS] == loaded[TRL]
     assert (loaded[TRL].seed, loaded[TRL].iterations, loaded[TRL].rollout.top_p) == (7, 3, 0.9)
     assert loaded[TRL].objective.name == "dapo"
+    plain = command(TRL, Namespace(**{**vars(OPTIONS), "plain_generate": True}), 7, tmp_path / "run")
+    assert set(plain) - set(words[TRL]) == {"--plain-generate"}
 
 
 def test_memory_counts_what_descends_from_a_process(tmp_path):
@@ -94,9 +110,7 @@ def test_memory_of_a_process_that_has_ended_is_none():
     assert process_tree.tree_bytes(2**22 + 1) == 0
 
 
-def test_a_run_that_fails_ends_the_comparison_with_what_it_printed(monkeypatch):
-    from tools.bench.trl_countdown import measure
-
+def test_a_run_that_fails_ends_the_comparison_with_what_it_printed():
     options = Namespace(
         **{**vars(OPTIONS), "trl_python": Path(sys.executable), "overrides": ["no.such_key=1"]}
     )

@@ -2,6 +2,7 @@
 
     make venv venv-adapters
     python -m tools.bench.trl_countdown --output bench/trl                 # one run of each, 10 iterations: some minutes
+    python -m tools.bench.trl_countdown --plain-generate                   # TRL with its default generation
     python -m tools.bench.trl_countdown --seeds 1 2 3 --repeats 2          # 6 runs of each, in turn
     python -m tools.bench.trl_countdown --iterations 2 batch.prompts_per_iteration=6   # settings of both, to try it
 
@@ -10,7 +11,9 @@ is `tools/bench/trl_run.py`, which takes its settings from the same file. Both s
 the same training problems in the same order, 24 prompts x 16 responses per iteration, at most 160 tokens sampled at temperature
 1, 4 optimizer steps per iteration on the same number of responses, AdamW with the same learning rate and gradient clip, DAPO's
 loss with clip 0.2/0.28 and dual clip 10 (`delta`), no KL term, the countdown scorer and overlong penalty of this project, and
-150 held-out problems with 4 responses each. TRL generates with transformers and its KV cache, without gradient checkpointing.
+150 held-out problems with 4 responses each. TRL has what was fastest of its settings on one core: continuous batching of
+transformers with 64 sequences at a time (its default, `generate`, takes about three times as long), SDPA, mini-batches of
+96 responses at once, no gradient checkpointing.
 
 What differs:
 
@@ -20,8 +23,8 @@ What differs:
 - Mini-batches are 6 whole groups here, and as many responses drawn from all groups in TRL.
 - The loss is the mean over the tokens of the mini-batch here, and over a quarter of the tokens of the iteration in TRL.
 - Padding. We pack a mini-batch by tokens into micro-batches; TRL pads all responses to the longest of the iteration.
-- Engine. Ours is a process of its own that computes a prompt once for its 16 responses and drops finished ones; TRL calls
-  `generate` of the model that it trains. Random numbers therefore differ with the same seed.
+- Engine. Ours is a process of its own that decodes all responses at once; TRL generates with the model that it trains. Random
+  numbers differ with the same seed.
 - Processes. Ours are driver, engine, rank and scorers on a Ray cluster; TRL is one process.
 - With --threads N, TRL computes with N threads; Megatron-FIPO has N ranks and N engines with one thread each, of which either
   the ranks or the engines work.
@@ -83,6 +86,19 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """All that is written as JSON."""
+
+    title: str
+    """Date, machine and options."""
+    settings: list[str]
+    """Of all runs of both systems, in addition to those of `CONFIG`."""
+    versions: dict[str, dict[str, str]]
+    """System → package → version."""
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
 class Measure:
     """A number of an iteration, from its metrics."""
 
@@ -117,25 +133,25 @@ MEASURES = {
 # -- a run
 
 
-def settings(options: Namespace, seed: int, run_dir: Path) -> list[str]:
-    """Of both systems."""
+def settings(options: Namespace) -> list[str]:
+    """Of all runs of both systems, in addition to those of `CONFIG`."""
     return [
-        f"seed={seed}",
         f"iterations={options.iterations}",
         f"evaluation.every={EVERY}",
         "checkpoint.every=0",
         "tracking.wandb=disabled",
         "tracking.tensorboard=false",
         *options.overrides,
-        f"run_dir={run_dir}",
     ]
 
 
-def command(system: str, options: Namespace, given: Sequence[str]) -> list[str]:
+def command(system: str, options: Namespace, seed: int, run_dir: Path) -> list[str]:
+    given = [CONFIG, *settings(options), f"seed={seed}", f"run_dir={run_dir}"]
     if system == TRL:
-        return [str(options.trl_python), "-m", "tools.bench.trl_run", CONFIG, *given]
+        plain = ["--plain-generate"] if options.plain_generate else []
+        return [str(options.trl_python), "-m", "tools.bench.trl_run", *plain, *given]
     workers = [f"parallel.data_parallel_size={options.threads}", f"rollout.num_engines={options.threads}"]
-    return [sys.executable, "-m", "megatron_fipo.cli", "train", CONFIG, *given, *workers]
+    return [sys.executable, "-m", "megatron_fipo.cli", "train", *given, *workers]
 
 
 def measure(system: str, options: Namespace, seed: int) -> Run:
@@ -145,7 +161,7 @@ def measure(system: str, options: Namespace, seed: int) -> Run:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         run_dir, log = Path(folder) / "run", Path(folder) / "log"
-        words = command(system, options, settings(options, seed, run_dir))
+        words = command(system, options, seed, run_dir)
         ended = process_tree.run(words, log, environment, ROOT)
         if ended.code:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
@@ -181,8 +197,8 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
             for name, each in MEASURES.items()
         ),
         _row("peak memory, GiB", [[max(run.peak_bytes for run in runs) / 2**30] for runs in by_system], 2),
-        *_held_out("accuracy, avg@4", [[run.accuracy for run in runs] for runs in by_system], 3),
-        *_held_out("response length", [[run.length for run in runs] for runs in by_system], 1),
+        *_held_out("held-out accuracy", [[run.accuracy for run in runs] for runs in by_system], 3),
+        *_held_out("held-out response length", [[run.length for run in runs] for runs in by_system], 1),
     ]
 
 
@@ -214,6 +230,18 @@ def _cell(values: Sequence[float], digits: int) -> str:
     return middle if len(values) == 1 else f"{middle} ({least} to {most})"
 
 
+def page(comparison: Comparison) -> str:
+    """Markdown: what was measured where, and the table."""
+    versions = comparison.versions
+    software = [
+        f"- {system}: " + ", ".join(f"{name} {version}" for name, version in versions[system].items())
+        for system in (OURS, TRL)
+    ]
+    heads = ["", OURS, f"{TRL} {versions[TRL]['trl']}", f"{TRL} / {OURS}"]
+    lines = [comparison.title, "", f"- {CONFIG} {' '.join(comparison.settings)}", *software, ""]
+    return "\n".join([*lines, table(heads, rows(comparison.runs))]) + "\n"
+
+
 # -- the command
 
 
@@ -236,6 +264,9 @@ def parsed() -> Namespace:
     options.add_argument("--repeats", type=int, default=1, help="runs of each system with each seed")
     options.add_argument("--threads", type=int, default=1, help="cores that a system computes on at one time")
     options.add_argument("--trl-python", type=Path, default=Path(".venv-adapters/bin/python"))
+    options.add_argument(
+        "--plain-generate", action="store_true", help="TRL with its default generation, which is slower here"
+    )
     options.add_argument("--output", type=Path, metavar="FOLDER", help="for trl_countdown.md and .json")
     options.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both systems")
     arguments = options.parse_args()
@@ -249,28 +280,24 @@ def main() -> None:
     options = parsed()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # of all runs
     versions = {OURS: run_versions(), TRL: trl_versions(options.trl_python)}
+    seeds = " ".join(map(str, options.seeds))
+    generation = "generate" if options.plain_generate else "continuous batching"
     title = heading(
-        f"{options.iterations} iterations, {options.threads} threads",
-        f"seeds {' '.join(map(str, options.seeds))}, {options.repeats} runs each",
-        *options.overrides,
+        f"{options.iterations} iterations, threads {options.threads}, seeds {seeds}, repeats {options.repeats}",
+        f"TRL with {generation}",
     )
     print(title, flush=True)
     runs = []
     for seed, _, system in product(options.seeds, range(options.repeats), (OURS, TRL)):
-        runs.append(measure(system, options, seed))
-        print(
-            f"{system}, seed {seed}: {runs[-1].seconds:.0f} s (load before {runs[-1].load:.1f})", flush=True
-        )
-    heads = ["", OURS, f"{TRL} {versions[TRL]['trl']}", f"{TRL} / {OURS}"]
-    shown = f"{title}\n\n{table(heads, rows(runs))}\n"
+        run = measure(system, options, seed)
+        runs.append(run)
+        print(f"{system}, seed {seed}: {run.seconds:.0f} s (load before it {run.load:.1f})", flush=True)
+    comparison = Comparison(title, settings(options), versions, runs)
+    shown = page(comparison)
     print(f"\n{shown}", end="")
     if options.output:
-        facts = {"title": title, "settings": settings(options, 0, Path("RUN"))[1:-1], "versions": versions}
         write_output(options.output / "trl_countdown.md", shown)
-        write_output(
-            options.output / "trl_countdown.json",
-            json.dumps({**facts, "runs": [asdict(run) for run in runs]}, indent=1) + "\n",
-        )
+        write_output(options.output / "trl_countdown.json", json.dumps(asdict(comparison), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 Needs an environment with TRL (`make venv-adapters`). Writes `metrics.jsonl` to run_dir: times, counts and evaluations have
 the names and the meaning that they have in docs/metrics.md. Phases are seen from outside of TRL, by the calls that it makes:
 
-- rollout: from the call of the model's `generate` to its end, and the reward function
-- old log-probs: from the end of `generate` to the call of the reward function, with TRL's padding and decoding
+- rollout: the model's `generate_batch` (or `generate`), and the reward function
+- old log-probs: from the end of `generate_batch` to the call of the reward function, with TRL's padding and decoding
 - update: from `compute_loss` to the end of the optimizer step
 - other: the rest, such as TRL's tokenization, shuffling and logging
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,7 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from megatron_fipo.config import Config, load_config
@@ -36,10 +43,12 @@ from megatron_fipo.tasks.task import Completion, Problem, Score
 from tools.bench.harness import parser
 
 Ids = Sequence[int]
+BLOCK_TOKENS, SEQUENCES_AT_ONCE = 32, 64
+"""The fastest of 16 to 176 tokens per block of the cache and 32 to 384 sequences, for this model on one core."""
 
 
-def settings(config: Config) -> GRPOConfig:
-    """Those of TRL with the same meaning. What is named after the optimizer makes TRL as fast as it is on a CPU."""
+def settings(config: Config, plain_generate: bool) -> GRPOConfig:
+    """Those of TRL with the same meaning, and from `use_cpu` on what is fastest on a CPU."""
     batch, objective, optimizer, rollout = config.batch, config.objective, config.optimizer, config.rollout
     steps = optimizer_steps(config)
     return GRPOConfig(
@@ -70,12 +79,23 @@ def settings(config: Config) -> GRPOConfig:
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
+        use_transformers_continuous_batching=not plain_generate,
+        transformers_continuous_batching_config=batching(config),
         dataloader_pin_memory=False,
         logging_steps=steps,
         disable_tqdm=True,
         save_strategy="no",
         report_to="none",
     )
+
+
+def batching(config: Config) -> dict[str, int]:
+    """Of transformers' continuous batching; the defaults are for GPUs. On a CPU attention between all sequences of a batch costs most."""
+    return {
+        "block_size": BLOCK_TOKENS,
+        "num_blocks": SEQUENCES_AT_ONCE * math.ceil(config.rollout.longest_sequence / BLOCK_TOKENS),
+        "max_batch_tokens": SEQUENCES_AT_ONCE,
+    }
 
 
 def optimizer_steps(config: Config) -> int:
@@ -196,20 +216,16 @@ def reward_of(
     return countdown
 
 
-def evaluation_of(
-    config: Config, generate: Callable[..., torch.Tensor], tokenizer: Any, held_out: Sequence[Problem]
-) -> dict[str, float]:
-    """Metrics of avg@k on held-out problems by their last names, all responses in one call of the model's `generate`."""
-    sampling, count = config.evaluation, config.evaluation.samples_per_problem
-    responses = Responses(config, tokenizer)
-    prompts = [problem.prompt_text for problem in held_out for _ in range(count)]
-    encoded = tokenizer(
-        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    )
-    generated = generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        generation_config=GenerationConfig(
+class Evaluation:
+    """avg@k on held-out problems."""
+
+    def __init__(self, config: Config, model: Any, tokenizer: Any, held_out: Sequence[Problem]) -> None:
+        sampling = config.evaluation
+        self._model, self._generate_batch = model, model.generate_batch  # as it is before `record`
+        self._held_out, self._count = held_out, sampling.samples_per_problem
+        self._responses = Responses(config, tokenizer)
+        self._batching = ContinuousBatchingConfig(**batching(config))
+        self._sampling = GenerationConfig(
             do_sample=True,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -217,57 +233,63 @@ def evaluation_of(
             max_new_tokens=config.rollout.max_response_length,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        ),
-    )
-    ids = [
-        up_to_end(row, tokenizer.eos_token_id)
-        for row in generated[:, encoded["input_ids"].shape[1] :].tolist()
-    ]
-    evaluated = []
-    for number, problem in enumerate(held_out):
-        of_problem = ids[number * count : (number + 1) * count]
-        scores = [responses.score(problem, each) for each in of_problem]
-        evaluated.append(
-            [
-                EvaluatedResponse(score.answer, score.accuracy, len(each), responses.is_cut(each))
-                for score, each in zip(scores, of_problem, strict=True)
-            ]
         )
-    return evaluation_values(evaluated)
+
+    def values(self) -> dict[str, float]:
+        """Metrics of the present weights, by the last part of their names."""
+        asked = [problem for problem in self._held_out for _ in range(self._count)]
+        training = self._model.training
+        with torch.no_grad():
+            outputs = self._generate_batch(
+                [list(problem.prompt_ids) for problem in asked],
+                generation_config=self._sampling,
+                continuous_batching_config=self._batching,
+                progress_bar=False,
+            )
+        self._model.train(
+            training
+        )  # `generate_batch` ends it, and TRL drops the metrics of a model in evaluation
+        responses = [output.generated_tokens for output in outputs.values()]
+        evaluated = [self._evaluated(*each) for each in zip(asked, responses, strict=True)]
+        starts = range(0, len(evaluated), self._count)
+        return evaluation_values([evaluated[start : start + self._count] for start in starts])
+
+    def _evaluated(self, problem: Problem, ids: Ids) -> EvaluatedResponse:
+        score = self._responses.score(problem, ids)
+        return EvaluatedResponse(score.answer, score.accuracy, len(ids), self._responses.is_cut(ids))
 
 
-def up_to_end(ids: list[int], end: int) -> list[int]:
-    """With the first end-of-sequence token; all if there is none."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def record(model: Any, name: str, recorder: Recorder) -> None:
+    """Let `recorder` see the calls of `model.generate` or `model.generate_batch`."""
+    method = getattr(model, name)
+
+    def recorded(*arguments: Any, **named: Any) -> Any:
+        recorder.begin("rollout")
+        generated = method(*arguments, **named)
+        recorder.begin("old_log_probs")
+        return generated
+
+    setattr(model, name, recorded)
 
 
-def train(config: Config) -> GRPOTrainer:
+def train(config: Config, plain_generate: bool = False) -> GRPOTrainer:
     """The trainer, after training from the configuration's model and logging into its run_dir."""
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     dataset, held_out = load_datasets(config, tokenizer, datetime.now())
     problems = dataset.take(config.batch.prompts_per_iteration * config.iterations)
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    generate = model.generate
     evaluated = [problem for problems in held_out.values() for problem in problems]
-    recorder = Recorder(config, lambda: evaluation_of(config, generate, tokenizer, evaluated))
-
-    def recorded(*arguments: Any, **named: Any) -> Any:
-        recorder.begin("rollout")
-        generated = generate(*arguments, **named)
-        recorder.begin("old_log_probs")
-        return generated
-
-    model.generate = recorded
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    recorder = Recorder(config, Evaluation(config, model, tokenizer, evaluated).values)
+    record(model, "generate" if plain_generate else "generate_batch", recorder)
+    responses, group = Responses(config, tokenizer), config.batch.responses_per_prompt
     rows = {
         "prompt": [problem.prompt_text for problem in problems],
         "problem_id": [problem.problem_id for problem in problems],
     }
     trainer = RecordedTrainer(
         model=model,
-        reward_funcs=reward_of(
-            problems, Responses(config, tokenizer), recorder, config.batch.responses_per_prompt
-        ),
-        args=settings(config),
+        reward_funcs=reward_of(problems, responses, recorder, group),
+        args=settings(config, plain_generate),
         train_dataset=Dataset.from_dict(rows),
         processing_class=tokenizer,
         callbacks=[recorder],
@@ -281,8 +303,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("config", metavar="CONFIG.yaml")
     options.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options.add_argument("--plain-generate", action="store_true", help="TRL's default generation")
     arguments = options.parse_args()
-    train(load_config(arguments.config, arguments.overrides))
+    train(load_config(arguments.config, arguments.overrides), arguments.plain_generate)
 
 
 if __name__ == "__main__":
