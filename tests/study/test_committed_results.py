@@ -1,0 +1,30 @@
+"""The pages of docs/results quote studies; what they quote is in the tables that `megatron-fipo study` wrote beside them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path("docs/results")
+PAGES = [*sorted(RESULTS.glob("*.md")), Path("README.md"), Path("docs/studies.md"), Path("docs/ablations.md")]
+STUDIES = sorted(path.parent for path in RESULTS.glob("*/results.json"))
+QUOTED = re.compile(r"[+−]?[\d.,]+(?: %| points)? \[[+−]?[\d.]+, [+−]?[\d.]+\]")
+"""An estimate with its interval, as `table.text_of` writes it."""
+
+
+def test_every_estimate_with_an_interval_is_from_a_committed_table() -> None:
+    written = "".join((study / "results.md").read_text() for study in STUDIES)
+    quoted = {(page, match) for page in PAGES for match in QUOTED.findall(page.read_text())}
+    assert len(quoted) > 10
+    assert not {(str(page), match) for page, match in quoted if match not in written}
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_a_committed_study_is_complete_and_of_one_version(study: Path) -> None:
+    runs = json.loads((study / "results.json").read_text())["runs"]
+    assert {run["status"] for run in runs} == {"complete"}
+    for package in [column for column in runs[0] if column.startswith("version.")]:
+        assert len({run[package] for run in runs}) == 1
+    arms = {run["arm"] for run in runs}
+    assert len(runs) == len(arms) * len({run["seed"] for run in runs})  # every arm with every seed
