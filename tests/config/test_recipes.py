@@ -66,8 +66,11 @@ def test_a_shown_command_dry_runs(words, capsys):
     assert "Nothing was started" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for _, words in STUDY])
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, id=" ".join(words)) for _, words in STUDY if "smollm-math" not in words[0]]
+)
 def test_a_shown_study_dry_runs(words, capsys):
+    """But that of SmolLM, whose model is made first."""
     assert cli.main(["study", *words, *(() if "--dry-run" in words else ("--dry-run",))]) == 0
     assert " runs in runs/studies/" in capsys.readouterr().out
 
@@ -102,6 +105,8 @@ def test_a_shown_job_has_the_nodes_that_its_run_needs(words):
     [
         ("countdown/fipo.yaml", "dapo", set()),
         ("countdown/fipo.yaml", "grpo", set()),
+        ("method_choice/fipo.yaml", "dapo", set()),
+        ("method_choice/fipo.yaml", "grpo", set()),
         ("qwen2.5-32b/fipo.yaml", "dapo", {"batch.mini_batch_prompts", "rollout.max_prompts"}),
         ("qwen2.5-32b/fipo.yaml", "grpo", set()),
         (

@@ -41,7 +41,9 @@ RECIPES = [
 ]
 RECIPES += [EXAMPLES / "countdown-tool/calculator", EXAMPLES / "countdown-moe/fipo"]
 RECIPES += [
-    EXAMPLES / folder / name for folder in ("countdown-4", "smollm-math") for name in ("fipo", "dapo", "grpo")
+    EXAMPLES / folder / name
+    for folder in ("countdown-4", "method_choice", "smollm-math")
+    for name in ("fipo", "dapo", "grpo")
 ]
 RECIPES += [EXAMPLES / "qwen2.5-32b" / name for name in ("fipo", "dapo", "grpo", "fipo-32gpu")]
 RECIPES += [EXAMPLES / "qwen2.5-7b-math" / name for name in ("fipo", "dapo", "grpo", "fipo-8gpu")]
@@ -54,7 +56,7 @@ def load_recipe(name: str, *overrides: str) -> Config:
     """
     config = load_config(EXAMPLES / f"{name}.yaml", list(overrides))
     folder = EXAMPLES / Path(name).parent
-    if folder.name in {"countdown-4", "countdown-tool"}:
+    if folder.name in {"countdown-4", "countdown-tool", "method_choice"}:
         folder = EXAMPLES / "countdown"
     made = folder / "model-config"
     config.model.path = str(made if made.is_dir() else folder)
@@ -79,7 +81,7 @@ class TestShippedRecipes:
         shipped = {
             path.with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "studies"
         }
-        folders = ("countdown", "countdown-4", "countdown-moe", "smollm-math")
+        folders = ("countdown", "countdown-4", "countdown-moe", "method_choice", "smollm-math")
         assert shipped == {*RECIPES, *(EXAMPLES / folder / "sft" for folder in folders)}
 
     @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
