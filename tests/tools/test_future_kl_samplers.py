@@ -1,5 +1,7 @@
 """Log-probs of a trainer's rank, of its model in bfloat16 and of transformers, on the bundled base model."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,9 @@ def responses() -> list[Trajectory]:
 
 def measured(rank: int, world_size: int) -> dict[str, np.ndarray]:
     """By method: log-probs [3, 30] of the responses in two micro-batches; `entropy` too."""
+    torch.set_num_threads(1)
+    # A forked process cannot use the parent's pool of threads, which transformers' loading threads would ask for.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     worker = RLWorker(rank, world_size, for_one_rank(load_config("examples/countdown/fipo.yaml", [])))
     worker.build()
     first, second, third = responses()
