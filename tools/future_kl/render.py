@@ -1,13 +1,89 @@
 """The Markdown of a result. Every number in it is from the JSON."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tools.bench.harness import table
 from tools.future_kl.correlation import ALL, RIGHT, WRONG
 
 Row = dict[str, Any]
+Cell = Callable[[Row], str]
 UNDEFINED = "–"
+
+
+def _number(name: str) -> Cell:
+    return lambda row: UNDEFINED if row[name] is None else f"{row[name]:.3g}"
+
+
+def _percent(name: str) -> Cell:
+    return lambda row: UNDEFINED if row[name] is None else f"{row[name]:.2%}"
+
+
+def _as(name: str, form: str = "") -> Cell:
+    return lambda row: format(row[name], form)
+
+
+REPLAY: dict[str, Cell] = {
+    "iteration": _as("iteration"),
+    "metric": lambda row: f"`{row['metric']}`",
+    "run": _as("run", ".9g"),
+    "replay": _as("replay", ".9g"),
+}
+SPREAD: dict[str, Cell] = {
+    "scope": _as("scope"),
+    "tokens": _as("tokens", ","),
+    "std Δ": _number("log_ratio_std"),
+    "mean F": _number("future_kl_mean"),
+    "std F": _number("future_kl_std"),
+    "std f": _number("influence_std"),
+    "f at low": _percent("at_low"),
+    "f at high": _percent("at_high"),
+    "own share": _percent("own_share"),
+    "later share": _percent("later_share"),
+    "interaction": _percent("interaction"),
+    "own share of random signs": _percent("own_share_of_random_signs"),
+}
+DISTANCE: dict[str, Cell] = {
+    "tokens to the end": lambda row: " to ".join(dict.fromkeys((str(row["first"]), str(row["last"])))),
+    "tokens": _as("tokens", ","),
+    "std Δ": _number("log_ratio_std"),
+    "mean F": _number("future_kl_mean"),
+    "std F": _number("future_kl_std"),
+    "std F of random signs": _number("std_of_random_signs"),
+}
+NOISE: dict[str, Cell] = {
+    "scope": _as("scope"),
+    "σ": _as("sigma", ".2g"),
+    "std of the error of F, predicted": _number("predicted_std"),
+    "measured": _number("error_std"),
+    "std F": _number("future_kl_std"),
+    "signal to noise": _number("signal_to_noise"),
+    "correlation of f": _number("influence_correlation"),
+    "f moved": _percent("moved"),
+    "critical σ": _number("critical_sigma"),
+}
+SHIFTS: dict[str, Cell] = {
+    "scope": _as("scope"),
+    "log-probs of": _as("sampler"),
+    "tokens": _as("tokens", ","),
+    "std δ": _number("difference_std"),
+    "mean abs δ": _number("difference_mean_size"),
+    "largest": _number("difference_max"),
+    "std F": _number("future_kl_std"),
+    "std of the error of F": _number("error_std"),
+    "signal to noise": _number("signal_to_noise"),
+    "correlation of f": _number("influence_correlation"),
+    "f moved": _percent("moved"),
+}
+CORRECTIONS: dict[str, Cell] = {
+    "scope": _as("scope"),
+    "sampled by": _as("sampler"),
+    "cap": _as("cap", "g"),
+    "mean factor, tis": _as("tis_mean", ".5f"),
+    "mean factor, mis": _as("mis_mean", ".5f"),
+    "beyond the cap": _percent("beyond_cap"),
+    "effective sample size": _percent("effective_sample_size"),
+}
 
 
 def render(result: dict[str, Any]) -> str:
@@ -20,75 +96,21 @@ def render(result: dict[str, Any]) -> str:
         f"{result['level']:.0%} from {result['resamples']} resamples of prompt groups."
     )
     later = [row for row in result["distance"] if row["scope"] == result["later_scope"]]
+    noise = [row | of | of["measured"] for row in result["noise"] for of in row["by_sigma"]]
     parts = {
-        "Replay": _replay(result["replay"]),
-        "Spread": _spread(result["spread"]),
-        f"Distance to the end, {result['later_scope']}": _distance(later),
+        "Replay": _rows(REPLAY, result["replay"]),
+        "Spread": _rows(SPREAD, result["spread"]),
+        f"Distance to the end, {result['later_scope']}": _rows(DISTANCE, later),
         **_correlations(result),
-        "Noise floor": _noise(result["noise"]),
-        "Other log-probs in the place of the old ones": _shifts(result["samplers"]),
-        "Off-policy correction": _corrections(result["samplers"]),
+        "Noise floor": _rows(NOISE, noise),
+        "Other log-probs in the place of the old ones": _rows(SHIFTS, result["samplers"]),
+        "Off-policy correction": _rows(CORRECTIONS, result["samplers"]),
     }
     return "\n\n".join([heading, *(f"## {title}\n\n{text}" for title, text in parts.items())]) + "\n"
 
 
-def _replay(rows: Iterable[Row]) -> str:
-    heads = ("iteration", "metric", "run", "replay")
-    return table(
-        heads, [(r["iteration"], f"`{r['metric']}`", f"{r['run']:.9g}", f"{r['replay']:.9g}") for r in rows]
-    )
-
-
-def _spread(rows: Iterable[Row]) -> str:
-    heads = (
-        "scope",
-        "tokens",
-        "std Δ",
-        "mean F",
-        "std F",
-        "std f",
-        "f at low",
-        "f at high",
-        "own share",
-        "later share",
-        "interaction",
-        "own share of random signs",
-    )
-    return table(
-        heads,
-        [
-            (
-                r["scope"],
-                f"{r['tokens']:,}",
-                *_numbers(r, "log_ratio_std", "future_kl_mean", "future_kl_std", "influence_std"),
-                *_percents(
-                    r,
-                    "at_low",
-                    "at_high",
-                    "own_share",
-                    "later_share",
-                    "interaction",
-                    "own_share_of_random_signs",
-                ),
-            )
-            for r in rows
-        ],
-    )
-
-
-def _distance(rows: Iterable[Row]) -> str:
-    heads = ("tokens to the end", "tokens", "std Δ", "mean F", "std F", "std F of random signs")
-    return table(
-        heads,
-        [
-            (
-                f"{r['first']}" if r["first"] == r["last"] else f"{r['first']} to {r['last']}",
-                f"{r['tokens']:,}",
-                *_numbers(r, "log_ratio_std", "future_kl_mean", "future_kl_std", "std_of_random_signs"),
-            )
-            for r in rows
-        ],
-    )
+def _rows(columns: Mapping[str, Cell], rows: Iterable[Row]) -> str:
+    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
 
 def _correlations(result: dict[str, Any]) -> dict[str, str]:
@@ -109,112 +131,9 @@ def _correlations(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _noise(rows: Sequence[Row]) -> str:
-    heads = (
-        "scope",
-        "σ",
-        "std of the error of F, predicted",
-        "measured",
-        "std F",
-        "signal to noise",
-        "correlation of f",
-        "f moved",
-        "critical σ",
-    )
-    lines = []
-    for r in rows:
-        for noise in r["by_sigma"]:
-            measured = noise["measured"]
-            lines.append(
-                (
-                    r["scope"],
-                    f"{noise['sigma']:.2g}",
-                    _number(noise["predicted_std"]),
-                    *_numbers(
-                        measured, "error_std", "future_kl_std", "signal_to_noise", "influence_correlation"
-                    ),
-                    _percent(measured["moved"]),
-                    _number(r["critical_sigma"]),
-                )
-            )
-    return table(heads, lines)
-
-
-def _shifts(rows: Iterable[Row]) -> str:
-    heads = (
-        "scope",
-        "log-probs of",
-        "tokens",
-        "std δ",
-        "mean abs δ",
-        "largest",
-        "std F",
-        "std of the error of F",
-        "signal to noise",
-        "correlation of f",
-        "f moved",
-    )
-    names = ("difference_std", "difference_mean_size", "difference_max", "future_kl_std", "error_std")
-    return table(
-        heads,
-        [
-            (
-                r["scope"],
-                r["sampler"],
-                f"{r['tokens']:,}",
-                *_numbers(r, *names, "signal_to_noise", "influence_correlation"),
-                _percent(r["moved"]),
-            )
-            for r in rows
-        ],
-    )
-
-
-def _corrections(rows: Iterable[Row]) -> str:
-    heads = (
-        "scope",
-        "sampled by",
-        "cap",
-        "mean factor, tis",
-        "mean factor, mis",
-        "beyond the cap",
-        "effective sample size",
-    )
-    return table(
-        heads,
-        [
-            (
-                r["scope"],
-                r["sampler"],
-                f"{r['cap']:g}",
-                f"{r['tis_mean']:.5f}",
-                f"{r['mis_mean']:.5f}",
-                *_percents(r, "beyond_cap", "effective_sample_size"),
-            )
-            for r in rows
-        ],
-    )
-
-
 def _interval(found: Row) -> str:
     if found["value"] is None:
         return UNDEFINED
     if found["low"] is None:
         return f"{found['value']:+.3f}"
     return f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-
-
-def _numbers(row: Row, *names: str) -> list[str]:
-    return [_number(row[name]) for name in names]
-
-
-def _number(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.3g}"
-
-
-def _percents(row: Row, *names: str) -> list[str]:
-    return [_percent(row[name]) for name in names]
-
-
-def _percent(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.2%}"
