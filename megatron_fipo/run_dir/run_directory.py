@@ -146,9 +146,13 @@ class RunDirectory:
                 return path
         return None
 
+    def checkpoint(self, iteration: int) -> Path:
+        """Where the state after this iteration is or will be."""
+        return self.checkpoints / _name(iteration)
+
     def has(self, iteration: int) -> bool:
         """Whether the state after this iteration has been saved."""
-        return (self.checkpoints / _name(iteration)).exists()
+        return self.checkpoint(iteration).exists()
 
     def refuse_damaged(self, checkpoint: Path, problems: Sequence[str]) -> None:
         """Raise `UserError`, with the fix, if `check_files` found `problems` with a checkpoint's files."""
@@ -185,7 +189,7 @@ class RunDirectory:
         removed.
         """
         config, inputs = self._claimed()
-        target = self.checkpoints / _name(state.iteration)
+        target = self.checkpoint(state.iteration)
         pending = PendingSave(target, target.with_name(f".{target.name}.{secrets.token_hex(4)}"))
         try:
             with writing(target):
@@ -301,7 +305,7 @@ class RunDirectory:
         checkpoints = [(_number(path), accuracies.get(_number(path))) for path in self._visible()]
         for iteration in checkpoints_to_remove(checkpoints, keep.keep_last, keep.keep_best, keep.keep_every):
             hidden = self.checkpoints / f".{_name(iteration)}.{secrets.token_hex(4)}"
-            (self.checkpoints / _name(iteration)).rename(hidden)
+            self.checkpoint(iteration).rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
 
 

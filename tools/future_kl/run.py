@@ -27,7 +27,7 @@ class FinishedRun:
 
     def weights_before(self, iteration: int) -> Path | None:
         """The checkpoint that iteration `iteration` started from; None for the first, which starts from the model's folder."""
-        return None if iteration == 1 else self.directory.checkpoints / f"iteration_{iteration - 1:06d}"
+        return None if iteration == 1 else self.directory.checkpoint(iteration - 1)
 
     def obstacle(self, iteration: int) -> str | None:
         """Why an iteration cannot be replayed; None if it can."""
