@@ -29,9 +29,8 @@ Points = dict[int, float]
 
 def gains(points: Points) -> Points:
     """Each later value less the first one: what a run added to the model that it started from."""
-    return {
-        iteration: points[iteration] - points[min(points)] for iteration in points if iteration > min(points)
-    }
+    start = min(points, default=0)
+    return {iteration: value - points[start] for iteration, value in points.items() if iteration > start}
 
 
 def means_of_curve(points: Points) -> Points:
