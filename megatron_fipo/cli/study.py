@@ -25,7 +25,8 @@ STUDY_HELP = """\
     is complete. `megatron-fipo config study` explains the settings.
 
     Results are written to the output_dir of the study: results.csv and results.json (every run), results.md
-    (means and differences) and results.html. --report writes them again, or compares folders of any runs.
+    (means and differences), results.html, and samples.md (responses before and after). --report writes them again,
+    or compares folders of any runs.
 
     examples:
       megatron-fipo study examples/studies/objectives.yaml --quick

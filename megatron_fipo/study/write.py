@@ -8,11 +8,13 @@ from megatron_fipo.config import load_config
 from megatron_fipo.errors import UserError
 from megatron_fipo.outputs import write_output
 from megatron_fipo.study.compare import Comparison, compare, variants_of_runs, variants_of_study
+from megatron_fipo.study.evaluations import Response, read_evaluation
 from megatron_fipo.study.grid import combinations
 from megatron_fipo.study.outcome import Outcome, StudyFolder
 from megatron_fipo.study.page import render_page
-from megatron_fipo.study.problems import read_problems
+from megatron_fipo.study.problems import ProblemValues, problem_values
 from megatron_fipo.study.results import Result, confirmed, read_result, refuse_mixed
+from megatron_fipo.study.samples import choose_samples, samples_markdown
 from megatron_fipo.study.schema import StudyConfig
 from megatron_fipo.study.table import to_csv, to_json, to_markdown
 
@@ -20,12 +22,16 @@ PAGE = "results.html"
 
 
 def write_results(folders: Sequence[Path], output: Path, *, allow_mixed_versions: bool) -> Comparison:
-    """Compare a study, or any runs, and write results.csv, .json, .md and .html into `output`. Raises UserError."""
+    """Compare a study, or any runs, and write results.csv, .json, .md and .html, and samples.md, into `output`.
+
+    Raises UserError.
+    """
     comparison = read_comparison(folders, allow_mixed_versions=allow_mixed_versions)
     for name, content in (
         ("results.csv", to_csv(comparison)),
         ("results.json", to_json(comparison)),
         ("results.md", to_markdown(comparison)),
+        ("samples.md", samples_markdown(choose_samples(comparison.variants, _responses))),
         (PAGE, render_page(comparison)),
     ):
         write_output(output / name, content)
@@ -50,8 +56,17 @@ def read_comparison(folders: Sequence[Path], *, allow_mixed_versions: bool) -> C
         repeated = [seed for seed in variant.seeds if variant.seeds.count(seed) > 1]
         if repeated:
             raise UserError(f"seed {repeated[0]} of {variant.label} is there twice; leave one of the two out")
-    tables = cache(read_problems)  # each is used by several pairs
+    tables = cache(_values)  # each is used by several pairs
     return compare(name, results, variants, lambda result, iteration: tables(result.run_dir, iteration))
+
+
+def _values(run_dir: Path, iteration: int) -> ProblemValues | None:
+    responses = read_evaluation(run_dir, iteration)
+    return None if responses is None else problem_values(responses)
+
+
+def _responses(result: Result, iteration: int) -> list[Response] | None:
+    return read_evaluation(result.run_dir, iteration)
 
 
 def is_study(folder: Path) -> bool:

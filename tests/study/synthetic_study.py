@@ -43,8 +43,9 @@ def write_run(
                     "ground_truth": "7",
                     "accuracy": float(draw.random() < chance),
                     "length": draw.randint(20, 90),
+                    "response": f"iteration {iteration}, problem {number}, response {k}",
                 }
-                for _ in range(4)
+                for k in range(4)
             ]
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     checkpoint = run_dir / f"checkpoints/iteration_{iterations:06d}"

@@ -14,8 +14,9 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import evaluation_table
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.study.compare import Comparison, Difference
+from megatron_fipo.study.evaluations import read_evaluation
 from megatron_fipo.study.outcome import Outcome
-from megatron_fipo.study.problems import read_problems
+from megatron_fipo.study.problems import ProblemValues, problem_values
 from megatron_fipo.study.results import ACCURACY, MEASURES, gains, means_of_curve, version_differences
 from megatron_fipo.study.table import differences_table, means_table, rows, to_csv, to_json, to_markdown
 from megatron_fipo.study.write import read_comparison, write_results
@@ -24,6 +25,12 @@ from tests.study.synthetic_study import VERSIONS, write_run, write_study
 
 def _read(*folders: Path, allow: bool = False) -> Comparison:
     return read_comparison(folders, allow_mixed_versions=allow)
+
+
+def _problems(run_dir: Path) -> ProblemValues:
+    responses = read_evaluation(run_dir, 20)
+    assert responses is not None
+    return problem_values(responses)
 
 
 def _difference(comparison: Comparison, first: str, second: str, column: str) -> Difference:
@@ -79,9 +86,9 @@ def test_differences_are_paired_by_seed_and_problem(study: Path) -> None:
     assert found.by_problem
     by_hand = []
     for seed in (1, 2, 3):
-        tables = [read_problems(study / f"runs/countdown-{arm}-seed{seed}", 20) for arm in ("fipo", "grpo")]
-        assert all(tables)
-        first, second = (table.accuracy for table in tables if table)
+        first, second = (
+            _problems(study / f"runs/countdown-{arm}-seed{seed}").accuracy for arm in ("fipo", "grpo")
+        )
         assert first.keys() == second.keys()
         by_hand.append(statistics.fmean(first[problem] - second[problem] for problem in first))
     assert found.estimate.mean == pytest.approx(statistics.fmean(by_hand))
@@ -176,7 +183,7 @@ def test_the_same_runs_give_the_same_files(study: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_results([study], tmp_path / name, allow_mixed_versions=False)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["results.csv", "results.html", "results.json", "results.md"]
+    assert names == ["results.csv", "results.html", "results.json", "results.md", "samples.md"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
