@@ -21,7 +21,7 @@ def _template(question: str, solution: str, **ranges: tuple[int, int]) -> Templa
     return Template(question, solution, ranges)
 
 
-SUM, PART, FACTOR, GROUPS = (3, 60), (2, 40), (2, 12), (2, 9)
+SUM, PART, FACTOR, GROUPS = (3, 20), (2, 12), (2, 9), (2, 5)
 
 ONE_STEP = (
     _template(
@@ -45,7 +45,7 @@ ONE_STEP = (
     _template(
         "{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?",
         "Each friend gets <<a/b>> {things}.",
-        a=(6, 96),
+        a=(4, 30),
         b=GROUPS,
     ),
     _template(
@@ -63,8 +63,8 @@ ONE_STEP = (
     _template(
         "{name} is {a} years old. {other} is {b} years older. How old is {other}?",
         "{other} is <<a+b>> years old.",
-        a=(4, 50),
-        b=(2, 30),
+        a=(4, 20),
+        b=(2, 12),
     ),
     _template(
         "One {box} costs {a} dollars. How much do {b} of them cost, in dollars?",
@@ -87,7 +87,7 @@ ONE_STEP = (
     _template(
         "{a} {things} are packed into {b} equal {boxes}. How many {things} are in each {box}?",
         "Each {box} has <<a/b>> {things}.",
-        a=(6, 96),
+        a=(4, 30),
         b=GROUPS,
     ),
     _template(
@@ -116,8 +116,8 @@ TWO_STEPS = (
     _template(
         "{name} has {a} {things}. {other} has {b} more than {name}. How many {things} do they have together?",
         "{other} has <<a+b>> {things}. Together they have <<a+r1>> {things}.",
-        a=(2, 40),
-        b=(2, 30),
+        a=(2, 15),
+        b=(2, 10),
     ),
     _template(
         "{name} collects {a} {things} on Monday and {b} on Tuesday, and puts all of them into {c} equal {boxes}. "
@@ -132,12 +132,12 @@ TWO_STEPS = (
         "The price is <<a*b>> dollars. {name} gets back <<c-r1>> dollars.",
         a=FACTOR,
         b=GROUPS,
-        c=(20, 100),
+        c=(10, 50),
     ),
     _template(
         "{name} reads {a} pages a day for {b} days, and then {c} pages on the last day. How many pages does {name} read?",
         "In {b} days {name} reads <<a*b>> pages. Altogether that is <<r1+c>> pages.",
-        a=(3, 15),
+        a=(3, 10),
         b=GROUPS,
         c=PART,
     ),
@@ -179,7 +179,7 @@ TWO_STEPS = (
     _template(
         "{name} has {a} {things} and gives {b} to each of {c} friends. How many {things} does {name} keep?",
         "The friends get <<b*c>> {things}. {name} keeps <<a-r1>> {things}.",
-        a=(10, 100),
+        a=(10, 40),
         b=FACTOR,
         c=GROUPS,
     ),
