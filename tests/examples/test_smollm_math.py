@@ -79,9 +79,9 @@ def test_the_file_of_a_problem_is_the_same_on_every_machine(files):
 
 
 EXPECTED = [
-    "Fatima buys 8 bags with 4 stamps each and uses 25 of the stamps. How many stamps are left?",
-    "Chloe earns 8 dollars an hour and works 5 hours. Then Chloe spends 15 dollars. How many dollars are left?",
-    "Zoe shares 92 shells equally among 2 friends. How many shells does each friend get?",
+    "25 plums are packed into 5 equal packages. How many plums are in each package?",
+    "Chloe earns 8 dollars an hour and works 3 hours. Then Chloe spends 5 dollars. How many dollars are left?",
+    "Ben is 17 years old. Fatima is 11 years older. How old is Fatima?",
 ]
 
 
