@@ -219,8 +219,8 @@ class RolloutConfig:
     """Largest number of weight versions between a group's oldest token and its update; older groups are dropped. With
     `continue`, 2 or 3 avoid dropping long responses more often than short ones. In `fully_asynchronous` it also limits
     how many iterations are sampled in advance."""
-    temperature: float = number(1.0, above=0)
-    """Sampling temperature. The head divides logits by the same number."""
+    temperature: float = number(1.0, least=0.01)
+    """Sampling temperature. The head divides logits by the same number. vLLM raises lower ones to 0.01."""
     top_p: float = number(1.0, above=0, most=1)
     """Nucleus truncation while sampling."""
     top_k: int = number(0, least=0)

@@ -77,8 +77,13 @@ def _parameters(plan: Plan) -> str:
     """With experts also those that process a token."""
     weights, architecture = model_weights(plan.case), plan.case.architecture
     active = weights.ends + weights.dense + weights.expert * active_experts(architecture)
-    of_token = "" if architecture.experts is None else f", {active / 1e9:.2f}B per token"
-    return f"{plan.parameters:,} ({plan.parameters / 1e9:.2f}B{of_token})"
+    of_token = "" if architecture.experts is None else f", {_short(active)} per token"
+    return f"{plan.parameters:,} ({_short(plan.parameters)}{of_token})"
+
+
+def _short(parameters: int) -> str:
+    """`30.53B`, or `0.62M` below a hundredth of a billion."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"
 
 
 def _shape(architecture: Architecture) -> str:

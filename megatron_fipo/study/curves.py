@@ -66,14 +66,14 @@ PANELS = (
     _panel(
         "influence/share_at_low",
         "Weights at the lower bound",
-        "Share of tokens.",
+        "Share of tokens whose exp F reaches it; objectives without weights do not use it.",
         unit="share",
         from_zero=True,
     ),
     _panel(
         "influence/share_at_high",
         "Weights at the upper bound",
-        "Share of tokens.",
+        "Share of tokens whose exp F reaches it; objectives without weights do not use it.",
         unit="share",
         from_zero=True,
     ),

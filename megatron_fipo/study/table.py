@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_fipo.study.compare import COMPARED, PAIRED, Comparison, Difference, Mean, Variant
@@ -90,9 +91,12 @@ def to_markdown(comparison: Comparison) -> str:
     """The tables of means and of differences."""
     parts = []
     for heads, body in (means_table(comparison), differences_table(comparison)):
-        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        parts.append("\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)]))
+        parts.append("\n".join([_line(heads), "|" + "---|" * len(heads), *map(_line, body)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def means_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

@@ -123,6 +123,12 @@ class TestShippedRecipes:
             validate(config, read_architecture(tmp_path))
 
 
+def test_a_small_model_is_counted_in_millions():
+    text = " ".join(printed(load_recipe("countdown/fipo")).split())
+    assert "(0.60M)" in text
+    assert "B)" not in text
+
+
 class TestExperts:
     def text(self, *overrides: str) -> str:
         return " ".join(printed(load_recipe("qwen3-30b-a3b/fipo", *overrides)).split())

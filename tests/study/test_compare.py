@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,13 @@ def test_weights_of_an_objective_without_weights_are_empty(study: Path) -> None:
     found = {row["run"]: row for row in csv.DictReader(io.StringIO(to_csv(_read(study))))}
     assert found["countdown-dapo-seed1"]["influence_mean"] == ""
     assert found["countdown-fipo-seed1"]["influence_max"] == "1.2"
+
+
+def test_a_bar_in_a_name_does_not_end_a_cell_of_the_markdown(study: Path) -> None:
+    comparison = _read(study)
+    variant = replace(comparison.variants[0], factors=(("arm", "a|b"),))
+    text = to_markdown(replace(comparison, variants=[variant]))
+    assert text.splitlines()[2].startswith(r"| a\|b |")
 
 
 def test_the_same_runs_give_the_same_files(study: Path, tmp_path: Path) -> None:
