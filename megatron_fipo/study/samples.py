@@ -64,8 +64,8 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
     """A section per problem, with the prompt, the right answer, and for each arm the responses before and after."""
     parts = []
     for number, problem in enumerate(dict.fromkeys(sample.problem for sample in samples), 1):
-        _, name, prompt, answer = map(str, problem)
-        parts += [f"## Problem {number} ({name}): the right answer is {answer}", _block(prompt)]
+        *_, prompt, answer = map(str, problem)
+        parts += [f"## Problem {number}", _block(prompt), "The right answer:", _block(answer)]
         for sample in samples:
             if sample.problem == problem:
                 ends = zip(sample.iterations, (sample.before, sample.after), strict=True)

@@ -1,6 +1,8 @@
 """The responses before and after: of the first problems of the lowest seed, and as they were written."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_fipo.run_dir import evaluation_table
@@ -63,6 +65,16 @@ def test_no_line_of_a_response_ends_its_code_block() -> None:
     text = samples_markdown([_sample("```python\n````\n# Answer: 7\n`````")])
     after = text.split("after 20 iterations: right, 9 tokens\n\n")[1]
     assert after == "``````text\n```python\n````\n# Answer: 7\n`````\n``````\n"
+
+
+def test_nothing_of_a_problem_is_outside_code_blocks() -> None:
+    hostile = "# no <script>heading</script>\n| cell |"
+    sample = _sample("Answer: 7")
+    problem = ("held_out", hostile, hostile, hostile)
+    text = samples_markdown([replace(sample, problem=problem)])
+    outside = re.sub(r"^```text\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "script" not in outside
+    assert text.count(hostile) == 2  # prompt and answer
 
 
 def test_the_middle_of_a_long_response_is_cut_and_counted() -> None:
