@@ -169,4 +169,4 @@ def _print(comparison: "Comparison", output: Path) -> None:
     from megatron_fipo.study.write import PAGE
 
     print(to_markdown(comparison), end="")
-    print(f"wrote {output / PAGE}, and the same as results.csv, results.json and results.md")
+    print(f"wrote {output / PAGE}, the same as results.csv, .json and .md, and responses as samples.md")

@@ -9,7 +9,7 @@ from megatron_fipo.study.results import ACCURACY, Result
 
 Evaluations = Callable[[Result, int], Sequence[Response] | None]
 """The responses of a run's evaluation; None if they are not known."""
-PROBLEMS = 3
+PROBLEMS = 5
 HEAD, TAIL = 1_200, 400
 """Characters shown of a longer response: its first and its last ones."""
 
@@ -31,23 +31,24 @@ def choose_samples(variants: Sequence[Variant], evaluations: Evaluations) -> lis
 
     By problem, then by variant. Runs without tables have none.
     """
+    tasks = len({variant.task for variant in variants})
     of_variants = [
-        _of_run(variant, min(variant.results, key=lambda result: result.seed), evaluations)
+        _of_run(f"{variant.task}: {variant.label}" if tasks > 1 else variant.label, variant, evaluations)
         for variant in variants
         if variant.results
     ]
     return [found[i] for i in range(PROBLEMS) for found in of_variants if i < len(found)]
 
 
-def _of_run(variant: Variant, result: Result, evaluations: Evaluations) -> list[Sample]:
+def _of_run(arm: str, variant: Variant, evaluations: Evaluations) -> list[Sample]:
+    result = min(variant.results, key=lambda result: result.seed)
     iterations = sorted(result.series(ACCURACY))
     if len(iterations) < 2:
         return []
     ends = (iterations[0], iterations[-1])
     before, after = (_first_responses(evaluations(result, iteration) or ()) for iteration in ends)
-    label = f"{variant.task}: {variant.label}" if variant.task else variant.label
     return [
-        Sample(label, result.seed, problem, ends, before[problem], after[problem])
+        Sample(arm, result.seed, problem, ends, before[problem], after[problem])
         for problem in list(before)[:PROBLEMS]
         if problem in after
     ]

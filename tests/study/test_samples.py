@@ -42,9 +42,7 @@ def test_the_first_problems_of_the_lowest_complete_seed_are_chosen(tmp_path: Pat
     found = _choose(read_comparison([tmp_path], allow_mixed_versions=False))
     chosen = [(sample.arm, sample.seed, sample.problem[1], sample.iterations) for sample in found]
     assert chosen == [
-        (f"countdown: {arm}", seed, problem, (0, 20))
-        for problem in ("0", "1", "2")
-        for arm, seed in (("fipo", 1), ("dapo", 2))
+        (arm, seed, str(problem), (0, 20)) for problem in range(5) for arm, seed in (("fipo", 1), ("dapo", 2))
     ]
     assert found[2].before.text == "iteration 0, problem 1, response 0"
     assert found[2].after.text == "iteration 20, problem 1, response 0"
