@@ -239,6 +239,17 @@ def differing_settings(results: Sequence[Result]) -> list[str]:
     return [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
 
 
+def common_settings(results: Sequence[Result]) -> dict[str, Any]:
+    """Dotted key → value of the settings that are the same in all runs."""
+    known = [result.settings for result in results if result.settings]
+    shared = known[0].items() if known else ()
+    return {
+        key: value
+        for key, value in shared
+        if all(key in settings and settings[key] == value for settings in known)
+    }
+
+
 def _has_metrics(run_dir: Path) -> bool:
     path = run_dir / METRICS_FILE
     return path.is_file() and path.stat().st_size > 0

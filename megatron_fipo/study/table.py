@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_fipo.study.compare import COMPARED, PAIRED, Comparison, Difference, Mean, Variant
-from megatron_fipo.study.results import MEASURES, Measure
+from megatron_fipo.study.results import MEASURES, Measure, common_settings
 from megatron_fipo.study.statistics import Estimate
 
 Row = dict[str, Any]
@@ -64,9 +64,10 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_json(comparison: Comparison) -> str:
-    """The rows, the means and the differences as JSON."""
+    """The settings that all runs have, the rows, the means and the differences as JSON."""
     content = {
         "name": comparison.name,
+        "settings": common_settings(comparison.results),
         "runs": rows(comparison),
         "means": [
             {**_variant(mean.variant), **_estimate(mean), "seeds": mean.variant.seeds}
@@ -88,9 +89,11 @@ def to_json(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The tables of means and of differences."""
+    """The tables of means and, if there are any, of differences."""
     parts = []
-    for heads, body in (means_table(comparison), differences_table(comparison)):
+    for heads, body in filter(
+        lambda table: table[1], (means_table(comparison), differences_table(comparison))
+    ):
         parts.append("\n".join([_line(heads), "|" + "---|" * len(heads), *map(_line, body)]))
     return "\n\n".join(parts) + "\n"
 

@@ -201,6 +201,8 @@ def test_the_json_has_runs_means_and_differences(study: Path) -> None:
     content = json.loads(to_json(comparison))
     assert len(content["runs"]) == 9
     assert content["means"][0]["seeds"] == [1, 2, 3]
+    assert content["settings"]["optimizer.lr"] == 3e-4
+    assert not content["settings"].keys() & {"objective.name", "seed"}  # runs differ in them
     assert {found["paired_by"] for found in content["differences"]} == {"seeds and problems", "seeds"}
     assert len(content["differences"]) == len(comparison.differences)
 
