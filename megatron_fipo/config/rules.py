@@ -15,7 +15,7 @@ from megatron_fipo.config.gpu_rules import (
 from megatron_fipo.config.judge_rules import check_judges
 from megatron_fipo.config.placement import check_placement, engine_gpus, sharing_obstacle, with_placement
 from megatron_fipo.config.schema import Config, ParallelConfig, RolloutConfig
-from megatron_fipo.config.set_rules import check_data, check_limits
+from megatron_fipo.config.set_rules import check_data, check_limits, check_temperatures
 from megatron_fipo.config.sft_rules import check_start, check_supervised_data
 from megatron_fipo.config.sft_schema import SftConfig
 from megatron_fipo.environment import Accelerators, Machine
@@ -46,6 +46,7 @@ def validate(
     _check_rollout(config, architecture)
     check_data(config, training=True)
     check_limits(config, training=True)
+    check_temperatures(config)
     check_judges(config)
     _check_positions(config.rollout, architecture)
 
@@ -55,6 +56,7 @@ def validate_evaluation(config: Config, architecture: "Architecture | None" = No
     check_environment(config)
     check_data(config, training=False)
     check_limits(config, training=False)
+    check_temperatures(config)
     check_judges(config)
     _check_positions(config.rollout, architecture)
 

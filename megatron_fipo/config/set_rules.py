@@ -41,6 +41,20 @@ def check_data(config: Config, training: bool) -> None:
         )
 
 
+def check_temperatures(config: Config) -> None:
+    """Raise UserError for evaluations at temperatures that vLLM would raise."""
+    least = 0.01
+    given = {"evaluation.temperature": config.evaluation.temperature}
+    for name, entry in config.evaluation.sets.items():
+        if entry.temperature is not None:
+            given[f"evaluation.sets.{name}.temperature"] = entry.temperature
+    for key, temperature in given.items():
+        if 0 < temperature < least:
+            raise UserError(
+                f"{key}={temperature:g} must be 0 (the most probable token) or at least {least}, which vLLM samples at instead"
+            )
+
+
 def check_limits(config: Config, training: bool) -> None:
     """Raise UserError for a set whose longest response is above that of the run, or within the overlong buffer."""
     limit, buffer = config.rollout.max_response_length, config.reward.overlong_buffer

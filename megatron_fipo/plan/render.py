@@ -82,8 +82,8 @@ def _parameters(plan: Plan) -> str:
 
 
 def _short(parameters: int) -> str:
-    """`30.53B`, or `0.62M` below a hundredth of a billion."""
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M"
+    """`30.53B`, or `494.03M` below a billion."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
 
 
 def _shape(architecture: Architecture) -> str:

@@ -15,8 +15,8 @@ from megatron_fipo.study.statistics import (
 )
 
 OBJECTIVE = "objective.name"
-Problems = Callable[[Result, int], ProblemValues | None]
-"""The held-out problems of a run after an iteration; None if they are not known."""
+Problems = Callable[[Result, int], ProblemValues]
+"""The held-out problems of a run after an iteration; none if they are not known."""
 COMPARED = tuple(measure for measure in MEASURES if measure.compared)
 """Measures that have means."""
 PAIRED = tuple(measure for measure in COMPARED if not measure.is_difference)
@@ -166,10 +166,10 @@ def _by_problem(
     tables: tuple[list[Any], list[Any]] = ([], [])
     for table, part in zip(tables, (first, second), strict=True):
         for result in part:
-            found = problems(result, iteration)
-            if found is None:
+            found = problems(result, iteration)[measure]
+            if not found:
                 return None
-            table.append(found.of(measure))
+            table.append(found)
     if any(a.keys() != b.keys() for a, b in zip(*tables, strict=True)):
         return None  # a table lacks problems, so the pairs would be those of a part
     return paired_difference_by_problem(*tables)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,12 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+
+def markdown_text(text: str) -> str:
+    """A label on one line that Markdown shows as it is, also within a table."""
+    return re.sub(r"([\\|`<])", r"\\\1", " ".join(text.split()))
 
 
 def means_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

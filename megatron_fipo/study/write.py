@@ -1,6 +1,6 @@
 """The results of a study or of any runs, from their folders to files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -60,12 +60,11 @@ def read_comparison(folders: Sequence[Path], *, allow_mixed_versions: bool) -> C
     return compare(name, results, variants, lambda result, iteration: tables(result.run_dir, iteration))
 
 
-def _values(run_dir: Path, iteration: int) -> ProblemValues | None:
-    responses = read_evaluation(run_dir, iteration)
-    return None if responses is None else problem_values(responses)
+def _values(run_dir: Path, iteration: int) -> ProblemValues:
+    return problem_values(read_evaluation(run_dir, iteration))
 
 
-def _responses(result: Result, iteration: int) -> list[Response] | None:
+def _responses(result: Result, iteration: int) -> Iterator[Response]:
     return read_evaluation(result.run_dir, iteration)
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.config import EvaluationSet, load_config, save_config
+from megatron_fipo.config.set_rules import check_temperatures
 from megatron_fipo.errors import UserError
 from megatron_fipo.field_rules import FilePath
 
@@ -86,3 +87,15 @@ def test_any_sets_are_saved_and_read_back_equal_and_in_order(tmp_path_factory, w
     path = tmp_path_factory.getbasetemp() / "sets.yaml"
     save_config(config, path)
     assert list(load_config(path, []).evaluation.sets.items()) == list(config.evaluation.sets.items())
+
+
+def test_a_temperature_that_vllm_would_raise_is_refused_by_set():
+    def check(temperature: str) -> None:
+        check_temperatures(
+            load_config(None, [*REQUIRED, f"evaluation.sets.aime24={{path: a, temperature: {temperature}}}"])
+        )
+
+    check("0")
+    check("0.01")
+    with pytest.raises(UserError, match=r"evaluation\.sets\.aime24\.temperature=0\.001 must be 0"):
+        check("0.001")

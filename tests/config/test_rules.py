@@ -132,6 +132,7 @@ class TestValidate:
             ("rollout.max_staleness=-1", "rollout.max_staleness must be at least 0"),
             ("rollout.weight_bucket_mb=0", "rollout.weight_bucket_mb must be at least 1"),
             ("rollout.temperature=0.009", "rollout.temperature must be at least 0.01"),
+            ("evaluation.temperature=0.005", "evaluation.temperature=0.005 must be 0"),
             ("rollout.top_p=1.1", "rollout.top_p must be above 0 and at most 1"),
             ("rollout.max_response_length=500", "516 tokens exceed the model's max_position_embeddings=512"),
             ("objective.half_life=0", "objective.half_life must be above 0"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import shutil
 import statistics
 from dataclasses import replace
@@ -15,23 +16,21 @@ from megatron_fipo.errors import UserError
 from megatron_fipo.run_dir import evaluation_table
 from megatron_fipo.run_dir.metrics_log import MetricsLog
 from megatron_fipo.study.compare import Comparison, Difference
-from megatron_fipo.study.evaluations import read_evaluation
+from megatron_fipo.study.evaluations import Problem, read_evaluation
 from megatron_fipo.study.outcome import Outcome
-from megatron_fipo.study.problems import ProblemValues, problem_values
+from megatron_fipo.study.problems import problem_values
 from megatron_fipo.study.results import ACCURACY, MEASURES, gains, means_of_curve, version_differences
 from megatron_fipo.study.table import differences_table, means_table, rows, to_csv, to_json, to_markdown
 from megatron_fipo.study.write import read_comparison, write_results
-from tests.study.synthetic_study import VERSIONS, write_run, write_study
+from tests.study.synthetic_study import PROBLEMS, VERSIONS, write_run, write_study
 
 
 def _read(*folders: Path, allow: bool = False) -> Comparison:
     return read_comparison(folders, allow_mixed_versions=allow)
 
 
-def _problems(run_dir: Path) -> ProblemValues:
-    responses = read_evaluation(run_dir, 20)
-    assert responses is not None
-    return problem_values(responses)
+def _accuracies(run_dir: Path) -> dict[Problem, float]:
+    return problem_values(read_evaluation(run_dir, 20))[ACCURACY]
 
 
 def _difference(comparison: Comparison, first: str, second: str, column: str) -> Difference:
@@ -87,9 +86,8 @@ def test_differences_are_paired_by_seed_and_problem(study: Path) -> None:
     assert found.by_problem
     by_hand = []
     for seed in (1, 2, 3):
-        first, second = (
-            _problems(study / f"runs/countdown-{arm}-seed{seed}").accuracy for arm in ("fipo", "grpo")
-        )
+        first, second = (_accuracies(study / f"runs/countdown-{arm}-seed{seed}") for arm in ("fipo", "grpo"))
+        assert len(first) == PROBLEMS
         assert first.keys() == second.keys()
         by_hand.append(statistics.fmean(first[problem] - second[problem] for problem in first))
     assert found.estimate.mean == pytest.approx(statistics.fmean(by_hand))
@@ -180,11 +178,14 @@ def test_weights_of_an_objective_without_weights_are_empty(study: Path) -> None:
     assert found["countdown-fipo-seed1"]["influence_max"] == "1.2"
 
 
-def test_a_bar_in_a_name_does_not_end_a_cell_of_the_markdown(study: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a|b", r"a\|b"), ("a\nb", "a b"), (r"a\|b", r"a\\\|b"), ("<b>`", r"\<b>\`")]
+)
+def test_markdown_shows_a_name_as_it_is(study: Path, name: str, shown: str) -> None:
     comparison = _read(study)
-    variant = replace(comparison.variants[0], factors=(("arm", "a|b"),))
+    variant = replace(comparison.variants[0], factors=(("arm", name),))
     text = to_markdown(replace(comparison, variants=[variant]))
-    assert text.splitlines()[2].startswith(r"| a\|b |")
+    assert text.splitlines()[2].startswith(f"| {shown} | – |")
 
 
 def test_the_same_runs_give_the_same_files(study: Path, tmp_path: Path) -> None:
@@ -279,6 +280,50 @@ def test_the_time_includes_evaluations_that_no_iteration_contains(tmp_path: Path
     after = _read(run).results[0].seconds
     assert before is not None
     assert after == pytest.approx(before + 7.0)
+
+
+ROW = {
+    "set": "s",
+    "problem_id": "0",
+    "prompt": "p",
+    "ground_truth": "7",
+    "accuracy": 1.0,
+    "length": 3,
+    "response": "r",
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        "7",
+        "[" * 200_000,
+        *(
+            json.dumps({**ROW, key: value})
+            for key, value in (
+                ("length", 10**400),
+                ("length", -5),
+                ("length", True),
+                ("length", 1e308),
+                ("accuracy", math.nan),
+                ("accuracy", math.inf),
+                ("accuracy", "1"),
+                ("ground_truth", ["7"]),
+                ("ground_truth", 7),
+                ("prompt", None),
+                ("response", None),
+            )
+        ),
+    ],
+    ids=lambda line: line[:60] if len(line) < 200 else f"{line[:20]}...",
+)
+def test_a_damaged_row_of_an_evaluation_is_named(tmp_path: Path, line: str) -> None:
+    table = evaluation_table(tmp_path, 0)
+    table.parent.mkdir()
+    table.write_text(f"{json.dumps(ROW)}\n\n{line}\n")
+    with pytest.raises(UserError, match=r"iteration_000000\.jsonl line 3 is not a row of an evaluation"):
+        list(read_evaluation(tmp_path, 0))
 
 
 def test_a_damaged_table_of_problems_is_named(tmp_path: Path) -> None:
