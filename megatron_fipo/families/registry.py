@@ -63,8 +63,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
         raise UserError(
-            f"no model folder {folder}; download the model and give its folder (paths are relative to the "
-            "current directory)"
+            f"no model folder {folder}; download the model, or make it with `megatron-fipo sft`, and give its folder "
+            "(paths are relative to the current directory)"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
