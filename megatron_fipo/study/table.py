@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +69,7 @@ def to_json(comparison: Comparison) -> str:
     """The settings that all runs have, the rows, the means and the differences as JSON."""
     content = {
         "name": comparison.name,
-        "settings": common_settings(comparison.results),
+        "settings": {key: _plain(value) for key, value in common_settings(comparison.results).items()},
         "runs": rows(comparison),
         "means": [
             {**_variant(mean.variant), **_estimate(mean), "seeds": mean.variant.seeds}
@@ -187,7 +188,9 @@ def _estimate(found: Mean | Difference) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as one cell."""
+    """A setting as one cell; JSON has no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 

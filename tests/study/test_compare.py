@@ -197,6 +197,17 @@ def test_the_same_runs_give_the_same_files(study: Path, tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_an_infinite_setting_is_written(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, ("fipo", "dapo"), (1,))
+    for run, half_life in (("fipo", ".inf"), ("dapo", "32.0")):
+        with (folder.run_dir(f"countdown-{run}-seed1") / "config.yaml").open("a") as config:
+            config.write(f"\nstudied:\n  half_life: {half_life}\n  both: .inf\n")
+    write_results([tmp_path], tmp_path, allow_mixed_versions=False)
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [run["settings.studied.half_life"] for run in content["runs"]] == ["inf", 32.0]
+    assert content["settings"]["studied.both"] == "inf"
+
+
 def test_the_json_has_runs_means_and_differences(study: Path) -> None:
     comparison = _read(study)
     content = json.loads(to_json(comparison))
