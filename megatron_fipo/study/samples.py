@@ -50,9 +50,11 @@ def choose_samples(variants: Sequence[Variant], evaluations: Evaluations) -> lis
 
 
 def _sections(task: str, variants: Sequence[Variant], seed: int, evaluations: Evaluations) -> list[Section]:
-    results = [next(r for r in variant.results if r.seed == seed) for variant in variants]
     found = [
-        (variant.label, _ends(result, evaluations)) for variant, result in zip(variants, results, strict=True)
+        (variant.label, _ends(result, evaluations))
+        for variant in variants
+        for result in variant.results
+        if result.seed == seed
     ]
     tables = [(arm, ends) for arm, ends in found if ends and all(ends.values())]
     if not tables:

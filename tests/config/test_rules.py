@@ -131,6 +131,7 @@ class TestValidate:
             ("objective.correction_cap=0", "objective.correction_cap must be above 0"),
             ("rollout.max_staleness=-1", "rollout.max_staleness must be at least 0"),
             ("rollout.weight_bucket_mb=0", "rollout.weight_bucket_mb must be at least 1"),
+            ("rollout.temperature=0", "rollout.temperature must be at least 0.01"),
             ("rollout.temperature=0.009", "rollout.temperature must be at least 0.01"),
             ("evaluation.temperature=0.005", "evaluation.temperature=0.005 must be 0"),
             ("rollout.top_p=1.1", "rollout.top_p must be above 0 and at most 1"),
