@@ -10,7 +10,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_fipo.config.task_schema import DataConfig, EnvironmentConfig, EvaluationConfig, RewardConfig
+from megatron_fipo.config.task_schema import (
+    LEAST_TEMPERATURE,
+    DataConfig,
+    EnvironmentConfig,
+    EvaluationConfig,
+    RewardConfig,
+)
 from megatron_fipo.fields import REQUIRED, choice, file_path, free_values, hook, number, variables
 from megatron_fipo.objective.config import ObjectiveConfig
 
@@ -219,7 +225,7 @@ class RolloutConfig:
     """Largest number of weight versions between a group's oldest token and its update; older groups are dropped. With
     `continue`, 2 or 3 avoid dropping long responses more often than short ones. In `fully_asynchronous` it also limits
     how many iterations are sampled in advance."""
-    temperature: float = number(1.0, least=0.01)
+    temperature: float = number(1.0, least=LEAST_TEMPERATURE)
     """Sampling temperature. The head divides logits by the same number. vLLM raises lower ones to 0.01."""
     top_p: float = number(1.0, above=0, most=1)
     """Nucleus truncation while sampling."""

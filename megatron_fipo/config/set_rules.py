@@ -1,7 +1,7 @@
 """Checks of what a run trains on and evaluates: training sets, evaluation sets, and their limits. Pure."""
 
 from megatron_fipo.config.schema import Config
-from megatron_fipo.config.task_schema import FILE_SOURCES, REWARDS
+from megatron_fipo.config.task_schema import FILE_SOURCES, LEAST_TEMPERATURE, REWARDS
 from megatron_fipo.errors import UserError
 from megatron_fipo.field_rules import is_import_path, sum_terms
 
@@ -43,15 +43,15 @@ def check_data(config: Config, training: bool) -> None:
 
 def check_temperatures(config: Config) -> None:
     """Raise UserError for evaluations at temperatures that vLLM would raise."""
-    least = 0.01
     given = {"evaluation.temperature": config.evaluation.temperature}
     for name, entry in config.evaluation.sets.items():
         if entry.temperature is not None:
             given[f"evaluation.sets.{name}.temperature"] = entry.temperature
     for key, temperature in given.items():
-        if 0 < temperature < least:
+        if 0 < temperature < LEAST_TEMPERATURE:
             raise UserError(
-                f"{key}={temperature:g} must be 0 (the most probable token) or at least {least}, which vLLM samples at instead"
+                f"{key}={temperature:g} must be 0 (the most probable token) or at least {LEAST_TEMPERATURE}, which vLLM samples "
+                "at instead"
             )
 
 

@@ -16,6 +16,8 @@ from megatron_fipo.fields import (
     sections,
 )
 
+LEAST_TEMPERATURE = 0.01
+"""Of sampling: vLLM raises lower ones to it."""
 FILE_SOURCES = ("parquet", "jsonl", "arrow")
 """Data sources that read files; an import path is a function that yields rows, and all others generate their problems."""
 DATA_SOURCES = (*FILE_SOURCES, "countdown")
